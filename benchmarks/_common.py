@@ -1,0 +1,117 @@
+"""A claim is a ratio, ours over theirs, that must not exceed its target.
+
+A benchmark is a module here with `DESCRIPTION` (what is compared), `TARGET` (in words) and `run() -> list[Claim]`.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison.
+
+    Args:
+        name: what was compared, as the table shows it.
+        ours, theirs: the two sides, in `unit`.
+        target: the largest ratio that keeps the claim.
+        unit: of the two sides: "ms", "MiB", "GFLOP", "nats" …
+        measured_ratio: where the ratio is not `ours / theirs`, such as a median of pairwise ratios.
+    """
+
+    name: str
+    ours: float
+    theirs: float
+    target: float
+    unit: str = ""
+    measured_ratio: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        if self.measured_ratio is not None:
+            return self.measured_ratio
+        return self.ours / self.theirs if self.theirs else float("inf")
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= self.target  # a NaN ratio misses
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.ok else "missed"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Two sides timed in turn: median seconds of each, and the median over rounds of ours / theirs."""
+
+    ours: float
+    theirs: float
+    ratio: float
+    rounds: int
+
+
+def interleave(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 20, warmup: int = 3) -> Timing:
+    """Time `ours` and `theirs` in turn, so that a slow moment of the machine falls on both.
+
+    The order changes every round; the ratio is the median of the rounds' own ratios. Garbage is collected between
+    rounds, not inside them.
+    """
+    for _ in range(warmup):
+        ours(), theirs()
+    pairs = [_round(ours, theirs, ours_first=index % 2 == 0) for index in range(rounds)]
+    mine, other = zip(*pairs, strict=True)
+    ratio = statistics.median(a / b for a, b in pairs)
+    return Timing(statistics.median(mine), statistics.median(other), ratio, rounds)
+
+
+def _round(ours: Callable[[], object], theirs: Callable[[], object], ours_first: bool) -> tuple[float, float]:
+    gc.collect()
+    gc.disable()
+    try:
+        if ours_first:
+            return seconds(ours), seconds(theirs)
+        other = seconds(theirs)
+        return seconds(ours), other
+    finally:
+        gc.enable()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_claim(name: str, timing: Timing, target: float) -> Claim:
+    """A claim on `timing`, in milliseconds, its ratio the median of the rounds' ratios."""
+    return Claim(name, timing.ours * 1e3, timing.theirs * 1e3, target, "ms", timing.ratio)
+
+
+def worst(claims: Sequence[Claim]) -> Claim:
+    """The claim closest to its target, or furthest beyond it; a NaN ratio is the worst of all."""
+    return max(claims, key=lambda claim: (claim.ratio != claim.ratio, claim.ratio / claim.target))
+
+
+def table(claims: Sequence[Claim]) -> str:
+    """One line per claim."""
+    width = max(len("claim"), *(len(claim.name) for claim in claims))
+    lines = [f"{'claim':{width}s}  {'ours':>12s} {'theirs':>12s} {'unit':6s} {'ratio':>7s} {'target':>7s}"]
+    lines += [
+        f"{claim.name:{width}s}  {claim.ours:12.4f} {claim.theirs:12.4f} {claim.unit:6s} "
+        f"{claim.ratio:7.4f} {claim.target:7.4f} {claim.verdict}"
+        for claim in claims
+    ]
+    return "\n".join(lines)
+
+
+def last_line(name: str, claims: Sequence[Claim]) -> str:
+    """`NAME: <ratio> (target <target>) ok|missed`, of the worst claim."""
+    claim = worst(claims)
+    return f"{name}: {claim.ratio:.4f} (target {claim.target:.4f}) {claim.verdict}"

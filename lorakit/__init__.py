@@ -1,0 +1,50 @@
+"""lorakit: what does each method of parameter-efficient fine-tuning really cost, and what does it buy?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; imported on first use, so that `import lorakit` costs no more than a glance.
+_PUBLIC = {
+    "attach": "adapters",
+    "detach": "adapters",
+    "merge": "adapters",
+    "unmerge": "adapters",
+    "adapter_state": "adapters",
+    "load_adapter_state": "adapters",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "parameter_stats": "adapters",
+    "adapter_bytes": "adapters",
+    "run": "experiment",
+    "search": "experiment",
+    "Record": "records",
+    "read": "records",
+    "read_all": "records",
+    "Params": "params",
+    "collect": "params",
+    "resolve": "params",
+    "LorakitError": "errors",
+    "ParameterError": "errors",
+    "DataError": "errors",
+    "AssetError": "errors",
+    "CheckpointError": "errors",
+}
+_MODULES = ("adapters", "figures", "stats", "records", "table", "scratch", "measure", "models", "tasks", "assets")
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"lorakit.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"lorakit.{name}")
+    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m lorakit` is `lorakit`."""
+
+from lorakit.cli import main
+
+raise SystemExit(main())

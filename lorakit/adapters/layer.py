@@ -1,0 +1,181 @@
+"""An adapter wraps one frozen linear map: h = (W0 + ΔW) x + b, where a method only says what ΔW is."""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lorakit.errors import LorakitError, require
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What one adapter layer is told; `alpha` scales the update, `dropout` acts on the adapter's input only.
+
+    Raises:
+        ParameterError: rank < 1, alpha not a positive number, dropout outside [0, 1), unknown init.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        require(whole and self.rank >= 1, "rank", self.rank, "must be a whole number, at least 1")
+        require(_is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "must be a number above 0")
+        require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        require(self.init in INITS, "init", self.init, f"must be one of {', '.join(INITS)}")
+        require(isinstance(self.rslora, bool), "rslora", self.rslora, "must be true or false")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' GPT-2 Conv1D: a linear map that stores W transposed, (in, out)."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear map an adapter can wrap."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+class AdapterLayer(nn.Module, ABC):
+    """A frozen linear `base_layer` and the trainable tensors of a method.
+
+    A method subclasses it: it registers parameters in `__init__`, lists them in `parameter_names`, and defines
+    `delta_weight` (the update as one matrix), `adapted` (the output, without forming that matrix where it can), and
+    how its settings read in PEFT's config. It joins the suite by its entry in `attach.ADAPTERS`.
+
+    Args:
+        base_layer: nn.Linear (subclasses too) or GPT-2's Conv1D; its parameters are left as they are.
+        settings: see `AdapterSettings`.
+        generator: draws initial values, on the CPU so that a seed means the same on every device; None: the global one.
+    """
+
+    peft_type: ClassVar[str]  # the method's name in PEFT's file format
+    parameter_names: ClassVar[tuple[str, ...]]  # trainable attributes, named as in PEFT's file format
+    peft_fields: ClassVar[frozenset[str]]  # the fields of the method's PEFT config that are understood
+
+    def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
+        super().__init__()
+        self.base_layer = base_layer
+        self.settings = settings
+        self.transposed = is_conv1d(base_layer)
+        shape = base_layer.weight.shape
+        if isinstance(base_layer, nn.Linear):  # a 4-bit weight's own shape is a packed one
+            shape = (base_layer.out_features, base_layer.in_features)
+        self.out_features, self.in_features = reversed(shape) if self.transposed else shape
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # W0 while merged; a tuple, so that it is no parameter of ours
+        self.train(base_layer.training)
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """ΔW, (out_features, in_features), in the adapter's precision; differentiable."""
+
+    @abstractmethod
+    def adapted(self, x: Tensor) -> Tensor:
+        """(rows, in_features) to (rows, out_features): the output with the update, in the base's dtype."""
+
+    @staticmethod
+    @abstractmethod
+    def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
+        """`settings` under the names of the method's PEFT config."""
+
+    @staticmethod
+    @abstractmethod
+    def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
+        """The settings in a PEFT config; raises `CheckpointError` on what lorakit cannot reproduce."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features).
+
+        Raises:
+            LorakitError: merged, and asked to train: the adapter would silently get no gradient.
+        """
+        if self._unmerged:
+            if self.training and torch.is_grad_enabled():
+                raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
+            return self.base_layer(x)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            # cast once here; the base and the adapter would each keep a copy of their own
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = self.adapted(x.reshape(-1, self.in_features))
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def new_parameter(self, values: Tensor) -> nn.Parameter:
+        """A trainable tensor on the base's device, in fp32 or the base's dtype if that is finer.
+
+        Low-precision bases keep fp32 adapters, as in PEFT: bf16 would lose AdamW's small steps.
+        """
+        weight = self.base_layer.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return nn.Parameter(values.to(weight.device, dtype))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by their name in PEFT's file format."""
+        return {name: getattr(self, name) for name in self.parameter_names}
+
+    def base_weight(self) -> Tensor:
+        """W0, (out_features, in_features), a view where the base stores it plainly."""
+        weight = self.base_layer.weight
+        return weight.T if self.transposed else weight
+
+    def merged_weight(self) -> Tensor:
+        """W0 + ΔW rounded once to the base's dtype, laid out as the base stores it."""
+        base = self.base_weight()
+        weight = (base + self.delta_weight()).to(base.dtype)
+        return weight.T if self.transposed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, for code that reads it past `forward` (nn.MultiheadAttention, fused encoder layers)."""
+        return self.base_layer.weight if self._unmerged else self.merged_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def is_merged(self) -> bool:
+        return bool(self._unmerged)
+
+    def merge(self) -> None:
+        """Put W0 + ΔW in W0's place; W0 itself is kept, so while merged the layer holds two weights.
+
+        A new parameter, not an in-place sum: a weight tied to another module's (an embedding) stays what it was.
+        """
+        if self._unmerged:
+            return
+        weight = self.base_layer.weight
+        with torch.no_grad():
+            merged = nn.Parameter(self.merged_weight().contiguous(), requires_grad=False)
+        self._unmerged = (weight,)
+        self.base_layer.weight = merged
+
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit the tensor it was."""
+        if not self._unmerged:
+            return
+        (weight,), merged = self._unmerged, self.base_layer.weight
+        weight.data = weight.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+        self.base_layer.weight = weight
+        self._unmerged = ()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())

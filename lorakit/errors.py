@@ -1,0 +1,37 @@
+"""One clear error per mistake: it names the parameter, the value and what is allowed."""
+
+
+class LorakitError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it as one line."""
+
+
+class ParameterError(LorakitError, ValueError):
+    """A parameter has a value it cannot have.
+
+    Args:
+        name: the parameter as the user wrote it.
+        value: what it was given.
+        allowed: what it may be, in words.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str):
+        super().__init__(f"{name}={value!r}: {allowed}")
+        self.name, self.value, self.allowed = name, value, allowed
+
+
+class DataError(LorakitError, ValueError):
+    """A data file is missing or malformed; the message names the file and, where there is one, the line."""
+
+
+class AssetError(LorakitError, RuntimeError):
+    """A model or a data set could not be had: hub unreachable, hash mismatch, truncated archive."""
+
+
+class CheckpointError(LorakitError, ValueError):
+    """A checkpoint or an adapter file does not fit this run or this model; the message says where."""
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `ParameterError(name, value, allowed)` unless `condition` holds."""
+    if not condition:
+        raise ParameterError(name, value, allowed)

@@ -1,0 +1,97 @@
+"""Live bytes: the sum of the sizes of all storages that exist, followed operator by operator."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "logits")
+
+
+@dataclass(eq=False)
+class _Storage:
+    """One allocation: `nbytes` bytes alive in the events `born <= t < died`."""
+
+    nbytes: int
+    kind: str
+    born: int
+    died: float = float("inf")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operator makes inside it, from its birth to its death, on fake or real tensors.
+
+    A storage is of kind "activations" until `claim` says otherwise; views and in-place results are no new storages.
+    The workspace a kernel allocates and frees inside itself is not seen.
+
+    Attributes:
+        logit_width: while set, a floating-point storage born as a tensor of this last dimension is of kind "logits".
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_width: int | None = None
+        self._alive: dict[int, tuple[weakref.ref, _Storage]] = {}  # by address, free for reuse after the death
+        self._all: list[_Storage] = []
+        self._events = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled; True imports the compiler and slows every operator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf, "activations")
+        return out
+
+    def claim(self, tensor: torch.Tensor, kind: str) -> None:
+        """Say that the storage of `tensor` is of `kind`; it is followed from now on where it was not yet."""
+        self._follow(tensor, kind).kind = kind
+
+    def _follow(self, tensor: torch.Tensor, kind: str) -> _Storage:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return self._alive[address][1]
+        if self.logit_width == (tensor.shape[-1] if tensor.ndim else 0) and tensor.is_floating_point():
+            kind = "logits"
+        self._events += 1
+        entry = _Storage(storage.nbytes(), kind, self._events)
+        self._alive[address] = (weakref.ref(storage, lambda _: self._forget(address)), entry)
+        self._all.append(entry)
+        return entry
+
+    def _forget(self, address: int) -> None:
+        self._events += 1
+        self._alive.pop(address)[1].died = self._events
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the first moment when most bytes were alive, and their sum as "peak"."""
+        when = self._peak_event()
+        split: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        for entry in self._all:
+            if entry.born <= when < entry.died:
+                split[entry.kind] += entry.nbytes
+        return {**split, "peak": sum(split.values())}
+
+    def _peak_event(self) -> int:
+        changes: Counter[float] = Counter()
+        for entry in self._all:
+            changes[entry.born] += entry.nbytes
+            changes[entry.died] -= entry.nbytes
+        live = most = when = 0
+        for event in range(self._events + 1):
+            live += changes[event]
+            if live > most:
+                most, when = live, event
+        return when

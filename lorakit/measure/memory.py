@@ -1,0 +1,228 @@
+"""Peak training memory: predicted from one step on fake tensors, or read from CUDA's allocator.
+
+The prediction runs forward, backward and optimizer step of the real model code on tensors without data, in the steady
+state of training (the optimizer's state exists, gradients do not), and adds up the storages alive at each moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.errors import require
+from lorakit.measure.live import LiveBytes
+from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def predict_training_memory(
+    build: Callable[[], nn.Module], make_batch: Callable[[], Mapping[str, torch.Tensor]], **options: Any
+) -> dict[str, int]:
+    """Predict from `build() -> model`, on the meta device with adapters attached, and `make_batch() -> inputs`.
+
+    Nothing of the model's size is allocated. Options, result and errors as for `predict_step_memory`.
+    """
+    return predict_step_memory(build(), make_batch(), **options)
+
+
+def predict_step_memory(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    optimizer: str = "adamw_torch",
+    autocast: str | None = None,
+    gradient_checkpointing: bool = False,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Predict the peak memory of one training step of `model` (real or meta) on `batch`, leaving both as they are.
+
+    Args:
+        model: returns an output with `.loss` when called with `batch`.
+        batch: inputs by name, labels included; only shapes and dtypes matter.
+        optimizer: by its Hugging Face name, one of `lorakit.measure.optimizers.PREDICTABLE`.
+        autocast: None, "bf16" or "fp16".
+        gradient_checkpointing: recompute activations in the backward; so it is anyway where the model already does.
+        device: whose optimizer loop is followed: "cuda" updates all tensors at once (more temporaries), "cpu" one by
+            one. Kernels are the CPU's on both; attention there saves what CUDA's flash attention saves.
+
+    Returns:
+        Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
+        "parameters" (frozen and trained weights, buffers), "gradients" (of parameters, as far as the backward has come
+        at the peak), "optimizer" (its state), "logits" (everything as wide as the output head's result that lives
+        between the head's forward and its backward: logits, casts, log-probabilities, their gradients) and
+        "activations" (all the rest: inputs, saved tensors, temporaries). Not included: workspace inside kernels,
+        the CUDA context, the allocator's rounding and fragmentation.
+
+    Raises:
+        ParameterError: unknown optimizer, autocast or device; or nothing to train.
+    """
+    require(optimizer in PREDICTABLE, "optimizer", optimizer, f"memory is predicted for {', '.join(PREDICTABLE)}")
+    require(autocast is None or autocast in AUTOCAST, "autocast", autocast, f"one of None, {', '.join(AUTOCAST)}")
+    require(device in ("cpu", "cuda"), "device", device, "one of cpu, cuda")
+    mode = _fake_mode()
+    with _faked(model, mode), _training(model, gradient_checkpointing):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
+        inputs = {name: _fake(mode, value) for name, value in batch.items()}
+        return _step(model, inputs, make_optimizer(optimizer, trained, foreach=device == "cuda"), autocast, mode)
+
+
+def _step(model: nn.Module, inputs: dict[str, Any], optimizer: Any, autocast: str | None, mode: Any) -> dict[str, int]:
+    """One step in steady state, everything alive before it claimed by its kind."""
+    _warm_up(model, optimizer)
+    live = LiveBytes()
+    _claim_steady(live, model, inputs, optimizer)
+    with contextlib.ExitStack() as hooks:
+        _watch_gradients(live, model, hooks)
+        _watch_head(live, model, hooks)
+        with mode, live:
+            loss = _forward(model, autocast)(**inputs).loss  # the output, logits with it, dies here as in the Trainer
+            loss.backward()
+    with live:  # without the fake mode: the optimizer reads its step counters, which are real
+        optimizer.step()
+        optimizer.zero_grad()
+    return live.peak()
+
+
+def _forward(model: nn.Module, autocast: str | None) -> Callable[..., Any]:
+    """The forward as accelerate prepares it: under autocast, outputs cast back to fp32."""
+    if autocast is None:
+        return model
+    from accelerate.utils import convert_outputs_to_fp32
+
+    def call(**inputs: Any) -> Any:
+        with torch.autocast("cpu", AUTOCAST[autocast]):
+            return model(**inputs)
+
+    return convert_outputs_to_fp32(call)
+
+
+def _warm_up(model: nn.Module, optimizer: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _claim_steady(live: LiveBytes, model: nn.Module, inputs: dict[str, Any], optimizer: Any) -> None:
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor):
+            live.claim(value, "activations")
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                live.claim(value, "optimizer")
+    for tensor in (*model.parameters(), *model.buffers()):
+        live.claim(tensor, "parameters")
+
+
+def _watch_gradients(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
+            hooks.callback(handle.remove)
+
+
+def _watch_head(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:
+    """Let `live` know the logits' width from the head's forward until the backward has passed the head."""
+    head = output_head(model)
+    if head is None:
+        return
+    width = head.weight.shape[0]
+
+    def entered(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        live.logit_width = width
+        if args[0].requires_grad:
+            args[0].register_hook(left)
+
+    def left(_: torch.Tensor) -> None:
+        live.logit_width = None
+
+    hooks.callback(head.register_forward_pre_hook(entered).remove)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The last linear layer: a language model's output embeddings, or a classifier's `score` or `classifier`."""
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if embeddings is not None:
+        return embeddings
+    last = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("score", "classifier") and isinstance(module, nn.Linear)
+    ]
+    return last[-1] if last else None
+
+
+@contextlib.contextmanager
+def _faked(model: nn.Module, mode: Any) -> Iterator[None]:
+    """Replace parameters and buffers by fake tensors for a while; tied ones stay tied."""
+    fakes: dict[int, torch.Tensor] = {}
+    originals = []
+    for module in model.modules():
+        for slot in (module._parameters, module._buffers):
+            originals += [(slot, name, tensor) for name, tensor in slot.items() if tensor is not None]
+    try:
+        for slot, name, tensor in originals:
+            if id(tensor) not in fakes:
+                fakes[id(tensor)] = _fake(mode, tensor)
+            slot[name] = fakes[id(tensor)]
+        yield
+    finally:
+        for slot, name, tensor in originals:
+            slot[name] = tensor
+
+
+def _fake(mode: Any, value: Any) -> Any:
+    """A tensor like `value`, on the CPU, without data; a parameter stays one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with mode:
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # tensors that are neither parameters nor buffers stay real and are faked where they are used
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """The state the Trainer puts a model in, undone afterwards: training, no key-value cache, checkpointing."""
+    checkpointing = gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
+    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    config = getattr(model, "config", None)
+    states = [(vars(module), name) for module in model.modules() for name in names if name in vars(module)]
+    states += [(vars(config), "use_cache")] if hasattr(config, "use_cache") else []
+    before = [(attributes, name, attributes[name]) for attributes, name in states]
+    try:
+        model.train()
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        if checkpointing:
+            # the random state of dropout has no bytes here, and fake tensors cannot set it
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value
+
+
+def reset_cuda_peak() -> None:
+    """Start a new measurement of the CUDA peak; nothing without CUDA."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def cuda_peak_bytes() -> int | None:
+    """Most bytes PyTorch had allocated on the current CUDA device since `reset_cuda_peak`; None without CUDA."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

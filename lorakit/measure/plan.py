@@ -1,0 +1,183 @@
+"""Will it fit? The predicted peak memory of one training step, from a model's configuration alone, against GPU sizes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.errors import ParameterError, require
+from lorakit.measure.live import KINDS
+from lorakit.measure.memory import predict_training_memory
+from lorakit.measure.optimizers import PREDICTABLE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+GIB = 2**30
+GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
+CONTEXT_GIB = 1.0  # assumed: CUDA context, cuBLAS workspaces
+FRAGMENTATION = 0.10  # assumed: the share of the peak that rounding and gaps in the allocator add
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS_OF_MODEL = ("causal", "masked", "classify")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training step to be: names as in a run's parameters; `batch` rows of `seq` tokens each."""
+
+    model: str
+    method: str = "lora"
+    batch: int = 4
+    seq: int = 512
+    dtype: str = "bf16"
+    precision: str = "fp32"
+    rank: int = 8
+    targets: str | list[str] = "all-linear"
+    optimizer: str = "adamw_torch"
+    kind: str | None = None  # None: causal for a decoder, classify for an encoder
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "batch", self.batch, "at least 1")
+        require(self.seq >= 1, "seq", self.seq, "at least 1")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "one of fp32, bf16, fp16")
+        require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
+        require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted bytes by kind with their sum "peak", the parameter counts, and where the configuration came from."""
+
+    memory: dict[str, int]
+    trainable: int
+    total: int
+    source: str
+
+
+def predict(plan: Plan) -> Prediction:
+    """Build on the meta device, attach, and run one step on fake tensors: no weights, no download of any.
+
+    Raises:
+        ParameterError: a value out of range, an unknown method or target, a sequence longer than the model takes.
+        AssetError: nothing is known of a model of this name.
+    """
+    from lorakit import adapters, models
+
+    require(plan.method in adapters.METHODS, "method", plan.method, f"one of {', '.join(adapters.METHODS)}")
+    described = models.describe(plan.model)
+    longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
+    require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")
+    kind = plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
+    model = adapters.attach(
+        build(described.config, kind, plan.dtype), plan.method, rank=plan.rank, target_modules=plan.targets
+    )
+    memory = predict_training_memory(
+        lambda: model,
+        lambda: make_batch(plan.batch, plan.seq, kind),
+        optimizer=plan.optimizer,
+        autocast=None if plan.precision == "fp32" else plan.precision,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        device="cuda",
+    )
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Prediction(memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source)
+
+
+def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
+    """The model of a configuration on the meta device."""
+    import transformers
+
+    from lorakit.models.loading import KINDS as AUTO_CLASSES
+
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # classifiers look for the last token that is not padding
+    auto = getattr(transformers, AUTO_CLASSES[kind])
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=DTYPES[dtype])
+    except ValueError:
+        raise ParameterError("kind", kind, f"not there for a {config.model_type} model") from None
+
+
+def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
+    """Inputs of the right shapes: (batch, seq) ids and mask; labels (batch,) for classify, else (batch, seq)."""
+    ids = torch.zeros(batch, seq, dtype=torch.long)
+    labels = torch.zeros(batch, dtype=torch.long) if kind == "classify" else ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def needed_bytes(peak: int) -> float:
+    """The predicted peak with the assumed margins on top."""
+    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
+
+
+def report(plan: Plan, prediction: Prediction) -> str:
+    """The two tables `lorakit plan` prints."""
+    return "\n\n".join([_head(plan, prediction), _by_kind(prediction.memory), _by_gpu(prediction.memory["peak"])])
+
+
+def _head(plan: Plan, prediction: Prediction) -> str:
+    rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
+    extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
+    autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
+    return (
+        f"{plan.model} ({prediction.source})\n"
+        f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {plan.dtype} weights{autocast}, "
+        f"{plan.optimizer}{extra}\n"
+        f"{prediction.trainable:,} of {prediction.total:,} parameters trained"
+    )
+
+
+def _by_kind(memory: Mapping[str, int]) -> str:
+    lines = [f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*KINDS, "peak")]
+    return "\n".join(["predicted, alive at the peak of one training step", *lines])
+
+
+def _by_gpu(peak: int) -> str:
+    needed = needed_bytes(peak)
+    lines = [
+        f"{size:4d} GB  {'fits' if needed <= size * 1e9 else 'does not fit':14s} {(size * 1e9 - needed) / GIB:+9.1f} GiB"
+        for size in GPU_SIZES_GB
+    ]
+    assumed = f"assumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation"
+    return "\n".join([f"{assumed}\npredicted need {needed / GIB:.1f} GiB; room on common GPUs", *lines])
+
+
+def parse(argv: list[str] | None) -> Plan:
+    """The command line; its names are those of `Plan`."""
+    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
+    for name, what in _OPTIONS.items():
+        default = getattr(Plan, name)
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, help=f"{what} (default {default})")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    if "," in given["targets"]:
+        given["targets"] = given["targets"].split(",")
+    return Plan(**given)
+
+
+_OPTIONS = {
+    "method": "what is trained",
+    "batch": "rows in a batch",
+    "seq": "tokens in a row",
+    "dtype": "of the frozen weights: fp32, bf16",
+    "precision": "of autocast: fp32 (none), bf16, fp16",
+    "rank": "of the adapters",
+    "targets": 'adapted layers: "all-linear", names with commas between, or a regular expression',
+    "optimizer": f"one of {', '.join(PREDICTABLE)}",
+    "kind": "causal, masked or classify; by the model's family where not given",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lorakit plan MODEL …`."""
+    plan = parse(argv)
+    print(report(plan, predict(plan)))
+    return 0

@@ -1,0 +1,96 @@
+"""Name -> transformers configuration without weights; well-known hub models have packaged dimensions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit import assets
+from lorakit.errors import AssetError, ParameterError
+from lorakit.models import sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PACKAGED = Path(__file__).parent.parent / "configs" / "models.json"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A configuration and where it came from, in words ("packaged dimensions" when it was not read from the model)."""
+
+    config: PreTrainedConfig
+    source: str
+
+
+def config(name: str) -> PreTrainedConfig:
+    """See `describe`."""
+    return describe(name).config
+
+
+def family(name: str) -> str:
+    """`encoder` (masked LM) or `decoder` (causal LM); needs no weights.
+
+    Raises:
+        AssetError: nothing is known about a model of this name.
+        ParameterError: it is neither.
+    """
+    return family_of(config(name))
+
+
+def describe(name: str) -> Described:
+    """Configuration of a model, from its files where they can be had, else packaged; downloads no weights.
+
+    Raises:
+        AssetError: the model cannot be had and its dimensions are not packaged.
+    """
+    if name in assets.ASSETS and not assets.path(name):
+        return _packaged(name)
+    try:
+        source = sources.resolve(name)
+    except AssetError as error:
+        if name in packaged_names():
+            return _packaged(name)
+        raise AssetError(f"{error}; packaged dimensions: {', '.join(packaged_names())}") from None
+    return Described(read_config(source), source.text)
+
+
+def read_config(source: sources.Source) -> PreTrainedConfig:
+    """Configuration of a model whose files were found."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AssetError(f"model={source.name!r}: config.json cannot be read: {' '.join(str(error).split())}") from None
+
+
+def packaged_names() -> list[str]:
+    """Hub ids and assets whose dimensions come with the package."""
+    return sorted(json.loads(PACKAGED.read_text(encoding="utf-8")))
+
+
+def _packaged(name: str) -> Described:
+    from transformers import AutoConfig
+
+    known: dict[str, dict[str, Any]] = json.loads(PACKAGED.read_text(encoding="utf-8"))
+    if name not in known:
+        raise ParameterError("model", name, f"has no configuration; packaged: {', '.join(sorted(known))}")
+    dimensions = dict(known[name])
+    return Described(AutoConfig.for_model(dimensions.pop("model_type"), **dimensions), "packaged dimensions")
+
+
+def family_of(configuration: PreTrainedConfig) -> str:
+    """`encoder` or `decoder`, by the heads transformers has for the architecture."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = configuration.model_type
+    if configuration.is_encoder_decoder:
+        raise ParameterError("model", kind, "is an encoder-decoder; must be an encoder or a decoder")
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    raise ParameterError("model", kind, "must be an architecture with a masked or a causal language-modelling head")

@@ -1,0 +1,169 @@
+"""Name -> weights with a head for the task; a new head depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.errors import AssetError, ParameterError, require
+from lorakit.models import sources
+from lorakit.models.configs import family_of, read_config
+from lorakit.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+KINDS = {
+    "classify": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+    "causal": "AutoModelForCausalLM",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
+ATTENTIONS = ("sdpa", "eager")
+ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, ImportError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for a task.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        tokenizer: fast, with a padding token.
+        source: where it was read from, in words.
+        fingerprint: sha256 over the files' hashes, or the hub's commit.
+        notes: what a reader must know to read its numbers right.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    source: str
+    fingerprint: str
+    notes: list[str]
+
+
+def load(
+    name: str,
+    kind: str,
+    *,
+    num_labels: int = 2,
+    dtype: str = "fp32",
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model by name (offline asset, toy, local folder, hub id) with the head that `kind` needs.
+
+    Args:
+        kind: classify | masked | causal.
+        num_labels: classes, for classify.
+        dtype: of the weights: fp32 | bf16 | auto (the checkpoint's own).
+        attention: sdpa | eager.
+        seed: of parameters the checkpoint does not have; torch's global generators stay as they are.
+
+    Raises:
+        ParameterError: a parameter out of range, or a kind this architecture does not have.
+        AssetError: the model cannot be had, or its files are damaged or lack layers.
+    """
+    require(kind in KINDS, "kind", kind, f"must be one of {', '.join(KINDS)}")
+    require(num_labels >= 2, "num_labels", num_labels, "must be at least 2")
+    require(dtype in DTYPES, "dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+    require(attention in ATTENTIONS, "attention", attention, f"must be one of {', '.join(ATTENTIONS)}")
+    source = sources.resolve(name)
+    _require_kind(name, kind, read_config(source))
+    if source.fingerprint is None:
+        raise AssetError(f"model={name!r}: the folder has no weights ({' or '.join(sources.WEIGHTS)})")
+    source = sources.download(source)
+    tokens = read_tokenizer(source)
+    labels = {"num_labels": num_labels} if kind == "classify" else {}
+    model, new = _read_weights(source, kind, seed, dtype=DTYPES[dtype], attn_implementation=attention, **labels)
+    _set_padding(model, tokens)
+    return LoadedModel(model, tokens, source.text, source.fingerprint, [*source.notes, *_notes(kind, new, seed)])
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The model's fast tokenizer, with a padding token (the end-of-text token where it has none of its own).
+
+    Raises:
+        AssetError: the model cannot be had, or has no tokenizer.
+    """
+    return read_tokenizer(sources.resolve(name))
+
+
+def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
+    """See `tokenizer`."""
+    if source.name in sources.TOYS:
+        from lorakit.tasks.toy import models
+
+        return models.tokenizer(source.name)
+    from transformers import AutoTokenizer
+
+    with _explained(source, "its tokenizer cannot be read"), quiet():
+        tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        if not tokens.is_fast:
+            raise ValueError("it is not a fast tokenizer (tokenizer.json)")
+    if tokens.pad_token is None:
+        if tokens.eos_token is None:
+            raise AssetError(f"model={source.name!r}: its tokenizer has neither a padding nor an end-of-text token")
+        tokens.pad_token = tokens.eos_token
+    return tokens
+
+
+def _require_kind(name: str, kind: str, configuration: Any) -> None:
+    wanted = {"masked": "encoder", "causal": "decoder"}.get(kind)
+    found = family_of(configuration)
+    if wanted and found != wanted:
+        raise ParameterError("kind", kind, f"needs an {wanted}; model={name!r} is an {found}".replace("an d", "a d"))
+
+
+def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
+    import transformers
+
+    auto = getattr(transformers, KINDS[kind])
+    with _explained(source, f"cannot be loaded as a {kind} model"), quiet(), _seeded(seed):
+        model, info = auto.from_pretrained(source.location, output_loading_info=True, **source.arguments, **options)
+    new = sorted(info["missing_keys"])
+    lost = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if lost:
+        raise AssetError(f"model={source.name!r}: the weights lack {len(lost)} parameters of the base, first {lost[0]}")
+    return model.eval(), new
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generator, which initialises new parameters, and put its state back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA too
+        yield
+
+
+@contextmanager
+def _explained(source: sources.Source, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (*ANY_FAILURE, SafetensorError) as error:
+        lines = " ".join(str(error).split())
+        raise AssetError(f"model={source.name!r} ({source.text}): {what}: {lines[:300]}") from None
+
+
+def _set_padding(model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> None:
+    for configuration in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        configuration.pad_token_id = tokens.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokens.pad_token_id
+
+
+def _notes(kind: str, new: list[str], seed: int) -> list[str]:
+    """What the checkpoint did not bring."""
+    if not new:
+        return []
+    heads = ", ".join(sorted({key.rsplit(".", 1)[0] for key in new}))
+    tied = "; its decoder is tied to the word embeddings" if kind == "masked" else ""
+    return [f"new, not pre-trained, initialised from seed {seed}: {heads}{tied}"]

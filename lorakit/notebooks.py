@@ -1,0 +1,250 @@
+"""Run a notebook with parameters: papermill on a private kernel, with everything checked before the first cell runs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.params import parse_override, read_files, resolve
+
+if TYPE_CHECKING:
+    from jupyter_client import AsyncKernelManager
+    from nbformat import NotebookNode
+
+# The one place that says which notebook runs a method.
+NOTEBOOKS = {"lora": "01_lora.ipynb", "head": "01_lora.ipynb", "full": "01_lora.ipynb"}
+
+FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
+PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
+RUN_METADATA = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info"
+LONGEST_SOCKET_FOLDER = 80  # a socket's path may have 107 bytes
+
+
+class NotebookFailed(LorakitError):
+    """A cell raised, or the run was interrupted; what was executed so far is kept in `output`."""
+
+    def __init__(self, reason: str, output: Path):
+        super().__init__(f"{reason}; executed notebook: {output}")
+        self.output = output
+
+
+def run_notebook(
+    notebook: str | Path, output: str | Path, params: dict[str, Any] | None = None, *, progress: bool = True
+) -> Path:
+    """Execute `notebook` in its own folder with `params` and write it, outputs included, to `output`.
+
+    Args:
+        notebook: has one cell tagged `parameters`.
+        output: written after every cell, so that a failed or killed run leaves what it did.
+        params: overrides of the parameters cell.
+        progress: pass on what the notebook prints while it works.
+
+    Raises:
+        ParameterError: before anything is executed or written.
+        NotebookFailed: a cell raised, or Ctrl-C or SIGTERM came; the kernel was interrupted, not killed.
+    """
+    notebook, output = Path(notebook).resolve(), Path(output).resolve()
+    require(notebook != output, "output", str(output), "must not be the notebook itself")
+    given = checked(notebook, params or {})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _private_folder() as folder, _kernel(notebook.parent, folder, progress) as kernel:
+        _execute(notebook, output, given, kernel, progress)
+    return output
+
+
+def parameters(notebook: str | Path) -> dict[str, Any]:
+    """Names and defaults in the notebook's parameters cell.
+
+    Raises:
+        ParameterError: there is no notebook, no such cell, or a line is not `name = literal`.
+    """
+    cells = [cell for cell in _read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    require(len(cells) == 1, "notebook", str(notebook), f"must have one cell tagged 'parameters', has {len(cells)}")
+    found = {}
+    for statement in ast.parse(cells[0].source).body:
+        try:
+            (target,) = statement.targets
+            found[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError):
+            line = ast.unparse(statement)
+            raise ParameterError("notebook", str(notebook), f"parameters must be bare literals, not {line!r}") from None
+    return found
+
+
+def checked(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """`given` as the notebook takes it: known to it, valid, and of its parameters' own types.
+
+    Raises:
+        ParameterError: naming the first offending parameter.
+    """
+    defaults = parameters(notebook)
+    unknown = f"unknown parameter of {Path(notebook).name}; known are {', '.join(defaults)}"
+    for name, value in given.items():
+        require(name in defaults, name, value, unknown)
+    resolved = resolve(defaults | given)
+    return {name: getattr(resolved, name) for name in given}
+
+
+def _read(notebook: str | Path) -> NotebookNode:
+    import nbformat
+
+    require(Path(notebook).is_file(), "notebook", str(notebook), "no such file")
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except Exception as error:
+        raise ParameterError("notebook", str(notebook), f"not a notebook: {error}") from None
+
+
+def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
+    import papermill
+
+    stopping = threading.Event()
+
+    def stop_between_cells(**_: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+
+    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
+    try:
+        with _interrupting(kernel, stopping):
+            papermill.execute_notebook(
+                notebook,
+                output,
+                given,
+                kernel_name="python3",
+                cwd=notebook.parent,
+                progress_bar=False,
+                km=kernel,
+                on_cell_start=stop_between_cells,
+                **streams,
+            )
+    except papermill.PapermillExecutionError as error:
+        raise NotebookFailed(f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}", output) from None
+    except KeyboardInterrupt:
+        raise NotebookFailed("interrupted", output) from None
+    except RuntimeError as error:  # nbclient's DeadKernelError is one
+        raise NotebookFailed(f"the kernel died (out of memory?): {error}", output) from None
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this run's own with a path short enough for sockets."""
+    place = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="lorakit-", dir=place) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[AsyncKernelManager]:
+    """A kernel that talks over files in `folder`: parallel kernels on TCP race for ports."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
+    kernel = AsyncKernelManager(
+        kernel_name="python3", transport="ipc", ip=str(folder / "ipc"), connection_file=str(folder / "kernel.json")
+    )
+    environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if progress:
+        environment["LORAKIT_PROGRESS"] = "plain"  # lines reach the terminal, a notebook's widgets would not
+    run_sync(kernel.start_kernel)(cwd=str(cwd), env=environment)
+    try:
+        yield kernel
+    finally:
+        run_sync(kernel.shutdown_kernel)(now=True)
+
+
+@contextlib.contextmanager
+def _interrupting(kernel: AsyncKernelManager, stopping: threading.Event) -> Iterator[None]:
+    """Pass Ctrl-C and SIGTERM on to the kernel, which has a session of its own, so that the run can end in order."""
+
+    def interrupt(number: int, frame: object) -> None:
+        if stopping.is_set():  # the second time: at once
+            raise KeyboardInterrupt
+        stopping.set()
+        print("interrupted: waiting for the notebook to finish its record", file=sys.stderr, flush=True)
+        os.kill(kernel.provisioner.pid, signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def regenerate(notebook: str | Path) -> None:
+    """Run `notebook` with its defaults and keep its outputs, nothing that differs from run to run."""
+    notebook = Path(notebook)
+    with tempfile.TemporaryDirectory() as folder:
+        executed = run_notebook(notebook, Path(folder) / notebook.name, progress=False)
+        strip = ["--keep-output", "--keep-count", "--extra-keys", RUN_METADATA]
+        subprocess.run([sys.executable, "-m", "nbstripout", *strip, str(executed)], check=True)
+        shutil.copyfile(executed, notebook)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lorakit run`. Exit status: 0 done, 1 the notebook failed or its run did not finish, 2 bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.regenerate:
+            for notebook in arguments.notebooks:
+                print(notebook, flush=True)
+                regenerate(notebook)
+            return 0
+        require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
+        return _run(arguments)
+    except NotebookFailed as error:
+        print(f"lorakit run: {error}", file=sys.stderr)
+        return 1
+    except LorakitError as error:
+        print(f"lorakit run: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    params = read_files(arguments.files) | dict(map(parse_override, arguments.pairs))
+    params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
+    (notebook,) = arguments.notebooks
+    output = arguments.output or f"{Path(notebook).stem}.executed.ipynb"
+    print(f"executed notebook: {run_notebook(notebook, output, params)}")
+    return _report(params["record"]) if params.get("record") else 0
+
+
+def _report(path: str) -> int:
+    """1 when the notebook came to its end but the run it made did not."""
+    from lorakit import records
+
+    record = records.read(path)
+    print(f"record: {path} ({record.status})")
+    if record.status not in FINISHED:
+        print(f"lorakit run: {record.status}: {record.message}", file=sys.stderr)
+    return 0 if record.status in FINISHED else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorakit run", description="Run a notebook with parameters.")
+    parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
+    parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
+    parser.add_argument("-p", dest="pairs", action="append", default=[], metavar="NAME=VALUE", help="wins over files")
+    parser.add_argument("--output", help="the executed notebook (default: NAME.executed.ipynb here)")
+    parser.add_argument("--regenerate", action="store_true", help="run the notebooks in place with their defaults")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Every parameter of a run, its type and its default: the defaults are the toy run that ends in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorakit.errors import LorakitError, ParameterError
+
+BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
+
+
+class Params(BaseModel):
+    """What a run is told. Notebook parameter cells, params files and `lorakit train` all speak these names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    # which run this is
+    setting: str = "toy"
+    method: str = "lora"  # lora | head (head only) | full (everything)
+    seed: int = Field(0, ge=0)
+    record: str = ""  # file the record is written to; empty: none is written
+    run_dir: str = ""  # folder for checkpoints and the adapter; empty: none is kept
+    resume: bool = True  # go on from the newest checkpoint in run_dir
+
+    # model and data
+    model: str = "toy-encoder"
+    task: str = "toy-reviews"
+    data_dir: str = ""  # folder with the task's files; empty: LORAKIT_DATA, else the hub or the package
+    max_length: int = Field(96, ge=2)  # tokens a sequence may have
+    max_train: int = Field(0, ge=0)  # rows; 0: all
+    max_validation: int = Field(0, ge=0)
+    max_test: int = Field(0, ge=0)
+    packing: bool = False  # chat tasks: several conversations a row, never attending across them
+    group_by_length: bool = False
+
+    # what is trained
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"  # names, a regex, or "all-linear"
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    rslora: bool = False
+
+    # training
+    learning_rate: float = Field(2.0e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    budget: float = Field(60, ge=1)
+    budget_unit: BudgetUnit = "accepted_steps"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the budget
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: str = "adamw_torch"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; weights stay as loaded
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"  # of the loaded weights
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+    tf32: bool = False
+    report_to: str = "none"  # comma-separated: tensorboard, wandb, trackio, …
+
+    # evaluation and records
+    evaluations: int = Field(6, ge=1)  # on validation data, spread evenly over the budget
+    eval_batch_size: int = Field(64, ge=1)
+    select: Literal["last", "best"] = "last"  # the final model; best: by validation loss, never by test
+    exact_match_rows: int = Field(0, ge=0)  # chat tasks: GSM8K-style answers generated at the end
+    save_steps: int = Field(0, ge=0)  # steps between checkpoints; 0: none
+    latency_repeats: int = Field(10, ge=0)  # inference timings; 0: none
+    predict_memory: bool = True
+
+    # learning-rate search (`lorakit search`)
+    search_rates: list[float] = []
+    search_budget: float = Field(20, ge=1)
+
+
+def resolve(given: dict[str, Any]) -> Params:
+    """Validate `given`, filling in defaults.
+
+    Raises:
+        ParameterError: naming the first offending key, its value and what is allowed.
+    """
+    try:
+        return Params(**given)
+    except ValidationError as error:
+        raise _explained(error.errors()[0], given) from None
+
+
+def _explained(problem: dict[str, Any], given: dict[str, Any]) -> ParameterError:
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return ParameterError(name, given[name], f"unknown parameter; known are {', '.join(Params.model_fields)}")
+    value, allowed = given.get(name), problem["msg"]
+    if isinstance(value, str) and _is_number(value):
+        allowed += f"; it is a string: YAML reads 1e-4 as text, write {float(value):.1e} with a dot and no quotes"
+    return ParameterError(name, value, allowed)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def collect(namespace: dict[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's `globals()`, for `lorakit.run`."""
+    return {name: namespace[name] for name in Params.model_fields if name in namespace}
+
+
+def read_files(paths: list[str | Path]) -> dict[str, Any]:
+    """Merge YAML params files, later files winning.
+
+    Raises:
+        ParameterError: a file is missing or is not a mapping of names to values.
+    """
+    import yaml
+
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ParameterError("-f", str(path), "no such params file")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values or {}, dict):
+            raise ParameterError("-f", str(path), "must be a mapping of parameter names to values")
+        merged |= values or {}
+    return merged
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`name=value` as typed after `-p`; the value is read as YAML, so types are the parameter's own."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ParameterError("-p", text, "must be name=value")
+    return name, yaml.safe_load(value) if value else ""

@@ -1,0 +1,29 @@
+"""LoRA from scratch: the layer, a transformer that carries it, and a trainer, each small enough to read in one go."""
+
+from __future__ import annotations
+
+from lorakit.scratch.attention import SelfAttention
+from lorakit.scratch.cli import main
+from lorakit.scratch.compare import Comparison, Settings, compare
+from lorakit.scratch.layer import LoRALinear
+from lorakit.scratch.loop import DivergedError, evaluate, pretrain
+from lorakit.scratch.text import VOCAB_SIZE, byte_loader, byte_rows
+from lorakit.scratch.trainer import LoRATrainer
+from lorakit.scratch.transformer import LoRATransformer
+
+__all__ = [
+    "VOCAB_SIZE",
+    "Comparison",
+    "DivergedError",
+    "LoRALinear",
+    "LoRATrainer",
+    "LoRATransformer",
+    "SelfAttention",
+    "Settings",
+    "byte_loader",
+    "byte_rows",
+    "compare",
+    "evaluate",
+    "main",
+    "pretrain",
+]

@@ -1,0 +1,137 @@
+"""`lorakit scratch`: LoRA on a pretrained base against LoRA on a random one, as options, a table and a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import NoReturn
+
+from lorakit.errors import LorakitError, require
+from lorakit.scratch.compare import Comparison, Settings, compare
+from lorakit.scratch.loop import DivergedError
+from lorakit.scratch.trainer import LoRATrainer
+
+DESCRIPTION = """Pretrain a small byte-level transformer on toy stories, freeze it, and fine-tune LoRA on toy reviews;
+then the same LoRA on the base as it was before pretraining. Prints the validation losses on reviews."""
+HELP = {
+    "lora_r": "rank of the updates",
+    "lora_alpha": "updates are scaled by lora_alpha / lora_r",
+    "epochs": "passes of LoRA over the reviews",
+    "learning_rate": "of LoRA",
+    "batch_size": "rows a step",
+    "pretrain_epochs": "passes over the stories, all weights trained",
+    "pretrain_learning_rate": "of pretraining",
+    "d_model": "width",
+    "num_heads": "attention heads",
+    "num_layers": "layers",
+    "length": "bytes a row",
+    "texts": "stories, and reviews, to train on",
+    "seed": "of weights, text and order",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are this package's errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LorakitError(message)
+
+
+def parser() -> Parser:
+    """The options: one for each field of `Settings`, and --output."""
+    options = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in fields(Settings):
+        options.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=HELP[field.name])
+    options.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison. Exit status: 0 done, 1 training diverged, 2 bad argument."""
+    try:
+        options = vars(parser().parse_args(argv))
+        output = options.pop("output")
+        if output:
+            _check_output(output)
+        result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
+        print(table(result))
+        if output:
+            write_folder(output, lambda folder: save(result, folder))
+            print(f"\nwritten to {output}")
+    except LorakitError as error:
+        print(f"lorakit scratch: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DivergedError) else 2
+    return 0
+
+
+def table(result: Comparison) -> str:
+    """The losses and parameter counts, for a terminal."""
+    pretrained, random = result.pretrained, result.random
+    stats = pretrained.model.get_parameter_stats()
+    rows = [
+        ("random base", random.initial_val_loss),
+        ("LoRA on random base", random.history["val_loss"][-1]),
+        ("pretrained base", pretrained.initial_val_loss),
+        ("LoRA on pretrained base", pretrained.history["val_loss"][-1]),
+    ]
+    lines = [f"{'reviews':26s} validation loss (nats per byte)", *(f"{name:26s} {loss:.3f}" for name, loss in rows)]
+    lines += ["", *(f"{name:26s} {stats[name]:,}" for name in ("total", "trainable"))]
+    return "\n".join([*lines, f"{'reduction_factor':26s} {stats['reduction_factor']:.1f}"])
+
+
+def _check_output(output: Path) -> None:
+    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
+
+
+def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `output` with what `fill` writes into it, whole or not at all."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        try:
+            fill(folder)
+            folder.chmod(0o755)
+            if output.exists():
+                output.rmdir()  # fails unless empty
+            os.replace(folder, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise LorakitError(f"output={str(output)!r}: cannot be written: {error.strerror}") from None
+
+
+def save(result: Comparison, folder: Path) -> None:
+    """Write config.json (arguments of LoRATransformer), base and adapter (together its state_dict), history and figure."""
+    from safetensors.torch import save_file
+
+    from lorakit import style
+
+    model = result.pretrained.model
+    save_file(model.base_state_dict(), folder / "base.safetensors")
+    save_file(model.lora_state_dict(), folder / "adapter.safetensors")
+    _write_json(folder / "config.json", result.settings.model_arguments())
+    histories = {"pretrained": _history(result.pretrained), "random": _history(result.random)}
+    _write_json(
+        folder / "history.json",
+        {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss, **histories},
+    )
+    style.save(result.pretrained.plot_training_history(), folder / "history.png")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors gives its files to their owner only
+
+
+def _history(trainer: LoRATrainer) -> dict[str, object]:
+    stats = trainer.model.get_parameter_stats()
+    return {"initial_val_loss": trainer.initial_val_loss, **trainer.history, "parameters": stats}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,123 @@
+"""LoRA's layer: h = W0 x + b + (alpha/r) B A x, with W0 and b frozen, A (r, d_in) and B (d_out, r) trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import ParameterError, require
+
+
+class LoRALinear(nn.Linear):
+    """A drop-in for `nn.Linear` whose frozen weight learns a rank-`r` update (Hu et al. 2021, arXiv:2106.09685).
+
+    A starts Kaiming-uniform and B at zero, as in the authors' loralib and in PEFT, so a new layer computes what
+    `nn.Linear` computes. The parameters `weight` (out, in) and `bias` (out) keep `nn.Linear`'s names.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `nn.Linear`'s.
+        r: rank of the update, at least 1.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: chance that an input of the update (not of W0) is dropped while training.
+
+    Raises:
+        ParameterError: r < 1, lora_alpha <= 0 or lora_dropout outside [0, 1).
+    """
+
+    base_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        require(isinstance(r, int) and not isinstance(r, bool) and r >= 1, "r", r, "must be an integer >= 1")
+        require(0 < lora_alpha < math.inf, "lora_alpha", lora_alpha, "must be a number > 0")
+        require(0 <= lora_dropout < 1, "lora_dropout", lora_dropout, "must be in [0, 1)")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
+        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        # W0 as it was while the update is merged into `weight`: subtracting B A again would not give its bits back
+        self.register_buffer("base_weight", None, persistent=False)
+        self.reset_lora()
+        self.freeze_base()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 16.0, lora_dropout: float = 0.0
+    ) -> LoRALinear:
+        """A LoRALinear with a copy of `linear`'s weight and bias."""
+        weight, bias = linear.weight, linear.bias is not None
+        sizes = linear.in_features, linear.out_features
+        layer = cls(*sizes, r, lora_alpha, lora_dropout, bias=bias, device=weight.device, dtype=weight.dtype)
+        layer.load_state_dict(linear.state_dict(), strict=False)
+        return layer
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W0 + delta (inference at `nn.Linear`'s cost) or W0."""
+        return self.base_weight is not None
+
+    def reset_lora(self) -> None:
+        """Start the update afresh at zero."""
+        self._refuse_if_merged("resetting")
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def freeze_base(self) -> None:
+        """Train A and B only."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("lora_"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        h = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return h
+        return h + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """The update (alpha/r) B A, (out_features, in_features), of rank r at most."""
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to `weight`, keeping a copy of W0; merging twice is merging once."""
+        if not self.merged:
+            self.base_weight = self.weight.clone()
+            self.weight += self.delta_weight()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give W0 back, bit for bit."""
+        if self.merged:
+            self.weight.copy_(self.base_weight)
+            self.base_weight = None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, merged={self.merged}"
+
+    def _refuse_if_merged(self, doing: str) -> None:
+        if self.merged:
+            raise ParameterError("merged", True, f"unmerge() before {doing}: `weight` holds the update already")
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_if_merged("saving")  # a reader would add B A a second time
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_if_merged("loading")
+        super()._load_from_state_dict(*args, **kwargs)

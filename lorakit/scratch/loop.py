@@ -1,0 +1,135 @@
+"""One loop trains a base (all its weights) and then LoRA on it (only A and B): AdamW, linear warm-up and decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import LorakitError, require
+from lorakit.scratch.transformer import LoRATransformer
+
+WARMUP = 0.05  # share of the steps
+MAX_GRAD_NORM = 1.0
+
+
+class DivergedError(LorakitError):
+    """The loss is no longer a finite number."""
+
+
+class Loader(Sized, Iterable[tuple[Tensor, ...]], Protocol):
+    """Batches of (input_ids, labels) or (input_ids, labels, attention_mask), each (B, T).
+
+    labels[b, t] is the target of the logits at t (already shifted, for a causal model); -100 is no target.
+    """
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor on the learning rate at `step` of 0 … steps - 1: up over the first 5 %, then down towards zero.
+
+    A function of the step alone: a schedule rebuilt from the last rate would shrink with every resumed training.
+    """
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+
+
+def summed_loss(model: LoRATransformer, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    """Cross-entropy summed over a batch's targets, in nats, and the number of targets."""
+    device = model.embedding.weight.device
+    input_ids, labels, *attention_mask = (tensor.to(device) for tensor in batch)
+    logits = model(input_ids, *attention_mask)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss, int((labels != -100).sum())
+
+
+@torch.no_grad()
+def evaluate(model: LoRATransformer, loader: Loader) -> float:
+    """Mean cross-entropy in nats per target token over the whole loader; the model's mode is left as it was.
+
+    Raises:
+        ParameterError: the loader holds no targets.
+    """
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for batch in loader:
+        loss, targets = summed_loss(model, batch)
+        total, count = total + loss.item(), count + targets
+    model.train(training)
+    require(count > 0, "loader", count, "must hold at least one target")
+    return total / count
+
+
+def check_rate(learning_rate: float) -> None:
+    """Refuse a learning rate that is not a positive number."""
+    require(0 < learning_rate < math.inf, "learning_rate", learning_rate, "must be a number > 0")
+
+
+class Loop:
+    """Epochs of AdamW over the parameters that require a gradient."""
+
+    def __init__(self, model: LoRATransformer, loader: Loader, learning_rate: float, epochs: int):
+        check_rate(learning_rate)
+        require(isinstance(epochs, int) and epochs >= 1, "epochs", epochs, "must be an integer >= 1")
+        require(len(loader) >= 1, "train_loader", len(loader), "must hold at least one batch")
+        self.model, self.loader, self.learning_rate = model, loader, learning_rate
+        self.step, self.steps = 0, epochs * len(loader)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+
+    def epoch(self) -> tuple[float, int]:
+        """One pass: the mean training loss (nats per target) and the number of targets.
+
+        Raises:
+            DivergedError: the loss is no longer a finite number.
+        """
+        self.model.train()
+        total, count = 0.0, 0
+        for batch in self.loader:
+            loss, targets = summed_loss(self.model, batch)
+            if not loss.isfinite():
+                raise DivergedError(f"loss is {loss.item()} at step {self.step + 1}: lower learning_rate")
+            self._update(loss / max(targets, 1))
+            total, count = total + loss.item(), count + targets
+        require(count > 0, "train_loader", count, "must hold at least one target")
+        return total / count, count
+
+    def _update(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate(self.step, self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.step += 1
+
+
+def pretrain(
+    model: LoRATransformer,
+    loader: Loader,
+    epochs: int,
+    learning_rate: float = 3e-3,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[float]:
+    """Train every weight of the base and no LoRA factor, then freeze the base.
+
+    Args:
+        log: told one line per epoch.
+
+    Returns:
+        The mean training loss of each epoch, in nats per token.
+
+    Raises:
+        ParameterError: epochs, learning_rate or the loader leaves nothing to do.
+        DivergedError: the loss is no longer a finite number.
+    """
+    model.configure_pretraining()
+    loop, losses = Loop(model, loader, learning_rate, epochs), []
+    for epoch in range(epochs):
+        losses.append(loop.epoch()[0])
+        log(f"pretraining, epoch {epoch + 1} of {epochs}: training loss {losses[-1]:.3f}")
+    model.configure_lora_training()
+    return losses

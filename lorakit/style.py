@@ -1,0 +1,195 @@
+"""One look for every figure: the same size, fonts and, for a method, the same colour, marker and dash everywhere."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lorakit.errors import ParameterError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
+SCREEN_DPI, PRINT_DPI = 120, 200
+
+RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to tell the dashes apart
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.88",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+# Okabe & Ito's colours for all kinds of colour vision, but yellow, which paper swallows; then two of Paul Tol's.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#777777")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+class Look(NamedTuple):
+    """How one method is drawn; in grey print `marker` and `dash` together still name it."""
+
+    label: str
+    color: str
+    marker: str
+    dash: Any
+
+
+def _look(label: str, place: int) -> Look:
+    """The look at `place`: neighbours differ in colour, marker and dash; no two of `PLACES` share marker and dash."""
+    return Look(label, COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
+
+
+_LABELS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "head": "head only",
+    "sparse": "Sparse LoRA",
+    "hira": "HiRA",
+    "qlora": "QLoRA",
+    "skip": "SkipLoRA",
+    "slora": "SLoRA",
+    "flora": "FLoRA",
+    "random": "random",
+}
+METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}
+PLACES = len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor
+
+
+def order(methods: Iterable[str]) -> list[str]:
+    """Distinct methods, known ones first in the registry's order, then by name."""
+    known = list(METHODS)
+    return sorted(set(methods), key=lambda name: (known.index(name) if name in METHODS else len(known), name))
+
+
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A distinct look for each method. A name outside the registry takes a place by its hash, so it keeps its look."""
+    chosen: dict[str, Look] = {}
+    for name in order(methods):
+        chosen[name] = METHODS[name] if name in METHODS else _free_look(name, chosen)
+    return chosen
+
+
+def _free_look(name: str, chosen: dict[str, Look]) -> Look:
+    taken = {(look.marker, look.dash) for look in (*METHODS.values(), *chosen.values())}
+    start = zlib.crc32(name.encode()) % PLACES
+    candidates = [_look(name, (start + shift) % PLACES) for shift in range(PLACES)]
+    return next((look for look in candidates if (look.marker, look.dash) not in taken), candidates[0])
+
+
+def wrapped(text: str, width: int) -> str:
+    """`text` in lines of at most `width` characters, so that no name runs out of the figure."""
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+def figure(height: float) -> Figure:
+    """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
+
+    IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    new = Figure(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
+    FigureCanvasAgg(new)
+    new._repr_png_ = partial(_png, new)  # type: ignore[attr-defined]
+    return new
+
+
+def legend(drawn: Figure, handles: list[Any], labels: list[str], title: str | None = None, at: str = "lower") -> None:
+    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it."""
+    labels = [wrapped(label, 70) for label in labels]
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+    columns = max(1, min(len(labels), 122 // (longest + 13)))
+    lines = sum(label.count("\n") + 1 for label in labels) / columns + (title is not None)
+    drawn.set_figheight(drawn.get_figheight() + 0.17 * math.ceil(lines))
+    drawn.legend(handles, labels, loc=f"outside {at} center", ncols=columns, title=title)
+
+
+def rows_height(methods: Iterable[str]) -> float:
+    """Inches that a row per method takes, when each is as high as the longest name needs."""
+    names = [look.label for look in looks(methods).values()]
+    lines = max(wrapped(name, 28).count("\n") + 1 for name in names)
+    return len(names) * max(0.34, 0.15 * lines + 0.1)
+
+
+def list_methods(ax: Axes, methods: list[str]) -> None:
+    """Methods down the y axis, the first on top, long names in several lines."""
+    names = [wrapped(look.label, 28) for look in looks(methods).values()]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+
+
+def shades(count: int) -> list[Any]:
+    """Dark to light: told apart by lightness alone, in grey print and by every kind of colour vision."""
+    import matplotlib
+
+    steps = max(1, count - 1)
+    return [matplotlib.colormaps["cividis"](0.05 + 0.9 * place / steps) for place in range(count)]
+
+
+def context() -> Any:
+    """Apply the style for the duration of a `with` block, leaving the reader's own settings as they are."""
+    import matplotlib
+
+    # "backend" stays out: reading or setting it would load pyplot
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    return matplotlib.rc_context({**defaults, **RC})
+
+
+def _png(drawn: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with context():
+        drawn.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save(drawn: Figure, path: str | Path) -> Path:
+    """Write a figure for print, whole or not at all; the format follows the file's ending.
+
+    Raises:
+        ParameterError: the ending is none that can be drawn.
+    """
+    path = Path(path)
+    known = drawn.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise ParameterError("figure", str(path), f"must end in one of {', '.join(sorted(known))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        with context():
+            drawn.savefig(temporary, dpi=PRINT_DPI)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,109 @@
+"""Exact match on GSM8K-style answers: generate greedily, compare the number after `####`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.errors import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """The number after the first `####`, without commas, currency sign or trailing zeros; None where there is none."""
+    found = ANSWER.search(text)
+    if found is None:
+        return None
+    number = (found[1] + found[2]).replace(",", "").replace("--", "-")
+    return _plain(number)
+
+
+def _plain(number: str) -> str:
+    """18.00 -> 18, 007 -> 7, -0 -> 0."""
+    sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
+    whole, _, fraction = digits.partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    plain = f"{whole}.{fraction}" if fraction else whole
+    return plain if plain == "0" else sign + plain
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[tuple[str, str]],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+) -> float:
+    """Share of rows whose generated answer has the reference's number.
+
+    Args:
+        rows: (prompt text up to the model's turn, reference answer with `#### N`), from `Task.answer_rows`.
+
+    Raises:
+        ParameterError: there are no rows.
+    """
+    require(len(rows) > 0, "exact_match_rows", len(rows), "the task has no test rows with a GSM8K-style answer; set 0")
+    right = 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        texts = generate(model, tokenizer, [prompt for prompt, _ in batch], max_new_tokens)
+        right += sum(matches(text, answer) for text, (_, answer) in zip(texts, batch, strict=True))
+    return right / len(rows)
+
+
+def matches(text: str, answer: str) -> bool:
+    found = gsm8k_answer(text)
+    return found is not None and found == gsm8k_answer(answer)
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of prompts of any lengths, one batch, padded on the left; each ends before <end_of_turn>."""
+    encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    inputs = _left_padded([start + ids for ids in encoded], tokenizer.pad_token_id)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    training = model.training
+    model.eval()
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_ids(tokenizer),
+    )
+    model.train(training)
+    new = output[:, inputs["input_ids"].shape[1] :].cpu()
+    texts = tokenizer.batch_decode(new, skip_special_tokens=False)
+    return [_ended(text, tokenizer) for text in texts]
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+    """End of text, and <end_of_turn> where the tokenizer has it as one token."""
+    turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
+    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return [*stops, *(turn if len(turn) == 1 else [])] or None
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    for end in ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token):
+        text = text.split(end)[0] if end else text
+    return text
+
+
+def _left_padded(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,106 @@
+"""Files to rows, line by line; a malformed row is an error naming the file, the line and what was expected."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DataError
+
+Line = tuple[int, Any]  # line number from 1, content
+
+
+def bad_row(path: Path, line: int, expected: str, found: object) -> DataError:
+    shown = repr(found)
+    return DataError(
+        f"{path}, line {line}: expected {expected}; found {shown[:97] + '...' if len(shown) > 100 else shown}"
+    )
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a UTF-8 file (with or without byte-order mark) without their line end.
+
+    Only LF and CRLF end a line: real text has other separators inside its lines.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise bad_row(path, number, "UTF-8 text", raw) from None
+            yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a tab-separated file without quoting; with `header`, its first line must be `columns`."""
+    shape = f"{len(columns)} tab-separated columns {', '.join(columns)}"
+    for number, text in lines(path):
+        values = text.split("\t")
+        if header and number == 1:
+            if values != list(columns):
+                raise bad_row(path, number, f"a header line with {shape}", text)
+        elif len(values) != len(columns):
+            raise bad_row(path, number, shape, text)
+        else:
+            yield number, values
+
+
+def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a comma-separated file with quoting whose header line is `columns`; the number is the row's last line."""
+    shape = f"{len(columns)} comma-separated columns {', '.join(columns)}"
+    text = (line + "\n" for _, line in lines(path))
+    rows = csv.reader(text, strict=True)
+    try:
+        for index, values in enumerate(rows):
+            if index == 0 and values != list(columns):
+                raise bad_row(path, rows.line_num, f"a header line with {shape}", values)
+            if index and len(values) != len(columns):
+                raise bad_row(path, rows.line_num, shape, values)
+            if index:
+                yield rows.line_num, values
+    except csv.Error as error:
+        raise bad_row(path, rows.line_num, shape, str(error)) from None
+
+
+def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Values of a file with one JSON value a line; blank lines are skipped."""
+    for number, text in lines(path):
+        if text.strip():
+            try:
+                yield number, json.loads(text)
+            except json.JSONDecodeError:
+                raise bad_row(path, number, "one JSON value", text) from None
+
+
+def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a Parquet file as {column: value}, numbered from 1.
+
+    Raises:
+        DataError: not a Parquet file, or a column is missing.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file = ParquetFile(path)
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise DataError(
+                f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(file.schema_arrow.names)}"
+            )
+        number = 0
+        for batch in file.iter_batches(columns=list(columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file: {error}") from None
+
+
+def class_of(value: object, path: Path, line: int) -> int:
+    """A binary label, 0 or 1, written as a number or a digit."""
+    if str(value) not in ("0", "1"):
+        raise bad_row(path, line, "label 0 or 1", value)
+    return int(str(value))

@@ -1,0 +1,49 @@
+"""What the toy world says: reviews with a sentiment, stories, chats; the same seed always writes the same text.
+
+Every function draws from one `random.Random(seed)` row by row: a larger count extends a smaller one, on any platform.
+"""
+
+from __future__ import annotations
+
+import random
+
+from lorakit.errors import require
+from lorakit.tasks.toy.chat_grammar import chat
+from lorakit.tasks.toy.review_grammar import review
+from lorakit.tasks.toy.story_grammar import story
+
+SPLITS = ("pretrain", "heldout", "train", "validation", "test")
+
+
+def split_seed(split: str, seed: int = 0) -> int:
+    """A seed of its own for every (split, seed): no two splits ever share a stream.
+
+    `pretrain` and `heldout` belong to `scripts/pretrain_toy.py`, the others to the toy tasks.
+
+    Raises:
+        ParameterError: `split` is not in `SPLITS`, or `seed` is negative.
+    """
+    require(split in SPLITS, "split", split, f"must be one of {', '.join(SPLITS)}")
+    require(seed >= 0, "seed", seed, "must be 0 or more")
+    return seed * len(SPLITS) + SPLITS.index(split)
+
+
+def reviews(count: int, seed: int) -> list[tuple[str, int]]:
+    """`count` reviews as (text, label), label 1 positive and 0 negative; every pair of rows holds one of each."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        first = rng.choice((0, 1))
+        rows += [review(rng, first), review(rng, 1 - first)]
+    return rows[:count]
+
+
+def stories(count: int, seed: int) -> list[str]:
+    """`count` stories of 3 to 6 sentences about one object, who holds it and where."""
+    rng = random.Random(seed)
+    return [story(rng) for _ in range(count)]
+
+
+def chats(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked."""
+    rng = random.Random(seed)
+    return [chat(rng) for _ in range(count)]

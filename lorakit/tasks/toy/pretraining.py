@@ -1,0 +1,98 @@
+"""What the toy models were pre-trained to guess: masked words (encoder) or the next byte (decoder), never a label.
+
+The training loop is `scripts/pretrain_toy.py`; here are its texts, its batches and the loss on held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.tasks.toy.grammar import chats, reviews, split_seed, stories
+from lorakit.tasks.toy.models import folder, tokenizer
+from lorakit.tasks.toy.review_grammar import OPINION_WORDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+MASK_OPINION, MASK_OTHER = 0.4, 0.1  # chance that a word is hidden
+HIDDEN = 0.9  # of the chosen words; the others stay readable and are guessed all the same
+IGNORED = -100
+HELDOUT_ROWS = 256
+KINDS = {"toy-encoder": ("reviews", "reviews", "reviews", "stories"), "toy-decoder": ("stories", "reviews", "chats")}
+
+Batch = dict[str, torch.Tensor]
+_tokenizer = cache(tokenizer)
+
+
+def texts(kind: str, count: int, seed: int) -> list[str]:
+    """Unlabelled text: "reviews", "stories" or "chats" (in turn format, without the leading <bos>)."""
+    if kind == "reviews":
+        return [text for text, _ in reviews(count, seed)]
+    if kind == "stories":
+        return stories(count, seed)
+    template = _tokenizer("toy-decoder")
+    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed))
+    return [text.removeprefix("<bos>") for text in rendered]
+
+
+def masked_words(text: str, rng: random.Random) -> list[tuple[int, int, bool]]:
+    """(first byte, end, hidden) of each word to be guessed; words, not bytes, so that spelling gives nothing away."""
+    chosen = []
+    for word in re.finditer(r"[A-Za-z']+", text):
+        if rng.random() < (MASK_OPINION if word.group() in OPINION_WORDS else MASK_OTHER):
+            chosen.append((*word.span(), rng.random() < HIDDEN))
+    return chosen
+
+
+def masked_batch(rows: list[str], encode: PreTrainedTokenizerFast, rng: random.Random) -> Batch:
+    """input_ids, attention_mask and labels, each (B, T), of ASCII texts with whole words masked."""
+    batch = dict(encode(rows, padding=True, truncation=True, return_tensors="pt"))
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for row, text in enumerate(rows):
+        for start, end, hidden in masked_words(text, rng):
+            place = slice(start + 1, min(end + 1, labels.shape[1] - 1))  # one [CLS] before the text
+            labels[row, place] = batch["input_ids"][row, place]
+            if hidden:
+                batch["input_ids"][row, place] = encode.mask_token_id
+    return batch | {"labels": labels}
+
+
+def causal_batch(rows: list[str], encode: PreTrainedTokenizerFast) -> Batch:
+    """input_ids, attention_mask and labels, each (B, T); every text ends with <eos>."""
+    batch = dict(encode([row + encode.eos_token for row in rows], padding=True, truncation=True, return_tensors="pt"))
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+
+
+def batch_of(name: str, kind: str, rows: list[str], rng: random.Random) -> Batch:
+    """One batch of texts for the toy model of this name."""
+    encode = _tokenizer(name)
+    return masked_batch(rows, encode, rng) if name == "toy-encoder" else causal_batch(rows, encode)
+
+
+def heldout_losses(name: str, model: PreTrainedModel, rows: int = HELDOUT_ROWS) -> dict[str, float]:
+    """Mean loss in nats per guessed byte for each kind of text, on text and masks that pre-training never drew."""
+    losses = {}
+    for kind in sorted(set(KINDS[name])):
+        held_out = texts(kind, rows, split_seed("heldout"))
+        losses[kind] = _loss(model, batch_of(name, kind, held_out, random.Random(split_seed("heldout"))))
+    return losses
+
+
+@torch.no_grad()
+def _loss(model: PreTrainedModel, batch: Batch) -> float:
+    was_training = model.training
+    model.eval()
+    loss = model(**batch).loss.item()
+    model.train(was_training)
+    return loss
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """What `scripts/pretrain_toy.py` wrote beside the weights: losses, steps, seed, versions."""
+    return json.loads((folder(name) / "pretraining.json").read_text(encoding="utf-8"))

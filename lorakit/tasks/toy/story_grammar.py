@@ -1,0 +1,60 @@
+"""A story follows one object: who holds it and where, so each sentence is better guessed from those before it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+PEOPLE = {
+    "Mina": "she", "Tom": "he", "Ada": "she", "Leo": "he", "Ruth": "she", "Omar": "he", "Ivy": "she", "Sven": "he",
+    "Nora": "she", "Hugo": "he",
+}  # fmt: skip
+COLORS = ("red", "blue", "green", "black", "white", "golden")
+THINGS = ("lamp", "key", "drum", "kite", "coin", "bell", "map", "ring", "boat", "shell")
+PLACES = ("cellar", "harbor", "garden", "tower", "forest", "market", "mill", "barn", "school", "cave")
+
+
+@dataclass
+class Scene:
+    """The state of the story's world."""
+
+    holder: str
+    other: str
+    color: str
+    thing: str
+    place: str
+
+    @property
+    def pronoun(self) -> str:
+        return PEOPLE[self.holder].capitalize()
+
+    @property
+    def treasure(self) -> str:
+        return f"the {self.color} {self.thing}"
+
+
+def move(scene: Scene, rng: random.Random) -> str:
+    """The holder takes the object elsewhere."""
+    scene.place = rng.choice([place for place in PLACES if place != scene.place])
+    return f"{scene.pronoun} took it to the {scene.place}."
+
+
+def give(scene: Scene, rng: random.Random) -> str:
+    """The object changes hands."""
+    giver, scene.holder, scene.other = scene.holder, scene.other, scene.holder
+    return f"{giver} gave {scene.treasure} to {scene.holder}."
+
+
+def rest(scene: Scene, rng: random.Random) -> str:
+    """Nothing changes; what was said is said again."""
+    return f"{scene.holder} liked the {scene.thing}'s {scene.color} color in the {scene.place}."
+
+
+def story(rng: random.Random) -> str:
+    """3 to 6 sentences; the last one follows from the others."""
+    holder, other = rng.sample(list(PEOPLE), 2)
+    scene = Scene(holder, other, rng.choice(COLORS), rng.choice(THINGS), rng.choice(PLACES))
+    sentences = [f"{holder} and {other} found a {scene.color} {scene.thing} in the {scene.place}."]
+    sentences.append(f"{holder} kept {scene.treasure}.")
+    sentences += [rng.choice((move, give, rest))(scene, rng) for _ in range(rng.randrange(4))]
+    return " ".join([*sentences, f"Now {scene.holder} has {scene.treasure} in the {scene.place}."])

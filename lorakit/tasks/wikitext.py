@@ -1,0 +1,61 @@
+"""WikiText-2: encyclopedia articles; an article is never divided between splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorakit.errors import DataError
+from lorakit.tasks import hub, readers, splits
+from lorakit.tasks.corpus import Corpus, fingerprints
+
+LAYOUT = "wikitext2/{train,valid,test}.txt, or one of them alone, plain text with `= Heading =` lines"
+FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
+HEADING = re.compile(r" ?= [^=](.*[^=])? = ?")  # of an article; sections have `= =`
+
+
+def from_folder(folder: Path) -> Corpus:
+    paths = {split: folder / name for split, name in FILES.items() if (folder / name).is_file()}
+    texts = {split: _articles(line for _, line in readers.lines(path)) for split, path in paths.items()}
+    for split, path in paths.items():
+        if not texts[split]:
+            raise readers.bad_row(path, 1, "at least one `= Heading =` line with text below", "none")
+    if len(texts) == 3:
+        return _apart(texts, list(paths.values()))
+    if len(texts) == 1:
+        return _cut(*texts.values(), *paths.values())
+    missing = ", ".join(name for split, name in FILES.items() if split not in paths)
+    raise DataError(f"data_dir: {folder} lacks {missing}; expected layout: {LAYOUT}")
+
+
+def from_hub() -> Corpus:
+    names = [f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES]
+    files = dict(zip(FILES, hub.parquet_files("Salesforce/wikitext", names).values(), strict=True))
+    texts = {
+        split: _articles(row["text"].rstrip("\n") for path in paths for _, row in readers.parquet(path, ("text",)))
+        for split, paths in files.items()
+    }
+    return _apart(texts, sum(files.values(), []))
+
+
+def _articles(lines: Iterable[str]) -> list[str]:
+    """Documents, each from its heading to the next, without blank lines."""
+    documents: list[list[str]] = []
+    for line in lines:
+        if HEADING.fullmatch(line):
+            documents.append([])
+        if documents and line.strip():
+            documents[-1].append(line.strip())
+    return ["\n".join(document) for document in documents]
+
+
+def _apart(texts: dict[str, list[str]], paths: list[Path]) -> Corpus:
+    train, validation, notes = splits.keep_apart(*texts.values(), str)
+    return Corpus(train, validation, texts["test"], fingerprints(paths), notes)
+
+
+def _cut(texts: list[str], path: Path) -> Corpus:
+    validation, test, train = splits.cut(texts, str, 2, weight=len)
+    note = f"only {path.name} is there: {len(train)}, {len(validation)} and {len(test)} of its articles are train, validation and test"
+    return Corpus(train, validation, test, fingerprints([path]), [note])

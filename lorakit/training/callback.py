@@ -1,0 +1,80 @@
+"""Between steps: count, decide whether to log, evaluate, save or stop, and keep the curve."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from lorakit.training.progress import Progress
+
+if TYPE_CHECKING:
+    from lorakit.training.trainer import BudgetTrainer
+
+LOGS_PER_RUN = 40
+
+
+class RunCallback(TrainerCallback):
+    """Everything a run does between its steps. `trainer` is the BudgetTrainer it belongs to."""
+
+    def __init__(self, trainer: BudgetTrainer, title: str, evaluations: int, save_steps: int):
+        self.trainer, self.evaluations, self.save_steps = trainer, evaluations, save_steps
+        self.progress = Progress(title, trainer.budget.amount, trainer.budget.unit.replace("_", " "))
+        self.facts: dict[str, float] = {}
+        self.share = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.share = self.trainer.budget.share(self.trainer.ledger)
+        self.trainer.ledger.restart_clock()
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self.trainer.ledger.commit(self.trainer.total_over_ranks)
+
+    def on_step_end(self, args, state, control, **_):
+        before, self.share = self.share, self.trainer.budget.share(self.trainer.ledger)
+        finished = self.share >= 1
+        control.should_evaluate = finished or _crossed(before, self.share, self.evaluations)
+        control.should_log = control.should_evaluate or _crossed(before, self.share, LOGS_PER_RUN)
+        control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
+        control.should_training_stop = finished
+        if state.is_world_process_zero:
+            self.progress.update(self.share, self.facts)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        trainer = self.trainer
+        if trainer.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
+            return
+        trainer.curve.add(trainer.ledger, logs.get("learning_rate"))
+        self.facts["loss"] = trainer.curve.points[-1].train_loss
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        from lorakit.training.trainer import Diverged
+
+        trainer = self.trainer
+        if not trainer.is_in_train:
+            return
+        validation = strip_prefix(metrics, "eval_")
+        if not math.isfinite(validation["loss"]):
+            raise Diverged(f"validation loss is {validation['loss']} at step {trainer.ledger.steps}")
+        trainer.curve.add_validation(validation, trainer.model)
+        self.facts["validation"] = validation["loss"]
+        trainer.ledger.restart_clock()
+
+    def on_save(self, args, state, control, **_):
+        self.trainer.ledger.restart_clock()
+
+    def on_train_end(self, args, state, control, **_):
+        self.progress.close()
+
+
+def strip_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The task's own metrics among the Trainer's (which adds its timings), without the prefix."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    return {name: float(value) for name, value in named.items() if name not in timings}
+
+
+def _crossed(before: float, after: float, parts: int) -> bool:
+    """Whether one of `parts` equal marks lies between two shares (a hair early, so that rounding skips none)."""
+    return math.floor(after * parts + 1e-9) > math.floor(before * parts + 1e-9)

@@ -1,0 +1,119 @@
+"""A checkpoint holds what training changes and nothing else, and is complete once its last file is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lorakit.training.trainer import BudgetTrainer
+
+WEIGHTS = "trainable.safetensors"
+BEST = "best.safetensors"
+STATE = "gate.pt"
+RUN = "run.json"  # written last: a checkpoint without it was cut short
+
+
+def folder(output_dir: str | Path, step: int) -> Path:
+    """Where the Trainer puts the checkpoint of `step`."""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def newest(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint in `output_dir`; removes the ones that were cut short."""
+    complete = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if (path / RUN).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def save_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Write the trained parameters of `model`; the frozen ones are the base model's own."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, str(Path(path) / WEIGHTS))
+
+
+def load_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Read them back into `model`.
+
+    Raises:
+        CheckpointError: names or shapes differ from what `model` trains.
+    """
+    stored = load_file(str(Path(path) / WEIGHTS))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if stored.keys() != trained.keys():
+        difference = sorted(stored.keys() ^ trained.keys())
+        raise CheckpointError(f"{path}: trains other parameters than this run: {', '.join(difference[:4])}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if parameter.shape != stored[name].shape:
+                raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, here {tuple(parameter.shape)}")
+            parameter.copy_(stored[name])
+
+
+def save_run(trainer: BudgetTrainer, path: Path) -> None:
+    """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last."""
+    torch.save({"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict()}, path / STATE)
+    if trainer.curve.best:
+        save_file({name: value.cpu().contiguous() for name, value in trainer.curve.best.items()}, str(path / BEST))
+    state = {
+        "identity": trainer.identity,
+        "ledger": trainer.ledger.state_dict(),
+        "curve": trainer.curve.state_dict(),
+        "flops": [[list(_plain(key)), count] for key, count in trainer.meter.known.items()],
+    }
+    temporary = path / f".{RUN}"
+    temporary.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(temporary, path / RUN)
+
+
+def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
+    """Restore what `save_run` wrote.
+
+    Raises:
+        CheckpointError: the checkpoint was cut short, lacks the gate's state, or belongs to another run.
+    """
+    path = Path(path)
+    for name in (RUN, STATE):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
+    state = json.loads((path / RUN).read_text(encoding="utf-8"))
+    _check_identity(path, state["identity"], trainer.identity)
+    trainer.ledger.load_state_dict(state["ledger"])
+    trainer.curve.load_state_dict(state["curve"])
+    trainer.meter.known = {_frozen(key): count for key, count in state["flops"]}
+    if (path / BEST).is_file():
+        trainer.curve.best = load_file(str(path / BEST))
+    seams = torch.load(path / STATE, weights_only=True)
+    trainer.gate.load_state_dict(seams["gate"])
+    trainer.tokens.load_state_dict(seams["tokens"])
+
+
+def _check_identity(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    expected = json.loads(json.dumps(expected))
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
+                "choose another run_dir, or pass resume=false to start over"
+            )
+
+
+def _plain(key: Any) -> Any:
+    return [_plain(item) for item in key] if isinstance(key, tuple) else key
+
+
+def _frozen(key: Any) -> Any:
+    return tuple(_frozen(item) for item in key) if isinstance(key, list) else key

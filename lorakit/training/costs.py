@@ -1,0 +1,94 @@
+"""What a run has cost so far: steps, tokens, FLOPs and seconds, summed over ranks, saved with every checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from lorakit.measure.flops import FlopCount
+
+
+@dataclass
+class Ledger:
+    """Totals since the start. A *step* is one optimizer step; it is *accepted* when any of its batches got a backward."""
+
+    steps: int = 0
+    accepted_steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    tokens_backpropagated: int = 0
+    flops_forward: float = 0.0
+    flops_backward: float = 0.0
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # of the steps since the last point on the curve
+    loss_steps: int = 0
+    score_sum: float = 0.0  # of the scored batches since then
+    score_count: int = 0
+    _pending: dict[str, float] = field(default_factory=dict)
+    _mark: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.flops_forward + self.flops_backward
+
+    def add(self, **counts: float) -> None:
+        """Count what this rank did; it becomes part of the totals at the next `commit`."""
+        for name, count in counts.items():
+            self._pending[name] = self._pending.get(name, 0) + count
+
+    def commit(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Close one optimizer step. `total` sums a float64 vector over ranks, so every rank holds equal totals."""
+        names = ("examples", "tokens", "tokens_backpropagated", "flops_forward", "flops_backward", "accepted")
+        sums = total(torch.tensor([self._pending.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
+        for name, value in zip(names[:-1], sums, strict=False):
+            setattr(self, name, type(getattr(self, name))(getattr(self, name) + value))
+        self.steps += 1
+        self.accepted_steps += sums[-1] > 0
+        self.loss_sum += self._pending.get("loss", 0.0)
+        self.loss_steps += 1
+        self.score_sum += self._pending.get("score", 0.0)
+        self.score_count += int(self._pending.get("scored", 0))
+        self._pending.clear()
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step (evaluation, saving) out of the seconds."""
+        self._mark = time.perf_counter()
+
+    def take_means(self) -> tuple[float | None, float | None]:
+        """Mean train loss and gate score since the last call, and start anew."""
+        loss = self.loss_sum / self.loss_steps if self.loss_steps else None
+        score = self.score_sum / self.score_count if self.score_count else None
+        self.loss_sum = self.score_sum = 0.0
+        self.loss_steps = self.score_count = 0
+        return loss, score
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for entry in fields(self):
+            if not entry.name.startswith("_"):
+                setattr(self, entry.name, state[entry.name])
+
+
+class FlopMeter:
+    """FLOPs of a pass: counted the first time a shape is seen, looked up after that."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, int] = {}
+
+    def measure(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
+        """Run `function`; return its result and its FLOPs."""
+        if key in self.known:
+            return function(), self.known[key]
+        with FlopCount() as count:
+            result = function()
+        self.known[key] = int(count.total)
+        return result, self.known[key]

@@ -1,0 +1,66 @@
+"""The curve of a run: one point per log, with validation where it was evaluated, and the best weights if asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakit.records import Point
+from lorakit.training.costs import Ledger
+
+
+class Curve:
+    """Collects points; keeps a copy of the trained weights at the lowest validation loss when `keep_best`."""
+
+    def __init__(self, keep_best: bool = False):
+        self.points: list[Point] = []
+        self.keep_best = keep_best
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_step: int | None = None
+
+    def add(self, ledger: Ledger, learning_rate: float | None) -> None:
+        """Append where the run stands now."""
+        loss, score = ledger.take_means()
+        self.points.append(
+            Point(
+                step=ledger.steps,
+                accepted_steps=ledger.accepted_steps,
+                tokens=ledger.tokens,
+                tokens_backpropagated=ledger.tokens_backpropagated,
+                flops=ledger.flops,
+                seconds=round(ledger.seconds, 3),
+                learning_rate=learning_rate,
+                train_loss=loss,
+                gate_score=score,
+                acceptance_rate=ledger.accepted_steps / ledger.steps,
+            )
+        )
+
+    def add_validation(self, metrics: dict[str, float], model: torch.nn.Module) -> None:
+        """Put validation metrics on the last point."""
+        self.points[-1].validation = metrics
+        if self.keep_best and metrics["loss"] <= min(p.validation["loss"] for p in self.points if p.validation):
+            self.best = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            self.best_step = self.points[-1].step
+
+    def restore_best(self, model: torch.nn.Module) -> None:
+        """Put the best weights back into `model`."""
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.best.items():
+                parameters[name].copy_(value)
+
+    def chosen(self) -> Point | None:
+        """The point whose weights are the final model's."""
+        evaluated = [point for point in self.points if point.validation]
+        if self.keep_best:
+            evaluated = [point for point in evaluated if point.step == self.best_step]
+        return evaluated[-1] if evaluated else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": [point.model_dump() for point in self.points], "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points = [Point(**point) for point in state["points"]]
+        self.best_step = state["best_step"]

@@ -1,0 +1,110 @@
+"""Pre-train the toy models on the toy grammar and write their weights into the package.
+
+    python scripts/pretrain_toy.py toy-encoder
+    python scripts/pretrain_toy.py toy-decoder
+
+The same seed, versions and one thread give the same weights. About ten minutes each on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from lorakit.tasks.toy import models, pretraining
+from lorakit.tasks.toy.grammar import split_seed
+
+BATCH = {"reviews": 32, "stories": 8, "chats": 16}
+RATE = {"toy-encoder": 2e-3, "toy-decoder": 4e-3}
+WARMUP, POOL = 0.05, 64  # POOL: batches sorted by length together, to pad little
+
+
+def endless(kind: str, seed: int) -> Iterator[list[str]]:
+    """Batches of fresh text of about equal lengths."""
+    size, pool, order = BATCH[kind], 0, random.Random(seed)
+    while True:
+        rows = pretraining.texts(kind, size * POOL, split_seed("pretrain", seed * 100_000 + pool))
+        rows.sort(key=len)
+        yield from order.sample([rows[start : start + size] for start in range(0, len(rows), size)], POOL)
+        pool += 1
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warm = WARMUP * steps
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def train(name: str, model: PreTrainedModel, steps: int, seed: int) -> None:
+    """AdamW over batches of each kind of text in turn."""
+    sources = {kind: endless(kind, seed) for kind in set(pretraining.KINDS[name])}
+    rng, kinds = random.Random(seed), pretraining.KINDS[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    started, mean = time.monotonic(), dict.fromkeys(kinds, 0.0)
+    for step in range(steps):
+        kind = kinds[step % len(kinds)]
+        loss = model(**pretraining.batch_of(name, kind, next(sources[kind]), rng)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, RATE[name])
+        optimizer.step()
+        optimizer.zero_grad()
+        mean[kind] = loss.item() if step < len(kinds) else 0.95 * mean[kind] + 0.05 * loss.item()
+        if (step + 1) % 100 == 0:
+            shown = "  ".join(f"{kind} {value:.3f}" for kind, value in mean.items())
+            print(f"{step + 1:6d}/{steps}  {time.monotonic() - started:5.0f} s  {shown}", flush=True)
+
+
+def save(name: str, model: PreTrainedModel, facts: dict, folder: Path) -> None:
+    """config.json, model.safetensors and pretraining.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # config.json says the same
+    (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=models.NAMES)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to write; the package if not given")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)  # sums in one order, whatever the machine has
+    torch.manual_seed(args.seed)
+    model = models.build(args.name, random=True)
+    untrained = pretraining.heldout_losses(args.name, model)
+    train(args.name, model, args.steps, args.seed)
+    trained = pretraining.heldout_losses(args.name, model)
+    facts = {
+        "model": args.name,
+        "seed": args.seed,
+        "steps": args.steps,
+        "loss_unit": "nats per guessed byte, held-out text",
+        "heldout_loss": trained,
+        "heldout_loss_random": untrained,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version,
+        },
+    }  # fmt: skip
+    save(args.name, model, facts, args.folder or models.folder(args.name))
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
