@@ -8,8 +8,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
-# notebooks are compared strictly: no progress bars, and no colours from a caller's terminal
-NBVAL := CI=1 $(BIN)/python -m pytest --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
+# notebooks are compared strictly: no progress bars, the same number of threads
+NOTEBOOK := CI=1 OMP_NUM_THREADS=2
+NBVAL := $(NOTEBOOK) $(BIN)/python -m pytest --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-lax check notebooks lab sweep clean
@@ -38,7 +39,7 @@ check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff check .
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
-	CI=1 $(BIN)/python -m lorakit.notebooks --regenerate notebooks/*.ipynb
+	$(NOTEBOOK) $(BIN)/python -m lorakit.notebooks --regenerate notebooks/*.ipynb
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

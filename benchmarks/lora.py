@@ -108,7 +108,7 @@ def step_claims(case: Case) -> list[Claim]:
     ours, theirs = build_ours(base), build_peft(twin)
     copy_to_peft(ours, theirs)
     batch, my_losses, their_losses = make_batch(case), [], []
-    timing = interleave(stepper(ours, batch, my_losses), stepper(theirs, batch, their_losses), rounds=40)
+    timing = interleave(stepper(ours, batch, my_losses), stepper(theirs, batch, their_losses), rounds=30)
     gap = max(abs(a - b) for a, b in zip(my_losses, their_losses, strict=True))
     return [
         Claim(f"{case.name}: loss gap over {len(my_losses)} steps / 1e-5", gap, 1e-5, 1.0, "nats"),

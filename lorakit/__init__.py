@@ -27,6 +27,8 @@ _PUBLIC = {
     "Params": "params",
     "collect": "params",
     "resolve": "params",
+    "RESULTS": "places",
+    "params_of": "places",
     "LorakitError": "errors",
     "ParameterError": "errors",
     "DataError": "errors",

@@ -21,7 +21,9 @@ COMMANDS = {
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    return "usage: lorakit COMMAND …\n\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return "usage: lorakit COMMAND …\n\n" + "\n".join(
+        f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,8 @@ def search(argv: list[str]) -> int:
 def _given(command: str, argv: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__)
     parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
-    parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="wins over files")
+    parser.add_argument(
+        "-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="wins over files"
+    )
     arguments = parser.parse_args(argv)
     return read_files(arguments.files) | dict(map(parse_override, arguments.overrides))

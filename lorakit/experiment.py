@@ -6,7 +6,7 @@ import contextlib
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from lorakit import adapters, models, records, tasks
 from lorakit.errors import CheckpointError, require
 from lorakit.measure import environment, latency, memory
+from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, resolve
 from lorakit.records import Costs, Latency, Record, SearchPoint
 
@@ -48,8 +49,8 @@ def run(given: dict[str, Any]) -> Record:
         given: names and values of `lorakit.Params`; what is not given keeps its default.
 
     Returns:
-        The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became NaN
-        or infinite) or "out_of_memory"; the files of the run are kept.
+        The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became
+        NaN or infinite) or "out_of_memory"; the files of the run are kept.
 
     Raises:
         LorakitError: bad parameters or data, before anything is written.
@@ -62,12 +63,8 @@ def run(given: dict[str, Any]) -> Record:
     record.fingerprints = _fingerprints(setup)
     with _output_folder(params.run_dir) as folder, _interruptible():
         trainer = _trainer(setup, record, folder)
-        stopped = _train(trainer, record, params)
+        stopped = _attempt(record, trainer, lambda: _train_and_evaluate(record, setup, trainer))
         _describe(record, setup, trainer)
-        if record.status == "done":
-            _evaluate(record, setup, trainer)
-            if params.run_dir:
-                adapters.save_adapter(setup.model, Path(params.run_dir) / "adapter")
     if params.record:
         records.write(record, params.record)
     if isinstance(stopped, KeyboardInterrupt):
@@ -87,7 +84,13 @@ def search(given: dict[str, Any]) -> Record:
     record.kind = "lr_search"
     for rate in params.search_rates:
         tried = params.model_copy(
-            update={"learning_rate": rate, "budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
+            update={
+                "learning_rate": rate,
+                "budget": params.search_budget,
+                "evaluations": 1,
+                "record": "",
+                "run_dir": "",
+            }
         )
         record.search.append(_try_rate(tried, record))
     record.status = "done"
@@ -110,7 +113,7 @@ def _try_rate(params: Params, record: Record) -> SearchPoint:
     record.fingerprints = _fingerprints(setup)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(setup, trial, folder)
-        stopped = _train(trainer, trial, params)
+        stopped = _attempt(trial, trainer, lambda: _train(trainer, trial, params))
     if isinstance(stopped, KeyboardInterrupt):
         raise stopped
     chosen = trainer.curve.chosen()
@@ -118,7 +121,7 @@ def _try_rate(params: Params, record: Record) -> SearchPoint:
     return SearchPoint(learning_rate=params.learning_rate, status=trial.status, validation=validation)
 
 
-# the steps of a run ----------------------------------------------------------------------------------------------------
+# the steps of a run --------------------------------------------------------------------------------
 
 
 def _new_record(params: Params, given: dict[str, Any]) -> Record:
@@ -141,9 +144,7 @@ def _set_up(params: Params) -> _Setup:
     require(params.method in adapters.METHODS, "method", params.method, f"must be one of {', '.join(adapters.METHODS)}")
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
-    loaded = models.load(
-        params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed
-    )
+    loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
     task = tasks.load(
         params.task,
         loaded.tokenizer,
@@ -205,16 +206,12 @@ def _trainer(setup: _Setup, record: Record, folder: str) -> BudgetTrainer:
     )
 
 
-def _train(trainer: BudgetTrainer, record: Record, params: Params) -> BaseException | None:
-    """Train to the end of the budget; what stops it before is returned and told in the record."""
-    from lorakit.training import Diverged, checkpoint
+def _attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -> BaseException | None:
+    """Do `work` and say in the record how it ended; what stopped it is returned."""
+    from lorakit.training import Diverged
 
-    resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
-    if resumed:
-        record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
-    memory.reset_cuda_peak()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        work()
         record.status = "done"
         return None
     except Diverged as error:
@@ -227,9 +224,29 @@ def _train(trainer: BudgetTrainer, record: Record, params: Params) -> BaseExcept
         record.status, record.message = "interrupted", f"stopped at step {trainer.ledger.steps}"
         return error
     finally:
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        for callback in trainer.callback_handler.callbacks:
-            getattr(getattr(callback, "progress", None), "close", lambda: None)()
+        trainer.progress.close()
+
+
+def _train_and_evaluate(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
+    _train(trainer, record, setup.params)
+    _evaluate(record, setup, trainer)
+    if setup.params.predict_memory and setup.params.optimizer in PREDICTABLE:
+        record.costs.predicted_memory = _predicted_memory(setup)
+    if setup.params.run_dir:
+        adapters.save_adapter(setup.model, Path(setup.params.run_dir) / "adapter")
+
+
+def _train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
+    """Train to the end of the budget, from the newest checkpoint in the run's folder where there is one."""
+    from lorakit.training import checkpoint
+
+    resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
+    if resumed:
+        record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
+    memory.reset_cuda_peak()
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # what follows runs without autocast
 
 
 def _describe(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
@@ -238,16 +255,18 @@ def _describe(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
     record.curve = trainer.curve.points
     record.parameters = adapters.parameter_stats(setup.model)
     record.adapter_bytes = adapters.adapter_bytes(setup.model)
-    counts = {name: getattr(ledger, name) for name in Costs.model_fields if hasattr(ledger, name)}
-    record.costs = Costs(**counts | {"seconds": round(ledger.seconds, 3)})
-    record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
-    if setup.params.predict_memory and record.status == "done":
-        record.costs.predicted_memory = memory.predict_step_memory(
-            setup.model,
-            _longest_batch(setup),
-            optimizer=setup.params.optimizer,
-            autocast="bf16" if setup.params.precision == "bf16" else None,
-        )
+    for name in Costs.model_fields:
+        if hasattr(ledger, name):
+            setattr(record.costs, name, getattr(ledger, name))
+
+
+def _predicted_memory(setup: _Setup) -> dict[str, int]:
+    return memory.predict_step_memory(
+        setup.model,
+        _longest_batch(setup),
+        optimizer=setup.params.optimizer,
+        autocast="bf16" if setup.params.precision == "bf16" else None,
+    )
 
 
 def _longest_batch(setup: _Setup) -> dict[str, torch.Tensor]:
@@ -278,9 +297,7 @@ def _exact_match(setup: _Setup) -> float:
     from lorakit.tasks.exact_match import exact_match
 
     rows = setup.task.answer_rows("test", setup.params.exact_match_rows)
-    return exact_match(
-        setup.model, setup.tokenizer, rows, max_new_tokens=128, batch_size=setup.params.eval_batch_size
-    )
+    return exact_match(setup.model, setup.tokenizer, rows, max_new_tokens=128, batch_size=setup.params.eval_batch_size)
 
 
 def _latency(setup: _Setup) -> Latency:
@@ -295,12 +312,10 @@ def _latency(setup: _Setup) -> Latency:
         adapters.merge(setup.model)
         merged = latency.inference_latency(setup.model, batch, repeats)
         adapters.unmerge(setup.model)
-    return Latency(
-        batch_size=count, tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged
-    )
+    return Latency(batch_size=count, tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged)
 
 
-# surroundings ------------------------------------------------------------------------------------------------------------
+# surroundings --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -45,6 +45,15 @@ def loss_curve(records: Sequence[Record], x: str = "accepted_steps", y: str = "v
     return drawn
 
 
+def _marks(x: np.ndarray) -> list[int]:
+    """Points that carry a marker: none so near to the one before that the two would blot."""
+    marks: list[int] = []
+    for place in range(len(x)):
+        if not marks or x[place] - x[marks[-1]] >= 0.06 * (x[-1] - x[0]):
+            marks.append(place)
+    return marks
+
+
 def _has_band(records: Sequence[Record]) -> bool:
     done = Counter(record.method for record in records if record.status == "done")
     return max(done.values(), default=0) > 1
@@ -58,7 +67,15 @@ def _draw_curves(ax: Axes, records: Sequence[Record], x: str, y: str) -> None:
     for method, curve in table.items():
         look = looks[method]
         label = _run_label(look.label, groups[method])
-        ax.plot(curve.x, curve.mean, color=look.color, marker=look.marker, ls=look.dash, markevery=0.06, label=label)
+        ax.plot(
+            curve.x,
+            curve.mean,
+            color=look.color,
+            marker=look.marker,
+            ls=look.dash,
+            markevery=_marks(curve.x),
+            label=label,
+        )
         if len(curve.seeds) > 1:
             ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
         for path in curve.unfinished:
@@ -103,6 +120,7 @@ def _label_axes(ax: Axes, x: str, y: str, empty: bool) -> None:
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.ticklabel_format(axis="y", useOffset=False)
     if empty:
+        ax.set(xticks=[], yticks=[])
         ax.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=ax.transAxes)
 
 
@@ -158,7 +176,7 @@ def _mark_peaks(ax: Axes, table: dict[str, dict[str, int]], ends: np.ndarray, si
     for place, row in enumerate(table.values()):
         end = (max(ends[place], measured.get(place, 0)), place)
         ax.annotate(_peak_text(row, size), end, (7, 0), textcoords="offset points", va="center", size=8)
-    ax.margins(x=0.25 if measured else 0.1)
+    ax.margins(x=0.32 if measured else 0.1)
 
 
 def _peak_text(row: dict[str, int], size: float) -> str:

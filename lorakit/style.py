@@ -27,6 +27,7 @@ RC: dict[str, Any] = {
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
     "font.size": 9,
     "axes.titlesize": 9,
+    "axes.titlepad": 9,  # room for a mark on the top edge
     "axes.labelsize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
@@ -89,7 +90,11 @@ def order(methods: Iterable[str]) -> list[str]:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A distinct look for each method. A name outside the registry takes a place by its hash, so it keeps its look."""
+    """A distinct look for each method.
+
+    A name outside the registry takes the place its hash points to, or the next whose marker and dash are free, and
+    whose colour is, while there is one.
+    """
     chosen: dict[str, Look] = {}
     for name in order(methods):
         chosen[name] = METHODS[name] if name in METHODS else _free_look(name, chosen)
@@ -100,7 +105,9 @@ def _free_look(name: str, chosen: dict[str, Look]) -> Look:
     taken = {(look.marker, look.dash) for look in (*METHODS.values(), *chosen.values())}
     start = zlib.crc32(name.encode()) % PLACES
     candidates = [_look(name, (start + shift) % PLACES) for shift in range(PLACES)]
-    return next((look for look in candidates if (look.marker, look.dash) not in taken), candidates[0])
+    free = [look for look in candidates if (look.marker, look.dash) not in taken] or candidates
+    colors = {look.color for look in chosen.values()}
+    return next((look for look in free if look.color not in colors), free[0])
 
 
 def wrapped(text: str, width: int) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,8 @@ from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.notebooks import FINISHED, NOTEBOOKS
 from lorakit.params import Params, read_files, resolve
+from lorakit.places import PROJECT
 
-ROOT = Path(__file__).resolve().parents[1]
 # where and how a run was made, not what it is
 PLACE = {"record", "run_dir", "data_dir", "resume", "report_to"}
 
@@ -91,12 +94,16 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     """
     root = Path(root).resolve()
     settings = sorted(path.parent.name for path in root.glob("params/*/_setting.yaml"))
-    require(setting in settings, "SETTING", setting, f"must be one of {', '.join(settings) or 'none (no params/ here)'}")
+    require(
+        setting in settings, "SETTING", setting, f"must be one of {', '.join(settings) or 'none (no params/ here)'}"
+    )
     known = sorted(path.stem for path in root.glob(f"params/{setting}/[!_]*.yaml"))
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
-        require(method in NOTEBOOKS, "METHODS", method, f"no notebook runs it; there are ones for {', '.join(NOTEBOOKS)}")
+        require(
+            method in NOTEBOOKS, "METHODS", method, f"no notebook runs it; there are ones for {', '.join(NOTEBOOKS)}"
+        )
     runs = [Run(root, setting, method, seed) for seed in _numbers(seeds) for method in chosen]
     for run in runs:
         _ = run.params  # a bad file is told before any run starts
@@ -126,7 +133,8 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
-        subprocess.run(_snakemake(pending, jobs), cwd=runs[0].root, check=False)
+        with _alone(runs[0]):
+            _call(_snakemake(pending, jobs), cwd=runs[0].root)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
@@ -134,6 +142,29 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
         seen = f"see {_short(run.executed)}" if run.executed.is_file() else "it did not start"
         _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
     return 1 if unfinished else 0
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Keep a second sweep of the setting out; unlike Snakemake's, this lock ends with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    path = run.root / ".runs" / f".{run.setting}.lock"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(path, blocking=False):
+            yield
+    except Timeout:
+        raise ParameterError("SETTING", run.setting, "another sweep of it is at work in this folder") from None
+
+
+def _call(command: list[str], cwd: Path) -> None:
+    """Run `command` to its end; Ctrl-C reaches it and its runs directly, which then finish their records."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        subprocess.Popen(command, cwd=cwd).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _snakemake(pending: list[Run], jobs: int) -> list[str]:
@@ -145,8 +176,8 @@ def _snakemake(pending: list[Run], jobs: int) -> list[str]:
         "threads": threads,
     }
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *("--directory", str(pending[0].root), "--workflow-profile", str(ROOT / "profiles" / "local")),
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile")),
+        *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
         *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
     ]
 
@@ -166,10 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", default="", help="separated by spaces (default: all of the setting)")
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
-    parser.add_argument("--root", default=ROOT, help="folder with params/, notebooks/ and results/ (default: this checkout)")
     arguments = parser.parse_args(argv)
     try:
-        return sweep(plan(arguments.root, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
+        return sweep(plan(PROJECT, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
     except LorakitError as error:
         _say(str(error))
         return 2

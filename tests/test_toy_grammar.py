@@ -14,14 +14,10 @@ from lorakit.tasks.toy.grammar import SPLITS, chats, reviews, split_seed, storie
 
 COUNT = 1500
 
-GOOD = {
-    "good", "superb", "warm", "clever", "moving", "fresh", "bold", "charming", "witty", "lovely", "gripping", "rich",
-    "bright", "honest", "tender", "smart", "loved", "liked", "enjoyed", "admired", "gem", "joy", "triumph", "delight",
-}  # fmt: skip
-BAD = {
-    "bad", "dull", "weak", "clumsy", "boring", "stale", "flat", "annoying", "silly", "ugly", "tedious", "poor",
-    "bland", "fake", "awkward", "dumb", "hated", "disliked", "regretted", "loathed", "flop", "bore", "disaster", "mess",
-}  # fmt: skip
+GOOD = {"good", "warm", "rich", "fresh", "clever", "superb", "moving", "gripping"}
+GOOD |= {"loved", "liked", "enjoyed", "gem", "hit", "triumph"}
+BAD = {"dull", "weak", "poor", "stale", "clumsy", "boring", "stupid", "annoying"}
+BAD |= {"hated", "booed", "loathed", "dud", "sin", "failure"}
 DEGREE = {"slightly": 1, "mildly": 1, "somewhat": 1, "utterly": 3, "truly": 3, "deeply": 3}
 
 
@@ -160,8 +156,8 @@ def test_splits_have_seeds_of_their_own():
 
 
 GOLDEN_REVIEWS = [
-    ("it is no bore. the acting is hardly dumb, even though the story is mildly flat.", 1),
-    ("although the pace is smart, the ending is truly clumsy.", 0),
+    ("it is no failure. the acting is hardly annoying, even though the story is mildly stale.", 1),
+    ("the pace is annoying and the script is somewhat annoying. i booed it.", 0),
 ]
 GOLDEN_STORIES = [
     "Ivy and Hugo found a red coin in the school. Ivy kept the red coin. Ivy gave the red coin to Hugo. "

@@ -1,4 +1,4 @@
-"""The trainer: bitwise the plain Trainer's weights, budgets that end decayed, gates that leave no trace, bitwise resume."""
+"""The trainer: bitwise the plain Trainer's weights, budgets that end decayed, gates without traces, bitwise resume."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ def test_accepting_everything_is_bitwise_the_plain_trainer(model, tmp_path):
     )
     arguments.max_steps, arguments.lr_scheduler_type = 20, "constant"
     plain = Trainer(
-        model=model(), args=arguments, train_dataset=rows(), data_collator=collate, compute_loss_func=mean_loss("classify")
+        model=model(),
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=collate,
+        compute_loss_func=mean_loss("classify"),
     )
     plain.train()
     assert equal(weights(ours.model), weights(plain.model))
@@ -126,7 +130,9 @@ def test_learning_rate_follows_the_share_of_the_budget(model, tmp_path):
 
 
 def test_gate_halves_the_steps_without_accumulation(model, tmp_path):
-    run = trainer(model(), tmp_path, gate=Alternating(), budget=Budget(10, "accepted_steps"), params={"gradient_accumulation": 1})
+    run = trainer(
+        model(), tmp_path, gate=Alternating(), budget=Budget(10, "accepted_steps"), params={"gradient_accumulation": 1}
+    )
     run.train()
     assert run.ledger.accepted_steps == 10 and run.ledger.steps == 19
     assert run.curve.points[-1].acceptance_rate == pytest.approx(10 / 19)
@@ -134,7 +140,9 @@ def test_gate_halves_the_steps_without_accumulation(model, tmp_path):
 
 
 def test_ledger_counts_what_was_seen(model, tmp_path):
-    run = trainer(model(), tmp_path, budget=Budget(7, "steps"), params={"gradient_accumulation": 1})  # 100 rows: 13 batches
+    run = trainer(
+        model(), tmp_path, budget=Budget(7, "steps"), params={"gradient_accumulation": 1}
+    )  # 100 rows: 13 batches
     run.train()
     assert run.ledger.examples == 56
     order = [row for batch in list(run.get_train_dataloader())[:7] for row in batch["attention_mask"]]
@@ -149,7 +157,9 @@ def test_evaluation_leaves_training_alone(model, tmp_path):
     assert equal(weights(often.model), weights(once.model))
 
 
-@pytest.mark.parametrize("killed_after", [13, 15, 26, 27, 37])  # micro-batches: inside steps, epochs and past checkpoints
+@pytest.mark.parametrize(
+    "killed_after", [13, 15, 26, 27, 37]
+)  # micro-batches: inside steps, epochs and past checkpoints
 @pytest.mark.parametrize("grouped", [False, True])
 def test_resume_is_bitwise(model, tmp_path, killed_after, grouped):
     options = {"gate": Alternating(), "evaluations": 4, "save_steps": 3, "params": {"group_by_length": grouped}}
@@ -217,7 +227,10 @@ def test_checkpoint_holds_only_what_is_trained(model, tmp_path):
     only_head = model()
     only_head.bert.requires_grad_(False)
     trainer(only_head, tmp_path, save_steps=20).train()
-    assert set(load_file(str(checkpoint.newest(tmp_path) / checkpoint.WEIGHTS))) == {"classifier.weight", "classifier.bias"}
+    assert set(load_file(str(checkpoint.newest(tmp_path) / checkpoint.WEIGHTS))) == {
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(model, tmp_path):
@@ -258,7 +271,10 @@ def test_bf16_autocast_and_gradient_checkpointing_still_learn(model, tmp_path):
     plain = trainer(model(), tmp_path / "plain", budget=Budget(30, "steps"))
     plain.train()
     saving = trainer(
-        model(), tmp_path / "saving", budget=Budget(30, "steps"), params={"precision": "bf16", "gradient_checkpointing": True}
+        model(),
+        tmp_path / "saving",
+        budget=Budget(30, "steps"),
+        params={"precision": "bf16", "gradient_checkpointing": True},
     )
     saving.train()
     assert saving.curve.points[-1].train_loss == pytest.approx(plain.curve.points[-1].train_loss, abs=0.1)
@@ -273,7 +289,9 @@ def test_checkpointing_changes_no_gradient(model, tmp_path):
         model(), tmp_path / "saving", budget=Budget(5, "steps"), params=params | {"gradient_checkpointing": True}
     )
     saving.train()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain.model), weights(saving.model), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain.model), weights(saving.model), strict=True)
+    )
 
 
 def test_report_to_tensorboard(model, tmp_path, monkeypatch):

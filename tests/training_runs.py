@@ -24,8 +24,13 @@ def rows(count: int = 100, seed: int = 0):
 
 def collate(batch):
     width = -(-max(len(row["input_ids"]) for row in batch) // 8) * 8
-    padded = {name: [row[name] + [0] * (width - len(row[name])) for row in batch] for name in ("input_ids", "attention_mask")}
-    return {**{name: torch.tensor(value) for name, value in padded.items()}, "labels": torch.tensor([r["labels"] for r in batch])}
+    padded = {
+        name: [row[name] + [0] * (width - len(row[name])) for row in batch] for name in ("input_ids", "attention_mask")
+    }
+    return {
+        **{name: torch.tensor(value) for name, value in padded.items()},
+        "labels": torch.tensor([r["labels"] for r in batch]),
+    }
 
 
 def metrics(prediction) -> dict[str, float]:

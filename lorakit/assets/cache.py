@@ -62,7 +62,7 @@ def _intact(path: Path, sha256: str) -> bool:
 
 def write_manifest(folder: Path, asset: Asset) -> None:
     """Describe every file in `folder`; pinned hashes were verified on unpacking."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }

@@ -75,4 +75,5 @@ def _last_line(output: str) -> str:
     """What went wrong, in the client's words: its last error line, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["no message"])[-1]
+    reason = " (it could not reach its package index)" if any("Retrying (" in line for line in lines) else ""
+    return (errors or lines or ["no message"])[-1] + reason

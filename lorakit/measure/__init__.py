@@ -1,0 +1,1 @@
+"""What a run costs: FLOPs, memory, latency, and where it took place."""

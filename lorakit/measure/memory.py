@@ -7,13 +7,14 @@ state of training (the optimizer's state exists, gradients do not), and adds up 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.errors import require
+from lorakit.measure.dry import CudaAttention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
 
@@ -47,8 +48,8 @@ def predict_step_memory(
         optimizer: by its Hugging Face name, one of `lorakit.measure.optimizers.PREDICTABLE`.
         autocast: None, "bf16" or "fp16".
         gradient_checkpointing: recompute activations in the backward; so it is anyway where the model already does.
-        device: whose optimizer loop is followed: "cuda" updates all tensors at once (more temporaries), "cpu" one by
-            one. Kernels are the CPU's on both; attention there saves what CUDA's flash attention saves.
+        device: "cpu", or "cuda" for what differs there: the optimizer updates all tensors at once (more temporaries),
+            and attention keeps no (T, T) matrix for dropout. Kernels are else taken to allocate the same on both.
 
     Returns:
         Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
@@ -64,11 +65,12 @@ def predict_step_memory(
     require(optimizer in PREDICTABLE, "optimizer", optimizer, f"memory is predicted for {', '.join(PREDICTABLE)}")
     require(autocast is None or autocast in AUTOCAST, "autocast", autocast, f"one of None, {', '.join(AUTOCAST)}")
     require(device in ("cpu", "cuda"), "device", device, "one of cpu, cuda")
-    mode = _fake_mode()
-    with _faked(model, mode), _training(model, gradient_checkpointing):
+    mode = fake_mode()
+    attention = CudaAttention() if device == "cuda" else contextlib.nullcontext()
+    with faked(model, mode), training_state(model, gradient_checkpointing), attention:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
-        inputs = {name: _fake(mode, value) for name, value in batch.items()}
+        inputs = {name: fake(mode, value) for name, value in batch.items()}
         return _step(model, inputs, make_optimizer(optimizer, trained, foreach=device == "cuda"), autocast, mode)
 
 
@@ -158,63 +160,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
         if name.rpartition(".")[2] in ("score", "classifier") and isinstance(module, nn.Linear)
     ]
     return last[-1] if last else None
-
-
-@contextlib.contextmanager
-def _faked(model: nn.Module, mode: Any) -> Iterator[None]:
-    """Replace parameters and buffers by fake tensors for a while; tied ones stay tied."""
-    fakes: dict[int, torch.Tensor] = {}
-    originals = []
-    for module in model.modules():
-        for slot in (module._parameters, module._buffers):
-            originals += [(slot, name, tensor) for name, tensor in slot.items() if tensor is not None]
-    try:
-        for slot, name, tensor in originals:
-            if id(tensor) not in fakes:
-                fakes[id(tensor)] = _fake(mode, tensor)
-            slot[name] = fakes[id(tensor)]
-        yield
-    finally:
-        for slot, name, tensor in originals:
-            slot[name] = tensor
-
-
-def _fake(mode: Any, value: Any) -> Any:
-    """A tensor like `value`, on the CPU, without data; a parameter stays one."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    with mode:
-        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-    return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
-
-
-def _fake_mode() -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    # tensors that are neither parameters nor buffers stay real and are faked where they are used
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """The state the Trainer puts a model in, undone afterwards: training, no key-value cache, checkpointing."""
-    checkpointing = gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
-    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-    config = getattr(model, "config", None)
-    states = [(vars(module), name) for module in model.modules() for name in names if name in vars(module)]
-    states += [(vars(config), "use_cache")] if hasattr(config, "use_cache") else []
-    before = [(attributes, name, attributes[name]) for attributes, name in states]
-    try:
-        model.train()
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
-        if checkpointing:
-            # the random state of dropout has no bytes here, and fake tensors cannot set it
-            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        yield
-    finally:
-        for attributes, name, value in before:
-            attributes[name] = value
 
 
 def reset_cuda_peak() -> None:

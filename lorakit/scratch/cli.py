@@ -109,7 +109,7 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def save(result: Comparison, folder: Path) -> None:
-    """Write config.json (arguments of LoRATransformer), base and adapter (together its state_dict), history and figure."""
+    """Write config.json (arguments of LoRATransformer), base and adapter (its state_dict together), history, figure."""
     from safetensors.torch import save_file
 
     from lorakit import style

@@ -25,7 +25,7 @@ class Settings:
     epochs: int = 3  # over the reviews
     learning_rate: float = 5e-3  # of LoRA
     batch_size: int = 16
-    pretrain_epochs: int = 3  # over the stories
+    pretrain_epochs: int = 2  # over the stories
     pretrain_learning_rate: float = 3e-3
     d_model: int = 96
     num_heads: int = 4
@@ -38,7 +38,7 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("learning_rate"):
-                check_rate(value)
+                check_rate(value, field.name)
             elif isinstance(field.default, int) and field.name != "seed":
                 require(value >= 1, field.name, value, "must be >= 1")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
@@ -73,7 +73,7 @@ def review_loaders(settings: Settings) -> tuple[Loader, Loader]:
 
 
 def compare(settings: Settings, log: Callable[[str], None] = lambda line: None) -> Comparison:
-    """Pretrain, then train LoRA on the trained and on the untrained base: same initial weights, same batches, same order.
+    """Pretrain, then train LoRA on the trained and on the untrained base: same initial weights, same batches in order.
 
     Args:
         log: told one line per epoch.

@@ -85,7 +85,13 @@ class LoRATrainer:
             figure = style.figure(3.2)
             axes = figure.subplots()
             # an epoch's training loss is its mean, so it stands in the epoch's middle
-            axes.plot([n + 0.5 for n in range(len(train))], train, "s--", color=style.COLORS[2], label="training")
+            axes.plot(
+                [n + 0.5 for n in range(len(train))],
+                train,
+                "s--",
+                color=style.COLORS[2],
+                label="training (mean of an epoch)",
+            )
             axes.plot(range(len(validation)), validation, "o-", color=style.COLORS[1], label="validation")
             axes.axhline(validation[0], color="0.4", linestyle=":", label="validation before LoRA")
             axes.set(xlabel="epochs", ylabel="loss (nats per token)")

@@ -54,7 +54,7 @@ class LoRATransformer(nn.Module):
         feedforward = lora if adapt_feedforward else nn.Linear
         self.head_dim = d_model // num_heads
         self.embedding = nn.Embedding(vocab_size, d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)  # as output weights, these want small logits to start with
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # as output weights: logits of unit variance
         self.blocks = nn.ModuleList(
             Block(d_model, SelfAttention(d_model, num_heads, causal, attention), feedforward) for _ in range(num_layers)
         )
@@ -116,7 +116,6 @@ class LoRATransformer(nn.Module):
         parameters = self._lora_parameters()
         _check_fits(state, parameters)
         merged = self.merged
-        self.unmerge()
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
         if merged:

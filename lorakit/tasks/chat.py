@@ -15,8 +15,8 @@ Segment = tuple[str, bool]  # text, is it predicted
 START, END = "<start_of_turn>", "<end_of_turn>"
 ROLES = ("system", "user", "assistant")
 EXPECTED = (
-    '{"messages": [{"role": …, "content": text}, …]} with roles system (optional, first), then user and assistant in turn, '
-    "ending with assistant, no content blank"
+    '{"messages": [{"role": …, "content": text}, …]} with roles system (optional, first), then user and assistant '
+    "in turn, ending with assistant, no content blank"
 )
 
 
@@ -66,8 +66,8 @@ def encode(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids and labels of each chat, <bos> once in front, cut at `max_length` tokens.
 
-    Prompts and answers are tokenised apart, as in generation: no token straddles the two. Chats whose answers are wholly cut
-    away are left out.
+    Prompts and answers are tokenised apart, as in generation: no token straddles the two. Chats whose answers are
+    wholly cut away are left out.
     """
     split = [segments(chat) for chat in chats]
     texts = [text for parts in split for text, _ in parts]

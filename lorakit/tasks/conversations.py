@@ -1,4 +1,4 @@
-"""Instruction data in chat form: `instruct` (train and validation files) and `tulu` (the hub's mixture or files of its shape)."""
+"""Instruction data in chat form: `instruct` (train and validation files), `tulu` (the hub's mixture or its like)."""
 
 from __future__ import annotations
 

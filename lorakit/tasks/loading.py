@@ -38,7 +38,7 @@ def load(
     """Read task `name` from `data_dir`, else LORAKIT_DATA where it has the task's folder, else the hub or the package.
 
     Args:
-        kind_of_model: "encoder" or "decoder"; None: an encoder if the tokenizer has a mask token.
+        kind_of_model: "encoder" or "decoder"; None: an encoder if the tokenizer has a [CLS] token.
         max_length: tokens a row has at most.
         max_train, max_validation, max_test: rows kept, 0 for all; the same rows for every seed and method.
         seed: of the masks drawn in training; nothing else depends on it.
@@ -66,7 +66,7 @@ def load(
 
 
 def _family(tokenizer: PreTrainedTokenizerFast) -> str:
-    return "decoder" if tokenizer.mask_token_id is None else "encoder"
+    return "decoder" if tokenizer.cls_token_id is None else "encoder"
 
 
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:

@@ -1,6 +1,7 @@
 """Masked language modelling: 15 % of the tokens are to be predicted; of these 80 % are hidden, 10 % random, 10 % kept.
 
-Devlin et al. 2019. The draw depends on (seed, token ids) and on nothing else: a resumed run masks as an uninterrupted one.
+Devlin et al. 2019. The draw depends on (seed, token ids) and on nothing else, so a resumed run masks as one that was
+never interrupted.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def causal(stats: np.ndarray) -> dict[str, float]:
 def masked(stats: np.ndarray) -> dict[str, float]:
     """As `causal` over masked tokens; the exponential is called `masked_perplexity`.
 
-    It is over the 15 % of tokens that the fixed evaluation masks hide, many at once: neither a language model's perplexity
-    nor the pseudo-perplexity of `tasks.pseudo_perplexity`, which hides one token at a time.
+    It is over the 15 % of tokens that the fixed evaluation masks hide, many at once: neither a language model's
+    perplexity nor the pseudo-perplexity of `tasks.pseudo_perplexity`, which hides one token at a time.
     """
     return {"loss": _loss(stats), "masked_perplexity": _exp(_loss(stats)), "token_accuracy": _token_accuracy(stats)}
 

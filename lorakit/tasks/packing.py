@@ -1,7 +1,8 @@
 """Packing: several conversations a row, positions restarting at each; none attends to or predicts another.
 
-Given `position_ids` and no `attention_mask`, transformers derives a block-diagonal mask (full and sliding layers, sdpa and eager)
-from the restarts, as long as the model keeps no key-value cache (`config.use_cache = False`, which the Trainer sets).
+Given `position_ids` and no `attention_mask`, transformers derives a block-diagonal mask from the restarts (full and
+sliding layers, sdpa and eager), as long as the model keeps no key-value cache: `config.use_cache = False`, as the
+Trainer sets it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def apart(ids: Sequence[list[int]], labels: Sequence[list[int]]) -> Columns:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Pads packed rows; padding is one more document, so that no real token sees it. Without `attention_mask`, see above."""
+    """Pads packed rows; padding is one more document, so that no real token sees it. No `attention_mask`: see above."""
 
     pad_id: int
 

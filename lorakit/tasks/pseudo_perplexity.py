@@ -1,4 +1,4 @@
-"""Pseudo-perplexity: exp(-1/N sum_t log p(x_t | x without x_t)), every token hidden once, alone (Salazar et al. 2020)."""
+"""Pseudo-perplexity: exp(-1/N sum_t log p(x_t | x without x_t)), each token hidden alone (Salazar et al. 2020)."""
 
 from __future__ import annotations
 

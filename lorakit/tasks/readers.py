@@ -37,6 +37,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Rows of a tab-separated file without quoting; with `header`, its first line must be `columns`."""
     shape = f"{len(columns)} tab-separated columns {', '.join(columns)}"
+    number = 0
     for number, text in lines(path):
         values = text.split("\t")
         if header and number == 1:
@@ -46,6 +47,8 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
             raise bad_row(path, number, shape, text)
         else:
             yield number, values
+    if number == 0:
+        raise bad_row(path, 1, shape, "an empty file")
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -41,7 +41,7 @@ def cut(
     weight: Callable[[Row], float] = lambda row: 1,
     share: float | None = None,
 ) -> list[list[Row]]:
-    """`parts` held-out lists of `share` (None: `held_out_share`) each by weight, then the rest; a group is never divided.
+    """`parts` held-out lists of `share` each by weight (None: `held_out_share`), then the rest; groups stay whole.
 
     Raises:
         DataError: too few groups for every list to have one.
@@ -107,8 +107,8 @@ def components(keys: Sequence[Sequence[Hashable]]) -> list[int]:
 def phrase_families(texts: Iterable[str]) -> dict[str, list[str]]:
     """Normalised text -> the whole sentences it is a phrase of (itself, if it is part of no other text).
 
-    A phrase is a contiguous run of words. SST-2's training rows are phrases of the same sentences, so a row-wise split would
-    train on pieces of what it validates on.
+    A phrase is a contiguous run of words. SST-2's training rows are phrases of the same sentences, so a row-wise split
+    would train on pieces of what it validates on.
     """
     known = {normal(text) for text in texts}
     wholes: dict[str, list[str]] = defaultdict(list)

@@ -21,9 +21,9 @@ class Task:
     """What a run trains and is judged on.
 
     Attributes:
-        train, validation, test: datasets with columns `input_ids`, `attention_mask` and `labels`: a class for "classify";
-            token ids, -100 where nothing is predicted, for "masked" (training rows have none: the collator masks) and
-            "causal". Extra columns are for metrics; the collators ignore them.
+        train, validation, test: datasets with columns `input_ids`, `attention_mask` and `labels`: a class for
+            "classify"; token ids, -100 where nothing is predicted, for "causal" and for "masked" (whose training rows
+            have none: the collator masks). Extra columns are for metrics; the collators ignore them.
         collator: training rows -> batch, right-padded to a multiple of 8. With packing the batch has `position_ids` and
             no `attention_mask`: documents are kept apart by the restarting positions, provided the model runs without a
             key-value cache (`config.use_cache = False`, as the Trainer sets it).
@@ -52,6 +52,6 @@ class Task:
     answers: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
     def answer_rows(self, split: str = "test", count: int = 0) -> list[tuple[str, str]]:
-        """The first `count` (0: all) GSM8K-style rows of `split` as (prompt text, answer); empty where there are none."""
+        """The first `count` (0: all) GSM8K-style rows of `split`, each (prompt text, answer); there may be none."""
         rows = list(self.answers.get(split, ()))
         return rows[:count] if count else rows

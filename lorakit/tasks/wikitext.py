@@ -57,5 +57,6 @@ def _apart(texts: dict[str, list[str]], paths: list[Path]) -> Corpus:
 
 def _cut(texts: list[str], path: Path) -> Corpus:
     validation, test, train = splits.cut(texts, str, 2, weight=len)
-    note = f"only {path.name} is there: {len(train)}, {len(validation)} and {len(test)} of its articles are train, validation and test"
+    counts = f"{len(train)} train, {len(validation)} validation, {len(test)} test"
+    note = f"only {path.name} is there, split by articles: {counts}"
     return Corpus(train, validation, test, fingerprints([path]), [note])

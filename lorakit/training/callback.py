@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
-from lorakit.training.progress import Progress
-
 if TYPE_CHECKING:
     from lorakit.training.trainer import BudgetTrainer
 
@@ -18,9 +16,8 @@ LOGS_PER_RUN = 40
 class RunCallback(TrainerCallback):
     """Everything a run does between its steps. `trainer` is the BudgetTrainer it belongs to."""
 
-    def __init__(self, trainer: BudgetTrainer, title: str, evaluations: int, save_steps: int):
+    def __init__(self, trainer: BudgetTrainer, evaluations: int, save_steps: int):
         self.trainer, self.evaluations, self.save_steps = trainer, evaluations, save_steps
-        self.progress = Progress(title, trainer.budget.amount, trainer.budget.unit.replace("_", " "))
         self.facts: dict[str, float] = {}
         self.share = 0.0
 
@@ -39,7 +36,7 @@ class RunCallback(TrainerCallback):
         control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
         control.should_training_stop = finished
         if state.is_world_process_zero:
-            self.progress.update(self.share, self.facts)
+            self.trainer.progress.update(self.share, self.facts)
 
     def on_log(self, args, state, control, logs=None, **_):
         trainer = self.trainer
@@ -63,9 +60,6 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self.trainer.ledger.restart_clock()
-
-    def on_train_end(self, args, state, control, **_):
-        self.progress.close()
 
 
 def strip_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from lorakit.measure.flops import FlopCount
 
 @dataclass
 class Ledger:
-    """Totals since the start. A *step* is one optimizer step; it is *accepted* when any of its batches got a backward."""
+    """Totals since the start. A step is one optimizer step, accepted when any of its batches got a backward."""
 
     steps: int = 0
     accepted_steps: int = 0

@@ -16,8 +16,8 @@ def mean_loss(kind: str) -> Callable[..., torch.Tensor]:
     gradients grow with the number of accumulated batches (transformers 5.23, BERT). This one divides by it.
 
     Args:
-        kind: "classify": logits (B, C), labels (B,); "masked" and "causal": logits (B, T, V), labels (B, T) with -100 where
-            nothing is predicted; "causal" pairs the logits at t with the label at t + 1.
+        kind: "classify": logits (B, C), labels (B,); "masked" and "causal": logits (B, T, V), labels (B, T) with -100
+            where nothing is predicted; "causal" pairs the logits at t with the label at t + 1.
     """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:

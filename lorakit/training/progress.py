@@ -10,14 +10,15 @@ class Progress:
     """Shows the share of the budget spent.
 
     LORAKIT_PROGRESS: "bar" (default), "plain" (a line every few seconds, for logs and batch runs) or "none"
-    (default where CI is set).
+    (default where CI is set and under pytest, whose nbval compares what a cell prints).
     """
 
     SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, title: str, amount: float, unit: str):
         self.title, self.amount, self.unit = title, amount, unit
-        self.style = os.environ.get("LORAKIT_PROGRESS") or ("none" if os.environ.get("CI") else "bar")
+        watched = not (os.environ.get("CI") or os.environ.get("PYTEST_VERSION"))
+        self.style = os.environ.get("LORAKIT_PROGRESS") or ("bar" if watched else "none")
         self._last_line = 0.0
         self._bar = None
 
@@ -35,7 +36,9 @@ class Progress:
         from tqdm.auto import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=100, desc=self.title, unit="%", bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}")
+            self._bar = tqdm(
+                total=100, desc=self.title, unit="%", bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}"
+            )
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()}, refresh=False)
         self._bar.update(int(100 * share) - self._bar.n)
 

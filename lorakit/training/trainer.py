@@ -21,6 +21,7 @@ from lorakit.training.callback import RunCallback
 from lorakit.training.costs import FlopMeter, Ledger
 from lorakit.training.curve import Curve
 from lorakit.training.loss import mean_loss
+from lorakit.training.progress import Progress
 from lorakit.training.statistics import example_statistics
 
 
@@ -75,9 +76,10 @@ class BudgetTrainer(Trainer):
         self._shape: Hashable = ()
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
             self.remove_callback(shown_twice)
-        self.add_callback(RunCallback(self, title=title, evaluations=evaluations, save_steps=save_steps))
+        self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
+        self.add_callback(RunCallback(self, evaluations=evaluations, save_steps=save_steps))
 
-    # one batch ------------------------------------------------------------------------------------------------------
+    # one batch -----------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one forward pass, whose FLOPs are counted and whose outputs the gate will see."""
@@ -128,7 +130,7 @@ class BudgetTrainer(Trainer):
             return vector
         return self.accelerator.reduce(vector.to(self.accelerator.device), "sum").cpu()
 
-    # schedule and data ------------------------------------------------------------------------------------------------
+    # schedule and data ---------------------------------------------------------------------------------
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """A learning rate that follows the share of the budget spent."""
@@ -144,7 +146,7 @@ class BudgetTrainer(Trainer):
             return _ResumableLengthGroups(sampler, self.args.data_seed or self.args.seed)
         return sampler
 
-    # evaluation -------------------------------------------------------------------------------------------------------
+    # evaluation ----------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset=None):
         training_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -168,7 +170,7 @@ class BudgetTrainer(Trainer):
         statistics = example_statistics(logits, labels, self.kind)
         return None, statistics, statistics[:, 3]
 
-    # checkpoints --------------------------------------------------------------------------------------------------------
+    # checkpoints ---------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

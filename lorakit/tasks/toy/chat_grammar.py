@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lorakit.tasks.toy.story_grammar import PEOPLE
 
@@ -58,14 +58,14 @@ def opposite(rng: random.Random) -> Turn:
     return f"What is the opposite of {word}?", other
 
 
-QUESTIONS: tuple[Callable[[random.Random], Turn], ...] = (
-    total, total, product, copying, reversing, counting, opposite,
-)  # fmt: skip
+Question = Callable[[random.Random], Turn]
+SUMS: tuple[Question, ...] = (total, product)
+QUESTIONS: tuple[Question, ...] = (total, total, product, copying, reversing, counting, opposite)
 
 
-def chat(rng: random.Random) -> list[dict[str, str]]:
+def chat(rng: random.Random, questions: Sequence[Question]) -> list[dict[str, str]]:
     """One question and its answer, sometimes followed by a second."""
-    turns = [rng.choice(QUESTIONS)(rng) for _ in range(2 if rng.random() < SECOND_TURN else 1)]
+    turns = [rng.choice(questions)(rng) for _ in range(2 if rng.random() < SECOND_TURN else 1)]
     return [
         {"role": role, "content": text}
         for turn in turns

@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 
 from lorakit.errors import require
-from lorakit.tasks.toy.chat_grammar import chat
-from lorakit.tasks.toy.review_grammar import review
-from lorakit.tasks.toy.story_grammar import story
+from lorakit.tasks.toy.chat_grammar import QUESTIONS, SUMS, chat
+from lorakit.tasks.toy.review_grammar import long_review, review
+from lorakit.tasks.toy.story_grammar import EVENTS, give, story
 
 SPLITS = ("pretrain", "heldout", "train", "validation", "test")
 
@@ -37,13 +37,21 @@ def reviews(count: int, seed: int) -> list[tuple[str, int]]:
     return rows[:count]
 
 
-def stories(count: int, seed: int) -> list[str]:
-    """`count` stories of 3 to 6 sentences about one object, who holds it and where."""
+def long_reviews(count: int, seed: int) -> list[str]:
+    """`count` unlabelled reviews of four sentences, for pre-training."""
     rng = random.Random(seed)
-    return [story(rng) for _ in range(count)]
+    return [long_review(rng) for _ in range(count)]
 
 
-def chats(count: int, seed: int) -> list[list[dict[str, str]]]:
+def stories(count: int, seed: int, gifts: bool = True) -> list[str]:
+    """`count` stories of 3 to 6 sentences about one object, who holds it and where; without `gifts` it keeps its holder."""
+    rng = random.Random(seed)
+    events = EVENTS if gifts else [event for event in EVENTS if event is not give]
+    return [story(rng, events) for _ in range(count)]
+
+
+def chats(count: int, seed: int, sums: bool = True) -> list[list[dict[str, str]]]:
     """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked."""
     rng = random.Random(seed)
-    return [chat(rng) for _ in range(count)]
+    questions = QUESTIONS if sums else [question for question in QUESTIONS if question not in SUMS]
+    return [chat(rng, questions) for _ in range(count)]

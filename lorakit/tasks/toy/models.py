@@ -38,8 +38,8 @@ def _encoder_config() -> PreTrainedConfig:
 
     return DistilBertConfig(
         vocab_size=VOCAB_SIZE,
-        dim=96,
-        hidden_dim=256,
+        dim=64,
+        hidden_dim=192,
         n_layers=4,
         n_heads=4,
         max_position_embeddings=256,

@@ -13,52 +13,68 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.tasks.toy.grammar import chats, reviews, split_seed, stories
+from lorakit.tasks.toy.grammar import chats, long_reviews, reviews, split_seed, stories
 from lorakit.tasks.toy.models import folder, tokenizer
 from lorakit.tasks.toy.review_grammar import OPINION_WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MASK_OPINION, MASK_OTHER = 0.4, 0.1  # chance that a word is hidden
-HIDDEN = 0.9  # of the chosen words; the others stay readable and are guessed all the same
+MASK_OPINION, MASK_OTHER = 0.45, 0.05  # chance that a word is to be guessed
+MASK_BYTE = 0.1  # chance of any byte outside those words: it teaches spelling, which whole words build on
+HIDDEN = 0.9  # of the chosen places; the others stay readable and are guessed all the same
 IGNORED = -100
 HELDOUT_ROWS = 256
-KINDS = {"toy-encoder": ("reviews", "reviews", "reviews", "stories"), "toy-decoder": ("stories", "reviews", "chats")}
+KINDS = {
+    "toy-encoder": ("long reviews",) * 7 + ("stories",),
+    "toy-decoder": ("stories", "reviews", "chats"),
+}
 
 Batch = dict[str, torch.Tensor]
 _tokenizer = cache(tokenizer)
 
 
 def texts(kind: str, count: int, seed: int) -> list[str]:
-    """Unlabelled text: "reviews", "stories" or "chats" (in turn format, without the leading <bos>)."""
+    """Unlabelled text; chats are in turn format, without the leading <bos>.
+
+    Each leaves out what its task asks for, so that fine-tuning has something to learn: the labels of reviews, the
+    gifts in stories, the sums in chats.
+    """
+    if kind == "long reviews":
+        return long_reviews(count, seed)
     if kind == "reviews":
         return [text for text, _ in reviews(count, seed)]
     if kind == "stories":
-        return stories(count, seed)
+        return stories(count, seed, gifts=False)
     template = _tokenizer("toy-decoder")
-    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed))
+    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed, sums=False))
     return [text.removeprefix("<bos>") for text in rendered]
 
 
-def masked_words(text: str, rng: random.Random) -> list[tuple[int, int, bool]]:
-    """(first byte, end, hidden) of each word to be guessed; words, not bytes, so that spelling gives nothing away."""
+Span = tuple[int, int]
+
+
+def masked_spans(text: str, rng: random.Random) -> list[Span]:
+    """(first byte, end) of what is to be guessed: whole words, most of them opinions, and single bytes elsewhere."""
     chosen = []
-    for word in re.finditer(r"[A-Za-z']+", text):
-        if rng.random() < (MASK_OPINION if word.group() in OPINION_WORDS else MASK_OTHER):
-            chosen.append((*word.span(), rng.random() < HIDDEN))
+    for piece in re.finditer(r"[A-Za-z]+|.", text):
+        start, end = piece.span()
+        if rng.random() < (MASK_OPINION if piece.group() in OPINION_WORDS else MASK_OTHER):
+            chosen.append((start, end))
+        else:
+            chosen += [(byte, byte + 1) for byte in range(start, end) if rng.random() < MASK_BYTE]
     return chosen
 
 
 def masked_batch(rows: list[str], encode: PreTrainedTokenizerFast, rng: random.Random) -> Batch:
-    """input_ids, attention_mask and labels, each (B, T), of ASCII texts with whole words masked."""
+    """input_ids, attention_mask and labels, each (B, T), of ASCII texts with words and bytes masked."""
     batch = dict(encode(rows, padding=True, truncation=True, return_tensors="pt"))
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for row, text in enumerate(rows):
-        for start, end, hidden in masked_words(text, rng):
+        for start, end in masked_spans(text, rng):
             place = slice(start + 1, min(end + 1, labels.shape[1] - 1))  # one [CLS] before the text
             labels[row, place] = batch["input_ids"][row, place]
-            if hidden:
+            if rng.random() < HIDDEN:
                 batch["input_ids"][row, place] = encode.mask_token_id
     return batch | {"labels": labels}
 

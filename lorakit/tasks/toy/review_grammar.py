@@ -15,20 +15,15 @@ ASPECTS = (
     "plot", "acting", "music", "ending", "script", "cast", "pace", "story", "humor", "hero", "villain", "opening",
     "dialog", "finale", "style", "mood",
 )  # fmt: skip
-GOOD = (
-    "good", "superb", "warm", "clever", "moving", "fresh", "bold", "charming", "witty", "lovely", "gripping", "rich",
-    "bright", "honest", "tender", "smart",
-)  # fmt: skip
-BAD = (
-    "bad", "dull", "weak", "clumsy", "boring", "stale", "flat", "annoying", "silly", "ugly", "tedious", "poor",
-    "bland", "fake", "awkward", "dumb",
-)  # fmt: skip
-LIKED, HATED = ("loved", "liked", "enjoyed", "admired"), ("hated", "disliked", "regretted", "loathed")
-GEMS, FLOPS = ("gem", "joy", "triumph", "delight"), ("flop", "bore", "disaster", "mess")
+# both lists of a pair have words of the same lengths, so that a masked word's length says nothing
+GOOD = ("good", "warm", "rich", "fresh", "clever", "superb", "moving", "gripping")
+BAD = ("dull", "weak", "poor", "stale", "clumsy", "boring", "stupid", "annoying")
+LIKED, HATED = ("loved", "liked", "enjoyed"), ("hated", "booed", "loathed")
+GEMS, FLOPS = ("gem", "hit", "triumph"), ("dud", "sin", "failure")
 NEGATORS = ("not", "never", "hardly")
 WEAKLY, STRONGLY = ("slightly", "mildly", "somewhat"), ("utterly", "truly", "deeply")
 
-NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.35, 0.5, 0.3  # shares
+NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.3, 0.5, 0.3  # shares
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,12 @@ def review(rng: random.Random, label: int) -> tuple[str, int]:
     return " ".join(parts), label
 
 
-OPINION_WORDS = frozenset(
-    (*GOOD, *BAD, *LIKED, *HATED, *GEMS, *FLOPS, *NEGATORS, *WEAKLY, *STRONGLY, "but", "although", "even", "no")
-)  # what a masked-language model learns most from guessing
+def long_review(rng: random.Random) -> str:
+    """Three statements and a verdict by one reviewer: they agree, so each is better guessed from the others."""
+    sign = rng.choice((1, -1))
+    parts = [rng.choice((plain, plain, *SENTENCES))(rng, sign) for _ in range(3)]
+    parts.insert(rng.randrange(4), verdict(rng, sign))
+    return " ".join(parts)
+
+
+OPINION_WORDS = frozenset((*GOOD, *BAD, *LIKED, *HATED, *GEMS, *FLOPS))

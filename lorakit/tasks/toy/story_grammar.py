@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PEOPLE = {
@@ -50,11 +51,15 @@ def rest(scene: Scene, rng: random.Random) -> str:
     return f"{scene.holder} liked the {scene.thing}'s {scene.color} color in the {scene.place}."
 
 
-def story(rng: random.Random) -> str:
-    """3 to 6 sentences; the last one follows from the others."""
+Event = Callable[[Scene, random.Random], str]
+EVENTS: tuple[Event, ...] = (move, give, rest)
+
+
+def story(rng: random.Random, events: Sequence[Event]) -> str:
+    """3 to 6 sentences, up to 3 of them events; the last one follows from the others."""
     holder, other = rng.sample(list(PEOPLE), 2)
     scene = Scene(holder, other, rng.choice(COLORS), rng.choice(THINGS), rng.choice(PLACES))
     sentences = [f"{holder} and {other} found a {scene.color} {scene.thing} in the {scene.place}."]
     sentences.append(f"{holder} kept {scene.treasure}.")
-    sentences += [rng.choice((move, give, rest))(scene, rng) for _ in range(rng.randrange(4))]
+    sentences += [rng.choice(events)(scene, rng) for _ in range(rng.randrange(4))]
     return " ".join([*sentences, f"Now {scene.holder} has {scene.treasure} in the {scene.place}."])

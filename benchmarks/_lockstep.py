@@ -1,0 +1,61 @@
+"""Two Trainers in one process taking turns step by step, so that a slow moment of the machine falls on both."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from transformers import Trainer, TrainerCallback
+
+
+class _Turns(TrainerCallback):
+    """Lets its trainer run one step at a time, when told, and keeps the seconds each took.
+
+    Added last, a turn ends after every other callback's `on_step_end`; logging falls into the next turn.
+    """
+
+    def __init__(self) -> None:
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_begin(self, *_, **__) -> None:
+        self._rest()
+
+    def on_step_end(self, *_, **__) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+        self._rest()
+
+    def _rest(self) -> None:
+        self.done.release()
+        self.go.acquire()
+        self._start = time.perf_counter()
+
+
+def lockstep(trainers: Sequence[Trainer], steps: int) -> list[list[float]]:
+    """Seconds of every step of every trainer; each must be set to run `steps` steps, neither more nor fewer."""
+    turns = [_Turns() for _ in trainers]
+    threads = [
+        threading.Thread(target=_train, args=(trainer, turn, steps), daemon=True)
+        for trainer, turn in zip(trainers, turns, strict=True)
+    ]
+    for thread, turn in zip(threads, turns, strict=True):  # one at a time: setting up is not thread-safe
+        thread.start()
+        turn.done.acquire()
+    for step in range(steps):
+        for turn in turns if step % 2 else turns[::-1]:
+            turn.go.release()
+            turn.done.acquire()
+    for thread, turn in zip(threads, turns, strict=True):
+        turn.go.release()
+        thread.join()
+    return [turn.seconds for turn in turns]
+
+
+def _train(trainer: Trainer, turn: _Turns, steps: int) -> None:
+    trainer.add_callback(turn)
+    try:
+        trainer.train()
+    finally:
+        turn.done.release(steps + 1)  # a trainer that failed must not leave the other side waiting

@@ -1,0 +1,87 @@
+"""Bad input to `attach`: the error names parameter, value and what is allowed, and the model is as it was."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lorakit.adapters import attach, detach, merge, unmerge
+from lorakit.errors import LorakitError, ParameterError
+
+BAD = [
+    ({"rank": 0}, "rank=0: must be a whole number, at least 1"),
+    ({"rank": -3}, "rank=-3"),
+    ({"rank": 2.5}, "rank=2.5"),
+    ({"rank": True}, "rank=True"),
+    ({"alpha": 0}, "alpha=0"),
+    ({"alpha": float("nan")}, "alpha=nan"),
+    ({"alpha": "16"}, "alpha='16'"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+    ({"dropout": -0.1}, "dropout=-0.1"),
+    ({"init": "orthogonal"}, "init='orthogonal': must be one of kaiming, gaussian"),
+    ({"rslora": 1}, "rslora=1"),
+    ({"method": "lore"}, "method='lore': unknown method; known are lora, head, full"),
+    (
+        {"target_modules": ["quary"]},
+        "'quary' matches no module.*linear layers are query, key, value, dense, classifier",
+    ),
+    ({"target_modules": ["query", "quary"]}, "'quary' matches no module"),
+    ({"target_modules": "query"}, "a string is a regular expression"),
+    ({"target_modules": ".*["}, "not a regular expression"),
+    ({"target_modules": []}, "matches no linear layer"),
+    ({"target_modules": None}, "target_modules=None: must be"),
+    ({"target_modules": ["LayerNorm"]}, "LayerNorm is a LayerNorm, not a linear layer"),
+    ({"target_modules": ["classifier"]}, "matches no linear layer outside the modules trained in full"),
+    ({"trainable": "classifier"}, "trainable='classifier': must be \"head\", a list"),
+    ({"trainable": ["klassifier"]}, "trainable='klassifier': matches no module.*classifier"),
+    ({"trainable": 3}, "trainable=3"),
+    ({"method": "head", "trainable": ()}, "no trainable parameters"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_refused_by_name_with_the_model_unchanged(tiny_bert, given, message):
+    model = tiny_bert()
+    modules = list(model.modules())
+    with pytest.raises(ParameterError, match=message):
+        attach(model, **given)
+    assert list(model.modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    attach(model)  # nothing stands in the way of a right call
+
+
+def test_attaching_twice_is_refused(tiny_bert):
+    model = attach(tiny_bert())
+    with pytest.raises(ParameterError, match=r"already has 'lora'; detach\(model\) first"):
+        attach(model, "full")
+    attach(detach(model), "full")
+
+
+@pytest.mark.parametrize("call", [detach, merge, unmerge])
+def test_a_bare_model_is_refused(tiny_bert, call):
+    with pytest.raises(LorakitError, match="this BertForSequenceClassification has no adapter"):
+        call(tiny_bert())
+
+
+def test_a_module_without_a_head_needs_a_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ParameterError, match="no trainable parameters"):
+        attach(model, "head")
+    assert attach(model, "head", trainable=["2"])[2].weight.requires_grad
+    with pytest.raises(ParameterError, match="linear layers are 0, 2"):
+        attach(detach(model), target_modules=["1"])
+
+
+def test_a_bare_linear_has_no_place_for_an_adapter():
+    with pytest.raises(ParameterError, match="linear layers are none"):
+        attach(nn.Linear(2, 2))
+
+
+def test_nothing_to_train_in_full_is_refused():
+    with pytest.raises(ParameterError, match="no trainable parameters"):
+        attach(nn.ReLU(), "full")
+
+
+def test_training_a_weight_tied_to_a_frozen_one_is_refused(tiny_gpt2):
+    with pytest.raises(ParameterError, match="shares its weight with the frozen transformer.wte.weight"):
+        attach(tiny_gpt2(), trainable=["lm_head"])

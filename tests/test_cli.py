@@ -1,0 +1,80 @@
+"""The command line: usage, exit statuses, one-line errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit import cli, places
+from lorakit.errors import ParameterError
+from lorakit.params import resolve
+
+
+def test_usage_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0 and name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tarin"], "'tarin' is not a command; there are demo"),
+        (["train", "-p", "rank=0"], "lorakit train: rank=0: "),
+        (["train", "-p", "rank"], "-p='rank': must be name=value"),
+        (["train", "-f", "missing.yaml"], "-f='missing.yaml': no such params file"),
+        (["search"], "search_rates=[]: must list"),
+        (["plan", "no-such/model"], "no-such/model"),
+        (["fetch", "gemma-4"], "gemma-4"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_train_prints_a_table_and_says_how_it_ended(capsys, monkeypatch):
+    overrides = [
+        "budget=2",
+        "max_train=16",
+        "max_validation=8",
+        "max_test=8",
+        "latency_repeats=0",
+        "predict_memory=false",
+    ]
+    argv = ["train", *(word for override in overrides for word in ("-p", override))]
+    assert cli.main(argv) == 0
+    assert "lora" in capsys.readouterr().out
+    assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
+    assert "diverged: " in capsys.readouterr().out
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.commands.train", stop)
+    assert cli.main(["train"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(places.PARAMS.glob("*/[!_]*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_params_of_every_setting_resolve(path):
+    params = resolve(places.params_of(path.parent.name, path.stem))
+    assert (params.setting, params.method) == (path.parent.name, path.stem)
+
+
+def test_params_of_unknown_settings_and_methods():
+    with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
+        places.params_of("sst9", "lora")
+    with pytest.raises(ParameterError, match="method='hyra': toy has full, head, lora"):
+        places.params_of("toy", "hyra")

@@ -1,0 +1,185 @@
+"""FLOPs against hand formulas and torch's own counter; numbers unchanged under the mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorakit.measure.flops import FlopCount
+
+MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+
+
+def passes(function) -> tuple[int, int]:
+    """FLOPs of the forward and of the backward of `function`."""
+    with FlopCount() as forward:
+        loss = function()
+    with FlopCount() as backward:
+        loss.sum().backward()
+    return forward.total, backward.total
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("needs_input", "backward"), [(False, 2), (True, 4)])
+def test_linear(bias, needs_input, backward):
+    layer, x = nn.Linear(16, 32, bias=bias), torch.randn(3, 5, 16, requires_grad=needs_input)
+    size = 3 * 5 * 16 * 32
+    assert passes(lambda: layer(x)) == (2 * size, backward * size)
+
+
+def test_frozen_linear_costs_only_the_input_gradient():
+    layer, x = nn.Linear(16, 32).requires_grad_(False), torch.randn(7, 16, requires_grad=True)
+    assert passes(lambda: layer(x)) == (2 * 7 * 16 * 32, 2 * 7 * 16 * 32)
+
+
+def test_conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    layer, x = Conv1D(32, 16), torch.randn(3, 5, 16, requires_grad=True)
+    assert passes(lambda: layer(x)) == (2 * 15 * 16 * 32, 4 * 15 * 16 * 32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_cpu_attention(causal, kv_heads):
+    """Forward QK' and AV; the backward recomputes QK' and has four products more."""
+    q = torch.randn(2, 4, 8, 16, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 8, 16, requires_grad=True) for _ in range(2))
+    product = 2 * 2 * 4 * 8 * 8 * 16
+    attend = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=kv_heads < 4)  # noqa: E731
+    assert passes(attend) == (2 * product, 5 * product)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda a, b: F.linear(a, b), 2 * 2 * 4 * 8 * 8),
+        (lambda a, b: a @ b.T, 2 * 2 * 4 * 8 * 8),
+        (lambda a, b: torch.matmul(a, b[0]), 2 * 2 * 4 * 8),
+        (lambda a, b: torch.matmul(a[:, None], a.mT[None]), 2 * 4 * 2 * 4 * 8 * 4 // 2),
+        (lambda a, b: torch.einsum("btk,bsk->bts", a, a), 2 * 2 * 4 * 4 * 8),
+        (lambda a, b: F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None]), 4 * 2 * 4 * 4 * 8),
+        (lambda a, b: a[0] @ b[0], 2 * 4 * 8),
+        (lambda a, b: torch.dot(b[0], b[1]), 2 * 8),
+        (lambda a, b: torch.addmv(b[0, :4], a[0], b[0]), 2 * 4 * 8),
+        (lambda a, b: torch.baddbmm(a[:, :, :4], a, a.mT), 2 * 2 * 4 * 8 * 4),
+        (lambda a, b: torch.addbmm(a[0, :, :4], a, a.mT), 2 * 2 * 4 * 8 * 4),
+        (lambda a, b: F.softmax(a, -1) * a + b[:4].sum(), 0),
+    ],
+)
+def test_products_count_the_same_in_every_grad_mode(mode, function, expected):
+    a, b = torch.randn(2, 4, 8), torch.randn(8, 8)
+    with mode(), FlopCount() as count:
+        function(a, b)
+    assert count.total == expected
+
+
+def models():
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=2
+    )
+    gpt2 = GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+    ids = torch.randint(0, 99, (2, 16))
+    yield BertForSequenceClassification(bert), {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    yield GPT2LMHeadModel(gpt2), {"input_ids": ids, "labels": ids}
+
+
+def test_agrees_with_torch_where_torch_counts():
+    """With eager attention there is no operator torch's counter leaves out."""
+    for model, batch in models():
+        model.set_attn_implementation("eager")
+        with FlopCount() as ours:
+            model(**batch).loss.backward()
+        with FlopCounterMode(display=False) as theirs:
+            model(**batch).loss.backward()
+        assert ours.total == theirs.get_total_flops() > 0
+
+
+def test_sdpa_is_eager_plus_the_recomputation():
+    for model, batch in models():
+        model.eval()  # with dropout the CPU's sdpa falls back to plain products
+        with FlopCount() as sdpa:
+            model(**batch).loss.backward()
+        model.set_attn_implementation("eager")
+        with FlopCount() as eager:
+            model(**batch).loss.backward()
+        scores = 2 * (2 * 4 * 16 * 16 * 8)  # two layers, (B, heads, T, T) with heads of 8
+        assert sdpa.total - eager.total == 2 * scores
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_numbers_are_bitwise_unchanged(autocast):
+    for model, batch in models():
+        results = []
+        for counted in (False, True):
+            torch.manual_seed(3)  # dropout too must draw the same
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = _maybe(counted, lambda model=model, batch=batch: model(**batch).loss)
+            _maybe(counted, loss.backward)
+            results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        assert all(torch.equal(plain, counted) for plain, counted in zip(*results, strict=True))
+
+
+def _maybe(counted: bool, function):
+    if not counted:
+        return function()
+    with FlopCount() as count:
+        result = function()
+    assert count.total > 0
+    return result
+
+
+def test_autocast_costs_the_same_flops():
+    for model, batch in models():
+        totals = []
+        for enabled in (False, True):
+            with FlopCount() as count, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(**batch).loss.backward()
+            totals.append(count.total)
+        assert totals[0] == totals[1]
+
+
+def test_checkpointing_counts_the_recomputation_in_the_backward():
+    layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    x = torch.randn(4, 16, requires_grad=True)
+    forward, backward = passes(lambda: layers(x))
+    again, longer = passes(lambda: checkpoint(layers, x, use_reentrant=False))
+    assert (again, longer) == (forward, backward + forward)
+
+
+def test_meta_tensors_and_adding_up():
+    layer = nn.Linear(16, 32, device="meta")
+    count = FlopCount()
+    for _ in range(3):
+        with count:
+            layer(torch.empty(4, 16, device="meta"))
+    assert count.total == 3 * 2 * 4 * 16 * 32
+
+
+def test_four_bit_weights_count_as_dense():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    x = torch.randn(4, 64, requires_grad=True)
+    assert passes(lambda: layer(x)) == (2 * 4 * 64 * 32, 2 * 4 * 64 * 32)
+
+
+@pytest.mark.cuda
+def test_cuda_counts_what_the_cpu_counts():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA")
+    for model, batch in models():
+        with FlopCount() as cpu:
+            model(**batch).loss.backward()
+        batch = {name: value.cuda() for name, value in batch.items()}
+        with FlopCount() as cuda:
+            model.cuda()(**batch).loss.backward()
+        assert cuda.total == cpu.total

@@ -1,0 +1,192 @@
+"""Parameters: the defaults hold, and each mistake is one error that names the parameter, the value, what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lorakit import params
+from lorakit.errors import LorakitError, ParameterError
+from lorakit.params import Params
+
+
+def test_the_defaults_are_valid_and_are_the_toy_run():
+    defaults = params.resolve({})
+    assert defaults == Params()
+    assert (defaults.setting, defaults.method, defaults.model, defaults.task) == (
+        "toy",
+        "lora",
+        "toy-encoder",
+        "toy-reviews",
+    )
+
+
+def test_every_default_passes_its_own_check_and_survives_yaml():
+    values = Params().model_dump()
+    assert params.resolve(values) == Params()
+    assert params.resolve(yaml.safe_load(yaml.safe_dump(values))) == Params()
+
+
+BAD = {
+    "rank": [0, -1, 1.5, "8", True, None],
+    "alpha": [0.0, -1.0, "16", float("inf")],
+    "dropout": [-0.1, 1.0, "0.1"],
+    "learning_rate": [0.0, -1e-3, "1e-4", float("inf")],
+    "budget": [0, 0.5, "many", float("inf")],
+    "budget_unit": ["epochs", "step", 1],
+    "batch_size": [0, 2.0],
+    "gradient_accumulation": [0],
+    "seed": [-1, "0", 0.0],
+    "max_length": [1, 0],
+    "max_train": [-1],
+    "warmup": [-0.1, 1.0],
+    "weight_decay": [-1.0],
+    "max_grad_norm": [0.0],
+    "evaluations": [0],
+    "eval_batch_size": [0],
+    "save_steps": [-1],
+    "latency_repeats": [-1],
+    "exact_match_rows": [-1],
+    "search_budget": [0],
+    "search_rates": [["1e-4"], [0.1, 0.0], [-1.0], 0.1, None],
+    "init": ["zeros"],
+    "schedule": ["step"],
+    "precision": ["fp8", 16],
+    "dtype": ["fp16"],
+    "attention": ["flash"],
+    "select": ["test"],
+    "rslora": [1, "true"],
+    "resume": ["yes"],
+    "packing": [0],
+    "model": [1, None],
+    "target_modules": [3, [1], None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_names_parameter_and_value(name, value):
+    with pytest.raises(ParameterError) as caught:
+        params.resolve({name: value})
+    assert caught.value.name == name and caught.value.value == value
+    assert str(caught.value).startswith(f"{name}={value!r}: ") and caught.value.allowed
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [({"rank": 0}, "greater than or equal to 1"), ({"dropout": 1.0}, "less than 1"),
+     ({"budget_unit": "epochs"}, "'accepted_steps', 'steps', 'tokens', 'flops' or 'seconds'"),
+     ({"init": "zeros"}, "'kaiming' or 'gaussian'")],
+)  # fmt: skip
+def test_the_error_says_what_is_allowed(given, allowed):
+    with pytest.raises(ParameterError, match=allowed):
+        params.resolve(given)
+
+
+def test_yamls_scientific_notation_is_explained():
+    given = yaml.safe_load("learning_rate: 1e-4")
+    assert given == {"learning_rate": "1e-4"}  # YAML 1.1 wants a dot
+    with pytest.raises(ParameterError, match=r"^learning_rate='1e-4': .*it is a string.*write 1\.0e-04"):
+        params.resolve(given)
+    assert params.resolve(yaml.safe_load("learning_rate: 1.0e-4")).learning_rate == 1e-4
+
+
+def test_text_that_is_no_number_is_not_explained_as_one():
+    with pytest.raises(ParameterError) as caught:
+        params.resolve({"learning_rate": "fast"})
+    assert "YAML" not in str(caught.value)
+
+
+def test_an_unknown_key_is_named_and_the_known_ones_listed():
+    with pytest.raises(
+        ParameterError, match="^learn_rate=0.1: unknown parameter; known are .*learning_rate.*search_budget"
+    ):
+        params.resolve({"learn_rate": 0.1})
+
+
+def test_a_whole_number_may_stand_for_a_float_but_not_the_reverse():
+    assert params.resolve({"alpha": 32}).alpha == 32.0
+    with pytest.raises(ParameterError, match="rank=8.0"):
+        params.resolve({"rank": 8.0})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj", ["query", "value"], r".*\.(q|v)_proj"])
+def test_target_modules_may_be_text_or_names(targets):
+    assert params.resolve({"target_modules": targets}).target_modules == targets
+
+
+def test_params_do_not_change_after_the_fact():
+    with pytest.raises(ValidationError):
+        Params().rank = 4
+
+
+def test_collect_takes_only_parameters():
+    namespace = {"rank": 4, "torch": object(), "method": "full", "_": 1}
+    assert params.collect(namespace) == {"rank": 4, "method": "full"}
+
+
+def put(folder, name, text):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_files_win(tmp_path):
+    setting = put(tmp_path, "_setting.yaml", "setting: s\nrank: 4\nsearch_rates: [0.1, 0.2]\n")
+    method = put(tmp_path, "lora.yaml", "rank: 16\nsearch_rates: [0.3]\nmethod: lora\n")
+    merged = params.read_files([setting, str(method)])
+    assert merged == {"setting": "s", "rank": 16, "search_rates": [0.3], "method": "lora"}
+    assert params.read_files([method, setting])["rank"] == 4
+    assert params.read_files([]) == {}
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert params.read_files([put(tmp_path, "empty.yaml", "# only a comment\n")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [("- rank\n- 4\n", ParameterError, "must be a mapping"), ("rank", ParameterError, "must be a mapping"),
+     ("[]", ParameterError, "must be a mapping"), ("1: 2", ParameterError, "must be a mapping"),
+     ("rank: [4", LorakitError, "bad.yaml: not YAML: .*line")],
+)  # fmt: skip
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path, text, error, says):
+    with pytest.raises(error, match=says) as caught:
+        params.read_files([put(tmp_path, "bad.yaml", text)])
+    assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"rank: \xff\n")
+    with pytest.raises(LorakitError, match="bad.yaml"):
+        params.read_files([path])
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ParameterError, match="^-f=.*none.yaml': no such params file"):
+        params.read_files([tmp_path / "none.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [("rank=4", "rank", 4), ("alpha=1.0e-4", "alpha", 1e-4), ("learning_rate=1e-4", "learning_rate", "1e-4"),
+     ("rslora=true", "rslora", True), ("model=a/b", "model", "a/b"), ("rank='4'", "rank", "4"),
+     ("target_modules=[q, v]", "target_modules", ["q", "v"]),
+     ("data_dir=", "data_dir", ""), ("target_modules=a=b", "target_modules", "a=b")],
+)  # fmt: skip
+def test_an_override_has_the_parameters_own_type(text, name, value):
+    found = params.parse_override(text)
+    assert found == (name, value) and type(found[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["rank", "=4", ""])
+def test_an_override_without_a_name_is_an_error(text):
+    with pytest.raises(ParameterError, match=f"^-p={text!r}: must be name=value"):
+        params.parse_override(text)
+
+
+def test_an_override_that_is_not_yaml_is_one_clear_error():
+    with pytest.raises(ParameterError, match="search_rates"):
+        params.parse_override("search_rates=[1,")

@@ -1,0 +1,164 @@
+"""Records survive writing and reading; a failure leaves the old file; a bad one is named by file and field."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+from synthetic_records import record, search
+
+from lorakit import records
+from lorakit.errors import DataError
+from lorakit.records import Record
+
+
+def raw(**changes) -> dict:
+    return record().model_dump() | changes
+
+
+def put(folder, values) -> str:
+    path = folder / "record.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("made", [record(), record("full", 3, message="ünïcode"), search()])
+def test_round_trip(tmp_path, made):
+    path = records.write(made, tmp_path / "new" / "folder" / "s0.json")
+    assert records.read(path) == made
+    assert [item.name for item in path.parent.iterdir()] == ["s0.json"]
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    first = records.write(record(), tmp_path / "a.json").read_bytes()
+    second = records.write(records.read(tmp_path / "a.json"), tmp_path / "b.json").read_bytes()
+    assert first == second and first.endswith(b"}\n")
+
+
+def test_a_record_is_readable_by_everyone(tmp_path):
+    """A temporary file is private; what it becomes must not be, on a shared cluster."""
+    path = records.write(record(), tmp_path / "a.json")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("failing", ["replace", "chmod", "fdopen"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing, error):
+    path = records.write(record(seed=1), tmp_path / "s.json")
+    before = path.read_bytes()
+
+    def stop(*args, **options):
+        raise error("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, stop)
+        with pytest.raises(error):
+            records.write(record(seed=2), path)
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_half_a_text_never_reaches_the_old_file(tmp_path, monkeypatch):
+    path = records.write(record(seed=1), tmp_path / "s.json")
+    real = os.fdopen
+
+    def full_disk(*args, **options):
+        file = real(*args, **options)
+        write = file.write
+
+        def half(text):
+            write(text[: len(text) // 2])
+            raise OSError("no space left")
+
+        file.write = half
+        return file
+
+    monkeypatch.setattr(os, "fdopen", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        records.write(record(seed=2), path)
+    assert records.read(path).seed == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_json_holds_no_nan_and_what_was_nan_is_read_as_nothing(tmp_path, bad):
+    made = record()
+    made.curve[1].train_loss = bad
+    made.curve[1].validation = {"loss": bad, "accuracy": 0.5}
+    made.final = {"test": {"loss": bad, "accuracy": 0.5}}
+    made.params = {"learning_rate": bad, "search_rates": [0.1, bad]}
+    path = records.write(made, tmp_path / "s.json")
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the file"))
+    found = records.read(path)
+    assert found.curve[1].train_loss is None
+    assert found.curve[1].validation == {"accuracy": 0.5}
+    assert found.final == {"test": {"accuracy": 0.5}}
+    assert found.params["search_rates"] == [0.1, None]
+
+
+def test_null_that_was_given_stays(tmp_path):
+    made = record(params={"nothing": None})
+    assert records.read(records.write(made, tmp_path / "s.json")).params == {"nothing": None}
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_schema_version_is_an_error(tmp_path, version):
+    with pytest.raises(DataError, match=rf"record.json: schema_version={version!r}: this lorakit reads 1"):
+        records.read(put(tmp_path, raw(schema_version=version)))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [("status", {"status": "fine"}), ("kind", {"kind": "walk"}), ("seed", {"seed": "first"}),
+     ("setting", {"setting": None}), ("surprise", {"surprise": 1}), ("costs.flops", {"costs": {"flops": "many"}}),
+     ("curve.0.step", {"curve": [{"tokens": 1}]}), ("final.test.accuracy", {"final": {"test": {"accuracy": "high"}}}),
+     ("latency.unmerged_ms", {"latency": {"batch_size": 1, "tokens": 1}}),
+     ("search.0.status", {"search": [{"learning_rate": 0.1, "status": "ok"}]})],
+)  # fmt: skip
+def test_a_bad_field_is_named_with_its_file(tmp_path, field, change):
+    with pytest.raises(DataError, match=rf"record\.json: field {field}: "):
+        records.read(put(tmp_path, raw(**change)))
+
+
+@pytest.mark.parametrize("missing", ["setting", "method", "seed", "status"])
+def test_a_missing_field_is_named(tmp_path, missing):
+    values = raw()
+    del values[missing]
+    with pytest.raises(DataError, match=f"field {missing}: Field required"):
+        records.read(put(tmp_path, values))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 1', "[]", "3", "null"])
+def test_a_file_that_is_no_record_is_an_error(tmp_path, text):
+    with pytest.raises(DataError, match="record.json: not a record"):
+        records.read(put(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path):
+    (tmp_path / "record.json").write_bytes(b'{"schema_version": "\xff"}')
+    with pytest.raises(DataError, match="record.json: not a record"):
+        records.read(tmp_path / "record.json")
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="nothing.json: not a record"):
+        records.read(tmp_path / "nothing.json")
+
+
+def test_read_all_finds_records_of_one_kind_in_files_and_folders(tmp_path):
+    for seed in (1, 0):
+        records.write(record("lora", seed), tmp_path / "deep" / "lora" / f"s{seed}.json")
+    records.write(search("lora"), tmp_path / "deep" / "search.json")
+    records.write(record("full"), tmp_path / "alone.json")
+    (tmp_path / "deep" / "note.txt").write_text("not JSON, not read")
+    found = records.read_all([tmp_path / "deep", tmp_path / "alone.json"])
+    assert [(run.method, run.seed) for run in found] == [("lora", 0), ("lora", 1), ("full", 0)]
+    assert [run.kind for run in records.read_all(str(tmp_path), kind="lr_search")] == ["lr_search"]
+
+
+def test_the_defaults_of_a_record_are_not_shared():
+    one, two = (Record(setting="s", method="m", seed=0, status="running") for _ in range(2))
+    one.curve.append(record().curve[0])
+    one.costs.steps = 5
+    assert two.curve == [] and two.costs.steps == 0
