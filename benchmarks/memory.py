@@ -14,9 +14,7 @@ TARGET = "the larger / the smaller <= 1.01"
 
 BATCH, LENGTH = 16, 96
 KIND = {"toy-encoder": "classify", "toy-decoder": "causal"}
-CASES = [
-    (name, method, {}) for name in KIND for method in ("lora", "head", "full")
-] + [
+CASES = [(name, method, {}) for name in KIND for method in ("lora", "head", "full")] + [
     (name, "lora", option) for name in KIND for option in ({"autocast": "bf16"}, {"gradient_checkpointing": True})
 ]
 

@@ -155,6 +155,7 @@ def _set_up(params: Params) -> _Setup:
         max_validation=params.max_validation,
         max_test=params.max_test,
         packing=params.packing,
+        seed=params.seed,
     )
     model = adapters.attach(
         loaded.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from lorakit import stats
 from lorakit.errors import ParameterError, require
 from lorakit.records import Record
 
+FAILED = ("diverged", "out_of_memory")
 Score = tuple[dict[int, float], stats.Estimate]
 
 
@@ -73,6 +75,15 @@ def exit_point(path: Path, top: float) -> tuple[float, float]:
         return float(path.x[-1]), float(path.y[-1])
     pair = slice(max(above - 1, 0), above + 1)
     return float(np.interp(top, path.y[pair], path.x[pair])), top
+
+
+def run_label(label: str, group: list[Record]) -> str:
+    """How many runs are in the line, and what became of the others: "LoRA (3 seeds, 1 diverged ×)"."""
+    ended = Counter(record.status for record in group)
+    done = ended.pop("done", 0)
+    parts = [f"{done} seed{'s' * (done != 1)}"] if done else []
+    parts += [f"{n} {status.replace('_', ' ')}{' ×' * (status in FAILED)}" for status, n in sorted(ended.items())]
+    return f"{label} ({', '.join(parts)})"
 
 
 def memory_table(records: Sequence[Record]) -> dict[str, dict[str, int]]:

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorakit import stats, style
-from lorakit.figure_data import Curve, Path, Search, curve_table, exit_point, memory_table, score_table, search_table
+from lorakit.figure_data import (
+    FAILED,
+    Curve,
+    Path,
+    Search,
+    curve_table,
+    exit_point,
+    memory_table,
+    run_label,
+    score_table,
+    search_table,
+)
 from lorakit.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-X_LABELS = {
-    "accepted_steps": "accepted steps",
-    "steps": "steps",
-    "tokens": "tokens seen",
-    "tokens_backpropagated": "tokens backpropagated",
-    "flops": "training compute (FLOPs)",
-    "seconds": "training time (s)",
-}
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "logits")  # bottom of the stack first
-FAILED = ("diverged", "out_of_memory")
 BAND = "line: mean; band: lowest to highest seed"
 
 
@@ -45,15 +47,6 @@ def loss_curve(records: Sequence[Record], x: str = "accepted_steps", y: str = "v
     return drawn
 
 
-def _marks(x: np.ndarray) -> list[int]:
-    """Points that carry a marker: none so near to the one before that the two would blot."""
-    marks: list[int] = []
-    for place in range(len(x)):
-        if not marks or x[place] - x[marks[-1]] >= 0.06 * (x[-1] - x[0]):
-            marks.append(place)
-    return marks
-
-
 def _has_band(records: Sequence[Record]) -> bool:
     done = Counter(record.method for record in records if record.status == "done")
     return max(done.values(), default=0) > 1
@@ -66,14 +59,14 @@ def _draw_curves(ax: Axes, records: Sequence[Record], x: str, y: str) -> None:
     top = _limit(ax, table)
     for method, curve in table.items():
         look = looks[method]
-        label = _run_label(look.label, groups[method])
+        label = run_label(look.label, groups[method])
         ax.plot(
             curve.x,
             curve.mean,
             color=look.color,
             marker=look.marker,
             ls=look.dash,
-            markevery=_marks(curve.x),
+            markevery=style.spaced(curve.x),
             label=label,
         )
         if len(curve.seeds) > 1:
@@ -101,19 +94,10 @@ def _draw_unfinished(ax: Axes, path: Path, look: style.Look, top: float) -> None
         ax.plot(*exit_point(path, top), color=look.color, marker="x", ms=7, mew=1.8, clip_on=False, zorder=5)
 
 
-def _run_label(label: str, group: list[Record]) -> str:
-    """How many runs are in the line, and what became of the others: "LoRA (3 seeds, 1 diverged ×)"."""
-    ended = Counter(record.status for record in group)
-    done = ended.pop("done", 0)
-    parts = [f"{done} seed{'s' * (done != 1)}"] if done else []
-    parts += [f"{n} {status.replace('_', ' ')}{' ×' * (status in FAILED)}" for status, n in sorted(ended.items())]
-    return f"{label} ({', '.join(parts)})"
-
-
 def _label_axes(ax: Axes, x: str, y: str, empty: bool) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    ax.set_xlabel(X_LABELS[x])
+    ax.set_xlabel(style.X_LABELS[x])
     ax.set_ylabel(_y_label(y))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=x not in ("flops", "seconds")))
     if x != "seconds":

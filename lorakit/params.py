@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +15,7 @@ BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 class Params(BaseModel):
     """What a run is told. Notebook parameter cells, params files and `lorakit train` all speak these names."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     # which run this is
     setting: str = "toy"
@@ -72,7 +72,7 @@ class Params(BaseModel):
     predict_memory: bool = True
 
     # learning-rate search (`lorakit search`)
-    search_rates: list[float] = []
+    search_rates: list[Annotated[float, Field(gt=0)]] = []
     search_budget: float = Field(20, ge=1)
 
 
@@ -124,11 +124,12 @@ def read_files(paths: list[str | Path]) -> dict[str, Any]:
             raise ParameterError("-f", str(path), "no such params file")
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values or {}, dict):
+        values = {} if values is None else values
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise ParameterError("-f", str(path), "must be a mapping of parameter names to values")
-        merged |= values or {}
+        merged |= values
     return merged
 
 
@@ -139,4 +140,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ParameterError("-p", text, "must be name=value")
-    return name, yaml.safe_load(value) if value else ""
+    try:
+        return name, yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise ParameterError("-p", text, f"the value is not YAML: {' '.join(str(error).split())}") from None

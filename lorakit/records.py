@@ -145,7 +145,7 @@ def read(path: str | Path) -> Record:
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
         return Record.model_validate(raw)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise DataError(f"{path}: not a record: {error}") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))

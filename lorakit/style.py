@@ -8,7 +8,7 @@ import os
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +51,15 @@ RC: dict[str, Any] = {
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#777777")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+X_LABELS = {
+    "accepted_steps": "accepted steps",
+    "steps": "steps",
+    "tokens": "tokens seen",
+    "tokens_backpropagated": "tokens backpropagated",
+    "flops": "training compute (FLOPs)",
+    "seconds": "training time (s)",
+}
 
 
 class Look(NamedTuple):
@@ -154,6 +163,15 @@ def list_methods(ax: Axes, methods: list[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
+def spaced(x: Sequence[float]) -> list[int]:
+    """Points that carry a marker: none so near to the one before that the two would blot."""
+    marks: list[int] = []
+    for place in range(len(x)):
+        if not marks or x[place] - x[marks[-1]] >= 0.06 * (x[-1] - x[0]):
+            marks.append(place)
+    return marks
+
+
 def shades(count: int) -> list[Any]:
     """Dark to light: told apart by lightness alone, in grey print and by every kind of colour vision."""
     import matplotlib
@@ -166,9 +184,7 @@ def context() -> Any:
     """Apply the style for the duration of a `with` block, leaving the reader's own settings as they are."""
     import matplotlib
 
-    # "backend" stays out: reading or setting it would load pyplot
-    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    return matplotlib.rc_context({**defaults, **RC})
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC})
 
 
 def _png(drawn: Figure) -> bytes:

@@ -66,7 +66,7 @@ def tiny_bert():
         from transformers import BertConfig, BertForSequenceClassification
 
         config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        return BertForSequenceClassification(BertConfig(**TINY, **config | {"num_labels": 2} | overrides))
+        return BertForSequenceClassification(BertConfig(**(TINY | config | {"num_labels": 2} | overrides)))
 
     return build
 
@@ -79,7 +79,7 @@ def tiny_gpt2():
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}
-        return GPT2LMHeadModel(GPT2Config(**TINY, **config | overrides))
+        return GPT2LMHeadModel(GPT2Config(**(TINY | config | overrides)))
 
     return build
 
@@ -94,6 +94,6 @@ def tiny_gemma():
         config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
         config |= {"head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 64, "sliding_window": 8}
         config |= {"layer_types": ["sliding_attention", "full_attention"], "bos_token_id": 2, "eos_token_id": 1}
-        return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, **config | overrides))
+        return Gemma3ForCausalLM(Gemma3TextConfig(**(TINY | config | overrides)))
 
     return build

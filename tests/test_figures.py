@@ -264,6 +264,18 @@ def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
     assert drawn._repr_png_() == figures.loss_curve(runs())._repr_png_()
 
 
+def test_the_readers_backend_is_left_alone():
+    import matplotlib
+
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        figures.loss_curve(runs())
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
+
+
 # in a notebook and on disk
 
 

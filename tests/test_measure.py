@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,27 +19,27 @@ from lorakit.measure import environment, plan
 from lorakit.measure.latency import inference_latency
 
 
-class Sleeper(nn.Module):
-    """Sleeps longer with every call, and notes the state it was called in."""
+class Slow(nn.Module):
+    """Takes n**2 seconds for its n-th call, by a clock of its own; notes the state it was called in."""
 
     def __init__(self):
         super().__init__()
-        self.inner, self.calls = nn.Dropout(), []
+        self.inner, self.calls, self.clock = nn.Dropout(), [], 0.0
 
     def forward(self, x):
         self.calls.append((self.training, self.inner.training, torch.is_inference_mode_enabled()))
-        time.sleep(0.002 * len(self.calls))
+        self.clock += len(self.calls) ** 2
 
 
-def test_latency_is_the_median_after_the_warm_up():
-    model = Sleeper()
-    milliseconds = inference_latency(model, {"x": torch.zeros(1)}, repeats=3, warmup=2)
+def test_latency_is_the_median_after_the_warm_up(monkeypatch):
+    model = Slow()
+    monkeypatch.setattr("time.perf_counter", lambda: model.clock)
+    assert inference_latency(model, {"x": torch.zeros(1)}, repeats=3, warmup=2) == 16_000  # of 9, 16 and 25 s
     assert len(model.calls) == 5
-    assert milliseconds >= 8  # the fourth call's sleep: third to fifth are measured
 
 
 def test_latency_runs_in_evaluation_and_restores_the_modes():
-    model = Sleeper()
+    model = Slow()
     model.inner.eval()
     inference_latency(model, {"x": torch.zeros(1)}, repeats=1)
     assert set(model.calls) == {(False, False, True)}
@@ -48,7 +47,7 @@ def test_latency_runs_in_evaluation_and_restores_the_modes():
 
 
 def test_latency_restores_the_modes_when_the_model_fails():
-    model = Sleeper()
+    model = Slow()
     with pytest.raises(TypeError):
         inference_latency(model, {"y": torch.zeros(1)}, repeats=1)
     assert model.training
@@ -56,7 +55,7 @@ def test_latency_restores_the_modes_when_the_model_fails():
 
 def test_latency_needs_a_repeat():
     with pytest.raises(ParameterError, match="repeats"):
-        inference_latency(Sleeper(), {}, repeats=0)
+        inference_latency(Slow(), {}, repeats=0)
 
 
 def test_environment_says_what_and_not_who():
@@ -150,6 +149,7 @@ def test_plan_options_change_what_they_should(folder):
     [
         ("--batch", "0", "batch=0"),
         ("--seq", "0", "seq=0"),
+        ("--seq", "-1", "seq=-1"),
         ("--seq", "65", "seq=65: at most 64"),
         ("--dtype", "nf5", "dtype='nf5'"),
         ("--precision", "int8", "precision='int8'"),
@@ -163,7 +163,7 @@ def test_plan_options_change_what_they_should(folder):
 )
 def test_plan_refuses(folder, option, value, message):
     with pytest.raises(ParameterError, match=message):
-        plan.main([folder, option, value])
+        plan.main([folder, "--seq", "16", option, value])
 
 
 def test_plan_of_an_unknown_model(tmp_path):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.scratch import LoRALinear, LoRATransformer
+from lorakit.scratch.attention import visible_keys
 
 V, D, HEADS, LAYERS, T = 17, 16, 2, 2, 9
 
@@ -74,6 +75,15 @@ def test_padding_is_not_seen_and_moves_nothing(causal, side):
     padded = model(torch.cat(parts, 1), torch.cat(mask, 1))
     assert padded.isfinite().all()
     torch.testing.assert_close(padded[:, there], model(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_position_sees_something_even_where_all_is_padding(causal):
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    visible = visible_keys(mask, causal)
+    expected = mask.bool()[:, None, :].expand(3, 4, 4)
+    expected = (expected.tril() if causal else expected) | torch.eye(4).bool()  # no softmax over nothing
+    assert torch.equal(visible[:, 0], expected)
 
 
 def test_order_matters():

@@ -78,8 +78,8 @@ def test_what_is_not_recorded_is_a_dash_not_a_zero():
 def test_one_seed_has_no_spread_and_diverged_runs_no_score():
     quality, _ = cells(table.results_table([record()], markdown=True))
     assert quality["test accuracy"] == "0.860"
-    quality, _ = cells(table.results_table([diverged()], markdown=True))
-    assert quality["status"] == "1 diverged" and quality["validation loss"] == "-"
+    quality, cost = cells(table.results_table([diverged()], markdown=True))
+    assert quality["status"] == "1 diverged" and quality["validation loss"] == cost["tokens"] == "-"
 
 
 @pytest.mark.parametrize(

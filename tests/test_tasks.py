@@ -53,6 +53,7 @@ def write_sst2(folder, whole=60):
     folder.mkdir(parents=True, exist_ok=True)
     train = []
     for text in sentences(whole):
+        text = f"the film {text}"
         words = text.split()
         train += [text, " ".join(words[:5]), " ".join(words[5:])]
     train += ["the film", train[0]]
@@ -74,6 +75,7 @@ def test_sst2_splits_share_no_row_and_no_phrase(tmp_path, encoder):
     assert len(test) == 12 and len(validation) >= 6 and len(train) > 100
     for kept in train:
         assert not any(f" {kept} " in f" {other} " or f" {other} " in f" {kept} " for other in validation)
+    assert "the film" not in train + validation
     dropped = len(written) - len(train) - len(validation)
     assert f"{dropped} phrases of sentences on both sides" in " ".join(task.notes)
     assert not {*train, *validation} & set(test)
@@ -112,6 +114,8 @@ def test_order_of_the_file_does_not_matter(tmp_path, encoder):
     (tmp_path / "b" / "dev.tsv").write_bytes((tmp_path / "a" / "dev.tsv").read_bytes())
     first, second = (tasks.load("sst2", encoder, data_dir=str(tmp_path / name)) for name in "ab")
     assert sorted(texts(first, encoder, "validation")) == sorted(texts(second, encoder, "validation"))
+    few, same = (tasks.load("sst2", encoder, data_dir=str(tmp_path / name), max_train=10) for name in "ab")
+    assert sorted(texts(few, encoder, "train")) == sorted(texts(same, encoder, "train"))
 
 
 def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
@@ -143,7 +147,7 @@ def write_mrpc(path, pairs, start=0):
 
 def test_mrpc_keeps_quotes_and_pairs_that_share_a_sentence_together(tmp_path, encoder, decoder):
     pool = sentences(60)
-    pairs = [(f'"{pool[i]} "', pool[(i + 1) % 60 if i % 3 else i + 1]) for i in range(0, 60)]
+    pairs = [(f'"{pool[i]} "', pool[i // 3]) for i in range(60)]
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", pairs)
     task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
     assert task.main_metric == "f1" and len(task.train) + len(task.validation) + len(task.test) == 60

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
@@ -52,13 +51,14 @@ def fake_mode() -> Any:
 def training_state(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
     """The state the Trainer puts a model in, undone afterwards: training, no key-value cache, checkpointing."""
     checkpointing = gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
+    config = getattr(model, "config", None)
     with contextlib.ExitStack() as undo:
         for module in model.modules():
-            for name in ("training", "gradient_checkpointing", "_gradient_checkpointing_func"):
-                undo.callback(_put_back, vars(module), name, vars(module).get(name, _ABSENT))
-        if hasattr(getattr(model, "config", None), "use_cache"):
-            undo.callback(setattr, model.config, "use_cache", model.config.use_cache)
-            model.config.use_cache = False
+            undo.callback(_put_back, vars(module), dict(vars(module)))
+            undo.callback(_put_back, module._forward_hooks, dict(module._forward_hooks))  # checkpointing adds one
+        if hasattr(config, "use_cache"):
+            undo.callback(_put_back, vars(config), dict(vars(config)))  # classifiers note their problem_type there
+            config.use_cache = False
         model.train()
         if checkpointing:
             # the random state of dropout has no bytes here, and fake tensors cannot set it
@@ -66,21 +66,18 @@ def training_state(model: nn.Module, gradient_checkpointing: bool) -> Iterator[N
         yield
 
 
-_ABSENT = object()
+def _put_back(attributes: dict[Any, Any], before: dict[Any, Any]) -> None:
+    attributes.clear()
+    attributes.update(before)
 
 
-def _put_back(attributes: dict[str, Any], name: str, value: object) -> None:
-    if value is _ABSENT:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
-
-
-class CudaAttention(TorchFunctionMode):
+@contextlib.contextmanager
+def cuda_attention() -> Iterator[None]:
     """Attention with dropout as CUDA has it, drawn inside the flash kernel; the CPU's would keep (B, heads, T, T)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            kwargs = kwargs | {"dropout_p": 0.0}
-        return func(*args, **kwargs)
+    kernel = F.scaled_dot_product_attention
+    # a function mode would be simpler, but is suspended while checkpointing recomputes in the backward
+    F.scaled_dot_product_attention = lambda *args, **kwargs: kernel(*args, **kwargs | {"dropout_p": 0.0})
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = kernel

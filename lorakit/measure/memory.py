@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import require
-from lorakit.measure.dry import CudaAttention, fake, fake_mode, faked, training_state
+from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
 
@@ -66,7 +66,7 @@ def predict_step_memory(
     require(autocast is None or autocast in AUTOCAST, "autocast", autocast, f"one of None, {', '.join(AUTOCAST)}")
     require(device in ("cpu", "cuda"), "device", device, "one of cpu, cuda")
     mode = fake_mode()
-    attention = CudaAttention() if device == "cuda" else contextlib.nullcontext()
+    attention = cuda_attention() if device == "cuda" else contextlib.nullcontext()
     with faked(model, mode), training_state(model, gradient_checkpointing), attention:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")

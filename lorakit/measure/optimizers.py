@@ -1,4 +1,4 @@
-"""The optimizers whose memory is predicted: PyTorch's own are run, 8-bit Adam is two bytes a parameter and its scales."""
+"""The optimizers whose memory is predicted: PyTorch's own are run, 8-bit Adam's state is allocated without arithmetic."""
 
 from __future__ import annotations
 

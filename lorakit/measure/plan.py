@@ -1,4 +1,4 @@
-"""Will it fit? The predicted peak memory of one training step, from a model's configuration alone, against GPU sizes."""
+"""Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
 
 from __future__ import annotations
 
@@ -141,10 +141,8 @@ def _by_kind(memory: Mapping[str, int]) -> str:
 
 def _by_gpu(peak: int) -> str:
     needed = needed_bytes(peak)
-    lines = [
-        f"{size:4d} GB  {'fits' if needed <= size * 1e9 else 'does not fit':14s} {(size * 1e9 - needed) / GIB:+9.1f} GiB"
-        for size in GPU_SIZES_GB
-    ]
+    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
+    lines = [f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms]
     assumed = f"assumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation"
     return "\n".join([f"{assumed}\npredicted need {needed / GIB:.1f} GiB; room on common GPUs", *lines])
 

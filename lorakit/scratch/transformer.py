@@ -116,6 +116,7 @@ class LoRATransformer(nn.Module):
         parameters = self._lora_parameters()
         _check_fits(state, parameters)
         merged = self.merged
+        self.unmerge()
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
         if merged:

@@ -59,7 +59,6 @@ def opposite(rng: random.Random) -> Turn:
 
 
 Question = Callable[[random.Random], Turn]
-SUMS: tuple[Question, ...] = (total, product)
 QUESTIONS: tuple[Question, ...] = (total, total, product, copying, reversing, counting, opposite)
 
 

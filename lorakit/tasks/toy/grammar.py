@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from lorakit.errors import require
-from lorakit.tasks.toy.chat_grammar import QUESTIONS, SUMS, chat
+from lorakit.tasks.toy.chat_grammar import QUESTIONS, chat, product
 from lorakit.tasks.toy.review_grammar import long_review, review
 from lorakit.tasks.toy.story_grammar import EVENTS, give, story
 
@@ -50,8 +50,11 @@ def stories(count: int, seed: int, gifts: bool = True) -> list[str]:
     return [story(rng, events) for _ in range(count)]
 
 
-def chats(count: int, seed: int, sums: bool = True) -> list[list[dict[str, str]]]:
-    """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked."""
+def chats(count: int, seed: int, products: bool = True) -> list[list[dict[str, str]]]:
+    """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked.
+
+    Without `products` no question asks for a multiplication.
+    """
     rng = random.Random(seed)
-    questions = QUESTIONS if sums else [question for question in QUESTIONS if question not in SUMS]
+    questions = QUESTIONS if products else [question for question in QUESTIONS if question is not product]
     return [chat(rng, questions) for _ in range(count)]

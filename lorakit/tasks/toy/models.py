@@ -47,7 +47,7 @@ def _encoder_config() -> PreTrainedConfig:
         dropout=0.0,
         attention_dropout=0.0,
         seq_classif_dropout=0.0,
-        initializer_range=0.05,  # the default 0.02 is for wide models
+        initializer_range=0.125,  # 1 / sqrt(dim); the default 0.02 is for wide models
     )
 
 

@@ -38,7 +38,7 @@ def texts(kind: str, count: int, seed: int) -> list[str]:
     """Unlabelled text; chats are in turn format, without the leading <bos>.
 
     Each leaves out what its task asks for, so that fine-tuning has something to learn: the labels of reviews, the
-    gifts in stories, the sums in chats.
+    gifts in stories, the multiplications in chats.
     """
     if kind == "long reviews":
         return long_reviews(count, seed)
@@ -47,7 +47,7 @@ def texts(kind: str, count: int, seed: int) -> list[str]:
     if kind == "stories":
         return stories(count, seed, gifts=False)
     template = _tokenizer("toy-decoder")
-    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed, sums=False))
+    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed, products=False))
     return [text.removeprefix("<bos>") for text in rendered]
 
 
