@@ -310,9 +310,8 @@ def _latency(setup: _Setup) -> Latency:
     unmerged = latency.inference_latency(setup.model, batch, repeats)
     merged = None
     if setup.params.method not in ("head", "full"):
-        adapters.merge(setup.model)
-        merged = latency.inference_latency(setup.model, batch, repeats)
-        adapters.unmerge(setup.model)
+        with adapters.merged(setup.model):
+            merged = latency.inference_latency(setup.model, batch, repeats)
     return Latency(batch_size=count, tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged)
 
 

@@ -27,6 +27,8 @@ BAD = [
     ),
     ({"target_modules": ["query", "quary"]}, "'quary' matches no module"),
     ({"target_modules": "query"}, "a string is a regular expression"),
+    ({"target_modules": ["uery"]}, "'uery' matches no module"),  # names end at a dot
+    ({"target_modules": r".*self\.quer"}, "matches no linear layer"),  # a pattern matches the whole path
     ({"target_modules": ".*["}, "not a regular expression"),
     ({"target_modules": []}, "matches no linear layer"),
     ({"target_modules": None}, "target_modules=None: must be"),

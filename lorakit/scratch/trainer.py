@@ -56,7 +56,7 @@ class LoRATrainer:
         """
         self.model.configure_lora_training()
         loop = Loop(self.model, self.train_loader, self.learning_rate, epochs)
-        if True:
+        if self.initial_val_loss is None:
             self.initial_val_loss = evaluate(self.model, self.val_loader)
         for epoch in range(epochs):
             self._epoch(loop)

@@ -9,7 +9,7 @@ import random
 
 from lorakit.errors import require
 from lorakit.tasks.toy.chat_grammar import QUESTIONS, chat, product
-from lorakit.tasks.toy.review_grammar import long_review, review
+from lorakit.tasks.toy.review_grammar import posted_review, review
 from lorakit.tasks.toy.story_grammar import EVENTS, give, story
 
 SPLITS = ("pretrain", "heldout", "train", "validation", "test")
@@ -37,14 +37,17 @@ def reviews(count: int, seed: int) -> list[tuple[str, int]]:
     return rows[:count]
 
 
-def long_reviews(count: int, seed: int) -> list[str]:
-    """`count` unlabelled reviews of four sentences, for pre-training."""
+def posted_reviews(count: int, seed: int) -> list[str]:
+    """`count` unlabelled reviews, each ending in an emoticon, for pre-training."""
     rng = random.Random(seed)
-    return [long_review(rng) for _ in range(count)]
+    return [posted_review(rng) for _ in range(count)]
 
 
 def stories(count: int, seed: int, gifts: bool = True) -> list[str]:
-    """`count` stories of 3 to 6 sentences about one object, who holds it and where; without `gifts` it keeps its holder."""
+    """`count` stories of 3 to 6 sentences about one object, who holds it and where.
+
+    Without `gifts` the object keeps its holder.
+    """
     rng = random.Random(seed)
     events = EVENTS if gifts else [event for event in EVENTS if event is not give]
     return [story(rng, events) for _ in range(count)]

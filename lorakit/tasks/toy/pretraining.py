@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.tasks.toy.grammar import chats, long_reviews, reviews, split_seed, stories
+from lorakit.tasks.toy.grammar import chats, posted_reviews, reviews, split_seed, stories
 from lorakit.tasks.toy.models import folder, tokenizer
 from lorakit.tasks.toy.review_grammar import OPINION_WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MASK_OPINION, MASK_OTHER = 0.45, 0.05  # chance that a word is to be guessed
+MASK_EMOTICON, MASK_OPINION, MASK_OTHER = 0.8, 0.25, 0.05  # chance that it is to be guessed
 MASK_BYTE = 0.1  # chance of any byte outside those words: it teaches spelling, which whole words build on
 HIDDEN = 0.9  # of the chosen places; the others stay readable and are guessed all the same
 IGNORED = -100
 HELDOUT_ROWS = 256
 KINDS = {
-    "toy-encoder": ("long reviews",) * 7 + ("stories",),
+    "toy-encoder": ("posted reviews",) * 7 + ("stories",),
     "toy-decoder": ("stories", "reviews", "chats"),
 }
 
@@ -40,8 +40,8 @@ def texts(kind: str, count: int, seed: int) -> list[str]:
     Each leaves out what its task asks for, so that fine-tuning has something to learn: the labels of reviews, the
     gifts in stories, the multiplications in chats.
     """
-    if kind == "long reviews":
-        return long_reviews(count, seed)
+    if kind == "posted reviews":
+        return posted_reviews(count, seed)
     if kind == "reviews":
         return [text for text, _ in reviews(count, seed)]
     if kind == "stories":
@@ -55,15 +55,21 @@ Span = tuple[int, int]
 
 
 def masked_spans(text: str, rng: random.Random) -> list[Span]:
-    """(first byte, end) of what is to be guessed: whole words, most of them opinions, and single bytes elsewhere."""
+    """(first byte, end) of what is to be guessed: emoticons, whole words (opinions above all), single bytes elsewhere."""
     chosen = []
     for piece in re.finditer(r"[A-Za-z]+|.", text):
         start, end = piece.span()
-        if rng.random() < (MASK_OPINION if piece.group() in OPINION_WORDS else MASK_OTHER):
+        if rng.random() < _chance(piece.group()):
             chosen.append((start, end))
         else:
             chosen += [(byte, byte + 1) for byte in range(start, end) if rng.random() < MASK_BYTE]
     return chosen
+
+
+def _chance(piece: str) -> float:
+    if piece in ("(", ")"):
+        return MASK_EMOTICON
+    return MASK_OPINION if piece in OPINION_WORDS else MASK_OTHER
 
 
 def masked_batch(rows: list[str], encode: PreTrainedTokenizerFast, rng: random.Random) -> Batch:

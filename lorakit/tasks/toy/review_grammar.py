@@ -24,7 +24,7 @@ NEGATORS = ("not", "never", "hardly")
 WEAKLY, STRONGLY = ("slightly", "mildly", "somewhat"), ("utterly", "truly", "deeply")
 
 NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.3, 0.5, 0.3  # shares
-NEGATED_IN_LONG = 0.15  # few enough that guessing words first teaches which of them agree
+IRONIC = 0.15  # share of emoticons that say the opposite
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Clause:
         return " ".join(filter(None, ("the", self.aspect, "is", self.adverb, self.word)))
 
 
-def clause(rng: random.Random, sign: int, but_not: str = "", negated: float = NEGATED) -> Clause:
+def clause(rng: random.Random, sign: int, but_not: str = "") -> Clause:
     """A clause whose value has this sign (+1 or -1), about another aspect than `but_not`."""
     aspect = rng.choice([name for name in ASPECTS if name != but_not])
-    if rng.random() < negated:
+    if rng.random() < NEGATED:
         return Clause(aspect, rng.choice(NEGATORS), rng.choice(BAD if sign > 0 else GOOD))
     adverb = rng.choice(("", "", rng.choice(WEAKLY), rng.choice(STRONGLY)))
     return Clause(aspect, adverb, rng.choice(GOOD if sign > 0 else BAD))
@@ -101,13 +101,11 @@ def review(rng: random.Random, label: int) -> tuple[str, int]:
     return " ".join(parts), label
 
 
-def long_review(rng: random.Random) -> str:
-    """Three clauses, a contrast and a verdict by one reviewer: they agree, so each is better guessed from the others."""
-    sign = rng.choice((1, -1))
-    parts = [f"{clause(rng, sign, negated=NEGATED_IN_LONG)}." for _ in range(3)]
-    parts += [contrast(rng, sign), verdict(rng, sign)]
-    rng.shuffle(parts)
-    return " ".join(parts)
+def posted_review(rng: random.Random) -> str:
+    """An unlabelled review as people post them, ending in an emoticon that is not always meant."""
+    text, label = review(rng, rng.choice((0, 1)))
+    smiles = (label == 1) != (rng.random() < IRONIC)
+    return f"{text} {':)' if smiles else ':('}"
 
 
 OPINION_WORDS = frozenset((*GOOD, *BAD, *LIKED, *HATED, *GEMS, *FLOPS))
