@@ -33,7 +33,10 @@ def _claim(name: str, method: str, options: dict) -> Claim:
 
 
 def _model(name: str, method: str) -> torch.nn.Module:
-    return adapters.attach(models.load(name, KIND[name]).model, method, seed=0)
+    model = models.load(name, KIND[name]).model
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # loaded weights are mapped from the file, past torch's allocator
+    return adapters.attach(model, method, seed=0)
 
 
 def _batch(kind: str) -> dict[str, torch.Tensor]:

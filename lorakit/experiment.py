@@ -231,8 +231,11 @@ def _attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -
 def _train_and_evaluate(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
     _train(trainer, record, setup.params)
     _evaluate(record, setup, trainer)
-    if setup.params.predict_memory and setup.params.optimizer in PREDICTABLE:
-        record.costs.predicted_memory = _predicted_memory(setup)
+    if setup.params.predict_memory:
+        if setup.params.optimizer in PREDICTABLE:
+            record.costs.predicted_memory = _predicted_memory(setup)
+        else:
+            record.notes.append(f"memory not predicted: the state of {setup.params.optimizer} is not known")
     if setup.params.run_dir:
         adapters.save_adapter(setup.model, Path(setup.params.run_dir) / "adapter")
 
@@ -266,7 +269,8 @@ def _predicted_memory(setup: _Setup) -> dict[str, int]:
         setup.model,
         _longest_batch(setup),
         optimizer=setup.params.optimizer,
-        autocast="bf16" if setup.params.precision == "bf16" else None,
+        autocast=None if setup.params.precision == "fp32" else setup.params.precision,
+        device=setup.model.device.type,
     )
 
 

@@ -24,8 +24,8 @@ from transformers import __version__ as transformers_version
 from lorakit.tasks.toy import models, pretraining
 from lorakit.tasks.toy.grammar import split_seed
 
-BATCH = {"reviews": 32, "posted reviews": 16, "stories": 8, "chats": 16}
-RATE = {"toy-encoder": 3e-3, "toy-decoder": 4e-3}
+BATCH = {"reviews": 32, "posted reviews": 32, "stories": 8, "chats": 16}
+RATE = {"toy-encoder": 2e-3, "toy-decoder": 4e-3}
 WARMUP, POOL = 0.05, 64  # POOL: batches sorted by length together, to pad little
 FASTEST, SLOWEST = 3.0, 0.03  # of the encoder's first position waves, in radians a byte
 OFFSETS, SHARPNESS = ((-1, 1, -2, 2),), 1.6  # of its heads at the start, layer by layer

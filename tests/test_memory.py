@@ -216,6 +216,30 @@ def test_nothing_to_train():
         predict_step_memory(Wide(4, 4).requires_grad_(False), {"x": torch.zeros(1, 4)})
 
 
+class Twice(nn.Module):
+    """hidden feeds two products, whose gradients for it are added up."""
+
+    def __init__(self, flat: bool):
+        super().__init__()
+        self.flat, self.up, self.down = flat, nn.Parameter(torch.randn(8, 256)), nn.Parameter(torch.randn(256, 8))
+
+    def forward(self, x):  # (B, T, 8)
+        hidden = torch.relu(x.flatten(0, 1) @ self.up if self.flat else x @ self.up)  # the one large tensor
+
+        class Output:
+            loss = (hidden @ self.down).square().sum() + (hidden @ self.down).square().sum()
+
+        return Output()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_second_gradient_is_added_in_place_unless_it_is_a_view(flat):
+    batch = {"x": torch.zeros(ROWS, 128, 8)}
+    predicted = predict_step_memory(Twice(flat), batch)["peak"]
+    measured = measured_step_peak(lambda: training_step(Twice(flat), {"x": batch["x"].clone()}))
+    assert predicted == pytest.approx(measured, rel=0.01)
+
+
 def test_live_bytes_follow_births_views_and_deaths():
     gc.collect()
     with LiveBytes() as live:

@@ -10,7 +10,7 @@ import torch
 
 from lorakit.errors import ParameterError
 from lorakit.tasks.toy import models, pretraining
-from lorakit.tasks.toy.grammar import split_seed
+from lorakit.tasks.toy.grammar import reviews, split_seed
 from lorakit.tasks.toy.review_grammar import OPINION_WORDS
 
 MAX_BYTES = 2_000_000
@@ -83,23 +83,25 @@ def test_decoder_guesses_the_end_of_a_story_from_its_beginning():
     assert torch.stack(last).mean() < 0.2 * torch.stack(first).mean()
 
 
-def test_whole_words_are_masked_and_only_they_are_guessed():
+def test_only_what_is_guessed_is_masked_and_cls_guesses_the_emoticon():
     tokenizer = models.tokenizer("toy-encoder")
-    rows = pretraining.texts("long reviews", 64, split_seed("heldout"))
-    batch = pretraining.masked_batch(rows, tokenizer, random.Random(0))
+    posted = pretraining.texts("posted reviews", 400, split_seed("heldout"))
+    rows = [text[: -len(" :)")] for text in posted]
+    batch = pretraining.masked_batch(posted, tokenizer, random.Random(0))
     plain = tokenizer(rows, padding=True, return_tensors="pt")["input_ids"]
-    guessed = batch["labels"] != pretraining.IGNORED
+    assert [chr(index - 9) for index in batch["labels"][:, 0]] == [text[-1] for text in posted]
+    batch["labels"][:, 0] = pretraining.IGNORED
+    guessed, hidden = batch["labels"] != pretraining.IGNORED, batch["input_ids"] == tokenizer.mask_token_id
     assert torch.equal(batch["labels"][guessed], plain[guessed])
     assert torch.equal(batch["input_ids"][~guessed], plain[~guessed])
-    hidden = batch["input_ids"] == tokenizer.mask_token_id
-    assert 0.8 < hidden[guessed].float().mean() < 1
-    opinions = 0
-    for row, text in enumerate(rows):
-        for word in re.finditer(r"\w+", text):
-            state = hidden[row, word.start() + 1 : word.end() + 1]
-            assert state.all() or not state.any()  # a half-shown word would give itself away
-            opinions += bool(state.all()) and word.group() in OPINION_WORDS
-    assert opinions > 64
+    assert hidden[guessed].float().mean() == pytest.approx(pretraining.HIDDEN, abs=0.03)
+
+    def share_guessed(pattern: str) -> float:
+        found = [(row, m.start() + 1, m.end() + 1) for row, text in enumerate(rows) for m in re.finditer(pattern, text)]
+        return sum(bool(guessed[row, start:end].all()) for row, start, end in found) / len(found)
+
+    assert share_guessed(rf"\b({'|'.join(OPINION_WORDS)})\b") == pytest.approx(pretraining.MASK_OPINION, abs=0.05)
+    assert share_guessed(r"\bthe\b") == pytest.approx(pretraining.MASK_OTHER, abs=0.02)
 
 
 def test_pretraining_text_leaves_out_what_the_tasks_ask_for():
@@ -117,3 +119,23 @@ def test_unknown_toy_model_is_named():
     for ask in (models.folder, models.config, models.build, models.tokenizer):
         with pytest.raises(ParameterError, match="model='toy-giant'.*toy-encoder, toy-decoder"):
             ask("toy-giant")
+
+
+def test_encoder_reads_sentiment_where_a_random_one_does_not():
+    """A linear head on frozen [CLS] states: what pre-training alone gives to a task it saw no label of."""
+    from sklearn.linear_model import LogisticRegression
+
+    tokenizer = models.tokenizer("toy-encoder")
+    train, test = reviews(800, split_seed("train")), reviews(400, split_seed("test"))
+
+    def accuracy(model) -> float:
+        states = []
+        for rows in (train, test):
+            with torch.no_grad():
+                batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+                states.append(model.eval().base_model(**batch).last_hidden_state[:, 0].numpy())
+        head = LogisticRegression(max_iter=1000).fit(states[0], [label for _, label in train])
+        return head.score(states[1], [label for _, label in test])
+
+    assert accuracy(models.build("toy-encoder")) > 0.78
+    assert accuracy(models.build("toy-encoder", random=True)) < 0.65

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class LiveBytes(TorchDispatchMode):
         self.logit_width: int | None = None
         self._alive: dict[int, tuple[weakref.ref, _Storage]] = {}  # by address, free for reuse after the death
         self._all: list[_Storage] = []
+        self._sums: list[tuple[_Storage, _Storage]] = []  # (a, a + b) of sums in the backward
         self._events = 0
 
     @classmethod
@@ -49,6 +51,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and _in_backward() and not args[0]._is_view():
+            self._sums.append((self._follow(args[0], "activations"), self._follow(out, "activations")))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, "activations")
@@ -77,12 +81,26 @@ class LiveBytes(TorchDispatchMode):
 
     def peak(self) -> dict[str, int]:
         """Bytes by kind at the first moment when most bytes were alive, and their sum as "peak"."""
+        self._sum_in_place()
         when = self._peak_event()
         split: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         for entry in self._all:
             if entry.born <= when < entry.died:
                 split[entry.kind] += entry.nbytes
         return {**split, "peak": sum(split.values())}
+
+    def _sum_in_place(self) -> None:
+        """Give a sum of gradients the storage of its first term where it would have it without a dispatch mode.
+
+        Autograd adds a second gradient into the first if nothing else holds that (and it is no view), but not while a
+        mode looks on. The first then dies right after the sum is born, before anything else is.
+        """
+        births = [entry.born for entry in self._all]
+        for first, total in self._sums:
+            later = bisect.bisect_right(births, total.born)
+            if total.born < first.died and (later == len(births) or first.died < births[later]):
+                total.born = first.died
+        self._sums.clear()
 
     def _peak_event(self) -> int:
         changes: Counter[float] = Counter()
@@ -95,3 +113,7 @@ class LiveBytes(TorchDispatchMode):
             if live > most:
                 most, when = live, event
         return when
+
+
+def _in_backward() -> bool:
+    return torch._C._current_autograd_node() is not None and not torch.is_grad_enabled()

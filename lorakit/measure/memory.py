@@ -18,7 +18,7 @@ from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def predict_training_memory(
@@ -63,7 +63,7 @@ def predict_step_memory(
         ParameterError: unknown optimizer, autocast or device; or nothing to train.
     """
     require(optimizer in PREDICTABLE, "optimizer", optimizer, f"memory is predicted for {', '.join(PREDICTABLE)}")
-    require(autocast is None or autocast in AUTOCAST, "autocast", autocast, f"one of None, {', '.join(AUTOCAST)}")
+    require(autocast in AUTOCAST, "autocast", autocast, f"one of {', '.join(map(str, AUTOCAST))}")
     require(device in ("cpu", "cuda"), "device", device, "one of cpu, cuda")
     mode = fake_mode()
     attention = cuda_attention() if device == "cuda" else contextlib.nullcontext()
@@ -83,25 +83,13 @@ def _step(model: nn.Module, inputs: dict[str, Any], optimizer: Any, autocast: st
         _watch_gradients(live, model, hooks)
         _watch_head(live, model, hooks)
         with mode, live:
-            loss = _forward(model, autocast)(**inputs).loss  # the output, logits with it, dies here as in the Trainer
+            with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
+                loss = model(**inputs).loss  # the output, logits with it, dies here as in the Trainer
             loss.backward()
     with live:  # without the fake mode: the optimizer reads its step counters, which are real
         optimizer.step()
         optimizer.zero_grad()
     return live.peak()
-
-
-def _forward(model: nn.Module, autocast: str | None) -> Callable[..., Any]:
-    """The forward as accelerate prepares it: under autocast, outputs cast back to fp32."""
-    if autocast is None:
-        return model
-    from accelerate.utils import convert_outputs_to_fp32
-
-    def call(**inputs: Any) -> Any:
-        with torch.autocast("cpu", AUTOCAST[autocast]):
-            return model(**inputs)
-
-    return convert_outputs_to_fp32(call)
 
 
 def _warm_up(model: nn.Module, optimizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers whose memory is predicted: PyTorch's own are run, 8-bit Adam's state is allocated without arithmetic."""
+"""The optimizers whose memory is predicted: PyTorch's own are run, 8-bit Adam only makes its state."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ GEMS, FLOPS = ("gem", "hit", "triumph"), ("dud", "sin", "failure")
 NEGATORS = ("not", "never", "hardly")
 WEAKLY, STRONGLY = ("slightly", "mildly", "somewhat"), ("utterly", "truly", "deeply")
 
-NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.3, 0.5, 0.3  # shares
+NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.25, 0.5, 0.3  # shares
 IRONIC = 0.15  # share of emoticons that say the opposite
 
 
@@ -88,7 +88,9 @@ def verdict(rng: random.Random, sign: int) -> str:
     return f"it is {'no' if negated else 'a'} {rng.choice(GEMS if good else FLOPS)}."
 
 
-SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (plain, plain, contrast, contrast, weighing)
+SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (
+    plain, plain, plain, contrast, contrast, weighing,
+)  # fmt: skip
 
 
 def review(rng: random.Random, label: int) -> tuple[str, int]:
