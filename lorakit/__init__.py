@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# When transformers imports it, bitsandbytes complains of an optional kernel that would have to be downloaded.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name -> module that defines it; imported on first use, so that `import lorakit` costs no more than a glance.
 _PUBLIC = {

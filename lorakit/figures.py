@@ -191,6 +191,8 @@ def _draw_search(ax: Axes, search: Search, look: style.Look, height: float) -> N
     ax.plot(search.rates, search.losses, color=look.color, marker=look.marker, ls=look.dash, label=label)
     if search.best is not None:
         ax.plot(search.best, search.losses.min(), "*", color=look.color, ms=13, mec="white", mew=0.6, zorder=5)
+    if len(search.failed) == 0:
+        return  # an empty line that is not clipped has an extent all the same, and takes room in the layout
     edge = ax.get_xaxis_transform()  # x in data, y in axes
     heights = [height] * len(search.failed)
     ax.plot(search.failed, heights, "x", color=look.color, ms=7, mew=1.8, transform=edge, clip_on=False)

@@ -45,7 +45,7 @@ class Params(BaseModel):
     rslora: bool = False
 
     # training
-    learning_rate: float = Field(2.0e-3, gt=0)
+    learning_rate: float = Field(4.0e-3, gt=0)
     batch_size: int = Field(16, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     budget: float = Field(60, ge=1)
@@ -73,7 +73,7 @@ class Params(BaseModel):
 
     # learning-rate search (`lorakit search`)
     search_rates: list[Annotated[float, Field(gt=0)]] = []
-    search_budget: float = Field(20, ge=1)
+    search_budget: float = Field(60, ge=1)
 
 
 def resolve(given: dict[str, Any]) -> Params:

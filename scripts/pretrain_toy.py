@@ -3,7 +3,7 @@
     python scripts/pretrain_toy.py toy-encoder
     python scripts/pretrain_toy.py toy-decoder
 
-The same seed, versions and one thread give the same weights. About ten minutes each on one core.
+The same seed, versions, processor and one thread give the same weights. A few minutes each on one core.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lorakit.tasks.toy import models, pretraining
 from lorakit.tasks.toy.grammar import split_seed
 
 BATCH = {"reviews": 32, "posted reviews": 32, "stories": 8, "chats": 16}
+STEPS = {"toy-encoder": 3600, "toy-decoder": 1300}
 RATE = {"toy-encoder": 2e-3, "toy-decoder": 4e-3}
 WARMUP, POOL = 0.05, 64  # POOL: batches sorted by length together, to pad little
 FASTEST, SLOWEST = 3.0, 0.03  # of the encoder's first position waves, in radians a byte
@@ -112,23 +113,24 @@ def save(name: str, model: PreTrainedModel, facts: dict, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=models.NAMES)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, help="batches; what the packaged weights had if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to write; the package if not given")
     args = parser.parse_args()
 
+    steps = args.steps or STEPS[args.name]
     torch.set_num_threads(1)  # sums in one order, whatever the machine has
     torch.manual_seed(args.seed)
     model = models.build(args.name, random=True)
     untrained = pretraining.heldout_losses(args.name, model)
     if args.name == "toy-encoder":
         know_neighbours(model)
-    train(args.name, model, args.steps, args.seed)
+    train(args.name, model, steps, args.seed)
     trained = pretraining.heldout_losses(args.name, model)
     facts = {
         "model": args.name,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": steps,
         "loss_unit": "nats per guessed byte, held-out text",
         "heldout_loss": trained,
         "heldout_loss_random": untrained,

@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert message in error and "\n" not in error
 
 
-def test_train_prints_a_table_and_says_how_it_ended(capsys, monkeypatch):
+def test_train_prints_a_table_and_says_how_it_ended(capsys):
     overrides = [
         "budget=2",
         "max_train=16",
@@ -51,7 +51,7 @@ def test_train_prints_a_table_and_says_how_it_ended(capsys, monkeypatch):
     ]
     argv = ["train", *(word for override in overrides for word in ("-p", override))]
     assert cli.main(argv) == 0
-    assert "lora" in capsys.readouterr().out
+    assert "LoRA" in capsys.readouterr().out
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
     assert "diverged: " in capsys.readouterr().out
 

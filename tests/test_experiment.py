@@ -147,8 +147,8 @@ def test_a_killed_process_resumes_bitwise(tmp_path, stop):
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
     lorakit.run(QUICK | {"run_dir": str(tmp_path), "save_steps": 2})
-    with pytest.raises(CheckpointError, match="another run: learning_rate=0.002 there, 0.004 here"):
-        lorakit.run(QUICK | {"run_dir": str(tmp_path), "save_steps": 2, "learning_rate": 0.004})
+    with pytest.raises(CheckpointError, match="another run: learning_rate=0.004 there, 0.008 here"):
+        lorakit.run(QUICK | {"run_dir": str(tmp_path), "save_steps": 2, "learning_rate": 0.008})
 
 
 def test_the_test_split_is_read_once_at_the_end(monkeypatch):

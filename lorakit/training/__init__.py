@@ -1,12 +1,7 @@
 """One batch: forward, gate, backward, step; on the Hugging Face Trainer, until the budget is spent."""
 
-import logging
-
-# On import, which transformers does, bitsandbytes complains of an optional kernel that would have to be downloaded.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from lorakit.training.budget import Budget, Schedule  # noqa: E402
-from lorakit.training.costs import FlopMeter, Ledger  # noqa: E402
-from lorakit.training.trainer import BudgetTrainer, Diverged  # noqa: E402
+from lorakit.training.budget import Budget, Schedule
+from lorakit.training.costs import FlopMeter, Ledger
+from lorakit.training.trainer import BudgetTrainer, Diverged
 
 __all__ = ["Budget", "BudgetTrainer", "Diverged", "FlopMeter", "Ledger", "Schedule"]

@@ -26,7 +26,7 @@ MASK_OPINION, MASK_OTHER = 0.15, 0.02  # chance that a word is to be guessed
 MASK_BYTE = 0.04  # chance of any byte outside those words: it teaches spelling, which whole words build on
 HIDDEN = 0.9  # of the chosen places; the others stay readable and are guessed all the same
 IGNORED = -100
-HELDOUT_ROWS = 256
+HELDOUT_ROWS = 96
 KINDS = {
     "toy-encoder": ("posted reviews",) * 7 + ("stories",),
     "toy-decoder": ("stories", "reviews", "chats"),
