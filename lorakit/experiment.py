@@ -248,9 +248,8 @@ def _train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
     memory.reset_cuda_peak()
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    trainer.train(resume_from_checkpoint=resumed)
     record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # what follows runs without autocast
 
 
 def _describe(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
@@ -292,6 +291,7 @@ def _evaluate(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:
     record.final["validation"] = dict(chosen.validation)
     metrics = trainer.evaluate(setup.task.test, metric_key_prefix="test")
     record.final["test"] = strip_prefix(metrics, "test_")
+    trainer.accelerator.unwrap_model(setup.model, keep_fp32_wrapper=False)  # what follows runs without autocast
     if setup.params.exact_match_rows:
         record.final["test"]["exact_match"] = _exact_match(setup)
     if setup.params.latency_repeats:

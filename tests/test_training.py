@@ -192,6 +192,20 @@ def _kill(run, after: int) -> None:
         run.train()
 
 
+def test_resuming_what_had_spent_its_budget_takes_no_further_step(model, tmp_path):
+    first = trainer(model(), tmp_path, save_steps=20)
+    first.train()
+    again = trainer(model(), tmp_path, save_steps=20)
+    again.train(resume_from_checkpoint=True)
+    assert again.ledger.steps == 20 and again.curve.points == first.curve.points
+    assert equal(weights(first.model), weights(again.model))
+
+
+def test_resuming_without_a_checkpoint_is_an_error(model, tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        trainer(model(), tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_checkpoint_cut_short_is_passed_over(model, tmp_path):
     run = trainer(model(), tmp_path, save_steps=6)
     run.train()

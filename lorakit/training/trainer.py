@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
+from lorakit.errors import CheckpointError
 from lorakit.gates import AllTokens, AlwaysOpen, Candidate, Gate, TokenSelection
 from lorakit.gates.tokens import count_tokens
 from lorakit.training import checkpoint
@@ -78,6 +79,23 @@ class BudgetTrainer(Trainer):
             self.remove_callback(shown_twice)
         self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
         self.add_callback(RunCallback(self, evaluations=evaluations, save_steps=save_steps))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train to the end of the budget; True resumes from the newest complete checkpoint in the output folder.
+
+        Raises:
+            CheckpointError: there is none, it is not complete, or it belongs to another run.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
+        if resume_from_checkpoint:
+            self._load_from_checkpoint(str(resume_from_checkpoint))
+            if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                return None
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     # one batch -----------------------------------------------------------------------------------------
 
