@@ -94,8 +94,9 @@ def test_a_failed_run_keeps_its_executed_notebook(notebook, tmp_path, capsys, ha
     output = tmp_path / "out.ipynb"
     assert run(notebook, "-p", f"report_to={happens}", "--output", output) == 1
     assert str(output) in capsys.readouterr().err
-    assert "working on lora 0" in printed(output)
     assert errors(output) == name
+    if happens == "fail":  # a kernel that dies may take its last words with it
+        assert "working on lora 0" in printed(output)
 
 
 def test_a_run_that_did_not_finish_is_no_success(notebook, tmp_path, capsys):
