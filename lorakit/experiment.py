@@ -248,8 +248,10 @@ def _train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
     memory.reset_cuda_peak()
-    trainer.train(resume_from_checkpoint=resumed)
-    record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    finally:  # a run that ran out of memory is the one whose peak is asked for
+        record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
 
 
 def _describe(record: Record, setup: _Setup, trainer: BudgetTrainer) -> None:

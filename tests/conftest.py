@@ -97,3 +97,19 @@ def tiny_gemma():
         return Gemma3ForCausalLM(Gemma3TextConfig(**(TINY | config | overrides)))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    """The toy encoder's tokenizer."""
+    from lorakit.tasks.toy import tokenizer as toy
+
+    return toy.encoder_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    """The toy decoder's tokenizer."""
+    from lorakit.tasks.toy import tokenizer as toy
+
+    return toy.decoder_tokenizer()

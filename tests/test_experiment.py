@@ -89,8 +89,10 @@ def test_out_of_memory_is_recorded(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 12 GiB")
 
     monkeypatch.setattr(BudgetTrainer, "training_step", full)
+    monkeypatch.setattr(experiment.memory, "cuda_peak_bytes", lambda: 11 * 2**30)
     record = lorakit.run(QUICK | {"record": str(tmp_path / "r.json")})
     assert (record.status, record.message) == ("out_of_memory", "tried to allocate 12 GiB")
+    assert record.costs.peak_memory_bytes == 11 * 2**30
 
 
 def test_ctrl_c_is_recorded_and_passed_on(tmp_path, monkeypatch):

@@ -33,16 +33,6 @@ WORDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return toy.encoder_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return toy.decoder_tokenizer()
-
-
 def sentences(count: int, length: int = 9, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=length)) + f" {seed}x{i}" for i in range(count)]

@@ -12,12 +12,6 @@ from lorakit.errors import DataError, ParameterError
 from lorakit.tasks import chat, packing
 from lorakit.tasks.collate import IGNORED
 from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer, matches
-from lorakit.tasks.toy import tokenizer as toy
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return toy.decoder_tokenizer()
 
 
 def say(*contents, system=None):

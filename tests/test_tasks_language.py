@@ -13,18 +13,6 @@ from lorakit.errors import DataError
 from lorakit.tasks import language, masking
 from lorakit.tasks.collate import IGNORED
 from lorakit.tasks.pseudo_perplexity import pseudo_perplexity
-from lorakit.tasks.toy import tokenizer as toy
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return toy.encoder_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return toy.decoder_tokenizer()
-
 
 WORDS = ("stone", "river", "old", "map", "town", "ship", "king")
 

@@ -91,8 +91,9 @@ class BudgetTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         if resume_from_checkpoint:
-            self._load_from_checkpoint(str(resume_from_checkpoint))
+            checkpoint.load_run(self, resume_from_checkpoint)
             if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                checkpoint.load_weights(self.model, resume_from_checkpoint)
                 return None
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
