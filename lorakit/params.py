@@ -19,7 +19,8 @@ class Params(BaseModel):
 
     # which run this is
     setting: str = "toy"
-    method: str = "lora"  # lora | head (head only) | full (everything)
+    method: str = "lora"  # what is trained: lora | sparse | hira | peft (any, by peft_type) | head (only) | full
+    row: str = ""  # the run's name in tables and figures; empty: made from what is switched on
     seed: int = Field(0, ge=0)
     record: str = ""  # file the record is written to; empty: none is written
     run_dir: str = ""  # folder for checkpoints and the adapter; empty: none is kept
@@ -36,13 +37,36 @@ class Params(BaseModel):
     packing: bool = False  # chat tasks: several conversations a row, never attending across them
     group_by_length: bool = False
 
+    # how the frozen base is kept
+    quantize: Literal["none", "nf4"] = "none"  # nf4: linear layers in 4 bits (QLoRA)
+    double_quant: bool = True  # nf4: the blocks' scales in 8 bits
+
     # what is trained
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0)  # HiRA has none
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"  # names, a regex, or "all-linear"
     init: Literal["kaiming", "gaussian"] = "kaiming"
     rslora: bool = False
+    peft_type: str = ""  # method peft: DORA, ADALORA, VERA, …
+    peft_options: dict[str, Any] = {}  # method peft: fields of its config
+    sparsify: Literal["magnitude", "l1", "structured"] = "magnitude"  # method sparse
+    sparsity: float = Field(0.5, ge=0, lt=1)  # share of zeros (structured: of ranks removed) at the end
+    sparse_factors: Literal["both", "A", "B"] = "both"
+    prune_start: float = Field(0.2, ge=0, lt=1)  # shares of the budget between which the zeros appear
+    prune_end: float = Field(0.8, gt=0, le=1)
+    l1: float = Field(0.0, ge=0)  # sparsify l1: the penalty; 0: found while training, from `sparsity`
+
+    # which layers get a backward
+    skip: Literal["none", "adapter", "prefix"] = "none"  # SkipLoRA
+    skip_decide: Literal["ema", "forward"] = "ema"
+    skip_threshold: float = Field(0.05, ge=0)  # an adapter whose ‖Δh‖/‖h‖ is below it is skipped
+    skip_share: float = Field(0.0, ge=0, lt=1)  # of adapters to skip, by an adaptive threshold; 0: the fixed one
+    skip_warmup: float = Field(0.1, ge=0, lt=1)  # share of the budget before the first skip
+    skip_min_active: int = Field(1, ge=1)
+    skip_explore: float = Field(0.05, ge=0, le=1)  # chance of what would be skipped to be trained all the same
+    skip_ema: float = Field(0.2, gt=0, le=1)  # weight of the newest measurement
+    skip_measure_every: int = Field(4, ge=1)  # steps between measurements, where decided from the average
 
     # training
     learning_rate: float = Field(4.0e-3, gt=0)

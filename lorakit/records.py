@@ -85,7 +85,7 @@ class Record(_Strict):
     schema_version: int = SCHEMA_VERSION
     kind: Literal["run", "lr_search"] = "run"
     setting: str
-    method: str
+    method: str  # the row's name: `rows.row_of` the parameters
     seed: int
     status: Status
     message: str = ""  # what stopped the run, where it did not end by itself
@@ -101,6 +101,7 @@ class Record(_Strict):
     fingerprints: dict[str, Any] = Field(default_factory=dict)  # data: file -> sha256; model; code
     environment: dict[str, Any] = Field(default_factory=dict)
     search: list[SearchPoint] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict)  # what only this method has: "sparse", "skip", "weights"
     notes: list[str] = Field(default_factory=list)  # what a reader must know to read the numbers right
 
 

@@ -12,9 +12,11 @@ from lorakit.adapters.layer import AdapterLayer, AdapterSettings
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.targets import inside, output_head, resolve_targets, resolve_trainable
 from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.rows import METHODS
 
-ADAPTERS: dict[str, type[AdapterLayer]] = {"lora": LoRALayer}
-METHODS = (*ADAPTERS, "head", "full")
+# Sparse LoRA is LoRA with zeros, which training puts there: see `sparse`.
+ADAPTERS: dict[str, type[AdapterLayer]] = {"lora": LoRALayer, "sparse": LoRALayer}
+ALPHA = 16.0  # where none is given
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def attach(
     method: str = "lora",
     *,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     trainable: str | Sequence[str] = "head",
@@ -46,7 +48,8 @@ def attach(
     Args:
         method: "lora" (adapters on `target_modules`, and `trainable`), "head" (only `trainable`; for a language model
             "head" is its output embeddings' module, and an embedding tied to it is trained with it), "full".
-        rank, alpha, dropout, init, rslora: see `AdapterSettings`; unused by "head" and "full".
+        rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one; unused by
+            "head" and "full".
         target_modules: "all-linear", a list of names (the path or its end), or a regular expression on the whole path.
         trainable: modules trained in full beside the adapters: "head" (a classification model's task head), a list of
             names, or (). Unused by "full".
@@ -56,12 +59,22 @@ def attach(
         ParameterError: a parameter is out of range, a name matches nothing, the model already has an adapter, or
             nothing would be trained. The model is then as it was.
     """
-    settings = AdapterSettings(rank=rank, alpha=alpha, dropout=dropout, init=init, rslora=rslora)
     require(method in METHODS, "method", method, f"unknown method; known are {', '.join(METHODS)}")
+    alpha = _alpha_of(method, alpha, rslora)
+    settings = AdapterSettings(rank=rank, alpha=alpha, dropout=dropout, init=init, rslora=rslora)
     _require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
     targets = resolve_targets(model, target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
+
+
+def _alpha_of(method: str, alpha: float | None, rslora: bool) -> float | None:
+    """The scale `method` gets: the one given, the default, or none at all."""
+    if method not in ADAPTERS or ADAPTERS[method].has_alpha:
+        return ALPHA if alpha is None else alpha
+    require(alpha is None, "alpha", alpha, f"method {method!r} has no alpha: its update is not scaled")
+    require(not rslora, "rslora", rslora, f"method {method!r} has no alpha, so nothing to rescale")
+    return None
 
 
 def attach_to(

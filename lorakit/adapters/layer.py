@@ -21,12 +21,14 @@ INITS = ("kaiming", "gaussian")
 class AdapterSettings:
     """What one adapter layer is told; `alpha` scales the update, `dropout` acts on the adapter's input only.
 
+    A method without a scale (HiRA) has `alpha=None`, and `rslora` False.
+
     Raises:
-        ParameterError: rank < 1, alpha not a positive number, dropout outside [0, 1), unknown init.
+        ParameterError: rank < 1, alpha neither None nor a positive number, dropout outside [0, 1), unknown init.
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float | None = 16.0
     dropout: float = 0.0
     init: str = "kaiming"
     rslora: bool = False
@@ -34,7 +36,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         require(whole and self.rank >= 1, "rank", self.rank, "must be a whole number, at least 1")
-        require(_is_number(self.alpha) and self.alpha > 0, "alpha", self.alpha, "must be a number above 0")
+        scale = self.alpha is None or (_is_number(self.alpha) and self.alpha > 0)
+        require(scale, "alpha", self.alpha, "must be a number above 0")
         require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         require(self.init in INITS, "init", self.init, f"must be one of {', '.join(INITS)}")
         require(isinstance(self.rslora, bool), "rslora", self.rslora, "must be true or false")
@@ -68,6 +71,7 @@ class AdapterLayer(nn.Module, ABC):
         generator: draws initial values, on the CPU so that a seed means the same on every device; None: the global one.
     """
 
+    has_alpha: ClassVar[bool] = True  # whether the update is scaled by alpha
     peft_type: ClassVar[str]  # the method's name in PEFT's file format
     parameter_names: ClassVar[tuple[str, ...]]  # trainable attributes, named as in PEFT's file format
     peft_fields: ClassVar[frozenset[str]]  # the fields of the method's PEFT config that are understood
