@@ -47,5 +47,6 @@ rule fine_tune:
     shell:
         "OMP_NUM_THREADS={threads} {params.python} -m lorakit run {params.run.notebook:q}"
         " --output {params.run.executed:q} -f {params.run.files[0]:q} -f {params.run.files[1]:q}"
-        " -p setting={wildcards.setting:q} -p method={wildcards.method:q} -p seed={wildcards.seed}"
+        " -p setting={wildcards.setting:q} -p row={wildcards.method:q} -p method={params.run.trains:q}"
+        " -p seed={wildcards.seed}"
         " -p record={params.run.record:q} -p run_dir={params.run.run_dir:q}"

@@ -24,7 +24,7 @@ _PUBLIC = {
     "parameter_stats": "adapters",
     "adapter_bytes": "adapters",
     "run": "experiment",
-    "search": "experiment",
+    "search": "lr_search",
     "Record": "records",
     "read": "records",
     "read_all": "records",

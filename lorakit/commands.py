@@ -22,8 +22,8 @@ def train(argv: list[str]) -> int:
 
 def search(argv: list[str]) -> int:
     """Search the learning rate; prints every rate's validation loss and the best."""
-    from lorakit.experiment import best_rate
-    from lorakit.experiment import search as run_search
+    from lorakit.lr_search import best_rate
+    from lorakit.lr_search import search as run_search
 
     record = run_search(_given("search", argv))
     for point in record.search:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager
     from nbformat import NotebookNode
 
-# The one place that says which notebook runs a method.
-NOTEBOOKS = {"lora": "01_lora.ipynb", "head": "01_lora.ipynb", "full": "01_lora.ipynb"}
-
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
 PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
 RUN_METADATA = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info"

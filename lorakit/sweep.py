@@ -15,17 +15,21 @@ from typing import Any
 
 from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.notebooks import FINISHED, NOTEBOOKS
+from lorakit.notebooks import FINISHED
 from lorakit.params import Params, read_files, resolve
 from lorakit.places import PROJECT
+from lorakit.rows import method_of, notebook_of
 
 # where and how a run was made, not what it is
-PLACE = {"record", "run_dir", "data_dir", "resume", "report_to"}
+PLACE = {"row", "record", "run_dir", "data_dir", "resume", "report_to"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """params/<setting>/<method>.yaml at one seed, and the places that follow from it."""
+    """params/<setting>/<method>.yaml at one seed, and the places that follow from it.
+
+    `method` is the row: the file's name. What is trained, `trains`, is what the file says, or its name.
+    """
 
     root: Path
     setting: str
@@ -50,7 +54,7 @@ class Run:
 
     @property
     def notebook(self) -> Path:
-        return self.root / "notebooks" / NOTEBOOKS[self.method]
+        return self.root / "notebooks" / notebook_of(self.params)
 
     @property
     def files(self) -> list[Path]:
@@ -61,7 +65,12 @@ class Run:
     @property
     def params(self) -> Params:
         """What the params files ask for."""
-        return resolve(read_files(self.files) | {"setting": self.setting, "method": self.method, "seed": self.seed})
+        named = {"setting": self.setting, "row": self.method, "seed": self.seed}
+        return resolve(method_of(self.method) | read_files(self.files) | named)
+
+    @property
+    def trains(self) -> str:
+        return self.params.method
 
     def status(self) -> str:
         """Of the record; "missing" where there is none that can be read."""
@@ -101,9 +110,6 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
-        require(
-            method in NOTEBOOKS, "METHODS", method, f"no notebook runs it; there are ones for {', '.join(NOTEBOOKS)}"
-        )
     runs = [Run(root, setting, method, seed) for seed in _numbers(seeds) for method in chosen]
     for run in runs:
         _ = run.params  # a bad file is told before any run starts

@@ -9,6 +9,7 @@ import nbformat
 PARAMETERS = """\
 setting = "toy"
 method = "lora"
+row = ""
 seed = 0
 record = ""
 run_dir = ""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit import experiment, records
+from lorakit import experiment, lr_search, records
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.training import BudgetTrainer
 
@@ -173,7 +173,7 @@ def test_search_compares_on_validation_only(tmp_path, monkeypatch):
     assert records.read(tmp_path / "lr.json").kind == "lr_search"
     assert [point.learning_rate for point in record.search] == [1.0e-4, 1.0e-2]
     losses = {point.learning_rate: point.validation["loss"] for point in record.search}
-    assert experiment.best_rate(record) == min(losses, key=losses.get)
+    assert lr_search.best_rate(record) == min(losses, key=losses.get)
 
 
 def test_search_passes_over_what_diverged():
@@ -182,9 +182,9 @@ def test_search_passes_over_what_diverged():
         records.SearchPoint(learning_rate=0.1, status="done", validation={"loss": 0.7}),
     ]
     record = records.Record(setting="toy", method="lora", seed=0, status="done", kind="lr_search", search=search)
-    assert experiment.best_rate(record) == 0.1
+    assert lr_search.best_rate(record) == 0.1
     with pytest.raises(ParameterError, match="all of them diverged"):
-        experiment.best_rate(record.model_copy(update={"search": search[:1]}))
+        lr_search.best_rate(record.model_copy(update={"search": search[:1]}))
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import nbformat
 import pytest
 
 from lorakit import records, sweep
-from lorakit.notebooks import FINISHED, NOTEBOOKS, checked, parameters
-from lorakit.params import Params, read_files
+from lorakit.notebooks import FINISHED, checked, parameters
+from lorakit.params import Params, read_files, resolve
+from lorakit.places import params_of
+from lorakit.rows import method_of, notebook_of, row_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 SETTINGS = ROOT / "params"
-PER_RUN = {"setting", "method", "seed", "record", "run_dir"}  # decided by the sweep, by no params file
+PER_RUN = {"setting", "row", "seed", "record", "run_dir"}  # decided by the sweep, by no params file
 
 each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 each_params_file = pytest.mark.parametrize(
@@ -93,22 +95,21 @@ def test_no_class_and_no_training_loop(path):
 @each_notebook
 def test_parameters_are_the_runs_own_with_its_defaults(path):
     # `parameters` itself refuses a missing tag and anything but bare literals
-    defaults = {name: field.default for name, field in Params.model_fields.items()}
-    for name, value in parameters(path).items():
+    given = parameters(path)
+    toy = params_of("toy", row_of(resolve(given))) | {"row": "", "search_rates": []}
+    defaults = {name: field.default for name, field in Params.model_fields.items()} | toy
+    for name, value in given.items():
         assert name in defaults
         assert (type(value), value) == (type(defaults[name]), defaults[name]), name
-
-
-@pytest.mark.parametrize("method", NOTEBOOKS)
-def test_every_method_has_its_notebook_and_that_takes_what_the_sweep_gives(method):
-    assert parameters(FOLDER / NOTEBOOKS[method]).keys() >= PER_RUN
 
 
 @each_params_file
 def test_params_files_fit_the_methods_notebook(path):
     given = read_files([path.parent / "_setting.yaml", path])
     assert not PER_RUN & given.keys()
-    assert checked(FOLDER / NOTEBOOKS[path.stem], given).keys() == given.keys()
+    given = method_of(path.stem) | given | dict.fromkeys(PER_RUN - {"seed"}, "x")
+    notebook = FOLDER / notebook_of(resolve(given))
+    assert checked(notebook, given).keys() == given.keys()
 
 
 @each_params_file
@@ -116,7 +117,7 @@ def test_params_files_say_only_what_differs(path):
     defaults = {name: field.default for name, field in Params.model_fields.items()}
     setting = read_files([path.parent / "_setting.yaml"])
     assert [name for name, value in setting.items() if defaults[name] == value] == []
-    before = defaults | setting
+    before = defaults | setting | method_of(path.stem)
     assert [name for name, value in read_files([path]).items() if before[name] == value] == []
 
 

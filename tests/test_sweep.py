@@ -15,7 +15,6 @@ import yaml
 
 from lorakit import records, sweep
 from lorakit.errors import ParameterError
-from lorakit.notebooks import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = "import sys; from lorakit import sweep; sys.exit(sweep.sweep(sweep.plan(sys.argv[1], 'toy')))"
@@ -24,8 +23,7 @@ SWEEP = "import sys; from lorakit import sweep; sys.exit(sweep.sweep(sweep.plan(
 @pytest.fixture
 def place(tmp_path):
     """A project of one setting with methods lora, head and full, whose notebook takes a second."""
-    for name in set(NOTEBOOKS.values()):
-        light_notebook.write(tmp_path / "notebooks" / name)
+    light_notebook.write(tmp_path / "notebooks" / "01_lora.ipynb")
     write_params(tmp_path, _setting="rank: 4", lora="# defaults", head="rank: 2", full="# defaults")
     return tmp_path
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 
 from torch import Generator, nn
 
+from lorakit.adapters.hira import HiRALayer
 from lorakit.adapters.layer import AdapterLayer, AdapterSettings
 from lorakit.adapters.lora import LoRALayer
+from lorakit.adapters.nf4 import prepare_four_bit
 from lorakit.adapters.targets import inside, output_head, resolve_targets, resolve_trainable
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.rows import METHODS
 
 # Sparse LoRA is LoRA with zeros, which training puts there: see `sparse`.
-ADAPTERS: dict[str, type[AdapterLayer]] = {"lora": LoRALayer, "sparse": LoRALayer}
+ADAPTERS: dict[str, type[AdapterLayer]] = {"lora": LoRALayer, "sparse": LoRALayer, "hira": HiRALayer}
 ALPHA = 16.0  # where none is given
 
 
@@ -89,6 +91,7 @@ def attach_to(
     _require_bare(model, method)
     if method in ADAPTERS:
         _require_untied(model, trained)
+    prepare_four_bit(model, trained)
     generator = None if seed is None else Generator().manual_seed(seed)
     bases = {path: model.get_submodule(path) for path in targets}
     wrapped = {bases[path]: ADAPTERS[method](bases[path], own, generator) for path, own in targets.items()}

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lorakit.adapters import peft_format
 from lorakit.adapters.attach import ADAPTERS, Attachment, attach_to, attachment_of, detach
 from lorakit.adapters.layer import AdapterSettings
+from lorakit.adapters.packed import PACKED_FILE, pack, unpack
 from lorakit.adapters.peft_format import StoredAdapter
 from lorakit.adapters.state import check_state, load_adapter_state, require_unmerged, trained_tensors
 from lorakit.errors import CheckpointError, ParameterError, require
@@ -23,37 +25,47 @@ from lorakit.errors import CheckpointError, ParameterError, require
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
     """Write what was trained, task head included, to `folder`: whole, or nothing.
 
     An adapter is written as PEFT does (`PeftModel.from_pretrained` reads it); "head" and "full" as
     `lorakit_config.json` and `lorakit_trained.safetensors`. Other files in `folder` stay.
 
+    Args:
+        packed: store the tensors of an adapter in `lorakit_packed.safetensors`, those with enough zeros as a bitmap and
+            their non-zero values: smaller, exact, and read by `load_adapter` alone; PEFT cannot read it.
+
     Raises:
         CheckpointError: the adapter is merged.
         LorakitError: nothing is attached.
-        ParameterError: `folder` is a file.
+        ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
     """
     from safetensors.torch import save_file
 
     attachment, folder = attachment_of(model), Path(folder)
     require_unmerged(model)
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
-    config, config_file, tensors_file, prefix = _layout(model, attachment)
-    tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
+    adapter = attachment.method in ADAPTERS
+    require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
+    config, config_file, tensors_file, in_file = _layout(model, attachment)
+    tensors = {in_file(name): tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
+    metadata = {"format": "pt"}
+    if packed:
+        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
     with _written_whole(folder) as temporary:
-        save_file(tensors, temporary / tensors_file, metadata={"format": "pt"})
+        save_file(tensors, temporary / tensors_file, metadata=metadata)
         (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 
-def _layout(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Any], str, str, str]:
-    """Config, names of the two files, and the prefix of the tensors' names."""
+def _layout(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Any], str, str, Callable[[str], str]]:
+    """Config, names of the two files, and the name of a tensor in the second."""
     if attachment.method in ADAPTERS:
         config = peft_format.to_config(model, attachment)
-        return config, peft_format.CONFIG_FILE, peft_format.TENSORS_FILE, peft_format.PREFIX
+        in_file = partial(peft_format.name_in_file, attachment.method)
+        return config, peft_format.CONFIG_FILE, peft_format.TENSORS_FILE, in_file
     config = {"format": "lorakit", "version": 1, "method": attachment.method, "trained": list(attachment.trained)}
-    return config, OWN_CONFIG_FILE, OWN_TENSORS_FILE, ""
+    return config, OWN_CONFIG_FILE, OWN_TENSORS_FILE, str
 
 
 @contextmanager
@@ -73,7 +85,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _move_over(source: Path, folder: Path) -> None:
-    for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE):
+    for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
         (folder / name).unlink(missing_ok=True)
     # the config comes last: a folder without one is no adapter, so a crash never leaves a mixed pair
     for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):
@@ -109,7 +121,7 @@ def _attach_stored(model: nn.Module, stored: StoredAdapter) -> nn.Module:
 
 
 def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapter) -> None:
-    if attachment.method != stored.method:
+    if _kind(attachment.method) != _kind(stored.method):
         raise CheckpointError(f"holds method {stored.method!r}, but {attachment.method!r} is attached")
     check_state(trained_tensors(model), stored.tensors)
     for path, own in attachment.targets.items():  # the scale, which no tensor shows
@@ -121,10 +133,15 @@ def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapte
             )
 
 
+def _kind(method: str) -> str:
+    """What a file can tell a method by: "sparse" is stored as "lora" is."""
+    return ADAPTERS[method].peft_type if method in ADAPTERS else method
+
+
 def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (folder / peft_format.CONFIG_FILE).is_file():
         config = _read_json(folder / peft_format.CONFIG_FILE)
-        return peft_format.read(model, config, _read_tensors(folder / peft_format.TENSORS_FILE))
+        return peft_format.read(model, config, _read_adapter_tensors(folder))
     if (folder / OWN_CONFIG_FILE).is_file():
         return _read_own(model, _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE))
     raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
@@ -148,6 +165,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path.name} is not a mapping")
     return config
+
+
+def _read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    if not (folder / PACKED_FILE).is_file():
+        return _read_tensors(folder / peft_format.TENSORS_FILE)
+    from safetensors import safe_open
+
+    stored = _read_tensors(folder / PACKED_FILE)
+    with safe_open(folder / PACKED_FILE, "pt") as file:
+        return unpack(stored, file.metadata() or {})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

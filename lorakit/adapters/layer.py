@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from lorakit.adapters.nf4 import dequantise, is_four_bit
 from lorakit.errors import LorakitError, require
 
 INITS = ("kaiming", "gaussian")
@@ -85,7 +86,8 @@ class AdapterLayer(nn.Module, ABC):
         if isinstance(base_layer, nn.Linear):  # a 4-bit weight's own shape is a packed one
             shape = (base_layer.out_features, base_layer.in_features)
         self.out_features, self.in_features = reversed(shape) if self.transposed else shape
-        self._unmerged: tuple[nn.Parameter, ...] = ()  # W0 while merged; a tuple, so that it is no parameter of ours
+        # what merging replaced: W0, or the 4-bit layer; in a tuple, so that it is no parameter or module of ours
+        self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
         self.train(base_layer.training)
 
     @abstractmethod
@@ -136,7 +138,9 @@ class AdapterLayer(nn.Module, ABC):
         return {name: getattr(self, name) for name in self.parameter_names}
 
     def base_weight(self) -> Tensor:
-        """W0, (out_features, in_features), a view where the base stores it plainly."""
+        """W0, (out_features, in_features): a view where the base stores it plainly, new where it is in 4 bits."""
+        if is_four_bit(self.base_layer):
+            return dequantise(self.base_layer)
         weight = self.base_layer.weight
         return weight.T if self.transposed else weight
 
@@ -162,24 +166,40 @@ class AdapterLayer(nn.Module, ABC):
     def merge(self) -> None:
         """Put W0 + ΔW in W0's place; W0 itself is kept, so while merged the layer holds two weights.
 
-        A new parameter, not an in-place sum: a weight tied to another module's (an embedding) stays what it was.
+        A new parameter, not an in-place sum: a weight tied to another module's (an embedding) stays what it was. A
+        4-bit base makes room for a dense one; its sum in 4 bits would be another (see `requantisation_error`).
         """
         if self._unmerged:
             return
-        weight = self.base_layer.weight
         with torch.no_grad():
             merged = nn.Parameter(self.merged_weight().contiguous(), requires_grad=False)
-        self._unmerged = (weight,)
+        if is_four_bit(self.base_layer):
+            self._unmerged, self.base_layer = (self.base_layer,), _dense(self.base_layer, merged)
+            return
+        self._unmerged = (self.base_layer.weight,)
         self.base_layer.weight = merged
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit the tensor it was."""
         if not self._unmerged:
             return
-        (weight,), merged = self._unmerged, self.base_layer.weight
-        weight.data = weight.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
-        self.base_layer.weight = weight
+        (original,), merged = self._unmerged, self.base_layer.weight
+        if isinstance(original, nn.Module):
+            self.base_layer = original.to(merged.device).train(self.training)
+        else:
+            original.data = original.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+            self.base_layer.weight = original
         self._unmerged = ()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())
+
+
+def _dense(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:
+    """A plain linear layer with `weight` and the bias of `layer`, in the weight's dtype."""
+    with torch.device("meta"):  # no values are drawn
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dense.weight = weight
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return dense.train(layer.training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import AdapterLayer, AdapterSettings
 from lorakit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lorakit.adapters.skip import Probe
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
@@ -29,6 +32,7 @@ class LoRALayer(AdapterLayer):
         self.scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.lora_A = self.new_parameter(initial_A(settings, self.in_features, generator))
         self.lora_B = self.new_parameter(torch.zeros(self.out_features, settings.rank))
+        self.probe: Probe | None = None  # SkipLoRA's, while it trains
 
     def delta_weight(self) -> Tensor:
         return self.scaling * (self.lora_B @ self.lora_A)
@@ -38,10 +42,15 @@ class LoRALayer(AdapterLayer):
         inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
         if not torch.is_autocast_enabled(x.device.type):
             inner = inner.to(self.lora_A.dtype)
-        inner = F.linear(inner, self.lora_A)  # (N, r)
+        inner, B = F.linear(inner, self.lora_A), self.lora_B  # (N, r), (out, r)
+        if self.probe is not None and self.training and torch.is_grad_enabled():
+            self.probe.see(out, inner, B, self.scaling)
+            if not self.probe.active:
+                self.probe.require_cut(x)
+                inner, B = inner.detach(), B.detach()
         if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
-            return out.add_(F.linear(inner, self.lora_B), alpha=self.scaling)
-        B = self.lora_B.to(out.dtype).T
+            return out.add_(F.linear(inner, B), alpha=self.scaling)
+        B = B.to(out.dtype).T
         if out._is_view():  # Conv1D returns one, and autograd copies a view's base when it is changed in place
             return torch.addmm(out, inner, B, alpha=self.scaling)
         return out.addmm_(inner, B, alpha=self.scaling)  # scale and sum inside the product: no (N, out) temporary

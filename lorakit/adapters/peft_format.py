@@ -1,4 +1,4 @@
-"""PEFT's adapter files: `adapter_config.json` and tensors named `base_model.model.<path>.<name>.weight`, both ways."""
+"""PEFT's adapter files: `adapter_config.json` and tensors named `base_model.model.<path>.lora_A.weight`, both ways."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _COMMON_FIELDS = {
     *("peft_version", "runtime_config", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
+# methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
+_BARE_PARAMETERS = {"HIRA"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StoredAdapter:
 def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """The `adapter_config.json` of what is attached."""
     adapter, common, targets = ADAPTERS[attachment.method], attachment.settings, attachment.targets
-    return {
+    config = {
         "peft_type": adapter.peft_type,
         "task_type": _task_type(model, attachment),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
@@ -51,6 +53,25 @@ def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "alpha_pattern": {path: own.alpha for path, own in targets.items() if own.alpha != common.alpha},
         **adapter.settings_to_peft(common),
     }
+    absent = () if adapter.has_alpha else ("bias", "alpha_pattern")  # HiraConfig warns of fields it does not have
+    return {name: value for name, value in config.items() if name not in absent}
+
+
+def name_in_file(method: str, name: str) -> str:
+    """What the file calls the tensor that `trained_tensors` calls `name`."""
+    bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name.removesuffix(".weight"))
+    return PREFIX + (name.removesuffix(".weight") if bare else name)
+
+
+def _name_here(method: str, name: str) -> str:
+    """What `trained_tensors` calls the tensor that the file calls `name`."""
+    name = name.removeprefix(PREFIX)
+    bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name)
+    return f"{name}.weight" if bare else name
+
+
+def _is_factor(method: str, name: str) -> bool:
+    return name.rpartition(".")[2] in ADAPTERS[method].parameter_names
 
 
 def _task_type(model: nn.Module, attachment: Attachment) -> str | None:
@@ -70,7 +91,7 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     """
     method = _method_of(config)
     _refuse_foreign(config, ADAPTERS[method].peft_fields)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in raw.items()}
+    tensors = {_name_here(method, name): tensor for name, tensor in raw.items()}
     settings = ADAPTERS[method].settings_from_peft(config)
     targets = {path: _own_settings(config, settings, path) for path in _adapted_paths(model, method, tensors)}
     trained = _stored_modules(model, config, [name for name in tensors if not inside(name, list(targets))])
@@ -81,7 +102,7 @@ def _method_of(config: dict[str, Any]) -> str:
     for method, adapter in ADAPTERS.items():
         if adapter.peft_type == config.get("peft_type"):
             return method
-    known = ", ".join(adapter.peft_type for adapter in ADAPTERS.values())
+    known = ", ".join(dict.fromkeys(adapter.peft_type for adapter in ADAPTERS.values()))
     raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.attach import adapter_layers, attachment_of, is_merged
+from lorakit.adapters.nf4 import dense_numel
 from lorakit.errors import CheckpointError
 from lorakit.records import Parameters
 
@@ -75,8 +76,11 @@ def require_unmerged(model: nn.Module) -> None:
 
 
 def parameter_stats(model: nn.Module) -> Parameters:
-    """Trainable, total (base and adapters) and non-zero trainable parameters; a tied parameter counts once."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    """Trainable, total (base and adapters) and non-zero trainable parameters; a tied parameter counts once.
+
+    A weight in 4 bits counts as the out_features · in_features values it stands for, not as the bytes they are in.
+    """
+    total = sum(dense_numel(parameter) for parameter in model.parameters())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
     # a meta tensor has no values to look at

@@ -23,6 +23,8 @@ def faked(model: nn.Module, mode: Any) -> Iterator[None]:
         for slot, name, tensor in originals:
             if id(tensor) not in fakes:
                 fakes[id(tensor)] = fake(mode, tensor)
+                if hasattr(tensor, "quant_state"):  # a 4-bit weight brings its scales, which stay real
+                    fakes[id(tensor)].quant_state = tensor.quant_state
             slot[name] = fakes[id(tensor)]
         yield
     finally:

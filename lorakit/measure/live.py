@@ -50,6 +50,9 @@ class LiveBytes(TorchDispatchMode):
         return False  # nothing here is compiled; True imports the compiler and slows every operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.name() == "bitsandbytes::gemm_4bit":
+            with self:
+                return _unpacked_product(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.add.Tensor and _in_backward() and not args[0]._is_view():
             self._sums.append((self._follow(args[0], "activations"), self._follow(out, "activations")))
@@ -113,6 +116,32 @@ class LiveBytes(TorchDispatchMode):
             if live > most:
                 most, when = live, event
         return when
+
+
+def _unpacked_product(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    shape: Any,
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None = None,
+    absmax_8bit: torch.Tensor | None = None,
+    absmax_code: torch.Tensor | None = None,
+    absmax_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """bitsandbytes' 4-bit product as its CPU kernel takes it, with the unpacked weight in sight.
+
+    So it does on CUDA for more than 1,536 rows; for fewer a fused kernel may need none of this memory.
+    """
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)
+    if torch.is_autocast_enabled("cpu"):  # which acts inside that kernel, but not below a dispatch mode
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _in_backward() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.adapters.nf4 import scale_tensors
 from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
@@ -53,7 +54,7 @@ def predict_step_memory(
 
     Returns:
         Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
-        "parameters" (frozen and trained weights, buffers), "gradients" (of parameters, as far as the backward has come
+        "parameters" (frozen and trained weights, 4-bit ones with their scales, buffers), "gradients" (of parameters, as far as the backward has come
         at the peak), "optimizer" (its state), "logits" (everything as wide as the output head's result that lives
         between the head's forward and its backward: logits, casts, log-probabilities, their gradients) and
         "activations" (all the rest: inputs, saved tensors, temporaries). Not included: workspace inside kernels,
@@ -109,7 +110,8 @@ def _claim_steady(live: LiveBytes, model: nn.Module, inputs: dict[str, Any], opt
             if isinstance(value, torch.Tensor):
                 live.claim(value, "optimizer")
     for tensor in (*model.parameters(), *model.buffers()):
-        live.claim(tensor, "parameters")
+        for stored in (tensor, *scale_tensors(tensor)):
+            live.claim(stored, "parameters")
 
 
 def _watch_gradients(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:

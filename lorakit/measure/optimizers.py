@@ -1,4 +1,4 @@
-"""The optimizers whose memory is predicted: PyTorch's own are run, 8-bit Adam only makes its state."""
+"""The optimizers whose memory is predicted: PyTorch's own are run, bitsandbytes' Adam only makes its state."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class _EightBitAdam(torch.optim.Optimizer):
         return moments | {f"absmax{i}": parameter.new_zeros(blocks, dtype=torch.float32) for i in (1, 2)}
 
 
+class _ThirtyTwoBitAdam(_EightBitAdam):
+    """The state of its 32-bit Adam: two fp32 moments for every tensor."""
+
+    SMALLEST = float("inf")
+
+
 def _adamw(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, foreach=foreach)
 
@@ -49,12 +55,18 @@ def _eight_bit(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
     return _EightBitAdam(trained)
 
 
+def _thirty_two_bit(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
+    return _ThirtyTwoBitAdam(trained)
+
+
 PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
     "adamw_torch": _adamw,
     "adamw_torch_fused": _fused_adamw,
     "sgd": _sgd,
     "adamw_bnb_8bit": _eight_bit,
     "adamw_8bit": _eight_bit,
+    "paged_adamw_8bit": _eight_bit,  # the same state; on CUDA it may be moved to the CPU's memory under pressure
+    "paged_adamw_32bit": _thirty_two_bit,
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from lorakit.training.controllers import Controller
     from lorakit.training.trainer import BudgetTrainer
 
 LOGS_PER_RUN = 40
@@ -23,10 +24,19 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.share = self.trainer.budget.share(self.trainer.ledger)
+        for controller in self.trainer.controllers:
+            controller.begin()
         self.trainer.ledger.restart_clock()
 
-    def on_optimizer_step(self, args, state, control, **_):
-        self.trainer.ledger.commit(self.trainer.total_over_ranks)
+    def on_step_begin(self, args, state, control, **_):
+        for controller in self.trainer.controllers:
+            controller.begin_step(self.share)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+        trainer = self.trainer
+        trainer.ledger.commit(trainer.total_over_ranks)
+        for controller in trainer.controllers:
+            controller.after_step(trainer.budget.share(trainer.ledger), optimizer)
 
     def on_step_end(self, args, state, control, **_):
         before, self.share = self.share, self.trainer.budget.share(self.trainer.ledger)
@@ -43,6 +53,8 @@ class RunCallback(TrainerCallback):
         if trainer.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
             return
         trainer.curve.add(trainer.ledger, logs.get("learning_rate"))
+        for controller in trainer.controllers:
+            controller.at_point(trainer.ledger.steps)
         self.facts["loss"] = trainer.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
@@ -60,6 +72,25 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self.trainer.ledger.restart_clock()
+
+
+class ControllerCallback(TrainerCallback):
+    """A controller in a plain Hugging Face Trainer. Its state is not in the Trainer's checkpoints."""
+
+    def __init__(self, controller: Controller):
+        self.controller = controller
+
+    def on_train_begin(self, args, state, control, **_):
+        self.controller.begin()
+
+    def on_step_begin(self, args, state, control, **_):
+        self.controller.begin_step(state.global_step / state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.controller.after_step((state.global_step + 1) / state.max_steps, optimizer)
+
+    def on_train_end(self, args, state, control, **_):
+        self.controller.end()
 
 
 def strip_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

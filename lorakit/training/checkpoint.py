@@ -65,7 +65,9 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
 
 def save_run(trainer: BudgetTrainer, path: Path) -> None:
     """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last."""
-    torch.save({"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict()}, path / STATE)
+    controllers = {controller.name: controller.state_dict() for controller in trainer.controllers}
+    seams = {"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict(), "controllers": controllers}
+    torch.save(seams, path / STATE)
     if trainer.curve.best:
         save_file({name: value.cpu().contiguous() for name, value in trainer.curve.best.items()}, str(path / BEST))
     state = {
@@ -99,6 +101,8 @@ def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
     seams = torch.load(path / STATE, weights_only=True)
     trainer.gate.load_state_dict(seams["gate"])
     trainer.tokens.load_state_dict(seams["tokens"])
+    for controller in trainer.controllers:
+        controller.load_state_dict(seams["controllers"][controller.name])
 
 
 def _check_identity(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lorakit.gates.tokens import count_tokens
 from lorakit.training import checkpoint
 from lorakit.training.budget import Budget, Schedule
 from lorakit.training.callback import RunCallback
+from lorakit.training.controllers import Controller
 from lorakit.training.costs import FlopMeter, Ledger
 from lorakit.training.curve import Curve
 from lorakit.training.loss import mean_loss
@@ -38,6 +39,7 @@ class BudgetTrainer(Trainer):
         budget, schedule: when to stop and how to decay.
         gate, tokens: which batches and which tokens get a backward; all of them by default, in which case the weights
             are bitwise those of the plain Trainer.
+        controllers: what else acts between steps, in this order.
         eval_collator: collates evaluation batches; the training collator where None.
         identity: what makes this run this run; resuming a checkpoint of another identity is refused.
         evaluations: on the evaluation data, evenly over the budget.
@@ -58,6 +60,7 @@ class BudgetTrainer(Trainer):
         schedule: Schedule | None = None,
         gate: Gate | None = None,
         tokens: TokenSelection | None = None,
+        controllers: Sequence[Controller] = (),
         eval_collator: Callable[[list[Any]], Any] | None = None,
         identity: Mapping[str, Any] | None = None,
         evaluations: int = 1,
@@ -69,6 +72,9 @@ class BudgetTrainer(Trainer):
         super().__init__(**{"compute_loss_func": mean_loss(kind)} | trainer_arguments)
         self.kind, self.budget, self.schedule = kind, budget, schedule or Schedule()
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        self.controllers = tuple(controllers)
+        for controller in self.controllers:
+            controller.bind(self.total_over_ranks)
         self.eval_collator = eval_collator or self.data_collator
         self.identity = dict(identity or {})
         self.ledger, self.meter, self.curve = Ledger(), FlopMeter(), Curve(keep_best=keep_best)
@@ -90,13 +96,17 @@ class BudgetTrainer(Trainer):
             resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
-        if resume_from_checkpoint:
-            checkpoint.load_run(self, resume_from_checkpoint)
-            if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
-                checkpoint.load_weights(self.model, resume_from_checkpoint)
-                return None
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        try:
+            if resume_from_checkpoint:
+                checkpoint.load_run(self, resume_from_checkpoint)
+                if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                    checkpoint.load_weights(self.model, resume_from_checkpoint)
+                    return None
+                resume_from_checkpoint = str(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        finally:
+            for controller in self.controllers:
+                controller.end()
 
     # one batch -----------------------------------------------------------------------------------------
 
@@ -112,7 +122,7 @@ class BudgetTrainer(Trainer):
         self._shape = _shape(inputs)
         selected = lambda **batch: self.tokens.forward(model, batch)  # noqa: E731
         (loss, outputs), flops = self.meter.measure(
-            ("forward", self._shape), lambda: forward(selected, inputs, True, num_items_in_batch)
+            self._key("forward"), lambda: forward(selected, inputs, True, num_items_in_batch)
         )
         self.ledger.add(examples=self._facts["examples"], tokens=tokens, flops_forward=flops)
         logits = getattr(outputs, "logits", None)
@@ -139,9 +149,13 @@ class BudgetTrainer(Trainer):
         if decision.score is not None:
             self.ledger.add(score=decision.score, scored=1)
         if decision.accept:
-            _, flops = self.meter.measure(("backward", self._shape), lambda: backward(loss, **options))
+            _, flops = self.meter.measure(self._key("backward"), lambda: backward(loss, **options))
             reached = self._facts["tokens_backpropagated"]
             self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=reached)
+
+    def _key(self, kind: str) -> Hashable:
+        """What the FLOPs of a pass depend on."""
+        return (kind, self._shape, *(controller.signature() for controller in self.controllers))
 
     def total_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
         """Sum a float64 vector over all processes."""

@@ -1,0 +1,54 @@
+"""search(params) -> Record: every learning rate at the same small budget, compared on validation data."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from lorakit import records
+from lorakit.assembly import assemble, build_trainer, fingerprints
+from lorakit.errors import require
+from lorakit.experiment import attempt, new_record, train
+from lorakit.params import Params, resolve
+from lorakit.records import Record, SearchPoint
+
+
+def search(given: dict[str, Any]) -> Record:
+    """Try each of `params.search_rates` for `params.search_budget`, each fully decayed, and compare on validation data.
+
+    Returns:
+        A record of kind "lr_search"; the test split is never read. `best_rate` picks from it.
+    """
+    params = resolve(given)
+    require(len(params.search_rates) > 0, "search_rates", params.search_rates, "must list the learning rates to try")
+    record = new_record(params, given)
+    record.kind = "lr_search"
+    for rate in params.search_rates:
+        trial = {"learning_rate": rate, "budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
+        record.search.append(_try_rate(params.model_copy(update=trial), record))
+    record.status = "done"
+    if params.record:
+        records.write(record, params.record)
+    return record
+
+
+def best_rate(record: Record) -> float:
+    """The learning rate with the lowest validation loss among those that did not diverge."""
+    finished = [point for point in record.search if point.status == "done" and point.validation]
+    require(len(finished) > 0, "search_rates", [point.learning_rate for point in record.search], "all of them diverged")
+    return min(finished, key=lambda point: point.validation["loss"]).learning_rate
+
+
+def _try_rate(params: Params, record: Record) -> SearchPoint:
+    trial = new_record(params, {})
+    assembled = assemble(params)
+    record.notes = assembled.notes
+    record.fingerprints = fingerprints(assembled)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(assembled, trial, folder)
+        stopped = attempt(trial, trainer, lambda: train(trainer, trial, params))
+    if isinstance(stopped, KeyboardInterrupt):
+        raise stopped
+    chosen = trainer.curve.chosen()
+    validation = chosen.validation if chosen and trial.status == "done" else None
+    return SearchPoint(learning_rate=params.learning_rate, status=trial.status, validation=validation)

@@ -1,0 +1,37 @@
+"""A row of a table is one combination of answers: what is trained, on which base, which layers get a backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.params import Params
+
+METHODS = ("lora", "sparse", "hira", "peft", "head", "full")  # what is trained
+
+
+def row_of(params: Params) -> str:
+    """The run's name in tables and figures: `params.row`, or one made from what is switched on.
+
+    LoRA on an NF4 base is "qlora", LoRA with skipped layers "skip"; other combinations are joined by "+".
+    """
+    if params.row:
+        return params.row
+    base = params.peft_type.lower() if params.method == "peft" else params.method
+    extras = [name for name, on in (("nf4", params.quantize != "none"), ("skip", params.skip != "none")) if on]
+    if base == "lora" and len(extras) == 1:
+        return {"nf4": "qlora", "skip": "skip"}[extras[0]]
+    return "+".join([base, *extras])
+
+
+def method_of(row: str) -> dict[str, Any]:
+    """What a params file's name says about the method: its own, where it is called after one; else LoRA's default."""
+    return {"method": row} if row in METHODS else {}
+
+
+def notebook_of(params: Params) -> str:
+    """The notebook that tells the story of this combination: of its most particular answer."""
+    if params.skip != "none":
+        return "05_skiplora.ipynb"
+    if params.quantize != "none":
+        return "04_qlora.ipynb"
+    return {"sparse": "02_sparse_lora.ipynb", "hira": "03_hira.ipynb"}.get(params.method, "01_lora.ipynb")
