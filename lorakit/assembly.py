@@ -54,9 +54,7 @@ def check(params: Params, given: Mapping[str, Any]) -> None:
     method = params.method
     require(method in adapters.METHODS, "method", method, f"must be one of {', '.join(adapters.METHODS)}")
     if method == "hira":
-        require(
-            "alpha" not in given, "alpha", params.alpha, "HiRA has no alpha: leave it out"
-        )
+        require("alpha" not in given, "alpha", params.alpha, "HiRA has no alpha: leave it out")
     for name in ("peft_type", "peft_options"):
         value = getattr(params, name)
         require(method == "peft" or not value, name, value, f"is for method 'peft', not {method!r}")
@@ -119,7 +117,8 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
     found: list[Controller] = []
     if params.method == "sparse":
-        from lorakit.training.sparsify import Sparsifier, SparseSettings
+        from lorakit.adapters import SparseSettings
+        from lorakit.training.sparsify import Sparsifier
 
         found.append(
             Sparsifier(
@@ -139,7 +138,8 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
 
         found.append(PeftSchedule(model))
     if params.skip != "none":
-        from lorakit.training.skipping import SkipLoRA, SkipSettings
+        from lorakit.adapters.skip import SkipSettings
+        from lorakit.training.skipping import SkipLoRA
 
         found.append(
             SkipLoRA(

@@ -118,10 +118,9 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
         record.costs.predicted_memory = _predicted_memory(assembled)
     elif params.predict_memory:
         record.notes.append(f"memory not predicted: the state of {params.optimizer} is not known")
-    if params.method == "sparse":
-        record.details["sparse"] = trainer.controllers[0].report()
-        if params.sparsify == "structured":
-            adapters.compact(model)
+    record.details |= {controller.name: controller.report() for controller in trainer.controllers}
+    if params.method == "sparse" and params.sparsify == "structured":
+        adapters.compact(model)
     _evaluate(record, assembled, trainer)
     if params.run_dir:
         adapters.save_adapter(model, Path(params.run_dir) / "adapter")

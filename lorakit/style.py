@@ -87,6 +87,9 @@ _LABELS = {
     "slora": "SLoRA",
     "flora": "FLoRA",
     "random": "random",
+    "sparse_ranks": "Sparse LoRA (ranks)",
+    "skip_adapter": "SkipLoRA (per adapter)",
+    "dora": "DoRA (PEFT)",
 }
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}
 PLACES = len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Generator, nn
 
@@ -44,18 +45,24 @@ def attach(
     init: str = "kaiming",
     rslora: bool = False,
     seed: int | None = None,
+    peft_type: str = "",
+    peft_options: Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
 ) -> nn.Module:
-    """Freeze `model`, give it what `method` trains, and return it (changed in place).
+    """Freeze `model`, give it what `method` trains, and return it (changed in place; "peft": PEFT's wrapper around it).
 
     Args:
         method: "lora" (adapters on `target_modules`, and `trainable`), "head" (only `trainable`; for a language model
-            "head" is its output embeddings' module, and an embedding tied to it is trained with it), "full".
+            "head" is its output embeddings' module, and an embedding tied to it is trained with it), "full", "peft".
         rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one; unused by
             "head" and "full".
         target_modules: "all-linear", a list of names (the path or its end), or a regular expression on the whole path.
         trainable: modules trained in full beside the adapters: "head" (a classification model's task head), a list of
             names, or (). Unused by "full".
         seed: of the adapters' initial values, drawn without touching torch's global generator; None draws from that.
+        peft_type, peft_options: of method "peft": a type of PEFT, in any case (DORA, ADALORA, VERA, …), and fields of
+            its config, which win over everything else given here.
+        total_steps: optimizer steps to come, for a type with a schedule of its own (ADALORA).
 
     Raises:
         ParameterError: a parameter is out of range, a name matches nothing, the model already has an adapter, or
@@ -66,6 +73,10 @@ def attach(
     settings = AdapterSettings(rank=rank, alpha=alpha, dropout=dropout, init=init, rslora=rslora)
     _require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
+    if method == "peft":
+        from lorakit.adapters.peft_method import attach_peft
+
+        return attach_peft(model, peft_type, peft_options or {}, settings, target_modules, trained, seed, total_steps)
     targets = resolve_targets(model, target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
 
@@ -110,6 +121,10 @@ def detach(model: nn.Module) -> nn.Module:
     Modules trained in full keep their trained values.
     """
     attachment = attachment_of(model)
+    if attachment.method == "peft":
+        from lorakit.adapters.peft_method import detach_peft
+
+        return detach_peft(model)
     unmerge(model)
     _replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
     del model.lorakit_attachment
@@ -123,8 +138,14 @@ def merge(model: nn.Module) -> nn.Module:
 
     Costs a second copy of the adapted weights while merged, which is what makes `unmerge` exact. Merging twice is
     merging once; "head" and "full" have nothing to merge.
+
+    Raises:
+        LorakitError: a type of PEFT that cannot be merged (see `can_merge`).
     """
-    attachment_of(model)
+    if attachment_of(model).method == "peft":
+        from lorakit.adapters.peft_method import merge_peft
+
+        return merge_peft(model)
     for layer in adapter_layers(model).values():
         layer.merge()
     return model
@@ -132,7 +153,10 @@ def merge(model: nn.Module) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the base weights are back bit for bit."""
-    attachment_of(model)
+    if attachment_of(model).method == "peft":
+        from lorakit.adapters.peft_method import unmerge_peft
+
+        return unmerge_peft(model)
     for layer in adapter_layers(model).values():
         layer.unmerge()
     return model
@@ -149,7 +173,18 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             unmerge(model)
 
 
+def can_merge(model: nn.Module) -> bool:
+    """Whether `merge` has something to fold into the weights and can; a prompt, say, is no weight."""
+    if attachment_of(model).method == "peft":
+        from lorakit.adapters.peft_method import merge_obstacle
+
+        return not merge_obstacle(model)
+    return bool(adapter_layers(model))
+
+
 def is_merged(model: nn.Module) -> bool:
+    if getattr(model, "lorakit_unmerged", None):  # a PEFT method's
+        return True
     return any(layer.is_merged for layer in adapter_layers(model).values())
 
 

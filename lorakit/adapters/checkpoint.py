@@ -47,6 +47,12 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
     adapter = attachment.method in ADAPTERS
     require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
+    if attachment.method == "peft":
+        from lorakit.adapters.peft_files import save_peft
+
+        with _written_whole(folder) as temporary:
+            save_peft(model, temporary)
+        return folder
     config, config_file, tensors_file, in_file = _layout(model, attachment)
     tensors = {in_file(name): tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
     metadata = {"format": "pt"}
@@ -98,9 +104,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         CheckpointError: there is no adapter in `folder`, it is another kind than the attached one, uses a PEFT feature
             lorakit lacks, or does not fit (tensor and both shapes named). The model is then as it was.
+
+    Returns:
+        The model; of a type that lorakit has no layer for, PEFT's wrapper around it (method "peft").
     """
     attachment: Attachment | None = getattr(model, "lorakit_attachment", None)
     try:
+        if _is_for_peft(Path(folder), attachment):
+            return _load_peft(model, Path(folder), attachment)
         stored = _read(model, Path(folder))
         if attachment is None:
             return _attach_stored(model, stored)
@@ -109,6 +120,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         return load_adapter_state(model, stored.tensors)
     except (CheckpointError, ParameterError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
+    """Whether PEFT's own code must read `folder`: it is attached, or the file is of a type that lorakit lacks."""
+    if attachment is not None:
+        return attachment.method == "peft"
+    if not (folder / peft_format.CONFIG_FILE).is_file():
+        return False
+    from lorakit.adapters.peft_files import is_peft_file
+
+    config = _read_json(folder / peft_format.CONFIG_FILE)
+    return is_peft_file(config, {adapter.peft_type for adapter in ADAPTERS.values()})
+
+
+def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) -> nn.Module:
+    from lorakit.adapters.peft_files import attach_file, load_peft
+
+    tensors = _read_tensors(folder / peft_format.TENSORS_FILE)
+    if attachment is None:
+        return attach_file(model, folder, tensors)
+    require_unmerged(model)
+    return load_peft(model, folder, tensors)
 
 
 def _attach_stored(model: nn.Module, stored: StoredAdapter) -> nn.Module:

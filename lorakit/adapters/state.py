@@ -16,16 +16,26 @@ from lorakit.records import Parameters
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors an adapter file holds: `<path>.lora_A.weight`, …, then those of modules trained in full.
 
-    A tensor with two names (tied) is listed once.
+    A tensor with two names (tied) is listed once. Of a PEFT method: all that PEFT added to the
+    model's state, which its file may hold in another form.
     """
+    attachment = attachment_of(model)
+    if attachment_is_peft(model):
+        from lorakit.adapters.peft_method import own_tensors
+
+        return _once(own_tensors(model))
     found = {
         f"{path}.{name}.weight": parameter
         for path, layer in adapter_layers(model).items()
         for name, parameter in layer.adapter_parameters().items()
     }
-    for path in attachment_of(model).trained:
+    for path in attachment.trained:
         prefix = f"{path}." if path else ""
         found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
+    return _once(found)
+
+
+def _once(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     once: dict[int, str] = {}
     for name, tensor in found.items():
         once.setdefault(id(tensor), name)
@@ -81,6 +91,10 @@ def parameter_stats(model: nn.Module) -> Parameters:
     A weight in 4 bits counts as the out_features · in_features values it stands for, not as the bytes they are in.
     """
     total = sum(dense_numel(parameter) for parameter in model.parameters())
+    if attachment_is_peft(model):
+        from lorakit.adapters.peft_method import idle_numel
+
+        total -= idle_numel(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in trained)
     # a meta tensor has no values to look at
@@ -90,4 +104,15 @@ def parameter_stats(model: nn.Module) -> Parameters:
 
 def adapter_bytes(model: nn.Module) -> int:
     """Bytes of the tensors `save_adapter` stores (the file's header, a few kilobytes, not counted)."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in trained_tensors(model).values())
+    stored = trained_tensors(model)
+    if attachment_is_peft(model):
+        from lorakit.adapters.peft_files import stored_tensors
+
+        stored = _once(stored_tensors(model))
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+
+def attachment_is_peft(model: nn.Module) -> bool:
+    """Whether PEFT's own code is attached, so that PEFT knows what was added."""
+    attachment = getattr(model, "lorakit_attachment", None)
+    return attachment is not None and attachment.method == "peft"

@@ -132,15 +132,13 @@ def _unpacked_product(
 ) -> torch.Tensor:
     """bitsandbytes' 4-bit product as its CPU kernel takes it, with the unpacked weight in sight.
 
-    So it does on CUDA for more than 1,536 rows; for fewer a fused kernel may need none of this memory.
+    So it does on CUDA for more than 1,536 rows; for fewer a fused kernel may need none of this memory. Under autocast
+    the real kernel casts an fp32 weight (`compute_dtype="fp32"`) once more, which is not seen here.
     """
     ops = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)
-    if torch.is_autocast_enabled("cpu"):  # which acts inside that kernel, but not below a dispatch mode
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -54,11 +54,11 @@ def predict_step_memory(
 
     Returns:
         Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
-        "parameters" (frozen and trained weights, 4-bit ones with their scales, buffers), "gradients" (of parameters, as far as the backward has come
-        at the peak), "optimizer" (its state), "logits" (everything as wide as the output head's result that lives
-        between the head's forward and its backward: logits, casts, log-probabilities, their gradients) and
-        "activations" (all the rest: inputs, saved tensors, temporaries). Not included: workspace inside kernels,
-        the CUDA context, the allocator's rounding and fragmentation.
+        "parameters" (frozen and trained weights, 4-bit ones with their scales, buffers), "gradients" (of parameters, as
+        far as the backward has come at the peak), "optimizer" (its state), "logits" (everything as wide as the output
+        head's result that lives between the head's forward and its backward: logits, casts, log-probabilities, their
+        gradients) and "activations" (all the rest: inputs, saved tensors, temporaries). Not included: workspace inside
+        kernels, the CUDA context, the allocator's rounding and fragmentation.
 
     Raises:
         ParameterError: unknown optimizer, autocast or device; or nothing to train.

@@ -51,6 +51,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             report_to=reports or "none",
             remove_unused_columns=False,
             label_names=["labels"],
+            ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
             dataloader_pin_memory=on_cuda,
         )
     except ValueError as error:

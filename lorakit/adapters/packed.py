@@ -1,0 +1,89 @@
+"""A tensor with zeros in ⌈n/8⌉ + b·nnz bytes, one bit per entry and the values that are not zero, instead of b·n."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import CheckpointError
+
+PACKED_FILE = "lorakit_packed.safetensors"
+BITMAP, VALUES = "::bitmap", "::values"  # no tensor of a module has a colon in its name
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`tensors` as they are stored, and the file's metadata; each is packed only where that takes fewer bytes.
+
+    Entry i is bit i mod 8 of byte i // 8 of the bitmap, and set unless all bits of the entry are zero: −0 and NaN are
+    values, so that unpacking is exact to the bit. The shapes of what is packed are in the metadata.
+    """
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        if packed_bytes(tensor) < _bytes(tensor):
+            nonzero = _nonzero(tensor)
+            stored[name + BITMAP] = _to_bytes(nonzero)
+            stored[name + VALUES] = tensor.flatten()[nonzero]
+            shapes[name] = list(tensor.shape)
+        else:
+            stored[name] = tensor
+    return stored, {"format": "lorakit-packed", "version": "1", "shapes": json.dumps(shapes, sort_keys=True)}
+
+
+def unpack(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """What `pack` was given.
+
+    Raises:
+        CheckpointError: another format, or parts that are missing or do not belong together.
+    """
+    if (metadata.get("format"), metadata.get("version")) != ("lorakit-packed", "1"):
+        raise CheckpointError(f"{PACKED_FILE} is not of format lorakit-packed, version 1")
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((BITMAP, VALUES))}
+    for name, shape in json.loads(metadata.get("shapes", "{}")).items():
+        tensors[name] = _unpacked(name, torch.Size(shape), stored.get(name + BITMAP), stored.get(name + VALUES))
+    return tensors
+
+
+def packed_bytes(tensor: Tensor) -> int:
+    """Bytes of `tensor` when packed, without the file's header."""
+    return -(-tensor.numel() // 8) + int(_nonzero(tensor).sum()) * tensor.element_size()
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of `tensor` in a packed file: packed, or dense where that is smaller."""
+    return min(packed_bytes(tensor), _bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    """(n,) bool: entries with any bit set."""
+    return tensor.detach().flatten() != 0
+
+
+def _to_bytes(bits: Tensor) -> Tensor:
+    padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8)
+    padded[: len(bits)] = bits
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _to_bits(packed: Tensor, count: int) -> Tensor:
+    return (packed.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
+
+
+def _unpacked(name: str, shape: torch.Size, bitmap: Tensor | None, values: Tensor | None) -> Tensor:
+    count = shape.numel()
+    if bitmap is None or values is None or len(bitmap) != -(-count // 8):
+        raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
+    nonzero = _to_bits(bitmap, count)
+    if int(nonzero.sum()) != len(values):
+        raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {int(nonzero.sum())} bits")
+    tensor = torch.zeros(count, dtype=values.dtype)
+    tensor[nonzero] = values
+    return tensor.view(shape)

@@ -1,0 +1,216 @@
+"""Any PEFT method: y = PEFT's model (x), wrapped around ours, and taken off again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attach import Attachment, attachment_of
+from lorakit.adapters.layer import AdapterSettings
+from lorakit.adapters.nf4 import is_four_bit, prepare_four_bit
+from lorakit.adapters.peft_config import build_config, quiet
+from lorakit.adapters.peft_forward import ADAPTER, after_forward, before_forward, config_of
+from lorakit.errors import LorakitError, ParameterError
+
+_NO_WEIGHT = "it acts on the input or between the layers, on no weight"
+CANNOT_MERGE = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _NO_WEIGHT
+    ),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _NO_WEIGHT),
+    "POLY": "its weights depend on the task",
+    "LILY": "its weights depend on the input",
+    "OSF": "PEFT cannot take its merge back",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was before PEFT changed it: references, no copies."""
+
+    children: Mapping[nn.Module, Mapping[str, nn.Module]]
+    required_grad: Mapping[str, bool]
+
+    @staticmethod
+    def of(model: nn.Module) -> Base:
+        return Base(
+            {module: dict(module._modules) for module in model.modules()},
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        for module, children in self.children.items():
+            module._modules.clear()
+            module._modules.update(children)
+        vars(model).pop("peft_config", None)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.required_grad[name])
+
+
+def attach_peft(
+    model: nn.Module,
+    peft_type: str,
+    options: Mapping[str, Any],
+    settings: AdapterSettings,
+    target_modules: str | Sequence[str],
+    trained: Sequence[str],
+    seed: int | None = None,
+    total_steps: int | None = None,
+) -> nn.Module:
+    """Wrap `model` as PEFT does for `peft_type`; returns the wrapper.
+
+    Raises:
+        ParameterError: an unknown type or option, a parameter the type does not have, a type that cannot run here, or
+            what PEFT itself refuses. The model is then as it was.
+    """
+    config = build_config(model, peft_type, options, settings, target_modules, trained, total_steps)
+    return wrap(model, config, settings, trained, seed)
+
+
+def wrap(
+    model: nn.Module, config: Any, settings: AdapterSettings, trained: Sequence[str], seed: int | None = None
+) -> nn.Module:
+    """PEFT's model of `config` around `model`; all of it or, on an error, nothing."""
+    from peft import get_peft_model
+
+    prepare_four_bit(model, trained)
+    base = Base.of(model)
+    try:
+        with quiet(), _seeded(model, seed):
+            wrapper = get_peft_model(model, config)
+        _require_trainable(wrapper, config)
+    except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
+        base.restore(model)
+        raise ParameterError("peft_type", str(config.peft_type.value), f"PEFT refuses: {_one_line(error)}") from error
+    wrapper.train(model.training)
+    wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
+    wrapper.register_forward_hook(after_forward, with_kwargs=True)
+    wrapper.lorakit_base = base
+    wrapper.lorakit_unmerged = []
+    wrapper.lorakit_attachment = Attachment("peft", settings, {}, tuple(trained), base.required_grad)
+    return wrapper
+
+
+def _require_trainable(wrapper: nn.Module, config: Any) -> None:
+    """PEFT does not mind a type that found nothing to act on."""
+    heads = {id(p) for head in _heads(wrapper) for p in head.parameters()}
+    own = sum(p.numel() for p in wrapper.parameters() if p.requires_grad and id(p) not in heads)
+    if not own and not config.inference_mode:
+        raise ValueError("nothing in this model would be trained")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Draw from `seed` and leave the global generators as they are; PEFT takes no generator."""
+    if seed is None:
+        yield
+        return
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+# taking it off, merging ----------------------------------------------------------------------------
+
+
+def detach_peft(wrapper: nn.Module) -> nn.Module:
+    """The model that was wrapped, as it was but for the modules trained in full, which keep their trained values."""
+    base: Base = wrapper.lorakit_base
+    unmerge_peft(wrapper)
+    with torch.no_grad():
+        for head in _heads(wrapper):
+            head.original_module.load_state_dict(head.modules_to_save[ADAPTER].state_dict())
+    model = wrapper.get_base_model()
+    base.restore(model)
+    model.train(wrapper.training)
+    return model
+
+
+def _heads(wrapper: nn.Module) -> list[Any]:
+    """The modules trained in full, each beside its original."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return [module for module in wrapper.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def idle_numel(wrapper: nn.Module) -> int:
+    """Parameters of the untrained originals that PEFT keeps beside modules trained in full."""
+    return sum(p.numel() for head in _heads(wrapper) for p in head.original_module.parameters())
+
+
+def merge_obstacle(wrapper: nn.Module) -> str:
+    """Why the adapter cannot be merged, or nothing."""
+    kind = config_of(wrapper).peft_type.value
+    if kind == "BEFT" and any(layer.bias is None for layer in _base_layers(wrapper)):
+        return "a layer without a bias has no place for it"
+    return CANNOT_MERGE.get(kind, "")
+
+
+def merge_peft(wrapper: nn.Module) -> nn.Module:
+    """Let PEFT merge, into copies: the base's own tensors wait for `unmerge_peft`.
+
+    Raises:
+        LorakitError: the type cannot be merged.
+    """
+    if wrapper.lorakit_unmerged:
+        return wrapper
+    if obstacle := merge_obstacle(wrapper):
+        raise LorakitError(f"{config_of(wrapper).peft_type.value} cannot be merged: {obstacle}")
+    for layer in _base_layers(wrapper):
+        for name, parameter in layer.named_parameters(recurse=False):
+            wrapper.lorakit_unmerged.append((layer, name, parameter))
+            if not is_four_bit(layer):  # PEFT puts a new parameter there itself
+                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    with quiet():
+        wrapper.base_model.merge_adapter()
+    return wrapper
+
+
+def unmerge_peft(wrapper: nn.Module) -> nn.Module:
+    """Put the base's own tensors back, bit for bit."""
+    if not wrapper.lorakit_unmerged:
+        return wrapper
+    with quiet():
+        wrapper.base_model.unmerge_adapter()
+    for layer, name, parameter in wrapper.lorakit_unmerged:
+        merged = layer._parameters[name]
+        if not is_four_bit(layer):
+            parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+        layer._parameters[name] = parameter
+    wrapper.lorakit_unmerged = []
+    return wrapper
+
+
+def _base_layers(wrapper: nn.Module) -> list[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module.get_base_layer() for module in wrapper.modules() if isinstance(module, BaseTunerLayer)]
+
+
+# tensors -------------------------------------------------------------------------------------------
+
+
+def own_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
+    """What PEFT added, live, by the wrapper's names: what is trained, and the frozen tensors it works with."""
+    attachment_of(wrapper)
+    known: set[int] = {id(tensor) for tensor in _base_tensors(wrapper)}
+    found = wrapper.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor) and id(tensor) not in known}
+
+
+def _base_tensors(wrapper: nn.Module) -> Iterator[Tensor]:
+    """The tensors of the modules the model had before."""
+    for module in wrapper.lorakit_base.children:
+        yield from (
+            tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
+        )

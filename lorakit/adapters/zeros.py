@@ -1,0 +1,91 @@
+"""What zeros are worth: nnz(A), nnz(B), nnz(BA), erank(BA) = exp(−Σ p ln p) with p = σ/Σσ, and bytes on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.compact import compacted_bytes
+from lorakit.adapters.lora import LoRALayer
+from lorakit.adapters.packed import stored_bytes
+from lorakit.adapters.sparse import lora_layers
+
+COUNTED = ("A", "B", "BA", "merged")
+
+
+def sparsity_report(model: nn.Module) -> dict[str, Any]:
+    """Zeros, ranks and sizes of the LoRA on `model`, however it was trained; JSON values.
+
+    Returns:
+        entries, nonzero: counts over all layers of A, B, BA and the merged weight W0 + s·BA.
+        zeros: their share.
+        effective_rank, numerical_rank: of BA, means over layers.
+        bytes: of all A and B, without task head and file header: "dense", "packed", and "compacted" (zero ranks gone).
+        layers: for each path the shares of zeros and the two ranks.
+
+    Raises:
+        LorakitError: there is no LoRA on `model`.
+    """
+    layers = lora_layers(model)
+    counts = {path: _counts(layer) for path, layer in layers.items()}
+    ranks = {path: _ranks(layer) for path, layer in layers.items()}
+    nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
+    return {
+        "entries": entries,
+        "nonzero": nonzero,
+        "zeros": {name: 1 - nonzero[name] / entries[name] for name in COUNTED},
+        **{
+            name: sum(own[name] for own in ranks.values()) / len(ranks) for name in ("effective_rank", "numerical_rank")
+        },
+        "bytes": _bytes(list(layers.values())),
+        "layers": {path: _shares(counts[path]) | ranks[path] for path in layers},
+    }
+
+
+def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
+    """Non-zero and all entries of each of `COUNTED`."""
+    A, B = layer.lora_A.detach() != 0, layer.lora_B.detach() != 0
+    reached = B.float() @ A.float()  # how many ranks add to each entry of BA; a sum that cancels is not a zero
+    with torch.no_grad():
+        matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
+    return {name: (int(torch.count_nonzero(matrix)), matrix.numel()) for name, matrix in matrices.items()}
+
+
+def _shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    return {name: 1 - nonzero / entries for name, (nonzero, entries) in counts.items()}
+
+
+def _ranks(layer: LoRALayer) -> dict[str, float]:
+    sigma = singular_values(layer.lora_A.detach(), layer.lora_B.detach())
+    return {"effective_rank": effective_rank(sigma), "numerical_rank": numerical_rank(sigma, layer)}
+
+
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Those of BA that can be non-zero, (min(r, in, out),), float64: of R_B R_Aᵀ with B = Q_B R_B, Aᵀ = Q_A R_A."""
+    R_A, R_B = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (A.T, B))
+    return torch.linalg.svdvals(R_B @ R_A.T)
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for the zero matrix."""
+    if not sigma.any():
+        return 0.0
+    p = sigma / sigma.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+def numerical_rank(sigma: Tensor, layer: LoRALayer) -> int:
+    """Singular values above the largest times max(out, in) times the precision of the factors."""
+    precision = torch.finfo(layer.lora_A.dtype).eps
+    return int((sigma > sigma.max() * max(layer.out_features, layer.in_features) * precision).sum())
+
+
+def _bytes(layers: list[LoRALayer]) -> dict[str, int]:
+    factors = [factor.detach() for layer in layers for factor in layer.adapter_parameters().values()]
+    return {
+        "dense": sum(factor.numel() * factor.element_size() for factor in factors),
+        "packed": sum(stored_bytes(factor) for factor in factors),
+        "compacted": sum(compacted_bytes(layer) for layer in layers),
+    }

@@ -1,0 +1,91 @@
+"""Where the weights' bytes are: bits per parameter by kind, and how much smaller than in fp16 the whole model is.
+
+In NF4 a linear weight costs 4 + 8/64 + 32/(64·256) = 4.127 bits (4.5 without double quantisation) and a codebook per
+layer; embeddings, norms, biases and heads stay as they were, which is why a small model shrinks less than fourfold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapters.layer import is_linear
+from lorakit.adapters.nf4 import dense_numel, is_four_bit, nf4_bytes, stored_bytes
+from lorakit.adapters.quantized import COMPUTE_DTYPES, quantisable
+from lorakit.adapters.targets import inside, output_head, task_head
+from lorakit.errors import require
+
+KINDS = ("linear, 4-bit", "linear, other", "embeddings", "norms and biases", "heads", "adapters")
+FOUR_BIT, OTHER_LINEAR, EMBEDDINGS, SMALL, HEADS, ADAPTERS = KINDS
+
+
+def weight_table(
+    model: nn.Module, quantize: str = "none", double_quant: bool = True, compute_dtype: str = "bf16"
+) -> dict[str, Any]:
+    """Parameters, bytes and bits per parameter of `model` by kind; a tied parameter counts once, buffers do not.
+
+    Args:
+        model: as it stands, real or on the meta device.
+        quantize: "nf4" counts a model that is not quantised as `quantize_nf4` would leave it, by formula.
+        double_quant, compute_dtype: as `quantize_nf4` would be told.
+
+    Returns:
+        "rows": a dict per kind that occurs: "kind", "parameters", "bytes", "bits_per_parameter"; "base": the same of
+        all but the adapters; "times_smaller_than_fp16", "times_smaller_than_fp32": the bytes of the base in that
+        precision throughout, over its bytes now. JSON-able.
+
+    Raises:
+        ParameterError: unknown `quantize` or `compute_dtype`, or nothing to quantise.
+    """
+    require(quantize in ("none", "nf4"), "quantize", quantize, "must be none or nf4")
+    require(compute_dtype in COMPUTE_DTYPES, "compute_dtype", compute_dtype, "must be one of bf16, fp32")
+    planned = quantisable(model) if quantize == "nf4" else []
+    counts = {kind: [0, 0] for kind in KINDS}
+    for kind, name, parameter in _kinds(model):
+        if name.rpartition(".")[0] in planned:
+            kind, size = _planned(kind, name, parameter, double_quant, COMPUTE_DTYPES[compute_dtype].itemsize)
+        else:
+            size = stored_bytes(parameter)
+        counts[kind][0] += dense_numel(parameter)
+        counts[kind][1] += size
+    base = [sum(column) for column in zip(*(counts[kind] for kind in KINDS if kind != ADAPTERS), strict=True)]
+    return {
+        "rows": [{"kind": kind, **_row(*counts[kind])} for kind in KINDS if counts[kind][0]],
+        "base": _row(*base),
+        "times_smaller_than_fp16": 2 * base[0] / max(base[1], 1),
+        "times_smaller_than_fp32": 4 * base[0] / max(base[1], 1),
+    }
+
+
+def _row(parameters: int, size: int) -> dict[str, Any]:
+    return {"parameters": parameters, "bytes": size, "bits_per_parameter": 8 * size / max(parameters, 1)}
+
+
+def _planned(kind: str, name: str, parameter: Tensor, double_quant: bool, itemsize: int) -> tuple[str, int]:
+    """Kind and bytes that a parameter of a layer to be quantised will have; its bias is rounded to `itemsize` bytes."""
+    if name.endswith(".weight"):
+        return FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
+    return kind, parameter.numel() * itemsize
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Kind, name and tensor of every parameter; a tied one by the first of its names."""
+    modules = dict(model.named_modules())
+    heads = [*task_head(model), *output_head(model)]
+    wrappers = [path for path, module in modules.items() if hasattr(module, "base_layer")]
+    for name, parameter in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        yield _kind(modules[path], path, own, heads, wrappers), name, parameter
+
+
+def _kind(module: nn.Module, path: str, own: str, heads: list[str], wrappers: list[str]) -> str:
+    bases = [f"{wrapper}.base_layer" for wrapper in wrappers]
+    if inside(path, wrappers) and not inside(path, bases):  # ours and PEFT's alike
+        return ADAPTERS
+    if inside(path, heads):
+        return HEADS
+    if is_linear(module) and own == "weight":
+        return FOUR_BIT if is_four_bit(module) else OTHER_LINEAR
+    return EMBEDDINGS if isinstance(module, nn.Embedding) else SMALL
