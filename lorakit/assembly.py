@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit import adapters, models, tasks
+from lorakit.adapters.attach import ALPHA
 from lorakit.errors import require
 from lorakit.measure import environment
 from lorakit.params import Params
@@ -54,7 +55,8 @@ def check(params: Params, given: Mapping[str, Any]) -> None:
     method = params.method
     require(method in adapters.METHODS, "method", method, f"must be one of {', '.join(adapters.METHODS)}")
     if method == "hira":
-        require("alpha" not in given, "alpha", params.alpha, "HiRA has no alpha: leave it out")
+        untouched = given.get("alpha", ALPHA) == ALPHA  # a notebook's parameters name every default
+        require(untouched, "alpha", params.alpha, "HiRA has no alpha: leave it out")
     for name in ("peft_type", "peft_options"):
         value = getattr(params, name)
         require(method == "peft" or not value, name, value, f"is for method 'peft', not {method!r}")

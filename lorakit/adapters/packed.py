@@ -64,7 +64,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _nonzero(tensor: Tensor) -> Tensor:
     """(n,) bool: entries with any bit set."""
-    return tensor.detach().flatten() != 0
+    return tensor.detach().flatten().view(_INTEGERS[tensor.element_size()]) != 0
 
 
 def _to_bytes(bits: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Sparsifier(Controller):
                 threshold = self._threshold(parameter, rate, share)
                 parameter.copy_(prox(parameter, threshold))
                 found.append(threshold / rate)
-        lost = alive & ~alive
+        lost = alive & ~has_path(A, B)
         for (
             factor,
             parameter,
@@ -191,7 +191,7 @@ class Sparsifier(Controller):
     def _threshold(self, parameter: Tensor, rate: float, share: float) -> Tensor:
         """Learning rate times λ, 0-dim: λ as given, or the smallest that leaves as many zeros as are due."""
         if self.settings.fixed_penalty:
-            return parameter.new_tensor(self.settings.l1)
+            return parameter.new_tensor(rate * self.settings.l1)
         count = zeros_due(self.settings.target(share), parameter.numel())
         return parameter.abs().flatten().kthvalue(count).values if count else parameter.new_zeros(())
 
