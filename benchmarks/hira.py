@@ -64,7 +64,7 @@ def step_claims(case: Case) -> list[Claim]:
     ours, theirs = build_ours(base), build_peft(twin)
     copy_to_peft(ours, theirs)
     batch, my_losses, their_losses = make_batch(case), [], []
-    timing = interleave(stepper(ours, batch, my_losses), stepper(theirs, batch, their_losses), rounds=15)
+    timing = interleave(stepper(ours, batch, my_losses), stepper(theirs, batch, their_losses), rounds=9)
     gap = max(abs(a - b) for a, b in zip(my_losses, their_losses, strict=True))
     return [
         Claim(f"{case.name}: loss gap over {len(my_losses)} steps / 1e-5", gap, 1e-5, 1.0, "nats"),
@@ -76,7 +76,7 @@ def price_of_rank(case: Case) -> Claim:
     """Our HiRA step over our LoRA step: what the third product of three large ones costs."""
     base, twin = twins(case)
     batch = make_batch(case)
-    timing = interleave(stepper(build_ours(base), batch, []), stepper(build_lora(twin), batch, []), rounds=7)
+    timing = interleave(stepper(build_ours(base), batch, []), stepper(build_lora(twin), batch, []), rounds=5)
     return time_claim(f"{case.name}: step over LoRA's, no target", timing, NO_TARGET)
 
 

@@ -85,7 +85,7 @@ def prepared(case: Case, quantised: bool, seed: int) -> tuple[nn.Module, list[di
 @functools.cache
 def read_task(case: Case) -> Any:
     return tasks.load(
-        case.task, models.tokenizer(case.model), kind_of_model="encoder", max_length=64, max_train=STEPS * BATCH
+        case.task, models.tokenizer(case.model), kind_of_model="encoder", max_length=32, max_train=STEPS * BATCH
     )
 
 

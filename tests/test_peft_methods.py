@@ -22,6 +22,7 @@ from lorakit.adapters import (
     merge,
     merged,
     parameter_stats,
+    quantize_nf4,
     save_adapter,
     unmerge,
 )
@@ -92,7 +93,11 @@ def build(tiny_bert, tiny_gpt2, tiny_gemma):
 
         return GPT2ForSequenceClassification(tiny_gpt2().config)
 
-    builders = {"bert": tiny_bert, "gpt2": tiny_gpt2, "gemma": tiny_gemma, "masked": masked}
+    def nf4():
+        pytest.importorskip("bitsandbytes")
+        return quantize_nf4(tiny_bert(hidden_size=64, intermediate_size=128))
+
+    builders = {"bert": tiny_bert, "nf4": nf4, "gpt2": tiny_gpt2, "gemma": tiny_gemma, "masked": masked}
     builders |= {"distilbert": distilbert, "gpt2_classifier": gpt2_classifier}
 
     def build(kind):
@@ -229,7 +234,8 @@ PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
     + [(name, "distilbert") for name in PROMPTS[:2]]
     + [(name, "distilbert") for name in ("DORA", "IA3", "SHADOW", "LN_TUNING")]
     + [(name, "gpt2_classifier") for name in ("PREFIX_TUNING", "CARTRIDGE", "IA3", "DORA")]
-    + [(name, "masked") for name in ("LORA", "POLY", "ADALORA", "SHADOW")],
+    + [(name, "masked") for name in ("LORA", "POLY", "ADALORA", "SHADOW")]
+    + [(name, "nf4") for name in ("DORA", "VERA", "OFT", "IA3")],
 )
 def test_other_models_train_as_well(build, peft_type, kind):
     model = build(kind)
@@ -239,12 +245,16 @@ def test_other_models_train_as_well(build, peft_type, kind):
     assert all(may_stay(peft_type, name) for name in still), still
     assert logits(wrapper).shape == start.shape
     assert not torch.allclose(logits(wrapper), start, atol=1e-4)
+    if kind == "nf4":
+        assert not can_merge(wrapper)
+        with pytest.raises(LorakitError, match="round the sum to 4 bits again"):
+            merge(wrapper)
 
 
 # --- what cannot run -------------------------------------------------------------------------------------------------
 
 HAS = {"any": "bert", "classify": "bert", "head": "bert", "score": "gpt2_classifier", "Conv1D": "gpt2"}
-HAS |= {"masked": "masked", "bert": "bert", "distilbert": "distilbert", "gemma3_text": "gemma"}
+HAS |= {"4 bits": "nf4", "masked": "masked", "bert": "bert", "distilbert": "distilbert", "gemma3_text": "gemma"}
 REFUSED = [(name, tag) for name, reasons in CANNOT.items() for tag in reasons]
 
 
@@ -282,7 +292,7 @@ def test_the_reasons_are_true(build, monkeypatch, peft_type, tag):
         with pytest.warns(UserWarning), pytest.raises(ParameterError, match="nothing in this model would be trained"):
             attached(model, peft_type, peft_options={"hidden_size": 32})
     else:
-        with pytest.raises((ParameterError, ValueError)):  # by PEFT, or by the first forward
+        with pytest.raises((ParameterError, ValueError, RuntimeError)):  # by PEFT, or by the first forward
             attached(model, peft_type)(**batch(model))
 
 
@@ -321,6 +331,15 @@ def test_mistakes_are_named_and_change_nothing(build, given, message):
         attach(model, "peft", **given)
     assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
     assert set(vars(model)) == known
+
+
+def test_a_layer_refused_halfway_leaves_the_model_as_it_was(tiny_bert):
+    model = tiny_bert(intermediate_size=36)  # blocks of 8 fit the attention's layers, which come first
+    modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ParameterError, match="PEFT refuses: .*block size"):
+        attached(model, "C3A")
+    assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
+    assert not hasattr(model, "peft_config")
 
 
 def test_parameters_reach_the_config_and_options_win(build):

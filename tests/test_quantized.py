@@ -28,6 +28,7 @@ from lorakit.adapters.quantized import optimizer_note
 from lorakit.adapters.state import adapter_state, trained_tensors
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
+from lorakit.measure.live import LiveBytes
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
 
@@ -610,6 +611,17 @@ def test_predicted_weights_are_the_bytes_there_are(build):
     assert predicted["parameters"] == weights + sum(buffers.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(model).items())
     assert all(is_four_bit(layer.base_layer) for layer in adapter_layers(model).values())
+
+
+def test_the_unpacked_weight_is_seen_while_it_lives():
+    model = quantize_nf4(nn.Sequential(nn.Linear(256, 1024, bias=False)))
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    with LiveBytes() as live, torch.no_grad():
+        live.claim(model[0].weight, "parameters")
+        model(x)
+    activations = live.peak()["activations"]
+    unpacked, scale, out = 2 * 256 * 1024, 4 * 256 * 1024 // 64, 2 * 2 * 1024  # bf16, fp32, bf16
+    assert unpacked + scale + out <= activations <= unpacked + 2 * scale + out  # scales before and after adding m
 
 
 @pytest.mark.parametrize("options", [{}, {"autocast": "bf16", "gradient_checkpointing": True}], ids=["plain", "both"])

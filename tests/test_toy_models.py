@@ -139,3 +139,13 @@ def test_encoder_reads_sentiment_where_a_random_one_does_not():
 
     assert accuracy(models.build("toy-encoder")) > 0.78
     assert accuracy(models.build("toy-encoder", random=True)) < 0.65
+
+
+def test_the_untrained_gpt2_is_what_its_seed_makes():
+    import lorakit.models
+
+    loaded = lorakit.models.load("toy-gpt2", "causal")
+    built = models.build_untrained().state_dict()
+    assert all(torch.equal(value, built[name]) for name, value in loaded.model.state_dict().items())
+    assert "random weights, not pre-trained" in loaded.notes[0]
+    assert not any("toy-gpt2" in note for note in lorakit.models.load("toy-decoder", "causal").notes)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorakit.adapters.attach import Attachment, attachment_of
+from lorakit.adapters.attach import Attachment
 from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.nf4 import is_four_bit, prepare_four_bit
 from lorakit.adapters.peft_config import build_config, quiet
@@ -153,6 +153,8 @@ def merge_obstacle(wrapper: nn.Module) -> str:
     kind = config_of(wrapper).peft_type.value
     if kind == "BEFT" and any(layer.bias is None for layer in _base_layers(wrapper)):
         return "a layer without a bias has no place for it"
+    if any(map(is_four_bit, _base_layers(wrapper))):
+        return "PEFT would round the sum to 4 bits again"
     return CANNOT_MERGE.get(kind, "")
 
 
@@ -169,8 +171,7 @@ def merge_peft(wrapper: nn.Module) -> nn.Module:
     for layer in _base_layers(wrapper):
         for name, parameter in layer.named_parameters(recurse=False):
             wrapper.lorakit_unmerged.append((layer, name, parameter))
-            if not is_four_bit(layer):  # PEFT puts a new parameter there itself
-                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
     with quiet():
         wrapper.base_model.merge_adapter()
     return wrapper
@@ -184,8 +185,7 @@ def unmerge_peft(wrapper: nn.Module) -> nn.Module:
         wrapper.base_model.unmerge_adapter()
     for layer, name, parameter in wrapper.lorakit_unmerged:
         merged = layer._parameters[name]
-        if not is_four_bit(layer):
-            parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+        parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
         layer._parameters[name] = parameter
     wrapper.lorakit_unmerged = []
     return wrapper
@@ -195,22 +195,3 @@ def _base_layers(wrapper: nn.Module) -> list[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module.get_base_layer() for module in wrapper.modules() if isinstance(module, BaseTunerLayer)]
-
-
-# tensors -------------------------------------------------------------------------------------------
-
-
-def own_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
-    """What PEFT added, live, by the wrapper's names: what is trained, and the frozen tensors it works with."""
-    attachment_of(wrapper)
-    known: set[int] = {id(tensor) for tensor in _base_tensors(wrapper)}
-    found = wrapper.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor) and id(tensor) not in known}
-
-
-def _base_tensors(wrapper: nn.Module) -> Iterator[Tensor]:
-    """The tensors of the modules the model had before."""
-    for module in wrapper.lorakit_base.children:
-        yield from (
-            tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
-        )

@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.layer import is_conv1d
+from lorakit.adapters.nf4 import is_four_bit
 from lorakit.adapters.targets import task_head
 from lorakit.errors import require
 
 VARIANTS = {"DORA": ("LORA", {"use_dora": True}), "RSLORA": ("LORA", {"use_rslora": True})}  # LoRA with a flag
 
 _NO_CONV1D = "PEFT has no layer of this type for GPT-2's Conv1D"
+_NO_4_BITS = "it reads the base's weights, which PEFT does not unpack from 4 bits for it"
 _NO_HEAD = "its config has no modules_to_save, so the task head could not be trained with it"
 _HIDES_PADDING = "a decoder's classifier finds the last token by its id, and virtual tokens hide the ids"
 _LLAMA_ONLY = "PEFT has it for llama, mistral and gpt2 only"
@@ -21,7 +23,7 @@ _NO_PAST = "DistilBERT takes no keys and values from outside"
 _CAUSAL_ONLY = "PEFT has it for causal language models only"
 
 # Why a type cannot run: on any model ("any"), on a kind of model (classify, masked, causal; "score": a decoder that
-# classifies), on a model type, on Conv1D layers, or with modules trained in full ("head").
+# classifies), on a model type, on Conv1D layers, on layers in 4 bits, or with modules trained in full ("head").
 CANNOT: dict[str, dict[str, str]] = {
     "XLORA": {"any": "it mixes LoRA adapters trained before; a row starts with none, so there is nothing to train"},
     "MULTITASK_PROMPT_TUNING": {
@@ -35,13 +37,21 @@ CANNOT: dict[str, dict[str, str]] = {
     "CPT": {"classify": _CAUSAL_ONLY, "masked": _CAUSAL_ONLY},
     "ADAPTION_PROMPT": {**dict.fromkeys(("bert", "distilbert", "gemma3_text"), _LLAMA_ONLY), "head": _NO_HEAD},
     "TRAINABLE_TOKENS": {"head": _NO_HEAD},
+    **{name: {"Conv1D": _NO_CONV1D} for name in ("BOFT", "BEFT", "LILY", "OFT", "POLY", "MISS", "ROAD", "C3A")},
     **{
-        name: {"Conv1D": _NO_CONV1D}
+        name: {"Conv1D": _NO_CONV1D, "4 bits": _NO_4_BITS}
         for name in (
-            *("ADAMSS", "BOFT", "BEFT", "LILY", "LOHA", "LOKR", "OFT", "POLY", "GLORA", "HRA", "MISS", "ROAD", "SHIRA"),
-            *("C3A", "OSF", "DELORA", "PSOFT", "PEANUT", "SUPERTUNING"),
+            "ADAMSS",
+            "LOHA",
+            "LOKR",
+            "GLORA",
+            "HRA",
+            "SHIRA",
+            "OSF",
+            *("DELORA", "PSOFT", "PEANUT", "SUPERTUNING"),
         )
     },
+    **{name: {"4 bits": _NO_4_BITS} for name in ("FROD", "TINYLORA", "DEFT")},
 }
 
 
@@ -86,6 +96,7 @@ def refusal(model: nn.Module, kind: str, target_modules: Any, trained: Sequence[
         "score": task_head(model) == ["score"],
         model_type(model): True,
         "Conv1D": any(is_conv1d(modules[path]) for path in paths if path in modules),
+        "4 bits": any(is_four_bit(module) for module in modules.values()),
         "head": bool(trained),
     }
     return next((reasons[tag] for tag, here in tags.items() if here and tag in reasons), "")

@@ -16,14 +16,12 @@ from lorakit.records import Parameters
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors an adapter file holds: `<path>.lora_A.weight`, …, then those of modules trained in full.
 
-    A tensor with two names (tied) is listed once. Of a PEFT method: all that PEFT added to the
-    model's state, which its file may hold in another form.
+    A tensor with two names (tied) is listed once. Of a PEFT method: the trained parameters by
+    their names in the model, which PEFT's file may hold in another form.
     """
     attachment = attachment_of(model)
-    if attachment_is_peft(model):
-        from lorakit.adapters.peft_method import own_tensors
-
-        return _once(own_tensors(model))
+    if attachment.method == "peft":
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {
         f"{path}.{name}.weight": parameter
         for path, layer in adapter_layers(model).items()
@@ -32,10 +30,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path in attachment.trained:
         prefix = f"{path}." if path else ""
         found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
-    return _once(found)
-
-
-def _once(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     once: dict[int, str] = {}
     for name, tensor in found.items():
         once.setdefault(id(tensor), name)
@@ -108,7 +102,7 @@ def adapter_bytes(model: nn.Module) -> int:
     if attachment_is_peft(model):
         from lorakit.adapters.peft_files import stored_tensors
 
-        stored = _once(stored_tensors(model))
+        stored = stored_tensors(model)
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
 
 

