@@ -26,6 +26,7 @@ from lorakit.adapters import (
     save_adapter,
     unmerge,
 )
+from lorakit.adapters.peft_config import quiet
 from lorakit.adapters.peft_files import stored_tensors
 from lorakit.adapters.peft_types import CANNOT, VARIANTS
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
@@ -384,7 +385,8 @@ def test_outputs_and_gradients_are_pefts_own(build, peft_type):
 
     ours = attached(build("bert"), peft_type)
     config = copy.deepcopy(ours.peft_config["default"])
-    theirs = get_peft_model(build("bert"), config).eval()
+    with quiet():
+        theirs = get_peft_model(build("bert"), config).eval()
     theirs.load_state_dict(ours.state_dict())
     for model in (ours, theirs):
         model(**batch(ours)).loss.backward()

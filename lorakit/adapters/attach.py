@@ -52,9 +52,10 @@ def attach(
     """Freeze `model`, give it what `method` trains, and return it (changed in place; "peft": PEFT's wrapper around it).
 
     Args:
-        method: "lora" (adapters on `target_modules`, and `trainable`), "head" (only `trainable`; for a language model
-            "head" is its output embeddings' module, and an embedding tied to it is trained with it), "full", "peft".
-        rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one; unused by
+        method: "lora", "sparse" (LoRA, whose zeros training puts there) or "hira" (adapters on `target_modules`, and
+            `trainable`), "peft" (any of PEFT's, by `peft_type`), "head" (only `trainable`; for a language model "head"
+            is its output embeddings' module, and an embedding tied to it is trained with it), "full".
+        rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one (HiRA has none); unused by
             "head" and "full".
         target_modules: "all-linear", a list of names (the path or its end), or a regular expression on the whole path.
         trainable: modules trained in full beside the adapters: "head" (a classification model's task head), a list of

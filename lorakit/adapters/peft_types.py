@@ -41,14 +41,8 @@ CANNOT: dict[str, dict[str, str]] = {
     **{
         name: {"Conv1D": _NO_CONV1D, "4 bits": _NO_4_BITS}
         for name in (
-            "ADAMSS",
-            "LOHA",
-            "LOKR",
-            "GLORA",
-            "HRA",
-            "SHIRA",
-            "OSF",
-            *("DELORA", "PSOFT", "PEANUT", "SUPERTUNING"),
+            *("ADAMSS", "LOHA", "LOKR", "GLORA", "HRA", "SHIRA"),
+            *("OSF", "DELORA", "PSOFT", "PEANUT", "SUPERTUNING"),
         )
     },
     **{name: {"4 bits": _NO_4_BITS} for name in ("FROD", "TINYLORA", "DEFT")},
