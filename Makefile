@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## fine-tune a real model with LoRA, head only and in full; table and figure (<= 10 minutes on 2 cores)
-	$(BIN)/lorakit demo --jobs $(JOBS)
+demo: $(INSTALLED) ## fine-tune a real model with every method; table and figure (<= 10 minutes on 2 cores)
+	$(BIN)/lorakit demo
 
 test: check ## everything CI runs: lint, the package's tests, every notebook cell compared strictly
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -86,7 +86,7 @@ def spectrum(updates: Mapping[str, Any], rank: int) -> Figure:
             ax.plot(places, sigma, color=look.color, marker=look.marker, ls=look.dash, label=look.label,
                     markevery=style.spaced(places))  # fmt: skip
         ax.axvline(rank, color="0.4", lw=0.9, ls=":")
-        ax.annotate(f"r = {rank}", (rank, 1), (4, -2), textcoords="offset points", va="top", size=8)
+        ax.annotate(f"r = {rank}", (rank, 5e-10), (-4, 4), textcoords="offset points", ha="right", size=8)
         ax.set(xlabel="singular value, largest first", ylabel="size over the largest", yscale="log", ylim=(5e-10, 2))
         style.legend(drawn, *ax.get_legend_handles_labels())
     return drawn

@@ -90,6 +90,7 @@ _LABELS = {
     "sparse_ranks": "Sparse LoRA (ranks)",
     "skip_adapter": "SkipLoRA (per adapter)",
     "dora": "DoRA (PEFT)",
+    "sparse_l1": "Sparse LoRA (L1)",
 }
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}
 PLACES = len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor

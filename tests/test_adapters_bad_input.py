@@ -20,7 +20,7 @@ BAD = [
     ({"dropout": -0.1}, "dropout=-0.1"),
     ({"init": "orthogonal"}, "init='orthogonal': must be one of kaiming, gaussian"),
     ({"rslora": 1}, "rslora=1"),
-    ({"method": "lore"}, "method='lore': unknown method; known are lora, head, full"),
+    ({"method": "lore"}, "method='lore': unknown method; known are lora, sparse, hira, peft, head, full"),
     (
         {"target_modules": ["quary"]},
         "'quary' matches no module.*linear layers are query, key, value, dense, classifier",

@@ -55,8 +55,8 @@ def attach(
         method: "lora", "sparse" (LoRA, whose zeros training puts there) or "hira" (adapters on `target_modules`, and
             `trainable`), "peft" (any of PEFT's, by `peft_type`), "head" (only `trainable`; for a language model "head"
             is its output embeddings' module, and an embedding tied to it is trained with it), "full".
-        rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one (HiRA has none); unused by
-            "head" and "full".
+        rank, alpha, dropout, init, rslora: see `AdapterSettings`; alpha None is 16 for methods that have one (HiRA has
+            none); unused by "head" and "full".
         target_modules: "all-linear", a list of names (the path or its end), or a regular expression on the whole path.
         trainable: modules trained in full beside the adapters: "head" (a classification model's task head), a list of
             names, or (). Unused by "full".
