@@ -161,10 +161,11 @@ def _heat(
     drawn: Figure, ax: Axes, values: np.ndarray, steps: Sequence[int], label: str, colors: str, limits: Any
 ) -> None:
     """(adapters, points) as colours, the first adapter at the bottom."""
-    low, high = limits or (0, None)
+    low, high = limits or (0, np.nanquantile(values, 0.97))  # one large adapter would leave no colour to the others
+    cut = np.nanmax(values) > high
     edges = (0, steps[-1], -0.5, len(values) - 0.5)
     image = ax.imshow(values, aspect="auto", origin="lower", extent=edges, cmap=colors, vmin=low, vmax=high,
                       interpolation="nearest")  # fmt: skip
     ax.grid(visible=False)
     ax.set_xlabel("optimizer steps")
-    drawn.colorbar(image, ax=ax, location="top", label=label, shrink=0.9, aspect=30)
+    drawn.colorbar(image, ax=ax, location="top", label=label, shrink=0.9, aspect=30, extend="max" if cut else "neither")

@@ -47,8 +47,11 @@ RC: dict[str, Any] = {
     "savefig.facecolor": "white",
 }
 
-# Okabe & Ito's colours for all kinds of colour vision, but yellow, which paper swallows; then two of Paul Tol's.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#777777")
+# Okabe & Ito's colours for all kinds of colour vision, but yellow, which paper swallows; then mostly Paul Tol's.
+COLORS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#777777"),
+    *("#332288", "#AA4499", "#44AA99", "#7A5230"),
+)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -88,9 +91,9 @@ _LABELS = {
     "flora": "FLoRA",
     "random": "random",
     "sparse_ranks": "Sparse LoRA (ranks)",
+    "sparse_l1": "Sparse LoRA (L1)",
     "skip_adapter": "SkipLoRA (per adapter)",
     "dora": "DoRA (PEFT)",
-    "sparse_l1": "Sparse LoRA (L1)",
 }
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}
 PLACES = len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor
