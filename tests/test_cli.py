@@ -70,11 +70,11 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
 )
 def test_params_of_every_setting_resolve(path):
     params = resolve(places.params_of(path.parent.name, path.stem))
-    assert (params.setting, params.method) == (path.parent.name, path.stem)
+    assert (params.setting, params.row) == (path.parent.name, path.stem)
 
 
 def test_params_of_unknown_settings_and_methods():
     with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
         places.params_of("sst9", "lora")
-    with pytest.raises(ParameterError, match="method='hyra': toy has full, head, lora"):
+    with pytest.raises(ParameterError, match="method='hyra': toy has full, head, hira, lora, qlora, skip, sparse"):
         places.params_of("toy", "hyra")

@@ -183,3 +183,13 @@ def test_cuda_counts_what_the_cpu_counts():
         with FlopCount() as cuda:
             model.cuda()(**batch).loss.backward()
         assert cuda.total == cpu.total
+
+
+def test_a_lora_layer_costs_its_three_products():
+    """B's product is added into the base's output in place, by an operator that torch's registry does not know."""
+    from lorakit.adapters import AdapterSettings, LoRALayer
+
+    layer = LoRALayer(torch.nn.Linear(48, 32), AdapterSettings(rank=4))
+    with FlopCount() as count:
+        layer(torch.randn(10, 48))
+    assert count.total == 2 * 10 * (48 * 32 + 48 * 4 + 4 * 32)

@@ -87,14 +87,16 @@ def _four_bit_flop(x: torch.Size, packed: torch.Size, dense_shape: Any, *_: Any,
     return 2 * prod(x) * dense_shape[0]
 
 
-# What torch's registry leaves out: CPU attention, products with vectors, and the composite operators, which reach a
-# dispatch mode whole under `torch.inference_mode` only.
+# What torch's registry leaves out: CPU attention, products with vectors or into a given tensor, and the composite
+# operators, which reach a dispatch mode whole under `torch.inference_mode` only.
 _EXTRA: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     aten.scaled_dot_product_attention: sdpa_flop,
     aten.linear: shape_wrapper(_linear_flop),
     aten.matmul: shape_wrapper(_matmul_flop),
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
     aten.mv: shape_wrapper(_matvec_flop),
     aten.dot: shape_wrapper(_matvec_flop),
     aten.addmv: shape_wrapper(_addmv_flop),
