@@ -119,13 +119,12 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
     found: list[Controller] = []
     if params.method == "sparse":
-        from lorakit.adapters import SparseSettings
         from lorakit.training.sparsify import Sparsifier
 
         found.append(
             Sparsifier(
                 model,
-                SparseSettings(
+                adapters.SparseSettings(
                     kind=params.sparsify,
                     sparsity=params.sparsity,
                     factors=params.sparse_factors,

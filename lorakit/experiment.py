@@ -133,7 +133,8 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     record.parameters = adapters.parameter_stats(model)
     record.adapter_bytes = adapters.adapter_bytes(model)
     for controller in trainer.controllers:
-        record.details.setdefault(controller.name, controller.report())
+        if controller.name not in record.details:  # a run that was cut short
+            record.details[controller.name] = controller.report()
     if assembled.params.quantize != "none":
         record.details["weights"] = weights.weight_table(model)
     for name in Costs.model_fields:

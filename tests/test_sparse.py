@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from training_runs import equal, trainer, weights
+from training_runs import Alternating, Closed, equal, trainer, weights
 
 from lorakit.adapters import (
     LoRALayer,
@@ -28,7 +28,6 @@ from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prune_sm
 from lorakit.adapters.state import trained_tensors
 from lorakit.adapters.zeros import effective_rank, singular_values
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
-from lorakit.gates import Decision
 from lorakit.training import Budget, checkpoint
 from lorakit.training.sparsify import Sparsifier
 
@@ -377,23 +376,6 @@ def test_sparsity_needs_lora(tiny_bert):
 # --- in the trainer --------------------------------------------------------------------------------------------------
 
 
-class Alternating:
-    """Rejects every other batch."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def decide(self, candidate):
-        self.seen += 1
-        return Decision(accept=self.seen % 2 == 1, score=float(self.seen))
-
-    def state_dict(self):
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state):
-        self.seen = state["seen"]
-
-
 def run(built, folder, kind, budget=20, params=None, settings=None, **options):
     sparsifier = Sparsifier(built, SparseSettings(**{"kind": kind} | (settings or {})))
     made = trainer(built, folder, budget=Budget(budget, "steps"), params=params, controllers=[sparsifier], **options)
@@ -462,10 +444,6 @@ def test_it_learns_from_a_fresh_b_and_ends_sparse(model, tmp_path, kind, precisi
 
 
 def test_a_rejected_batch_leaves_weights_and_moments_alone(moved, tmp_path):
-    class Closed(Alternating):
-        def decide(self, candidate):
-            return Decision(accept=False, score=0.0)
-
     before = weights(moved())
     for kind in ("magnitude", "l1"):
         done, sparsifier = run(moved(), tmp_path / kind, kind, budget=2, gate=Closed())

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from training_runs import collate, equal, rows, trainer, weights
+from training_runs import Alternating, Closed, collate, equal, rows, trainer, weights
 
 from lorakit.errors import CheckpointError, ParameterError
-from lorakit.gates import AllTokens, Decision
+from lorakit.gates import AllTokens
 from lorakit.params import Params
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
@@ -27,28 +27,6 @@ def model(tiny_bert):
         return tiny_bert(hidden_dropout_prob=0.1)
 
     return build
-
-
-class Alternating:
-    """Accepts every other batch; its state is the count of batches seen."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def decide(self, candidate):
-        self.seen += 1
-        return Decision(accept=self.seen % 2 == 1, score=float(self.seen))
-
-    def state_dict(self):
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state):
-        self.seen = state["seen"]
-
-
-class Closed(Alternating):
-    def decide(self, candidate):
-        return Decision(accept=False, score=0.0)
 
 
 def test_accepting_everything_is_bitwise_the_plain_trainer(model, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lorakit.gates import Decision
 from lorakit.params import Params
 from lorakit.training import Budget, BudgetTrainer
 from lorakit.training.arguments import training_arguments
@@ -64,3 +65,27 @@ def weights(model) -> list[torch.Tensor]:
 def equal(first, second) -> bool:
     """Bitwise equality of two lists of tensors."""
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Alternating:
+    """Accepts every other batch; its state is the count of batches seen."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def decide(self, candidate):
+        self.seen += 1
+        return Decision(accept=self.seen % 2 == 1, score=float(self.seen))
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+class Closed(Alternating):
+    """Rejects every batch."""
+
+    def decide(self, candidate):
+        return Decision(accept=False, score=0.0)

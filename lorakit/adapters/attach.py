@@ -111,7 +111,7 @@ def attach_to(
     model.requires_grad_(False)
     for path in trained:
         _unfreeze(model.get_submodule(path))
-    _replace_modules(model, wrapped)
+    replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
     return model
 
@@ -127,7 +127,7 @@ def detach(model: nn.Module) -> nn.Module:
 
         return detach_peft(model)
     unmerge(model)
-    _replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
+    replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
     del model.lorakit_attachment
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
@@ -241,7 +241,7 @@ def _unfreeze(module: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put `new[child]` in place of every `child`, under every name it has."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.attach import Attachment, _replace_modules, attachment_of, is_merged
+from lorakit.adapters.attach import Attachment, attachment_of, is_merged, replace_modules
 from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.sparse import lora_layers
@@ -32,7 +32,7 @@ def compact(model: nn.Module) -> nn.Module:
     if is_merged(model):
         raise LorakitError("the adapter is merged into the base weights; unmerge(model) before compact(model)")
     smaller = {path: _smaller(layer, living_ranks(layer)) for path, layer in layers.items()}
-    _replace_modules(model, {layer: smaller[path] for path, layer in layers.items()})
+    replace_modules(model, {layer: smaller[path] for path, layer in layers.items()})
     model.lorakit_attachment = _with_settings(attachment, {path: layer.settings for path, layer in smaller.items()})
     return model
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapters.attach import adapter_layers, is_merged
+from lorakit.adapters.attach import adapter_layers, is_merged, replace_modules
 from lorakit.adapters.layer import AdapterLayer, is_conv1d
 from lorakit.adapters.nf4 import BLOCK, bitsandbytes, is_four_bit, mend, unpack
 from lorakit.adapters.targets import inside, linear_paths, name_matches, output_head, task_head
@@ -54,7 +54,8 @@ def quantize_nf4(
     for path in paths:
         linear = model.get_submodule(path)
         if not is_four_bit(linear):  # a module with several paths is replaced once, under all of them
-            _replace(model, linear, _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype]))
+            packed = _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype])
+            replace_modules(model, {linear: packed})  # one by one: the dense weight goes before the next is packed
     model.is_loaded_in_4bit = True  # PEFT and the Trainer look for it
     return model
 
@@ -129,14 +130,6 @@ def _four_bit(library: Any, linear: nn.Module, double_quant: bool, compute_dtype
         layer.bias = nn.Parameter(linear.bias.detach().to(compute_dtype, copy=True), requires_grad=False)
     mend(layer)
     return layer.train(linear.training)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in place of `old` under every name it has."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
 
 
 def requantisation_error(model: nn.Module) -> dict[str, Any]:
