@@ -23,6 +23,8 @@ _PUBLIC = {
     "load_adapter": "adapters",
     "parameter_stats": "adapters",
     "adapter_bytes": "adapters",
+    "quantize_nf4": "adapters",
+    "requantisation_error": "adapters",
     "run": "experiment",
     "search": "lr_search",
     "Record": "records",

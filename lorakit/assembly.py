@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,13 @@ import torch
 from lorakit import adapters, models, tasks
 from lorakit.adapters.attach import ALPHA
 from lorakit.errors import require
+from lorakit.gates import GATES, GateSettings, build_gate
 from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.records import Record
 
 if TYPE_CHECKING:
+    from lorakit.gates import Gate
     from lorakit.training import BudgetTrainer
     from lorakit.training.controllers import Controller
 
@@ -36,6 +38,7 @@ class Assembled:
     tokenizer: Any
     task: Any
     loaded: Any
+    redundant: Any = None  # (N,) bool, which of the stream's batches are redundant by design
 
     @property
     def notes(self) -> list[str]:
@@ -67,9 +70,26 @@ def check(params: Params, given: Mapping[str, Any]) -> None:
     )
     skips = params.skip != "none"
     require(not skips or method in SKIPPABLE, "skip", params.skip, f"needs a method of {', '.join(SKIPPABLE)}")
+    _check_gate(params)
     if method == "sparse":
         # the best weights by validation loss may be from before the pruning
         require(params.select == "last", "select", params.select, "must be 'last' for a method that prunes on the way")
+
+
+def _check_gate(params: Params) -> None:
+    require(params.gate in GATES, "gate", params.gate, f"must be one of {', '.join(GATES)}")
+    gated = params.gate != "none"
+    require(
+        not gated or params.precision != "fp16",
+        "precision",
+        params.precision,
+        "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or fp32",
+    )
+    m, k = params.gate_m, params.gate_k
+    require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
+    require(k < m, "gate_k", k, f"must be below gate_m={m}")
+    rows = params.gate_rows
+    require(rows == 0 or k < rows <= m, "gate_rows", rows, f"must be 0, or above gate_k={k} and at most gate_m={m}")
 
 
 def assemble(params: Params) -> Assembled:
@@ -91,7 +111,42 @@ def assemble(params: Params) -> Assembled:
         packing=params.packing,
         seed=params.seed,
     )
-    return Assembled(params, _adapted(params, loaded.model), loaded.tokenizer, task, loaded)
+    task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
+    return Assembled(params, _adapted(params, loaded.model), loaded.tokenizer, task, loaded, redundant)
+
+
+def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The task with a stream whose share of redundant batches is known for training rows; which they are, (N,) bool."""
+    from lorakit.tasks.redundancy import redundant_stream
+
+    stream, redundant = redundant_stream(
+        task.train,
+        share=params.redundancy,
+        kind=params.redundancy_kind,
+        batch_size=params.batch_size * params.gradient_accumulation,
+        pool=params.redundancy_pool,
+        seed=params.seed,
+        special=set(tokenizer.all_special_ids),
+    )
+    return replace(task, train=stream), redundant
+
+
+def _gate(params: Params, model: torch.nn.Module, kind: str) -> Gate:
+    settings = GateSettings(
+        name=params.gate,
+        rate=params.gate_rate,
+        beta=params.gate_beta,
+        burn_in=params.gate_burn_in,
+        ema=params.gate_ema,
+        m=params.gate_m,
+        k=params.gate_k,
+        rows=params.gate_rows,
+        topk=params.gate_topk,
+        refresh=params.gate_refresh,
+        decay=params.gate_decay,
+        leverage=params.gate_leverage,
+    )
+    return build_gate(settings, model, kind, seed=params.seed)
 
 
 def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
@@ -192,6 +247,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         kind=task.kind,
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
+        gate=_gate(params, assembled.model, task.kind),
         controllers=_controllers(params, assembled.model),
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model")},
         evaluations=params.evaluations,

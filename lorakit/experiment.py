@@ -49,7 +49,7 @@ def run(given: dict[str, Any]) -> Record:
         trainer = build_trainer(assembled, record, folder)
         stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
         _describe(record, assembled, trainer)
-    if params.record:
+    if params.record and trainer.is_world_process_zero():
         records.write(record, params.record)
     if isinstance(stopped, KeyboardInterrupt):
         raise stopped
@@ -122,7 +122,7 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
     if params.method == "sparse" and params.sparsify == "structured":
         adapters.compact(model)
     _evaluate(record, assembled, trainer)
-    if params.run_dir:
+    if params.run_dir and trainer.is_world_process_zero():
         adapters.save_adapter(model, Path(params.run_dir) / "adapter")
 
 
@@ -135,11 +135,27 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     for controller in trainer.controllers:
         if controller.name not in record.details:  # a run that was cut short
             record.details[controller.name] = controller.report()
+    if trainer.gate.selective:
+        record.details["gate"] = trainer.gate_log.report() | _redundancy(assembled, trainer)
     if assembled.params.quantize != "none":
         record.details["weights"] = weights.weight_table(model)
     for name in Costs.model_fields:
         if hasattr(ledger, name):
             setattr(record.costs, name, getattr(ledger, name))
+
+
+def _redundancy(assembled: Assembled, trainer: BudgetTrainer) -> dict[str, Any]:
+    """Of the batches seen, how many were redundant by design, and how many of those were accepted."""
+    if assembled.redundant is None:
+        return {}
+    decisions = trainer.gate_log.decisions
+    redundant = [bool(assembled.redundant[step % len(assembled.redundant)]) for step in range(len(decisions))]
+    pairs = list(zip(redundant, decisions, strict=True))
+    return {
+        "redundant_seen": sum(redundant),
+        "redundant_accepted": sum(known and accepted for known, accepted in pairs),
+        "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
+    }
 
 
 def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:

@@ -55,7 +55,11 @@ def _require_y(records: Sequence[Record], y: str) -> None:
 
 
 def _curve(group: list[Record], x: str, y: str) -> Curve:
-    lines = [(record, *stats.curve(record, x, y)) for record in group]
+    return over_seeds([(record, *stats.curve(record, x, y)) for record in group])
+
+
+def over_seeds(lines: Sequence[tuple[Record, np.ndarray, np.ndarray]]) -> Curve:
+    """One method's runs, each with x (N,) ascending and y (N,), as a curve over its seeds; N may be 0."""
     done = [line for line in lines if line[0].status == "done" and len(line[1])]
     rest = tuple(Path(xs, ys, r.seed, r.status) for r, xs, ys in lines if r.status != "done")
     if not done:

@@ -53,27 +53,22 @@ def _has_band(records: Sequence[Record]) -> bool:
 
 
 def _draw_curves(ax: Axes, records: Sequence[Record], x: str, y: str) -> None:
-    table = curve_table(records, x, y)
+    draw_table(ax, curve_table(records, x, y), stats.by_method(records))
+    _label_axes(ax, x, y, empty=not ax.has_data() or not any(len(line.get_xdata()) for line in ax.lines))
+
+
+def draw_table(ax: Axes, table: dict[str, Curve], groups: dict[str, list[Record]]) -> None:
+    """A line per method of `table` with its band, named after how many of its runs in `groups` finished."""
     looks = style.looks(table)
-    groups = stats.by_method(records)
     top = _limit(ax, table)
     for method, curve in table.items():
         look = looks[method]
-        label = run_label(look.label, groups[method])
-        ax.plot(
-            curve.x,
-            curve.mean,
-            color=look.color,
-            marker=look.marker,
-            ls=look.dash,
-            markevery=style.spaced(curve.x),
-            label=label,
-        )
+        ax.plot(curve.x, curve.mean, color=look.color, marker=look.marker, ls=look.dash,
+                markevery=style.spaced(curve.x), label=run_label(look.label, groups[method]))  # fmt: skip
         if len(curve.seeds) > 1:
             ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
         for path in curve.unfinished:
             _draw_unfinished(ax, path, look, top)
-    _label_axes(ax, x, y, empty=not ax.has_data() or not any(len(line.get_xdata()) for line in ax.lines))
 
 
 def _limit(ax: Axes, table: dict[str, Curve]) -> float:

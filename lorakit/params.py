@@ -68,6 +68,25 @@ class Params(BaseModel):
     skip_ema: float = Field(0.2, gt=0, le=1)  # weight of the newest measurement
     skip_measure_every: int = Field(4, ge=1)  # steps between measurements, where decided from the average
 
+    # which batches get a backward
+    gate: str = "none"  # none | random | loss_floor | gradient_norm | novelty (SLoRA) | novelty_loss | least_novel
+    gate_rate: float = Field(0.3, gt=0, lt=1)  # share of batches to accept
+    gate_burn_in: int = Field(20, ge=0)  # batches at the start that are all accepted
+    gate_beta: float = Field(10.0, gt=0)  # steepness of the decision, per spread of the score
+    gate_ema: float = Field(0.05, gt=0, le=1)  # weight of the newest batch in the running averages
+    gate_m: int = Field(512, ge=2)  # size of the sketch, a power of two
+    gate_k: int = Field(64, ge=1)  # rank of the basis
+    gate_rows: int = Field(0, ge=0)  # rows Frequent Directions keeps; 0: twice the rank
+    gate_topk: int = Field(64, ge=0)  # logits kept of each error; 0: all
+    gate_refresh: int = Field(4, ge=1)  # accepted batches between refreshes of the basis
+    gate_decay: float = Field(1.0, gt=0, le=1)  # forgetting of old batches, per accepted batch; 1: none
+    gate_leverage: bool = False  # ridge-leverage novelty
+
+    # the stream of training batches, for asking when a gate pays
+    redundancy: float = Field(0.0, ge=0, lt=1)  # share of redundant batches
+    redundancy_kind: Literal["repeat", "near", "cluster"] = "repeat"
+    redundancy_pool: int = Field(64, ge=1)  # rows that are repeated
+
     # training
     learning_rate: float = Field(4.0e-3, gt=0)
     batch_size: int = Field(16, ge=1)

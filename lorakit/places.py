@@ -22,7 +22,7 @@ def params_of(setting: str, row: str) -> dict[str, Any]:
     Raises:
         ParameterError: there is no such setting or method; the message lists those that exist.
     """
-    settings = sorted(path.name for path in PARAMS.glob("*") if path.is_dir())
+    settings = sorted(path.parent.name for path in PARAMS.glob("*/_setting.yaml"))
     require(setting in settings, "setting", setting, f"must be one of {', '.join(settings)}")
     rows = sorted(path.stem for path in (PARAMS / setting).glob("[!_]*.yaml"))
     require(row in rows, "method", row, f"{setting} has {', '.join(rows)}")

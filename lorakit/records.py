@@ -48,6 +48,8 @@ class Costs(_Strict):
     flops: float = 0.0
     flops_forward: float = 0.0
     flops_backward: float = 0.0
+    flops_gate: float = 0.0  # sketching and comparing, by formula
+    steps_without_labels: int = 0  # skipped: nothing to learn from
     seconds: float = 0.0
     peak_memory_bytes: int | None = None  # measured, CUDA only
     predicted_memory: dict[str, int] | None = None  # bytes by kind, and "peak"; a prediction

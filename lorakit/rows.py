@@ -12,14 +12,17 @@ METHODS = ("lora", "sparse", "hira", "peft", "head", "full")  # what is trained
 def row_of(params: Params) -> str:
     """The run's name in tables and figures: `params.row`, or one made from what is switched on.
 
-    LoRA on an NF4 base is "qlora", LoRA with skipped layers "skip"; other combinations are joined by "+".
+    LoRA on an NF4 base is "qlora", with skipped layers "skip", with a novelty gate "slora"; other combinations are
+    joined by "+".
     """
     if params.row:
         return params.row
     base = params.peft_type.lower() if params.method == "peft" else params.method
     extras = [name for name, on in (("nf4", params.quantize != "none"), ("skip", params.skip != "none")) if on]
+    if params.gate != "none":
+        extras.append("slora" if params.gate == "novelty" else params.gate)
     if base == "lora" and len(extras) == 1:
-        return {"nf4": "qlora", "skip": "skip"}[extras[0]]
+        return "qlora" if extras == ["nf4"] else extras[0]
     return "+".join([base, *extras])
 
 
@@ -30,6 +33,8 @@ def method_of(row: str) -> dict[str, Any]:
 
 def notebook_of(params: Params) -> str:
     """The notebook that tells the story of this combination: of its most particular answer."""
+    if params.gate != "none" or params.setting.endswith("-gates"):
+        return "07_slora.ipynb"
     if params.skip != "none":
         return "05_skiplora.ipynb"
     if params.quantize != "none":

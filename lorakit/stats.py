@@ -52,7 +52,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """`method` minus `baseline` over the seeds that finished in both; `left_out` are the other seeds."""
+    """`method` minus `baseline` over the seeds that finished in both; `left_out` are the other seeds.
+
+    Where it is relative, each pair's difference is a share of the baseline's value.
+    """
 
     method: str
     baseline: str
@@ -151,13 +154,18 @@ def _bootstrap(sample: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_differences(records_a: Sequence[Record], records_b: Sequence[Record], value: Value) -> Difference:
-    """`value` of `records_a` minus that of `records_b`, seed by seed. Each side is one method's records."""
+def paired_differences(
+    records_a: Sequence[Record], records_b: Sequence[Record], value: Value, *, relative: bool = False
+) -> Difference:
+    """`value` of `records_a` minus that of `records_b`, seed by seed. Each side is one method's records.
+
+    With `relative` a pair's difference is divided by b's value; a pair where that is 0 is left out.
+    """
     (name_a,), (name_b,) = by_method(records_a), by_method(records_b)
     require(records_a[0].setting == records_b[0].setting, "records", records_b[0].setting, "must be of one setting")
     a, b = finished(records_a, value), finished(records_b, value)
-    seeds = tuple(sorted(a.keys() & b.keys()))
-    differences = tuple(a[seed] - b[seed] for seed in seeds)
+    seeds = tuple(seed for seed in sorted(a.keys() & b.keys()) if not relative or b[seed] != 0)
+    differences = tuple((a[seed] - b[seed]) / (abs(b[seed]) if relative else 1) for seed in seeds)
     everyone = {record.seed for record in (*records_a, *records_b)}
     what = named(value) if isinstance(value, str) else getattr(value, "__name__", "value")
     mean = estimate(differences) if differences else None
@@ -202,3 +210,28 @@ def loss_at(record: Record, x: str, value: float, y: str = "validation loss") ->
     if not len(places) or not places[0] <= value <= places[-1]:
         return None
     return float(np.interp(value, places, numbers))
+
+
+def ends(records: Sequence[Record], x: str, y: str = "validation loss") -> dict[int, float]:
+    """Seed -> where the curve of that run ends on `x`; runs without a point of `y` are left out."""
+    places = {record.seed: curve(record, x, y)[0] for record in records}
+    return {seed: float(xs[-1]) for seed, xs in places.items() if len(xs)}
+
+
+def at_equal(
+    records_a: Sequence[Record], records_b: Sequence[Record], x: str, y: str = "validation loss"
+) -> tuple[Difference, dict[int, float]]:
+    """`y` of a minus b at equal `x`, each pair at the largest `x` that both its runs reach; and seed -> that `x`.
+
+    One run of a pair is then at its end, the other perhaps not: see how far it was before calling the pair fair.
+    A pair that never leaves x = 0 is left out.
+    """
+    a, b = ends(records_a, x, y), ends(records_b, x, y)
+    places = {seed: min(a[seed], b[seed]) for seed in a.keys() & b.keys() if min(a[seed], b[seed]) > 0}
+
+    def value(record: Record) -> float | None:
+        return loss_at(record, x, places[record.seed], y) if record.seed in places else None
+
+    value.__name__ = f"{y} at equal {x}"
+    gap = paired_differences(records_a, records_b, value)
+    return gap, {seed: places[seed] for seed in gap.seeds}

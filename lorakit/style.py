@@ -51,9 +51,13 @@ RC: dict[str, Any] = {
 COLORS = (
     *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#777777"),
     *("#332288", "#AA4499", "#44AA99", "#7A5230"),
+    # the gates' rows: ungated runs dark or blue, rates of 50 % pale
+    *("#222222", "#4477AA", "#66CCEE", "#228833", "#CCBB44", "#6F4FA8", "#EE7733", "#BBBBBB", "#D4709A"),
 )
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SPARE_MARKERS = ("<", ">", "p", "*", "h", "d", "8")  # once every marker was drawn with every dash
+PLACES = 2 * len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor
 
 X_LABELS = {
     "accepted_steps": "accepted steps",
@@ -76,7 +80,8 @@ class Look(NamedTuple):
 
 def _look(label: str, place: int) -> Look:
     """The look at `place`: neighbours differ in colour, marker and dash; no two of `PLACES` share marker and dash."""
-    return Look(label, COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
+    markers = MARKERS if place < PLACES // 2 else SPARE_MARKERS
+    return Look(label, COLORS[place % len(COLORS)], markers[place % len(markers)], DASHES[place % len(DASHES)])
 
 
 _LABELS = {
@@ -89,14 +94,24 @@ _LABELS = {
     "skip": "SkipLoRA",
     "slora": "SLoRA",
     "flora": "FLoRA",
-    "random": "random",
+    "random": "random batches",
     "sparse_ranks": "Sparse LoRA (ranks)",
     "sparse_l1": "Sparse LoRA (L1)",
     "skip_adapter": "SkipLoRA (per adapter)",
     "dora": "DoRA (PEFT)",
+    "baseline": "LoRA, equal steps",
+    "full_length": "LoRA, full length",
+    "same_flops": "LoRA, equal FLOPs",
+    "loss_floor": "loss floor",
+    "gradient_norm": "gradient norm",
+    "novelty_loss": "novelty + loss floor",
+    "least_novel": "least novel",
+    "random50": "random batches (50 %)",
+    "slora50": "SLoRA (50 %)",
 }
+_FIRST = ("full", "lora", "baseline", "full_length", "same_flops", "head", "sparse", "hira", "qlora", "skip", "random")
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}
-PLACES = len(MARKERS) * len(DASHES)  # 7 and 4 have no common factor
+METHODS = {name: METHODS[name] for name in dict.fromkeys((*_FIRST, *METHODS))}  # in tables: what is compared with first
 
 
 def order(methods: Iterable[str]) -> list[str]:

@@ -40,6 +40,66 @@ def _point(step: int, seed: int, floor: float, scale: float, method: str) -> Poi
     )  # fmt: skip
 
 
+GATES = {"slora": "novelty", "slora50": "novelty", "random50": "random"}  # of rows not called after their gate
+
+
+def gated(
+    method: str = "slora", seed: int = 0, *, floor: float = 0.4, rate: float = 0.3, accepted: int = 120,
+    burn_in: int = 20, evaluations: int = 4, redundancy: float = 0.0, logged: bool = True, **changes
+):  # fmt: skip
+    """A finished run of a row about gates; at rate 1 without one.
+
+    Its validation loss after n accepted steps is `floor + 0.3 exp(-n / 40) + 0.01 seed`. A step's forward costs 1e10
+    FLOPs and a second, its backward as much again.
+    """
+    name = GATES.get(method, method) if rate < 1 else "none"
+    curve = [
+        _gated_point(round(accepted * n / evaluations), seed, floor, rate, burn_in) for n in range(1, evaluations + 1)
+    ]
+    last = curve[-1]
+    resolved = {"gate": name, "gate_rate": rate if rate < 1 else 0.3, "redundancy": redundancy, "schedule": "linear",
+                "model": "a-model", "task": "sst2", "learning_rate": 1e-3, "budget": float(accepted),
+                "budget_unit": "accepted_steps"}  # fmt: skip
+    loss = last.validation["loss"]
+    log = _gate_log(last.step, rate, burn_in, seed) if logged else []
+    report = {
+        "name": name,
+        "target_rate": rate,
+        "burn_in": burn_in,
+        "acceptance_rate": rate,
+        "warnings": [],
+        "log": log,
+    }
+    values = {
+        "setting": "made-up-gates", "method": method, "seed": seed, "status": "done", "curve": curve,
+        "resolved": resolved, "details": {"gate": report | {"k": 64, "m": 512}} if rate < 1 else {},
+        "final": {"validation": {"loss": loss, "accuracy": 1 - loss}, "test": {"loss": loss, "accuracy": 0.9 - loss}},
+        "costs": Costs(steps=last.step, accepted_steps=accepted, tokens=last.tokens, flops=last.flops,
+                       flops_forward=1e10 * last.step, flops_backward=1e10 * accepted, seconds=last.seconds),
+    }  # fmt: skip
+    return Record(**(values | changes))
+
+
+def _gated_point(accepted: int, seed: int, floor: float, rate: float, burn_in: int) -> Point:
+    step = round(accepted if accepted <= burn_in else burn_in + (accepted - burn_in) / rate)
+    loss = floor + 0.3 * math.exp(-accepted / 40) + 0.01 * seed
+    return Point(
+        step=step, accepted_steps=accepted, tokens=100 * step, tokens_backpropagated=100 * accepted,
+        flops=1e10 * (step + accepted), seconds=float(step + accepted), train_loss=loss, acceptance_rate=rate,
+        validation={"loss": loss, "accuracy": 1 - loss},
+    )  # fmt: skip
+
+
+def _gate_log(steps: int, rate: float, burn_in: int, seed: int) -> list[dict[str, float]]:
+    """Every 10 steps: novelty falls from 0.9 to 0.3; the rate swings around its target after the burn-in."""
+    log = []
+    for step in range(10, steps + 1, 10):
+        settled = rate + 0.1 * math.sin(step / 15 + seed) * math.exp(-step / 200)
+        log.append({"step": step, "gate/novelty": 0.3 + 0.6 * math.exp(-step / 60) + 0.02 * math.sin(step + seed),
+                    "gate/acceptance_rate": settled if step > burn_in else 1.0})  # fmt: skip
+    return log
+
+
 def memory(method: str = "lora") -> dict[str, int]:
     extra = 100 * MIB if method == "full" else MIB
     kinds = {

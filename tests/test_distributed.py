@@ -8,21 +8,14 @@ import two_processes
 
 from lorakit.adapters import attach
 from lorakit.adapters.skip import SkipSettings
+from lorakit.gates import Gate, GateSettings, build_gate
 from lorakit.training import Budget
 from lorakit.training.skipping import SkipLoRA
 
 
-def tiny():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=99, pad_token_id=0, num_labels=2, **sizes))
-
-
 def skipping(folder: str, **options) -> dict:
     """A short run that skips; what this process ended with."""
-    model = attach(tiny(), "lora", rank=4, seed=0)
+    model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
     settings = SkipSettings(warmup=0.2, explore=0.2, measure_every=2, **options)
     skip = SkipLoRA(model, settings, seed=1)
     decided = []
@@ -49,7 +42,7 @@ def both_kinds(folder: str) -> dict:
 
 def test_skiplora_decides_alike_everywhere(tmp_path):
     results = two_processes.run("test_distributed", "both_kinds", tmp_path)
-    untrained = runs.weights(attach(tiny(), "lora", rank=4, seed=0))
+    untrained = runs.weights(attach(runs.tiny_bert(), "lora", rank=4, seed=0))
     for kind in ("prefix", "forward"):
         first, second = (result[kind] for result in results)
         assert first["processes"] == second["processes"] == 2
@@ -57,3 +50,51 @@ def test_skiplora_decides_alike_everywhere(tmp_path):
         assert first["metric"] == second["metric"] and first["tokens"] == second["tokens"]
         assert runs.equal(first["weights"], second["weights"])
         assert not runs.equal(first["weights"], untrained)
+
+
+class Open(Gate):
+    """Accepts everything at the window's end, so that gradients are averaged as the gates' are."""
+
+    name, selective = "open", True
+
+
+def gating(folder: str) -> dict:
+    """Runs with a novelty gate, with a gate that is open, and without one; what this process ended with."""
+    ended = {}
+    for name in ("novelty", "open", "none"):
+        model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
+        settings = GateSettings(name, rate=0.4, burn_in=3, m=64, k=8, topk=0, ema=0.1, refresh=2)
+        gate = Open() if name == "open" else build_gate(settings, model, "classify")
+        trainer = runs.trainer(model, f"{folder}/{name}", budget=Budget(14, "steps"), gate=gate, save_steps=14)
+        trainer.train()
+        ended[name] = {
+            "weights": runs.weights(model),
+            "decisions": trainer.gate_log.decisions,
+            "log": trainer.gate_log.points,
+            "ledger": trainer.ledger.state_dict() | {"seconds": 0},
+            "processes": trainer.accelerator.num_processes,
+            "basis": getattr(gate, "basis", None),
+        }
+    return ended
+
+
+def test_a_gate_decides_alike_everywhere(tmp_path):
+    first, second = two_processes.run("test_distributed", "gating", tmp_path)
+    mine, other = first["novelty"], second["novelty"]
+    assert mine["processes"] == other["processes"] == 2
+    assert 3 < sum(mine["decisions"]) < 14  # some were rejected, in windows of two micro-batches a process
+    for name in ("decisions", "log", "ledger"):
+        local = ("loss_sum", "score_sum")  # the loss since the last point is each process' own
+        values = [
+            {k: v for k, v in side[name].items() if k not in local} if name == "ledger" else side[name]
+            for side in (mine, other)
+        ]
+        assert values[0] == values[1], name
+    assert torch.equal(mine["basis"], other["basis"])
+    assert runs.equal(mine["weights"], other["weights"])
+    # averaging once per accepted window is what DistributedDataParallel does
+    assert runs.equal(first["open"]["weights"], second["open"]["weights"])
+    pairs = zip(first["open"]["weights"], first["none"]["weights"], strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    untrained = runs.weights(attach(runs.tiny_bert(), "lora", rank=4, seed=0))
+    assert not runs.equal(first["open"]["weights"], untrained)

@@ -14,9 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit import models
+from lorakit.adapters import attach, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure import environment, plan
 from lorakit.measure.latency import inference_latency
+from lorakit.measure.memory import predict_step_memory
+from lorakit.measure.weights import weight_table
 
 
 class Slow(nn.Module):
@@ -144,6 +148,44 @@ def test_plan_options_change_what_they_should(folder):
     assert memory(dtype="fp32", precision="bf16")["activations"] != memory(dtype="fp32")["activations"]
 
 
+@pytest.mark.parametrize("kind", ["causal", "classify"])
+def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder, kind):
+    """Weights by the formula of `weight_table`, and the whole peak as of the real packed layers."""
+    config = models.describe(folder).config
+    dense, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
+    real.tie_weights()
+    for parameter in real.parameters():
+        nn.init.normal_(parameter)
+    real = attach(quantize_nf4(real), rank=4)
+    predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, quantize="nf4", kind=kind))
+    assert predicted.memory == predict_step_memory(real, plan.make_batch(2, 16, kind), device="cuda")
+    adapters = next(row["bytes"] for row in weight_table(real)["rows"] if row["kind"] == "adapters")
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
+    assert predicted.memory["parameters"] == weight_table(dense, "nf4")["base"]["bytes"] + adapters + buffers
+
+
+def test_a_plan_in_4_bits_counts_the_same_parameters_in_less_memory(folder):
+    dense, packed = (plan.predict(plan.Plan(folder, batch=2, seq=16, quantize=kind)) for kind in ("none", "nf4"))
+    assert (packed.trainable, packed.total) == (dense.trainable, dense.total)
+    assert packed.memory["parameters"] < dense.memory["parameters"]
+
+
+def test_plan_in_4_bits_on_the_command_line(folder, capsys):
+    assert plan.main([folder, "--seq", "16", "--quantize", "nf4"]) == 0
+    assert "nf4 linear layers, other bf16 weights" in capsys.readouterr().out
+    plan.main([folder, "--seq", "16"])
+    assert "nf4" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"method": "full"}, "quantize='nf4'.*'full'"), ({"precision": "fp16"}, "precision='fp16'.*NF4")],
+)
+def test_plan_refuses_in_4_bits_what_a_run_would(folder, options, named):
+    with pytest.raises(ParameterError, match=named):
+        plan.Plan(folder, quantize="nf4", **options)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -153,6 +195,7 @@ def test_plan_options_change_what_they_should(folder):
         ("--seq", "65", "seq=65: at most 64"),
         ("--dtype", "nf5", "dtype='nf5'"),
         ("--precision", "int8", "precision='int8'"),
+        ("--quantize", "nf5", "quantize='nf5'"),
         ("--method", "lara", "method='lara'"),
         ("--rank", "0", "rank=0"),
         ("--targets", "q_proj,x", "target_modules"),

@@ -281,6 +281,37 @@ def test_a_skipped_step_leaves_weights_and_moments_bitwise_alone(build, decide, 
             assert (parameter.grad is None) == (not probe.active)
 
 
+@both
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_gradients_of_zeros_left_by_the_optimizer_are_no_step_of_the_skipped(build, mode, tiny_bert):
+    """`zero_grad(set_to_none=False)` leaves zeros, with which AdamW would still decay the weights."""
+    model, skip = prepared(build, tiny_bert, mode=mode, share=0.5)
+    skip.metric = [0.01] * 6 + [0.5] * 6
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = [[p.detach().clone() for p in probe.parameters] for probe in skip.probes]
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    moved = [
+        not all(map(torch.equal, probe.parameters, values)) for probe, values in zip(skip.probes, before, strict=True)
+    ]
+    assert moved == [probe.active for probe in skip.probes] == [False] * 6 + [True] * 6
+
+
+@both
+@pytest.mark.parametrize("min_active", [1, 3])
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_decided_in_the_forward_the_last_adapters_stay_active(build, mode, min_active, tiny_bert):
+    """In the forward no one knows which will be the largest: the floor is the last ones reached."""
+    model, skip = prepared(build, tiny_bert, mode=mode, decide="forward", threshold=10.0, min_active=min_active)
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    assert [probe.active for probe in skip.probes] == [False] * (12 - min_active) + [True] * min_active
+
+
 @pytest.mark.parametrize("mode", ["adapter", "prefix"])
 def test_backward_flops_fall_with_the_prefix_and_hardly_without(mode, tiny_bert):
     model, skip = prepared(ours, lambda **o: tiny_bert(num_hidden_layers=4, hidden_size=64, **o), mode=mode, share=0.5)

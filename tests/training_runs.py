@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.gates import Decision
+from lorakit.gates import Decision, Gate
 from lorakit.params import Params
 from lorakit.training import Budget, BudgetTrainer
 from lorakit.training.arguments import training_arguments
@@ -67,13 +67,15 @@ def equal(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-class Alternating:
-    """Accepts every other batch; its state is the count of batches seen."""
+class Alternating(Gate):
+    """Accepts every other window; its state is the count of windows seen."""
+
+    name, selective = "alternating", True
 
     def __init__(self):
         self.seen = 0
 
-    def decide(self, candidate):
+    def decide(self, measured):
         self.seen += 1
         return Decision(accept=self.seen % 2 == 1, score=float(self.seen))
 
@@ -87,5 +89,55 @@ class Alternating:
 class Closed(Alternating):
     """Rejects every batch."""
 
-    def decide(self, candidate):
+    def decide(self, measured):
         return Decision(accept=False, score=0.0)
+
+
+def tiny_bert(**options):
+    """The same small classifier at every call, without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(
+        BertConfig(**{"vocab_size": 99, "pad_token_id": 0, "num_labels": 2} | sizes | still | options)
+    )
+
+
+def tiny_gemma(**options):
+    """The same small causal language model at every call."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**{"vocab_size": 99, "intermediate_size": 64, "pad_token_id": 0} | sizes | options)
+    )
+
+
+def language_rows(count: int = 100, seed: int = 0):
+    """Token rows (8 to 16 of 99 words) whose labels are the tokens themselves, the first three unlabelled."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(
+            1, 99, (int(torch.randint(8, 17, (1,), generator=generator)),), generator=generator
+        ).tolist()
+        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
+    return Dataset.from_list(made)
+
+
+def collate_language(batch):
+    pads = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([row[name] + [pad] * (16 - len(row[name])) for row in batch]) for name, pad in pads.items()
+    }

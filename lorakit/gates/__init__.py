@@ -1,6 +1,30 @@
 """Which batches, and which tokens of them, get a backward pass."""
 
 from lorakit.gates.batches import AlwaysOpen, Candidate, Decision, Gate
+from lorakit.gates.build import GATES, GateSettings, build_gate
+from lorakit.gates.controller import ThresholdController
+from lorakit.gates.log import GateWarning
+from lorakit.gates.novelty import HeadGradientGate
+from lorakit.gates.simple import LossFloor, RandomGate
 from lorakit.gates.tokens import AllTokens, TokenSelection
+from lorakit.gates.variants import GradientNorm, LeastNovel, NoveltyAndLoss
 
-__all__ = ["AllTokens", "AlwaysOpen", "Candidate", "Decision", "Gate", "TokenSelection"]
+__all__ = [
+    "GATES",
+    "AllTokens",
+    "AlwaysOpen",
+    "Candidate",
+    "Decision",
+    "Gate",
+    "GateSettings",
+    "GateWarning",
+    "GradientNorm",
+    "HeadGradientGate",
+    "LeastNovel",
+    "LossFloor",
+    "NoveltyAndLoss",
+    "RandomGate",
+    "ThresholdController",
+    "TokenSelection",
+    "build_gate",
+]

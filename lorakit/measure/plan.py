@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from lorakit.adapters.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel, mend
 from lorakit.errors import ParameterError, require
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_training_memory
@@ -35,6 +37,7 @@ class Plan:
     seq: int = 512
     dtype: str = "bf16"
     precision: str = "fp32"
+    quantize: str = "none"
     rank: int = 8
     targets: str | list[str] = "all-linear"
     optimizer: str = "adamw_torch"
@@ -46,6 +49,10 @@ class Plan:
         require(self.seq >= 1, "seq", self.seq, "at least 1")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "one of fp32, bf16, fp16")
+        require(self.quantize in ("none", "nf4"), "quantize", self.quantize, "one of none, nf4")
+        nf4 = self.quantize == "nf4"
+        require(not nf4 or self.method != "full", "quantize", "nf4", "4-bit weights cannot be trained: method 'full'")
+        require(not nf4 or self.precision != "fp16", "precision", "fp16", "fp16 diverges on NF4; use bf16 or fp32")
         require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
         require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
 
@@ -74,9 +81,10 @@ def predict(plan: Plan) -> Prediction:
     longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
     require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")
     kind = plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
-    model = adapters.attach(
-        build(described.config, kind, plan.dtype), plan.method, rank=plan.rank, target_modules=plan.targets
-    )
+    base = build(described.config, kind, plan.dtype)
+    if plan.quantize == "nf4":
+        quantize_meta(base)
+    model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
     memory = predict_training_memory(
         lambda: model,
         lambda: make_batch(plan.batch, plan.seq, kind),
@@ -85,7 +93,7 @@ def predict(plan: Plan) -> Prediction:
         gradient_checkpointing=plan.gradient_checkpointing,
         device="cuda",
     )
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Prediction(memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source)
 
 
@@ -103,6 +111,46 @@ def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
             return auto.from_config(config, dtype=DTYPES[dtype])
     except ValueError:
         raise ParameterError("kind", kind, f"not there for a {config.model_type} model") from None
+
+
+def quantize_meta(model: nn.Module) -> None:
+    """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
+    from lorakit.adapters.attach import replace_modules
+    from lorakit.adapters.quantized import quantisable
+
+    linears = {model.get_submodule(path): None for path in quantisable(model)}  # once each, however many paths
+    replace_modules(model, {linear: _four_bit(linear) for linear in linears})
+    model.is_loaded_in_4bit = True
+
+
+def _four_bit(linear: nn.Module) -> nn.Module:
+    from lorakit.adapters.layer import is_conv1d
+
+    library, weight, bias = bitsandbytes(), linear.weight, linear.bias
+    shape = weight.T.shape if is_conv1d(linear) else weight.shape
+    blocks = -(-weight.numel() // BLOCK)
+    nested = library.functional.QuantState(
+        torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32
+    )
+    state = library.functional.QuantState(
+        torch.empty(blocks, dtype=torch.uint8),
+        shape,
+        torch.empty(16),
+        BLOCK,
+        "nf4",
+        weight.dtype,
+        torch.empty(()),
+        nested,
+    )
+    layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
+    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+    layer.weight = library.nn.Params4bit(
+        packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
+    )
+    if bias is not None:
+        layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
+    mend(layer)
+    return layer
 
 
 def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
@@ -126,9 +174,10 @@ def _head(plan: Plan, prediction: Prediction) -> str:
     rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
     extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
     autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
+    base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
     return (
         f"{plan.model} ({prediction.source})\n"
-        f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {plan.dtype} weights{autocast}, "
+        f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {base}{plan.dtype} weights{autocast}, "
         f"{plan.optimizer}{extra}\n"
         f"{prediction.trainable:,} of {prediction.total:,} parameters trained"
     )
@@ -167,6 +216,7 @@ _OPTIONS = {
     "seq": "tokens in a row",
     "dtype": "of the frozen weights: fp32, bf16",
     "precision": "of autocast: fp32 (none), bf16, fp16",
+    "quantize": "of the frozen linear layers: none, nf4 (4 bits, scales in 8)",
     "rank": "of the adapters",
     "targets": 'adapted layers: "all-linear", names with commas between, or a regular expression',
     "optimizer": f"one of {', '.join(PREDICTABLE)}",

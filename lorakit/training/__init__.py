@@ -2,6 +2,8 @@
 
 from lorakit.training.budget import Budget, Schedule
 from lorakit.training.costs import FlopMeter, Ledger
-from lorakit.training.trainer import BudgetTrainer, Diverged
+from lorakit.training.gated import Diverged, GatedTrainer
+from lorakit.training.slora import SLoRATrainer
+from lorakit.training.trainer import BudgetTrainer
 
-__all__ = ["Budget", "BudgetTrainer", "Diverged", "FlopMeter", "Ledger", "Schedule"]
+__all__ = ["Budget", "BudgetTrainer", "Diverged", "FlopMeter", "GatedTrainer", "Ledger", "SLoRATrainer", "Schedule"]

@@ -11,6 +11,12 @@ from lorakit.params import Params
 NO_LIMIT = 10**9  # steps: the budget ends the run, not a count of steps
 
 
+def _sampling(params: Params) -> str:
+    if params.redundancy:
+        return "sequential"  # the stream's order is the experiment
+    return "group_by_length" if params.group_by_length else "random"
+
+
 def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     """TrainingArguments with the Trainer's own evaluation, saving and logging schedules off: the budget drives them.
 
@@ -39,7 +45,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             tf32=True if params.tf32 else None,
             activation_checkpointing=params.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-            train_sampling_strategy="group_by_length" if params.group_by_length else "random",
+            train_sampling_strategy=_sampling(params),
             seed=params.seed,
             data_seed=params.seed,
             logging_strategy="no",

@@ -33,6 +33,10 @@ class Budget:
         """Share of the budget spent, 0 at the start, at least 1 at the end."""
         return getattr(ledger, self.unit) / self.amount
 
+    def steps(self) -> float | None:
+        """Steps an ungated run of this budget takes; None where that is not counted in steps."""
+        return self.amount if self.unit in ("steps", "accepted_steps") else None
+
 
 @dataclass(frozen=True)
 class Schedule:

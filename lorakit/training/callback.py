@@ -26,6 +26,7 @@ class RunCallback(TrainerCallback):
         self.share = self.trainer.budget.share(self.trainer.ledger)
         for controller in self.trainer.controllers:
             controller.begin()
+        self.trainer.gate_log.begin(self.trainer.budget.steps())
         self.trainer.ledger.restart_clock()
 
     def on_step_begin(self, args, state, control, **_):
@@ -52,13 +53,13 @@ class RunCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
             return
-        trainer.curve.add(trainer.ledger, logs.get("learning_rate"))
+        trainer.curve.add(trainer.ledger, logs.get("learning_rate"), trainer.gate.acceptance_rate())
         for controller in trainer.controllers:
             controller.at_point(trainer.ledger.steps)
         self.facts["loss"] = trainer.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        from lorakit.training.trainer import Diverged
+        from lorakit.training.gated import Diverged
 
         trainer = self.trainer
         if not trainer.is_in_train:

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from lorakit.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from lorakit.training.gated import GatedTrainer
     from lorakit.training.trainer import BudgetTrainer
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
 STATE = "gate.pt"
+LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
 RUN = "run.json"  # written last: a checkpoint without it was cut short
 
 
@@ -65,9 +67,7 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
 
 def save_run(trainer: BudgetTrainer, path: Path) -> None:
     """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last."""
-    controllers = {controller.name: controller.state_dict() for controller in trainer.controllers}
-    seams = {"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict(), "controllers": controllers}
-    torch.save(seams, path / STATE)
+    save_seams(trainer, path)
     if trainer.curve.best:
         save_file({name: value.cpu().contiguous() for name, value in trainer.curve.best.items()}, str(path / BEST))
     state = {
@@ -98,8 +98,29 @@ def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
     trainer.meter.known = {_frozen(key): count for key, count in state["flops"]}
     if (path / BEST).is_file():
         trainer.curve.best = load_file(str(path / BEST))
+    load_seams(trainer, path)
+
+
+def save_seams(trainer: GatedTrainer, path: Path) -> None:
+    """Write the state of what stands between the trainer and its steps: gate, token selection, controllers."""
+    controllers = {controller.name: controller.state_dict() for controller in trainer.controllers}
+    seams = {"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict(), "controllers": controllers}
+    torch.save(seams | {"gate_log": trainer.gate_log.state_dict()}, path / STATE)
+
+
+def load_seams(trainer: GatedTrainer, path: Path) -> None:
+    """Restore what `save_seams` wrote.
+
+    Raises:
+        CheckpointError: the checkpoint holds no gate's state, or another gate's.
+    """
+    if not (path / STATE).is_file():
+        raise CheckpointError(
+            f"{path}: no {STATE}: the gate's state is missing, and starting it afresh would be silent"
+        )
     seams = torch.load(path / STATE, weights_only=True)
     trainer.gate.load_state_dict(seams["gate"])
+    trainer.gate_log.load_state_dict(seams["gate_log"])
     trainer.tokens.load_state_dict(seams["tokens"])
     for controller in trainer.controllers:
         controller.load_state_dict(seams["controllers"][controller.name])

@@ -23,6 +23,8 @@ class Ledger:
     tokens_backpropagated: int = 0
     flops_forward: float = 0.0
     flops_backward: float = 0.0
+    flops_gate: float = 0.0
+    steps_without_labels: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0  # of the steps since the last point on the curve
     loss_steps: int = 0
@@ -33,7 +35,7 @@ class Ledger:
 
     @property
     def flops(self) -> float:
-        return self.flops_forward + self.flops_backward
+        return self.flops_forward + self.flops_backward + self.flops_gate
 
     def add(self, **counts: float) -> None:
         """Count what this rank did; it becomes part of the totals at the next `commit`."""
@@ -42,12 +44,14 @@ class Ledger:
 
     def commit(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Close one optimizer step. `total` sums a float64 vector over ranks, so every rank holds equal totals."""
-        names = ("examples", "tokens", "tokens_backpropagated", "flops_forward", "flops_backward", "accepted")
-        sums = total(torch.tensor([self._pending.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
-        for name, value in zip(names[:-1], sums, strict=False):
+        names = ("examples", "tokens", "tokens_backpropagated", "flops_forward", "flops_backward", "flops_gate")
+        counts = [self._pending.get(name, 0.0) for name in (*names, "accepted", "without_labels")]
+        *sums, accepted, without_labels = total(torch.tensor(counts, dtype=torch.float64)).tolist()
+        for name, value in zip(names, sums, strict=True):
             setattr(self, name, type(getattr(self, name))(getattr(self, name) + value))
         self.steps += 1
-        self.accepted_steps += sums[-1] > 0
+        self.accepted_steps += accepted > 0
+        self.steps_without_labels += accepted == 0 and without_labels > 0
         self.loss_sum += self._pending.get("loss", 0.0)
         self.loss_steps += 1
         self.score_sum += self._pending.get("score", 0.0)

@@ -19,8 +19,8 @@ class Curve:
         self.best: dict[str, torch.Tensor] = {}
         self.best_step: int | None = None
 
-    def add(self, ledger: Ledger, learning_rate: float | None) -> None:
-        """Append where the run stands now."""
+    def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float) -> None:
+        """Append where the run stands now; `acceptance_rate` is the gate's own, of late and without its burn-in."""
         loss, score = ledger.take_means()
         self.points.append(
             Point(
@@ -33,7 +33,7 @@ class Curve:
                 learning_rate=learning_rate,
                 train_loss=loss,
                 gate_score=score,
-                acceptance_rate=ledger.accepted_steps / ledger.steps,
+                acceptance_rate=acceptance_rate,
             )
         )
 

@@ -25,6 +25,7 @@ def mean_loss(kind: str) -> Callable[..., torch.Tensor]:
         if kind == "causal":
             labels = F.pad(labels, (0, 1), value=-100)[:, 1:]  # shifting labels, not logits, copies no logits
         total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-        return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        return total / max(count, 1)  # nothing to predict: 0, not NaN
 
     return loss

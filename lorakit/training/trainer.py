@@ -1,51 +1,39 @@
-"""The Hugging Face Trainer with a gate before the backward, a ledger of costs, and a budget instead of epochs."""
+"""The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError
-from lorakit.gates import AllTokens, AlwaysOpen, Candidate, Gate, TokenSelection
-from lorakit.gates.tokens import count_tokens
 from lorakit.training import checkpoint
 from lorakit.training.budget import Budget, Schedule
 from lorakit.training.callback import RunCallback
-from lorakit.training.controllers import Controller
-from lorakit.training.costs import FlopMeter, Ledger
 from lorakit.training.curve import Curve
-from lorakit.training.loss import mean_loss
+from lorakit.training.gated import GatedTrainer
 from lorakit.training.progress import Progress
 from lorakit.training.statistics import example_statistics
 
 
-class Diverged(Exception):
-    """The loss is not a finite number any more; the message says where."""
-
-
-class BudgetTrainer(Trainer):
+class BudgetTrainer(GatedTrainer):
     """Trains until `budget` is spent, with the learning rate following the share of it already spent.
 
     Args:
         kind: "classify", "masked" or "causal"; what `example_statistics` needs to know.
         budget, schedule: when to stop and how to decay.
-        gate, tokens: which batches and which tokens get a backward; all of them by default, in which case the weights
-            are bitwise those of the plain Trainer.
-        controllers: what else acts between steps, in this order.
+        gate, tokens, controllers: see `GatedTrainer`.
         eval_collator: collates evaluation batches; the training collator where None.
         identity: what makes this run this run; resuming a checkpoint of another identity is refused.
         evaluations: on the evaluation data, evenly over the budget.
         save_steps: steps between checkpoints, 0 for none.
         keep_best: keep a copy of the trained weights with the lowest validation loss.
-        Everything else goes to `transformers.Trainer`.
+        Everything else goes to `GatedTrainer` and `transformers.Trainer`.
 
     Raises:
         Diverged: training or validation loss became NaN or infinite.
@@ -58,9 +46,6 @@ class BudgetTrainer(Trainer):
         kind: str,
         budget: Budget,
         schedule: Schedule | None = None,
-        gate: Gate | None = None,
-        tokens: TokenSelection | None = None,
-        controllers: Sequence[Controller] = (),
         eval_collator: Callable[[list[Any]], Any] | None = None,
         identity: Mapping[str, Any] | None = None,
         evaluations: int = 1,
@@ -69,18 +54,11 @@ class BudgetTrainer(Trainer):
         title: str = "train",
         **trainer_arguments: Any,
     ):
-        super().__init__(**{"compute_loss_func": mean_loss(kind)} | trainer_arguments)
-        self.kind, self.budget, self.schedule = kind, budget, schedule or Schedule()
-        self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
-        self.controllers = tuple(controllers)
-        for controller in self.controllers:
-            controller.bind(self.total_over_ranks)
+        super().__init__(kind=kind, **trainer_arguments)
+        self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
         self.identity = dict(identity or {})
-        self.ledger, self.meter, self.curve = Ledger(), FlopMeter(), Curve(keep_best=keep_best)
-        self._candidate: Candidate | None = None
-        self._facts: dict[str, Any] = {}
-        self._shape: Hashable = ()
+        self.curve = Curve(keep_best=keep_best)
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
             self.remove_callback(shown_twice)
         self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
@@ -107,61 +85,6 @@ class BudgetTrainer(Trainer):
         finally:
             for controller in self.controllers:
                 controller.end()
-
-    # one batch -----------------------------------------------------------------------------------------
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one forward pass, whose FLOPs are counted and whose outputs the gate will see."""
-        labels, forward = inputs["labels"], super().compute_loss
-        tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        self._facts = {
-            "examples": len(inputs["input_ids"]),
-            "tokens": tokens,
-            "tokens_backpropagated": self.tokens.backpropagated(inputs, tokens),
-        }
-        self._shape = _shape(inputs)
-        selected = lambda **batch: self.tokens.forward(model, batch)  # noqa: E731
-        (loss, outputs), flops = self.meter.measure(
-            self._key("forward"), lambda: forward(selected, inputs, True, num_items_in_batch)
-        )
-        self.ledger.add(examples=self._facts["examples"], tokens=tokens, flops_forward=flops)
-        logits = getattr(outputs, "logits", None)
-        self._candidate = Candidate(loss.detach(), None if logits is None else logits.detach(), labels)
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """As the Trainer's, but its call of `accelerator.backward` first passes the gate."""
-        backward = self.accelerator.backward
-        self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self.accelerator.backward = backward
-
-    def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
-        candidate, self._candidate = self._candidate, None
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"training loss is {value} at step {self.ledger.steps + 1}")
-        decision = self.gate.decide(candidate)
-        del candidate  # frees the logits' storage as early as the plain Trainer would
-        self.ledger.add(loss=value)
-        if decision.score is not None:
-            self.ledger.add(score=decision.score, scored=1)
-        if decision.accept:
-            _, flops = self.meter.measure(self._key("backward"), lambda: backward(loss, **options))
-            reached = self._facts["tokens_backpropagated"]
-            self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=reached)
-
-    def _key(self, kind: str) -> Hashable:
-        """What the FLOPs of a pass depend on."""
-        return (kind, self._shape, *(controller.signature() for controller in self.controllers))
-
-    def total_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
-        """Sum a float64 vector over all processes."""
-        if self.accelerator.num_processes == 1:
-            return vector
-        return self.accelerator.reduce(vector.to(self.accelerator.device), "sum").cpu()
 
     # schedule and data ---------------------------------------------------------------------------------
 
@@ -205,10 +128,6 @@ class BudgetTrainer(Trainer):
 
     # checkpoints ---------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            checkpoint.save_weights(self.model, output_dir or self.args.output_dir)
-
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
@@ -217,10 +136,6 @@ class BudgetTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.load_run(self, resume_from_checkpoint)
         checkpoint.load_weights(self.model, resume_from_checkpoint)
-
-
-def _shape(inputs: Mapping[str, Any]) -> Hashable:
-    return tuple((name, tuple(value.shape)) for name, value in sorted(inputs.items()) if torch.is_tensor(value))
 
 
 class _ResumableLengthGroups(torch.utils.data.Sampler):

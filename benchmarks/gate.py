@@ -1,0 +1,223 @@
+"""What gating a batch costs: a rejected one against its forward, an accepted one against the plain step; rates kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks._adapters import minilm
+from benchmarks._common import Claim, interleave, time_claim
+from benchmarks._profiled import measured_step_peak
+from benchmarks.lora import build_ours
+
+DESCRIPTION = "SLoRA's gate: rejected and accepted batches against plain ones, state, memory, acceptance rate"
+TARGET = (
+    "one forward a batch; rejected <= 1.03 x its forward's seconds, <= 1.005 x its FLOPs; accepted <= 1.03 x the step; "
+    ">= 37 % of step FLOPs saved at rate 0.3; state <= 1 MB; peak <= 1.02 x; rate within 0.02"
+)
+RATES, STEPS, BURN_IN = (0.1, 0.2, 0.3, 0.5), 2000, 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with random weights of a real one's dimensions, its batches, and what its head predicts."""
+
+    name: str
+    base: Callable[[], nn.Module]
+    shape: tuple[int, int]
+    words: int
+    kind: str
+    rounds: int
+    bf16: bool = False
+
+
+def gemma(hidden: int, intermediate: int, layers: int, vocabulary: int = 262_144) -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": vocabulary}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, max_position_embeddings=4096))
+
+
+def gemma_270m() -> nn.Module:
+    return gemma(640, 2048, 18)
+
+
+def gemma_1b() -> nn.Module:
+    return gemma(1152, 6912, 26)
+
+
+MINILM = Case("MiniLM 32x28", minilm, (32, 28), 30_000, "classify", 20)
+GEMMA = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 5, bf16=True)
+
+
+class Gated:
+    """One model with and without its gate: the forward, what the gate adds to it, and the step."""
+
+    def __init__(self, case: Case):
+        from lorakit.gates import GateSettings, build_gate
+        from lorakit.gates.head import HeadInput, find_head
+        from lorakit.training.loss import mean_loss
+
+        torch.manual_seed(0)
+        base = case.base()
+        self.case, self.model = case, build_ours(base.bfloat16() if case.bf16 else base).train()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, case.words, case.shape, generator=generator)
+        classes = torch.randint(0, 2, case.shape[:1], generator=generator)
+        self.labels = classes if case.kind == "classify" else ids
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.gate = build_gate(GateSettings("novelty", burn_in=10**9), self.model, case.kind)
+        self.head = HeadInput(find_head(self.model, case.kind))
+        self.loss_of = mean_loss(case.kind)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
+
+    def forward(self) -> tuple[torch.Tensor, Any]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.bf16):
+            outputs = self.model(**self.batch)
+            return self.loss_of(outputs, self.labels), outputs
+
+    def look(self, accept: bool) -> torch.Tensor:
+        """The forward and everything the gate does with a batch it accepts or rejects."""
+        from lorakit.gates import Candidate
+
+        loss, outputs = self.forward()
+        logits = outputs.logits.detach()
+        candidate = Candidate(loss.detach(), logits, self.labels, self.head.take(logits), self.case.kind)
+        measured = self.gate.measure(candidate)
+        score = self.gate.score(measured)
+        if accept:
+            self.gate.learn(measured)
+        self.gate.controller.observe(score, accept)
+        return loss
+
+    def finish(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def time_claims(case: Case) -> list[Claim]:
+    gated = Gated(case)
+    for _ in range(2 * gated.gate.k):  # a full basis
+        gated.gate.update(torch.randn(gated.gate.m))
+    rejected = interleave(lambda: gated.look(False), gated.forward, rounds=case.rounds)
+    accepted = interleave(
+        lambda: gated.finish(gated.look(True)), lambda: gated.finish(gated.forward()[0]), rounds=case.rounds
+    )
+    return [
+        time_claim(f"{case.name}: rejected batch over its forward", rejected, 1.03),
+        time_claim(f"{case.name}: accepted batch over the plain step", accepted, 1.03),
+    ]
+
+
+def forward_claim() -> Claim:
+    """Backbone forwards per candidate batch in SLoRATrainer's own loop, half of them rejected."""
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+    from lorakit.training import SLoRATrainer
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = build_ours(BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)))
+    rows = Dataset.from_list([{"input_ids": [i % 98 + 1] * 8, "labels": i % 2} for i in range(64)])
+    forwards: list[int] = []
+    model.bert.register_forward_hook(lambda *_: forwards.append(1))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=60, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        config = {"m": 64, "k": 8, "target_novelty": 0.5, "burn_in": 5}
+        trainer = SLoRATrainer(model, arguments, train_dataset=rows, gate_config=config)
+        trainer.train()
+    rejected = 60 - trainer.ledger.accepted_steps
+    return Claim(f"forwards per candidate, {rejected} of 60 rejected", len(forwards) / 60, 1.0, 1.0, "")
+
+
+def flop_claims() -> list[Claim]:
+    """Gemma 3 1B's dimensions, 1 x 2,048 tokens, counted without data; the gate by formula."""
+    from lorakit.gates import Candidate, HeadGradientGate
+    from lorakit.measure.dry import fake, fake_mode, faked
+    from lorakit.measure.flops import FlopCount
+
+    with torch.device("meta"):
+        model = build_ours(gemma_1b()).train()
+    ids = torch.zeros(1, 2048, dtype=torch.long)
+    gate = HeadGradientGate(model.config.hidden_size, model.config.vocab_size)
+    extra = gate.flops(Candidate(torch.zeros(()), None, ids, kind="causal"))
+    mode = fake_mode()
+    with faked(model, mode), mode:
+        batch = {"input_ids": fake(mode, ids), "labels": fake(mode, ids)}
+        with FlopCount() as forward:
+            loss = model(**batch).loss
+        with FlopCount() as backward:
+            loss.backward()
+    step, rate = forward.total + backward.total, 0.3
+    gated = forward.total + extra + rate * backward.total
+    return [
+        Claim("Gemma 1B T=2048: rejected FLOPs", (forward.total + extra) / 1e9, forward.total / 1e9, 1.005, "GFLOP"),
+        Claim("Gemma 1B T=2048: FLOPs at rate 0.3 per candidate", gated / 1e9, step / 1e9, 0.63, "GFLOP"),
+    ]
+
+
+def memory_claims() -> list[Claim]:
+    """Measured peaks of a gated and a plain step, 1 x 256 tokens of a 4-layer Gemma with the whole vocabulary."""
+    case = Case("Gemma 640x4 1x256", lambda: gemma(640, 2048, 4), (1, 256), 262_144, "causal", 0)
+
+    def prepared(gated: bool) -> Callable[[], Callable[[], None]]:
+        def prepare() -> Callable[[], None]:
+            run = Gated(case)
+            return lambda: run.finish(run.look(True) if gated else run.forward()[0])
+
+        return prepare
+
+    ours, theirs = (measured_step_peak(prepared(gated)) / 2**20 for gated in (True, False))
+    state = Gated(case).gate
+    for _ in range(2 * state.k):
+        state.update(torch.randn(state.m))
+    return [
+        Claim(f"{case.name}: peak of an accepted step", ours, theirs, 1.02, "MiB"),
+        Claim("gate state, m=512, k=64, V=262144", state.state_bytes() / 1e6, 1.0, 1.0, "MB"),
+    ]
+
+
+def rate_claims() -> list[Claim]:
+    """Share accepted after the burn-in over 2,000 batches whose gradients drift slowly through many directions."""
+    from lorakit.gates import HeadGradientGate
+
+    claims = []
+    for rate in RATES:
+        gate = HeadGradientGate(
+            8, 8, m=128, k=16, target_novelty=rate, novelty_ema_rate=0.05, burn_in=BURN_IN, reorth_every=4, seed=1
+        )
+        decisions = [gate.decide(z).accept for z in drifting(gate.m, BURN_IN + STEPS)]
+        share = sum(decisions[BURN_IN:]) / STEPS
+        claims.append(Claim(f"acceptance at {rate}: |share - target|", abs(share - rate), 0.02, 1.0, "share"))
+    return claims
+
+
+def drifting(size: int, count: int) -> list[torch.Tensor]:
+    """Sketches (size,) around a low-rank subspace that turns, with noise that grows."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(size, 16, generator=generator, dtype=torch.float64))[0]
+    found = []
+    for step in range(count):
+        angle = math.pi * step / count
+        turned = math.cos(angle) * directions[:, :8] + math.sin(angle) * directions[:, 8:]
+        noise = 0.3 * (1 + step / count) * torch.randn(size, generator=generator, dtype=torch.float64) / size**0.5
+        found.append(turned @ torch.randn(8, generator=generator, dtype=torch.float64) / 8**0.5 + noise)
+    return found
+
+
+def run() -> list[Claim]:
+    claims = [forward_claim(), *flop_claims(), *memory_claims(), *rate_claims()]
+    for case in (MINILM, GEMMA):
+        claims += time_claims(case)
+    return claims

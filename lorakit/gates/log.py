@@ -1,0 +1,126 @@
+"""What a gate did, under the names its description gives them, and warnings where it does not do what it should."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lorakit.gates.batches import Gate
+
+PATIENCE = 50  # decisions after the burn-in before a rate counts as stuck
+FALLING = 0.98  # of the novelty at the start; a basis that takes anything in brings it below
+
+
+class GateWarning(UserWarning):
+    """The gate runs, but not as it should."""
+
+
+class GateLog:
+    """Collects decisions; a `point` sums up those since the last one. Each warning is given once.
+
+    Attributes:
+        points: mappings with "step" and `gate/novelty` (the mean raw score, whatever the gate scores by),
+            `gate/accept` (share accepted since the last point), `gate/acceptance_rate` (running, after the burn-in),
+            `gate/accepted_steps`, `gate/total_steps`.
+        decisions: accepted or not, of every window so far; warnings: those given so far.
+    """
+
+    def __init__(self, gate: Gate):
+        self.gate, self.points, self.warnings = gate, [], []
+        self.decisions: list[bool] = []
+        self._scores: list[float] = []
+        self._accepted: list[bool] = []
+        self._early: list[float] = []  # scores of the first burn-in batches
+        self._kept = self._row = 0  # accepted after the burn-in, the same decision in a row
+        self._last: bool | None = None
+
+    def decided(self, accept: bool, score: float | None) -> None:
+        """One window was accepted or rejected."""
+        self._accepted.append(accept)
+        self.decisions.append(accept)
+        if score is not None:
+            self._scores.append(score)
+        if len(self.decisions) <= self.gate.burn_in:
+            if score is not None:
+                self._early.append(score)
+            if len(self.decisions) == self.gate.burn_in:
+                self._check_novelty()
+            return
+        self._kept += accept
+        self._row = self._row + 1 if accept == self._last else 1
+        self._last = accept
+        expected = 1 - self.gate.target_rate if accept else self.gate.target_rate  # share of the other decision
+        if expected == 0:
+            return
+        patience = PATIENCE + 10 / expected
+        if self._row == int(patience):
+            share = "100 %" if accept else "0 %"
+            self.warn(
+                f"acceptance is stuck at {share}: {self._row} batches in a row after the burn-in, for a target rate of "
+                f"{self.gate.target_rate}"
+            )
+
+    def _check_novelty(self) -> None:
+        size = getattr(self.gate, "m", 0)
+        if self.gate.name not in ("novelty", "least_novel", "novelty_loss") or len(self._early) < 8:
+            return
+        quarter = len(self._early) // 4
+        late = sum(self._early[-quarter:]) / quarter
+        if late > max(FALLING, 1 - self.gate.k / size / 4):
+            self.warn(
+                f"novelty is not falling: {late:.3f} after a burn-in of {self.gate.burn_in} batches; the basis "
+                f"(k={self.gate.k}) holds nothing that new batches share"
+            )
+
+    def begin(self, total_steps: float | None) -> None:
+        """Training starts; `total_steps` batches are planned, None where that is not known."""
+        size, rank = getattr(self.gate, "m", None), getattr(self.gate, "k", None)
+        if total_steps is not None and self.gate.burn_in >= total_steps:
+            self.warn(
+                f"burn_in={self.gate.burn_in} is as long as the run ({total_steps:.0f} steps) or longer: "
+                "every batch will be accepted"
+            )
+        if size and rank and 2 * rank > size:
+            self.warn(
+                f"the sketch is small for the rank: a basis of k={rank} directions takes up {rank / size:.0%} of a "
+                f"sketch of m={size}, so that even unrelated gradients look redundant; use m of at least {2 * rank}"
+            )
+
+    def warn(self, text: str) -> None:
+        """Give a warning and keep it for the record."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(text, GateWarning, stacklevel=2)
+
+    def point(self, step: int, accepted_steps: int) -> dict[str, float]:
+        """Metrics since the last point, which they are kept as."""
+        found: dict[str, float] = {}
+        if self._scores:
+            found["gate/novelty"] = sum(self._scores) / len(self._scores)
+        if self._accepted:
+            found["gate/accept"] = sum(self._accepted) / len(self._accepted)
+        found |= {
+            "gate/acceptance_rate": self.gate.acceptance_rate(),
+            "gate/accepted_steps": accepted_steps,
+            "gate/total_steps": step,
+        }
+        self._scores, self._accepted = [], []
+        self.points.append({"step": step, **found})
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What the record keeps: the gate's settings, its rate after the burn-in, warnings, all points."""
+        counted = len(self.decisions) - self.gate.burn_in
+        return self.gate.report() | {
+            "acceptance_rate": self._kept / counted if counted > 0 else None,
+            "decisions": len(self.decisions),
+            "warnings": list(self.warnings),
+            "log": list(self.points),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "gate"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,130 @@
+"""Gates that need no sketch: accept at random, or by a score thresholded to a rate; the loss is such a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakit.errors import CheckpointError, require
+from lorakit.gates.batches import Candidate, Decision, Gate
+from lorakit.gates.controller import ThresholdController
+
+
+class RandomGate(Gate):
+    """Accepts each batch with probability `target_rate`: what every other gate has to beat at the same rate.
+
+    Args:
+        target_rate: in (0, 1); burn_in: batches at the start that are all accepted, as the other gates do.
+        seed: of the coin.
+    """
+
+    name, selective = "random", True
+
+    def __init__(self, target_rate: float, *, burn_in: int = 0, seed: int = 0):
+        require(0 < target_rate < 1, "target rate", target_rate, "must be inside (0, 1)")
+        require(burn_in >= 0, "burn_in", burn_in, "must be at least 0")
+        self.target_rate, self.burn_in = target_rate, burn_in
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = self.accepted = 0
+
+    def decide(self, measured: torch.Tensor) -> Decision:
+        accept = self.steps < self.burn_in or _coin(self.generator) < self.target_rate
+        self.accepted += accept and self.steps >= self.burn_in
+        self.steps += 1
+        return Decision(accept)
+
+    def acceptance_rate(self) -> float:
+        counted = self.steps - self.burn_in
+        return self.accepted / counted if counted > 0 else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "accepted": self.accepted, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, self.state_dict(), self.name)
+        self.steps, self.accepted = state["steps"], state["accepted"]
+        self.generator.set_state(state["generator"])
+
+
+class ScoredGate(Gate):
+    """Accepts by a score of the window, at a rate its controller keeps. A subclass says what the score is."""
+
+    selective = True
+
+    def __init__(self, controller: ThresholdController, seed: int = 0):
+        self.controller = controller
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def target_rate(self) -> float:
+        return self.controller.target_rate
+
+    @property
+    def burn_in(self) -> int:
+        return self.controller.burn_in
+
+    def score(self, measured: torch.Tensor) -> float:
+        """The window's score as it is logged, higher for what is to be accepted unless `preference` says otherwise."""
+        raise NotImplementedError
+
+    def preference(self, score: float, measured: torch.Tensor) -> float:
+        """What is thresholded: the score itself, unless a subclass turns or combines it."""
+        return score
+
+    def learn(self, measured: torch.Tensor) -> None:
+        """The window was accepted."""
+
+    def decide(self, measured: torch.Tensor) -> Decision:
+        score = self.score(measured)
+        preference = self.preference(score, measured)
+        accept = _coin(self.generator) < self.controller.probability(preference)
+        if accept:
+            self.learn(measured)
+        self.controller.observe(preference, accept)
+        return Decision(accept, score)
+
+    def acceptance_rate(self) -> float:
+        return self.controller.acceptance_rate()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"controller": self.controller.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, self.state_dict(), self.name)
+        self.restore(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state that is known to be this gate's."""
+        self.controller.load_state_dict(state["controller"])
+        self.generator.set_state(state["generator"])
+
+
+class LossFloor(ScoredGate):
+    """Selective backprop (Jiang et al. 2019) for whole batches: those with the higher loss, above a floor that keeps
+    the rate."""
+
+    name = "loss_floor"
+
+    def measure(self, candidate: Candidate) -> torch.Tensor:
+        return candidate.loss.double().cpu().reshape(1)
+
+    def score(self, measured: torch.Tensor) -> float:
+        return measured[0].item()
+
+
+def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Refuse the state of another gate.
+
+    Raises:
+        CheckpointError: keys are missing or unknown.
+    """
+    if state.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
+            "without this gate, and starting the gate afresh would silently change the run"
+        )
+
+
+def _coin(generator: torch.Generator) -> float:
+    return torch.rand((), generator=generator, dtype=torch.float64).item()

@@ -1,0 +1,64 @@
+"""What SLoRA's gate is compared with: the same sketch, another score. Each keeps the same acceptance rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakit.gates.batches import Candidate
+from lorakit.gates.controller import RunningScale
+from lorakit.gates.novelty import HeadGradientGate
+
+
+class LeastNovel(HeadGradientGate):
+    """The control: accepts the *least* novel batches. Were novelty worth anything, this would be the worst gate."""
+
+    name = "least_novel"
+
+    def preference(self, score: float, measured: torch.Tensor) -> float:
+        return -score
+
+
+class GradientNorm(HeadGradientGate):
+    """Accepts batches with a large head gradient: ‖z‖ per label, whose square is unbiased for ‖Σ h ⊗ e‖²."""
+
+    name = "gradient_norm"
+
+    def measure(self, candidate: Candidate) -> torch.Tensor:
+        targets = torch.tensor([float(candidate.targets)], dtype=torch.float64)
+        return torch.cat([super().measure(candidate), targets])
+
+    def score(self, measured: torch.Tensor) -> float:
+        return torch.linalg.vector_norm(measured[: self.m]).item() / max(1.0, measured[self.m].item())
+
+    def learn(self, measured: torch.Tensor) -> None:
+        """The norm needs no basis."""
+
+
+class NoveltyAndLoss(HeadGradientGate):
+    """Accepts batches that are novel *and* have a high loss: the lower of both scores, standardised, is thresholded."""
+
+    name = "novelty_loss"
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.scales = {name: RunningScale(self.controller.ema_rate) for name in ("novelty", "loss")}
+
+    def measure(self, candidate: Candidate) -> torch.Tensor:
+        return torch.cat([super().measure(candidate), candidate.loss.double().cpu().reshape(1)])
+
+    def preference(self, score: float, measured: torch.Tensor) -> float:
+        values = {"novelty": score, "loss": measured[self.m].item()}
+        lower = min(self.scales[name].standardised(value) for name, value in values.items())
+        for name, value in values.items():
+            self.scales[name].add(value)
+        return lower
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"scales": {name: scale.state_dict() for name, scale in self.scales.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        for name, scale in self.scales.items():
+            scale.load_state_dict(state["scales"][name])

@@ -1,0 +1,140 @@
+"""Frequent Directions: B (ℓ × d) with 0 ⪯ AᵀA − BᵀB and ‖AᵀA − BᵀB‖₂ ≤ ‖A − A_k‖²_F/(ℓ − k) for every k < ℓ.
+
+Liberty 2013; Ghashami, Liberty, Phillips and Woodruff 2016. A is everything inserted, a row a vector; A_k its best
+approximation of rank k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import CheckpointError, require
+
+TOLERANCE = 1e-12  # of the largest squared singular value: what is below is rounding
+
+
+class FrequentDirections:
+    """Rows gather in a buffer of 2ℓ; when it is full, σ_ℓ² is taken off every squared singular value.
+
+    Each time ℓ directions lose σ_ℓ² together, hence the bound. The buffer is float64: it is small, and the Gram
+    matrix that stands in for the SVD squares its condition number. With ℓ > d nothing is ever lost.
+
+    Args:
+        dim: d, length of a row.
+        rows: ℓ, rows that are kept.
+        decay: every insertion multiplies the energy (squared length) of older rows by this; 1 forgets nothing. The
+            bound then holds for A decayed alike.
+        device: where the buffer lives.
+
+    Raises:
+        ParameterError: `dim` or `rows` is below 1, or `decay` outside (0, 1].
+    """
+
+    def __init__(self, dim: int, rows: int, *, decay: float = 1.0, device: torch.device | str = "cpu"):
+        require(dim >= 1, "dim", dim, "must be at least 1")
+        require(rows >= 1, "rows", rows, "must be at least 1")
+        require(0 < decay <= 1, "decay", decay, "must be above 0 and at most 1")
+        self.dim, self.rows, self.decay = dim, rows, decay
+        self._buffer = torch.zeros(2 * rows, dim, dtype=torch.float64, device=device)
+        self._filled, self._rotated = 0, True
+
+    def insert(self, x: Tensor) -> None:
+        """Add rows `x` (n, d) or one row (d,), in order.
+
+        Raises:
+            ParameterError: the last dimension is not d, or a value is not finite.
+        """
+        fits = 1 <= x.ndim <= 2 and x.shape[-1] == self.dim
+        require(fits, "x", tuple(x.shape), f"must be ({self.dim},) or (n, {self.dim})")
+        require(bool(torch.isfinite(x).all()), "x", "non-finite values", "must be finite")
+        self._append(x.detach().reshape(-1, self.dim).to(self._buffer), self.decay)
+
+    def _append(self, x: Tensor, decay: float) -> None:
+        while len(x):
+            if self._filled == len(self._buffer):
+                self.rotate()
+            block = x[: len(self._buffer) - self._filled]
+            x = x[len(block) :]
+            self._write(block, math.sqrt(decay))
+
+    def _write(self, block: Tensor, factor: float) -> None:
+        """Put `block` (n, d) after the filled rows; a row is scaled by `factor` for each row after it."""
+        end = self._filled + len(block)
+        self._buffer[self._filled : end] = block
+        if factor < 1:
+            age = torch.arange(end - 1, -1, -1, device=block.device, dtype=block.dtype)
+            age[: self._filled] = len(block)  # what these had aged before is in them already
+            self._buffer[:end] *= (factor**age)[:, None]
+        self._filled, self._rotated = end, False
+
+    def rotate(self) -> None:
+        """Make the rows orthogonal, longest first, and at most ℓ: above that many, shrink by σ_ℓ²."""
+        if self._rotated:
+            return
+        energy, directions = _squared_singular_values(self._buffer[: self._filled])
+        lost = energy[self.rows - 1] if self._filled > self.rows else energy.new_zeros(())
+        left = energy - lost
+        count = min(self.rows, int((left > TOLERANCE * energy[0]).sum()))
+        scale = (left[:count] / energy[:count]).sqrt()
+        self._buffer[:count] = (directions[:, :count] * scale).T @ self._buffer[: self._filled]
+        self._filled, self._rotated = count, True
+
+    def matrix(self) -> Tensor:
+        """B (ℓ, d) float64, after `rotate`; rows that are not needed are 0."""
+        self.rotate()
+        out = torch.zeros_like(self._buffer[: self.rows])
+        out[: self._filled] = self._buffer[: self._filled]
+        return out
+
+    def singular_values(self) -> Tensor:
+        """Of B, (ℓ,) float64, largest first."""
+        return self.matrix().norm(dim=1)
+
+    def basis(self, k: int) -> Tensor:
+        """Top right singular vectors (k', d) float32, orthonormal; k' is k or the rank of B if that is less.
+
+        Raises:
+            ParameterError: `k` is below 1.
+        """
+        require(k >= 1, "k", k, "must be at least 1")
+        self.rotate()
+        top = self._buffer[: min(k, self._filled)]
+        # dividing by the length would do, but for a small σ next to a large one the Gram matrix left some of that
+        return torch.linalg.qr(top.T).Q.T.float()
+
+    def merge(self, other: FrequentDirections) -> None:
+        """Take in what `other` has seen; the bound holds for both streams together. `other` is only rotated.
+
+        Raises:
+            ParameterError: its d or ℓ differs.
+        """
+        theirs = (other.dim, other.rows)
+        require(theirs == (self.dim, self.rows), "other", theirs, f"(dim, rows) must be {(self.dim, self.rows)}")
+        self._append(other.matrix()[: other._filled].to(self._buffer), decay=1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = self._buffer[: self._filled].clone()
+        return {"buffer": rows, "rotated": self._rotated, "rows": self.rows, "decay": self.decay}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the sketch whose state this is, to the bit.
+
+        Raises:
+            CheckpointError: it is of another d, ℓ or decay.
+        """
+        found = (state["buffer"].shape[1], state["rows"], state["decay"])
+        own = (self.dim, self.rows, self.decay)
+        if found != own:
+            raise CheckpointError(f"sketch: saved with (dim, rows, decay) = {found}, this one has {own}")
+        self._filled, self._rotated = len(state["buffer"]), state["rotated"]
+        self._buffer[: self._filled] = state["buffer"]
+
+
+def _squared_singular_values(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """σ² (n,) largest first, and left singular vectors (n, n) as columns, of `rows` (n, d)."""
+    energy, directions = torch.linalg.eigh(rows @ rows.T)
+    return energy.clamp(min=0).flip(0), directions.flip(1)

@@ -1,0 +1,201 @@
+"""A linear head's gradient at a token is h ⊗ e, e = softmax(logits) − onehot(y): norm ‖h‖·‖e‖, sum Σ h_t ⊗ e_t.
+
+Logits are taken as the loss sees them. If the model caps them, logit = c·tanh(raw/c), then e is the derivative by the
+raw ones, e·(1 − (logit/c)²). Everything works on chunks of tokens: with 262k words the logits set the peak memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import require
+from lorakit.sketches.count_sketch import as_float
+from lorakit.sketches.tensor_sketch import TensorSketch
+
+IGNORED = -100
+KINDS = ("causal", "masked", "classify")
+GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
+
+
+def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Where predictions are made: flat positions (N,) and what is predicted there (N,), labels of -100 dropped.
+
+    Args:
+        labels: (B, T), or (B,) for "classify".
+        kind: "causal": position t predicts label t + 1; "masked" and "classify": its own.
+
+    Raises:
+        ParameterError: `kind` is none of these, or the shape of `labels` does not go with it.
+    """
+    require(kind in KINDS, "kind", kind, f"must be one of {', '.join(KINDS)}")
+    dimensions = 1 if kind == "classify" else 2
+    require(labels.ndim == dimensions, "labels", tuple(labels.shape), f"must have {dimensions} dimension(s)")
+    if kind == "causal":
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    flat = labels.reshape(-1)
+    positions = (flat != IGNORED).nonzero().squeeze(1)
+    return positions, flat[positions]
+
+
+def predicted(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (N, H), logits (N, V) and labels (N,) of all predictions at once: a copy; the rest takes chunks."""
+    positions, targets = _checked(hidden, logits, labels, kind)
+    return hidden.flatten(0, -2)[positions], logits.flatten(0, -2)[positions], targets
+
+
+@torch.no_grad()
+def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """‖e‖ (N,) of `logits` (N, V) and `labels` (N,), exact: √(Σp² − 2p_y + 1) where nothing is capped.
+
+    Raises:
+        ParameterError: a row of logits has no softmax (NaN, +∞).
+    """
+    logits = as_float(logits)
+    error = (logits - _log_normaliser(logits)[:, None]).exp_()
+    error[torch.arange(len(labels), device=labels.device), labels] -= 1  # as Σp² − 2p_y + 1, without cancellation
+    if softcap is not None:
+        error *= _capped(logits, softcap)
+    return error.norm(dim=1)
+
+
+@torch.no_grad()
+def gradient_norms(
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, softcap: float | None = None, chunk: int = 256
+) -> Tensor:
+    """‖h_t ⊗ e_t‖ (N,) of every prediction, exact, in the order of `rows`.
+
+    Args:
+        hidden: (B, T, H), what the head was given; (B, H) for "classify".
+        logits: (B, T, V), or (B, V).
+        labels: (B, T), or (B,).
+        kind: see `rows`.
+        softcap: the model's cap on its logits, if it has one.
+        chunk: tokens whose logits are copied at a time.
+    """
+    norms = [
+        as_float(h).norm(dim=1) * error_norms(z, y, softcap) for h, z, y in _chunks(hidden, logits, labels, kind, chunk)
+    ]
+    return torch.cat(norms) if norms else as_float(hidden).new_zeros(0)
+
+
+@torch.no_grad()
+def sparse_error(
+    logits: Tensor, labels: Tensor, topk: int, softcap: float | None = None, log_normaliser: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K most probable words' entries of e and the gold one's: indices (N, K + 1), values (N, K + 1).
+
+    The gold entry is the last; where the gold word is among the K as well, its value there is 0, so that it counts
+    once. Probabilities are those of the whole vocabulary. From topk = V on nothing is left out.
+
+    Args:
+        logits: (N, V).
+        labels: (N,).
+        topk: K; V if that is less.
+        softcap: see `gradient_norms`.
+        log_normaliser: log Σ exp(logits) (N,) if it is at hand.
+
+    Raises:
+        ParameterError: `topk` is below 1, or a row of logits has no softmax.
+    """
+    require(topk >= 1, "topk", topk, "must be at least 1")
+    logits = as_float(logits)
+    if log_normaliser is None:
+        log_normaliser = _log_normaliser(logits)
+    gold = labels[:, None]
+    indices = torch.cat([top_indices(logits, topk), gold], dim=1)
+    chosen = logits.gather(1, indices)
+    values = (chosen - log_normaliser[:, None]).exp_()
+    values[:, :-1].masked_fill_(indices[:, :-1] == gold, 0)
+    values[:, -1] -= 1
+    return indices, values if softcap is None else values * _capped(chosen, softcap)
+
+
+def top_indices(logits: Tensor, topk: int) -> Tensor:
+    """Places (N, K) of each row's K largest of `logits` (N, V), exact, in no order; all V from topk = V on.
+
+    The K largest lie in the K groups with the largest maxima, and those cost one pass; `torch.topk` over a large
+    vocabulary costs many times that.
+    """
+    count, words = logits.shape
+    if topk >= words:
+        return torch.arange(words, device=logits.device).expand(count, words)
+    if words <= 2 * GROUP * topk:
+        return logits.topk(topk, dim=1, sorted=False).indices
+    groups = _group_maxima(logits).topk(topk, dim=1, sorted=False).indices
+    members = groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)
+    members = members.flatten(1)
+    beyond = members >= words  # the last group may be short
+    members = members.clamp_(max=words - 1)
+    candidates = logits.gather(1, members).masked_fill_(beyond, -torch.inf)
+    return members.gather(1, candidates.topk(topk, dim=1, sorted=False).indices)
+
+
+def _group_maxima(logits: Tensor) -> Tensor:
+    """Largest of every `GROUP` neighbours, (N, ⌈V / GROUP⌉), without a padded copy."""
+    whole = logits.shape[1] // GROUP * GROUP
+    maxima = logits[:, :whole].unflatten(1, (-1, GROUP)).amax(dim=2)
+    if whole == logits.shape[1]:
+        return maxima
+    return torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+
+
+@torch.no_grad()
+def sketch_batch(
+    sketch: TensorSketch,
+    hidden: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    kind: str,
+    topk: int,
+    softcap: float | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """Σ_t T(h_t, e_t) (m,) float32: the sketch of the head's gradient of the summed loss; 0 without a prediction.
+
+    Arguments and errors are those of `gradient_norms` and `sparse_error`.
+    """
+    total = torch.zeros(sketch.size, device=hidden.device)
+    for h, z, y in _chunks(hidden, logits, labels, kind, chunk):
+        total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap))
+    return total
+
+
+def _chunks(
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(hidden, logits, labels) of at most `chunk` predictions at a time."""
+    require(chunk >= 1, "chunk", chunk, "must be at least 1")
+    positions, targets = _checked(hidden, logits, labels, kind)
+    hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
+    for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):
+        if len(where):
+            yield hidden[where], logits[where], y
+
+
+def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """`rows`, once the shapes and the labels fit."""
+    positions, targets = rows(labels, kind)
+    for name, tensor in (("hidden", hidden), ("logits", logits)):
+        fits = tensor.shape[:-1] == labels.shape
+        require(fits, name, tuple(tensor.shape), f"must be {tuple(labels.shape)} and one dimension more")
+    if len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        words = logits.shape[-1]
+        require(low >= 0 and high < words, "labels", (low, high), f"must be from 0 to {words - 1}, or {IGNORED}")
+    return positions, targets
+
+
+def _log_normaliser(logits: Tensor) -> Tensor:
+    """log Σ exp(logits) (N,); a word of logit −∞ has probability 0."""
+    out = logits.logsumexp(dim=1)
+    require(bool(torch.isfinite(out).all()), "logits", "non-finite values", "must be finite where a label is predicted")
+    return out
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """d logit / d raw = 1 − (logit/c)² for logit = c·tanh(raw/c)."""
+    require(softcap > 0, "softcap", softcap, "must be above 0")
+    return 1 - (logits / softcap) ** 2

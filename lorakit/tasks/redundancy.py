@@ -1,0 +1,190 @@
+"""Redundancy on purpose: of the N batches of a stream, exactly R = round(share · N) say what others say already.
+
+A gate over batches can pay only where batches are redundant. Here that share is a knob, and which batches they are is
+known. The same seed gives the same pool, the same place of each batch and the same fresh rows for "repeat" and "near",
+and the same pool for every share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorakit.errors import require
+from lorakit.tasks.collate import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+KINDS = ("repeat", "near", "cluster")
+WIDTH = 256  # of a row's sketched bag of tokens
+ROUNDS = 5  # of k-means
+CHUNK = 4096  # rows compared with all centres at once
+
+
+def redundant_stream(
+    rows: Dataset,
+    *,
+    share: float,
+    kind: str,
+    batch_size: int,
+    pool: int,
+    seed: int,
+    drop: float = 0.1,
+    special: Set[int] = frozenset(),
+) -> tuple[Dataset, np.ndarray]:
+    """Training rows as a stream to be read in order, `batch_size` at a time, of which a known share is redundant.
+
+    The fresh batches walk through a shuffled permutation of the rows outside the pool, and through another one when
+    it is used up. The redundant ones are
+
+    "repeat": drawn from a pool of `pool` rows, without replacement inside a batch where the pool is large enough;
+    "near": the same draws, but every copy has a share `drop` of its ordinary tokens dropped at random;
+    "cluster": rows of any kind in clustered instead of shuffled order, `pool` of them to a cluster on average, in runs
+        of batches as long as a cluster. No row occurs twice.
+
+    Of the batches of a pool the first ones are news; only from then on is a redundant one redundant.
+
+    Args:
+        rows: with `input_ids` and whatever a training row has; every list as long as `input_ids` is taken to be per
+            token ("near").
+        share: of the batches to be redundant.
+        seed: of everything random, at least 0.
+        drop: share of the ordinary tokens a near-duplicate lacks; at least one of a row's stays.
+        special: token ids never dropped, beside a row's first, its last and the last it predicts.
+
+    Returns:
+        The stream, `batch_size · N` rows with N = rows // batch_size, and for each batch whether it is redundant, (N,).
+
+    Raises:
+        ParameterError: naming the run's parameter: `redundancy`, `redundancy_kind`, `redundancy_pool`, `batch_size`.
+    """
+    _check(rows, share, kind, batch_size, pool, drop)
+    for_rows, for_places, for_fresh, for_redundant = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(4))
+    batches = len(rows) // batch_size
+    count = round(share * batches)
+    order, run = for_rows.permutation(len(rows)), 1
+    if kind == "cluster":
+        ordered, outside = np.split(order, [count * batch_size])
+        chosen = ordered[cluster_order(rows.select(ordered)["input_ids"], pool, for_redundant)]
+        run = max(1, round(pool / batch_size))
+    else:
+        pooled, outside = np.split(order, [pool])
+        chosen = _draws(pooled, count, batch_size, for_redundant)
+    redundant = _places(batches, count, run, for_places)
+    stream = np.empty((batches, batch_size), dtype=np.int64)
+    stream[redundant] = chosen.reshape(-1, batch_size)
+    stream[~redundant] = _walk(outside, (batches - count) * batch_size, for_fresh).reshape(-1, batch_size)
+    ordered_rows = rows.select(stream.ravel())
+    if kind == "near":
+        ordered_rows = _thinned_copies(ordered_rows, redundant.repeat(batch_size), drop, special, for_redundant)
+    return ordered_rows, redundant
+
+
+def _check(rows: Dataset, share: float, kind: str, batch_size: int, pool: int, drop: float) -> None:
+    require(0 <= share < 1, "redundancy", share, "must be a share of the batches in [0, 1)")
+    require(kind in KINDS, "redundancy_kind", kind, f"must be one of {', '.join(KINDS)}")
+    require(1 <= batch_size <= len(rows), "batch_size", batch_size, f"must be in 1 to {len(rows)}, the training rows")
+    require(1 <= pool < len(rows), "redundancy_pool", pool, f"must be at least 1 and less than the {len(rows)} rows")
+    require(0 < drop < 1, "drop", drop, "must be a share of a row's tokens in (0, 1)")
+    packed = "position_ids" in rows.column_names
+    require(kind != "near" or not packed, "redundancy_kind", kind, "drops tokens, which packed rows cannot spare")
+
+
+# which row where ------------------------------------------------------------------------------------
+
+
+def _places(batches: int, count: int, run: int, rng: np.random.Generator) -> np.ndarray:
+    """Which of the batches are redundant, (N,) bool: `count` of them, in runs of `run` (the last may be shorter)."""
+    runs = [run] * (count // run) + [count % run] * (count % run > 0)
+    lengths = np.array([1] * (batches - count) + runs, dtype=np.int64)
+    order = rng.permutation(len(lengths))
+    return np.repeat(order >= batches - count, lengths[order])
+
+
+def _draws(pooled: np.ndarray, count: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, B) rows of the pool; a row is twice in a batch only where the pool is smaller than the batch."""
+    batches = [rng.choice(pooled, batch_size, replace=len(pooled) < batch_size) for _ in range(count)]
+    return np.array(batches, dtype=np.int64).reshape(count, batch_size)
+
+
+def _walk(outside: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` rows: a permutation of those outside, then another."""
+    passes = -(-count // max(1, len(outside)))
+    return np.concatenate([outside[:0], *(rng.permutation(outside) for _ in range(passes))])[:count]
+
+
+# near-duplicates ------------------------------------------------------------------------------------
+
+
+def _thinned_copies(
+    rows: Dataset, chosen: np.ndarray, drop: float, special: Set[int], rng: np.random.Generator
+) -> Dataset:
+    from datasets import Dataset
+
+    thin = [thinned(row, drop, special, rng) if it else row for row, it in zip(rows, chosen.tolist(), strict=True)]
+    return Dataset.from_list(thin, features=rows.features)
+
+
+def thinned(row: dict[str, Any], drop: float, special: Set[int], rng: np.random.Generator) -> dict[str, Any]:
+    """`row` without `drop` of its ordinary tokens, on average exactly; a row's class and other values stay."""
+    length = len(row["input_ids"])
+    ordinary = _ordinary(row, special)
+    count = min(int(drop * len(ordinary) + rng.random()), max(0, len(ordinary) - 1))
+    gone = set(rng.choice(ordinary, count, replace=False).tolist()) if count else set()
+    kept = [place for place in range(length) if place not in gone]
+    per_token = {name for name, value in row.items() if isinstance(value, list) and len(value) == length}
+    return {name: [value[p] for p in kept] if name in per_token else value for name, value in row.items()}
+
+
+def _ordinary(row: dict[str, Any], special: Set[int]) -> list[int]:
+    """Positions that may be dropped; the last one predicted is not among them, so that every row has a loss."""
+    ids, labels = row["input_ids"], row.get("labels")
+    held = {0, len(ids) - 1}
+    if isinstance(labels, list):
+        held |= set([place for place, label in enumerate(labels) if label != IGNORED][-1:])
+    return [place for place, token in enumerate(ids) if place not in held and token not in special]
+
+
+# clustered order ------------------------------------------------------------------------------------
+
+
+def cluster_order(ids: Sequence[Sequence[int]], size: int, rng: np.random.Generator) -> np.ndarray:
+    """The rows' places, (N,), sorted by the nearest of N / `size` centres: a few rounds of k-means on the sphere."""
+    if not len(ids):
+        return np.zeros(0, dtype=np.int64)
+    bags = token_bags(ids, rng)  # (N, WIDTH)
+    centres = bags[rng.permutation(len(bags))[: max(2, len(bags) // size)]]
+    for _ in range(ROUNDS):
+        nearest = _nearest(bags, centres)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, bags)
+        empty = np.bincount(nearest, minlength=len(centres)) == 0
+        centres = np.where(empty[:, None], centres, _unit(sums))
+    return np.argsort(_nearest(bags, centres), kind="stable")
+
+
+def token_bags(ids: Sequence[Sequence[int]], rng: np.random.Generator) -> np.ndarray:
+    """(N, WIDTH) unit vectors: tokens counted, weighted by log(N / rows with it), each on a random axis and sign.
+
+    A count sketch of TF-IDF: inner products are right on average, and a large vocabulary needs no more room.
+    """
+    lengths = np.array([len(row) for row in ids])
+    of_row, tokens = np.repeat(np.arange(len(ids)), lengths), np.concatenate([np.asarray(row) for row in ids])
+    vocabulary = int(tokens.max()) + 1
+    within = np.unique(of_row * vocabulary + tokens) % vocabulary  # each token once per row
+    weight = np.log(len(ids) / np.maximum(np.bincount(within, minlength=vocabulary), 1))
+    axis, sign = rng.integers(WIDTH, size=vocabulary), rng.choice([-1.0, 1.0], vocabulary)
+    bags = np.bincount(of_row * WIDTH + axis[tokens], (weight * sign)[tokens], minlength=len(ids) * WIDTH)
+    return _unit(bags.reshape(-1, WIDTH))
+
+
+def _nearest(bags: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """(N,) number of the centre with the largest cosine."""
+    return np.concatenate([(bags[i : i + CHUNK] @ centres.T).argmax(1) for i in range(0, len(bags), CHUNK)])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

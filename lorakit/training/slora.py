@@ -1,0 +1,151 @@
+"""SLoRA on the Hugging Face Trainer's own terms: epochs or max_steps, its schedule, its logs, its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from lorakit.errors import CheckpointError, LorakitError, require
+from lorakit.gates.batches import AlwaysOpen, Gate
+from lorakit.gates.head import find_head
+from lorakit.gates.novelty import HeadGradientGate
+from lorakit.training import checkpoint
+from lorakit.training.gated import GatedTrainer
+
+KEYS = (
+    *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
+    *("k_topk", "rows", "decay", "leverage"),
+)
+_KINDS = {"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
+
+
+class SLoRATrainer(GatedTrainer):
+    """A `transformers.Trainer` that backpropagates only batches whose head gradient is novel.
+
+    Steps of the Trainer (`max_steps`, `logging_steps`, `save_steps`, its learning-rate schedule) count candidate
+    batches; `gate/accepted_steps` in its logs counts those that were trained on. Works on lorakit's adapters, on PEFT
+    models, on 4-bit bases, for classifiers and language models.
+
+    Args:
+        model: with something to train; args: `TrainingArguments`, not fp16.
+        gate_config: the keys of `HeadGradientGate` that are not the model's (KEYS), `target_novelty` being the target
+            acceptance rate; {} for all defaults, None for the ungated baseline.
+        gate: a gate of your own instead.
+        Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
+
+    Raises:
+        ParameterError: an unknown key or a value out of range, fp16, both gate and gate_config.
+        LorakitError: a model without an output head, or of no kind this trainer knows.
+        CheckpointError: resuming from a checkpoint without this gate's state.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        gate_config: Mapping[str, Any] | None = None,
+        *,
+        gate: Gate | None = None,
+        **options: Any,
+    ):
+        require(gate is None or gate_config is None, "gate_config", gate_config, "must be None where a gate is given")
+        kind = kind_of(model)
+        gate = gate or _gate(gate_config, model, kind)
+        require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
+        super().__init__(
+            kind=kind,
+            gate=gate,
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **options,
+        )
+        self.add_callback(_Steps(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As the Trainer's. Resuming needs the gate's state in the checkpoint."""
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        finally:
+            for controller in self.controllers:
+                controller.end()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder))  # for PEFT's own loading; resuming reads the trained weights
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
+            checkpoint.save_seams(self, folder)
+            torch.save(self.ledger.state_dict(), folder / checkpoint.LEDGER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        checkpoint.load_seams(self, folder)
+        if not (folder / checkpoint.LEDGER).is_file():
+            raise CheckpointError(f"{folder}: no {checkpoint.LEDGER}: not a complete checkpoint of SLoRATrainer")
+        self.ledger.load_state_dict(torch.load(folder / checkpoint.LEDGER, weights_only=True))
+        checkpoint.load_weights(self.model, folder)
+
+
+class _Steps(TrainerCallback):
+    """Keeps the ledger and what acts between steps going, as the plain Trainer counts them."""
+
+    def __init__(self, trainer: SLoRATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        for controller in self.trainer.controllers:
+            controller.begin()
+        self.trainer.gate_log.begin(state.max_steps)
+        self.trainer.ledger.restart_clock()
+
+    def on_step_begin(self, args, state, control, **_):
+        for controller in self.trainer.controllers:
+            controller.begin_step(state.global_step / state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.trainer.ledger.commit(self.trainer.total_over_ranks)
+        for controller in self.trainer.controllers:
+            controller.after_step((state.global_step + 1) / state.max_steps, optimizer)
+
+
+def kind_of(model: torch.nn.Module) -> str:
+    """ "classify", "masked" or "causal", from the class of the model (under PEFT's wrapper).
+
+    Raises:
+        LorakitError: none of them.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for ending, kind in _KINDS.items():
+        if ending in type(base).__name__:
+            return kind
+    raise LorakitError(f"{type(base).__name__}: gates know classifiers, masked and causal language models")
+
+
+def _gate(config: Mapping[str, Any] | None, model: torch.nn.Module, kind: str) -> Gate:
+    if config is None:
+        return AlwaysOpen()
+    unknown = sorted(set(config) - set(KEYS))
+    require(not unknown, "gate_config", unknown, f"unknown keys; known are {', '.join(KEYS)}")
+    head = find_head(model, kind)
+    return HeadGradientGate(
+        head.d_hidden, head.outputs, device=head.module.weight.device, kind=kind, softcap=head.softcap, **config
+    )

@@ -1,0 +1,205 @@
+"""A stream with a known share of redundant batches: how many, which, from what, and how alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from lorakit.errors import ParameterError
+from lorakit.tasks.redundancy import KINDS, redundant_stream, thinned, token_bags
+
+FIRST, LAST, MARK = 1, 2, 3  # special tokens
+ROWS, SIZE, POOL = 203, 8, 12  # 25 batches, 3 rows over
+TOPICS = 6
+
+
+def classified(rows: int = ROWS) -> Dataset:
+    """Each row has a token of its own (100 + row) in the middle, and words of one of six topics."""
+    rng = np.random.default_rng(0)
+    columns = {"input_ids": [], "attention_mask": [], "labels": [], "row": []}
+    for row in range(rows):
+        words = (10 + 10 * (row % TOPICS) + rng.integers(10, size=int(rng.integers(20, 30)))).tolist()
+        ids = [FIRST, *words[:9], 100 + row, MARK, *words[9:], LAST]
+        for name, value in zip(columns, (ids, [1] * len(ids), row % 2, row), strict=True):
+            columns[name].append(value)
+    return Dataset.from_dict(columns)
+
+
+def causal() -> Dataset:
+    rows = classified()
+    labels = [[-100] * 12 + ids[12:] for ids in rows["input_ids"]]
+    return rows.remove_columns("labels").add_column("labels", labels)
+
+
+def stream(rows: Dataset | None = None, **options):
+    settings = {"share": 0.4, "kind": "repeat", "batch_size": SIZE, "pool": POOL, "seed": 0, "special": {MARK}}
+    return redundant_stream(classified() if rows is None else rows, **settings | options)
+
+
+def numbers(rows: Dataset) -> np.ndarray:
+    return np.array(rows["row"]).reshape(-1, SIZE)
+
+
+def pool_of(rows: Dataset, redundant: np.ndarray) -> set[int]:
+    return set(numbers(rows)[redundant].ravel().tolist())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_share_is_exact_and_the_length_that_of_whole_batches(kind, share):
+    rows, redundant = stream(share=share, kind=kind)
+    assert redundant.shape == (25,) and redundant.dtype == bool
+    assert redundant.sum() == round(share * 25)
+    assert len(rows) == 25 * SIZE and rows.column_names == classified().column_names
+    assert rows.features == classified().features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_decides(kind):
+    (first, places), (again, same), (other, moved) = stream(kind=kind), stream(kind=kind), stream(kind=kind, seed=1)
+    assert first.to_dict() == again.to_dict() and (places == same).all()
+    assert first["row"] != other["row"] and (places != moved).any()
+
+
+def test_redundant_batches_are_spread_and_drawn_from_a_small_pool():
+    rows, redundant = stream()
+    pool = pool_of(rows, redundant)
+    assert len(pool) == POOL  # ten batches of eight: every row of it came up
+    assert not redundant[:10].all() and redundant[5:20].any()
+    assert all(len(set(batch)) == SIZE for batch in numbers(rows)[redundant].tolist())
+    fresh = numbers(rows)[~redundant].ravel()
+    assert len(set(fresh)) == len(fresh) == 15 * SIZE  # each once
+    assert not pool & set(fresh.tolist())
+    assert sorted(fresh) != fresh.tolist()
+    source = classified()
+    assert all(row == source[row["row"]] for row in rows)  # whole rows, as they were
+
+
+def test_fresh_rows_start_over_when_used_up_and_never_enter_the_pool():
+    rows, redundant = stream(share=0.0, pool=150)  # 53 rows for 200 places
+    assert not redundant.any()
+    times = Counter(numbers(rows).ravel().tolist())
+    assert len(times) == ROWS - 150 and set(times.values()) == {3, 4}
+
+
+def test_the_pool_and_the_walk_do_not_depend_on_share_or_kind():
+    rows, redundant = stream(share=0.4)
+    more, most = stream(share=0.8)
+    near, same = stream(kind="near")
+    assert pool_of(rows, redundant) == pool_of(more, most)
+    assert near["row"] == rows["row"] and (same == redundant).all()
+    fresh, fewer = numbers(rows)[~redundant].ravel(), numbers(more)[~most].ravel()
+    assert (fresh[: len(fewer)] == fewer).all()
+
+
+def test_a_pool_smaller_than_a_batch():
+    rows, redundant = stream(pool=3)
+    assert len(pool_of(rows, redundant)) == 3
+
+
+@pytest.mark.parametrize("build", [classified, causal])
+def test_near_duplicates_lack_a_tenth_of_their_ordinary_tokens(build):
+    source = build()
+    rows, redundant = stream(source, kind="near")
+    lost = ordinary = differing = 0
+    for place, row in enumerate(rows):
+        original = source[row["row"]]
+        if not redundant[place // SIZE]:
+            assert row == original
+            continue
+        kept = Counter(row["input_ids"])
+        assert kept <= Counter(original["input_ids"])
+        assert kept.total() > 0.8 * len(original["input_ids"])
+        assert row["input_ids"][0] == FIRST and row["input_ids"][-1] == LAST and MARK in row["input_ids"]
+        assert len(row["attention_mask"]) == len(row["input_ids"])
+        ordinary += len(original["input_ids"]) - 3
+        lost += len(original["input_ids"]) - len(row["input_ids"])
+        differing += row["input_ids"] != original["input_ids"]
+        if build is classified:
+            assert row["labels"] == original["labels"]
+        else:  # a label is the token it stands at, or none
+            start = row["input_ids"].index(MARK) + 1
+            assert row["labels"] == [-100] * start + row["input_ids"][start:]
+    assert lost / ordinary == pytest.approx(0.1, abs=0.01)
+    assert differing == redundant.sum() * SIZE
+    copies = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if redundant[place // SIZE])
+    assert len(copies) > 5 * POOL  # not the same tokens each time
+
+
+def test_tokens_keep_their_order_and_extra_columns_their_values():
+    row = {"input_ids": list(range(50)), "token_type_ids": list(range(50)), "labels": 1, "spans": [4, 5]}
+    copy = thinned(row, 0.5, frozenset(), np.random.default_rng(0))
+    assert copy["input_ids"] == copy["token_type_ids"] == sorted(copy["input_ids"])
+    assert len(copy["input_ids"]) in (26, 27)
+    assert copy["labels"] == 1 and copy["spans"] == [4, 5]
+
+
+@pytest.mark.parametrize("ids", [[1], [1, 2], [1, 9, 2], [1, 3, 2], [1, 9, 9, 2]])
+def test_short_rows_keep_a_token_and_a_label(ids):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert len(thinned({"input_ids": ids, "labels": 0}, 0.9, {3}, rng)["input_ids"]) >= min(3, len(ids))
+        labels = [-100, *ids[1:-1], -100][: len(ids)]
+        assert thinned({"input_ids": ids, "labels": labels}, 0.9, {3}, rng)["labels"][1:-1][-1:] == ids[1:-1][-1:]
+
+
+def mean_cosine(ids: list[list[int]]) -> float:
+    """Of the bags of all pairs of rows, special tokens left out."""
+    bags = np.array([np.bincount(row, minlength=400)[10:] for row in ids], dtype=float)
+    bags /= np.linalg.norm(bags, axis=1, keepdims=True)
+    cosines = bags @ bags.T
+    return (cosines.sum() - len(ids)) / (len(ids) * (len(ids) - 1))
+
+
+def test_clustered_batches_are_alike_and_come_in_runs():
+    rows, redundant = stream(kind="cluster", share=0.6, pool=24)
+    batches = [rows["input_ids"][i : i + SIZE] for i in range(0, len(rows), SIZE)]
+    clustered = [mean_cosine(batch) for batch, it in zip(batches, redundant, strict=True) if it]
+    shuffled = [mean_cosine(batch) for batch, it in zip(batches, redundant, strict=True) if not it]
+    assert np.mean(clustered) > 2 * np.mean(shuffled)
+    both = [batches[i] + batches[i + 1] for i in range(24) if redundant[i] and redundant[i + 1]]
+    assert np.mean([mean_cosine(pair) for pair in both]) > 1.5 * np.mean(shuffled)  # consecutive batches too
+    starts = np.flatnonzero(np.diff(np.r_[False, redundant].astype(int)) == 1)
+    assert 1 < len(starts) <= 5  # fifteen batches in runs of three
+    everyone = numbers(rows).ravel()
+    assert len(set(everyone)) == len(everyone)  # no row twice
+
+
+def test_bags_are_unit_vectors_whose_products_are_those_of_tf_idf():
+    ids = classified(60)["input_ids"]
+    exact = np.array([np.bincount(row, minlength=400) for row in ids], dtype=float)
+    exact *= np.log(60 / np.maximum((exact > 0).sum(0), 1))
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    bags = token_bags(ids, np.random.default_rng(0))
+    assert np.linalg.norm(bags, axis=1) == pytest.approx(1)
+    error = bags @ bags.T - exact @ exact.T
+    assert np.abs(error).mean() < 0.06 and abs(error.mean()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"share": 1.0}, r"redundancy=1\.0"),
+        ({"share": -0.1}, r"redundancy=-0\.1"),
+        ({"share": float("nan")}, "redundancy=nan"),
+        ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
+        ({"pool": 0}, "redundancy_pool=0"),
+        ({"pool": ROWS}, f"redundancy_pool={ROWS}"),
+        ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"kind": "near", "drop": 1.0}, r"drop=1\.0"),
+    ],
+)
+def test_bad_input(options, named):
+    with pytest.raises(ParameterError, match=named):
+        stream(**options)
+
+
+def test_packed_rows_cannot_be_thinned():
+    packed = causal().add_column("position_ids", [list(range(len(ids))) for ids in classified()["input_ids"]])
+    with pytest.raises(ParameterError, match="redundancy_kind='near'.*packed"):
+        stream(packed, kind="near")
+    assert stream(packed)[0].column_names == packed.column_names
