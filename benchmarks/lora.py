@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from benchmarks._adapters import Case, distilbert, minilm, peft_twin, predicted_peak, step_claims
-from benchmarks._adapters import make_batch as make_batch  # other benchmarks take it from here
 from benchmarks._common import Claim
 
 DESCRIPTION = "LoRA step (forward, backward, AdamW) with lorakit against PEFT, MiniLM and DistilBERT dimensions, fp32"

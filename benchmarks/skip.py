@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from benchmarks._adapters import Case, make_batch
 from benchmarks._common import Claim, interleave
-from benchmarks.lora import CASES, Case, build_ours, make_batch
+from benchmarks.lora import CASES, build_ours
 
 DESCRIPTION = (
     "SkipLoRA with half the blocks (prefix) or adapters (adapter) skipped against LoRA, MiniLM, DistilBERT, Gemma"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks._adapters import Case, distilbert, make_batch, minilm
 from benchmarks._common import Claim, interleave, time_claim
-from benchmarks.lora import Case, distilbert, make_batch, minilm
 
 DESCRIPTION = "Sparse LoRA at 50 % against dense LoRA of rank 32: files without task head, unmerged inference, fp32"
 TARGET = "structured and compacted: bytes <= 0.55 x, latency < 1.0 x; unstructured and packed: bytes <= 0.55 x"

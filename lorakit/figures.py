@@ -66,7 +66,7 @@ def draw_table(ax: Axes, table: dict[str, Curve], groups: dict[str, list[Record]
         ax.plot(curve.x, curve.mean, color=look.color, marker=look.marker, ls=look.dash,
                 markevery=style.spaced(curve.x), label=run_label(look.label, groups[method]))  # fmt: skip
         if len(curve.seeds) > 1:
-            ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
+            ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=min(0.15, 0.9 / len(table)), lw=0)
         for path in curve.unfinished:
             _draw_unfinished(ax, path, look, top)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOVELTY_GATES = ("novelty", "novelty_loss", "least_novel")  # the score they log is a novelty
+SETTLED = 10  # decisions after the burn-in before a rate is drawn: one of fewer says little
 PARTS = {"forward": "flops_forward", "backward": "flops_backward", "gate": "flops_gate"}
 
 
@@ -34,7 +35,7 @@ def log_table(records: Sequence[Record], key: str, after_burn_in: bool = False) 
     """Row -> one number of its gate's log, such as "gate/novelty", over candidate steps; rows without it are left out.
 
     Args:
-        after_burn_in: leave out what was logged while everything was accepted.
+        after_burn_in: leave out what was logged before `SETTLED` decisions were made by the gate itself.
     """
     table = {}
     for method, group in stats.by_method(records).items():
@@ -45,8 +46,8 @@ def log_table(records: Sequence[Record], key: str, after_burn_in: bool = False) 
 
 
 def _logged(record: Record, key: str, after_burn_in: bool) -> tuple[np.ndarray, np.ndarray]:
-    start = gate(record).get("burn_in", 0) if after_burn_in else 0
-    points = [(p["step"], p[key]) for p in gate(record).get("log", ()) if p.get(key) is not None and p["step"] > start]
+    start = gate(record).get("burn_in", 0) + SETTLED if after_burn_in else 0
+    points = [(p["step"], p[key]) for p in gate(record).get("log", ()) if p.get(key) is not None and p["step"] >= start]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
@@ -64,7 +65,7 @@ def acceptance(records: Sequence[Record]) -> Figure:
     targets = sorted({gate(record)["target_rate"] for record in records if "target_rate" in gate(record)})
     for target in targets:
         ax.axhline(target, color="0.35", lw=0.8, zorder=1)
-        ax.annotate(f"target {target:.0%}", (1, target), (3, 0), xycoords=("axes fraction", "data"),
+        ax.annotate(f"target {100 * target:.0f} %", (1, target), (3, 0), xycoords=("axes fraction", "data"),
                     textcoords="offset points", va="center", size=8)  # fmt: skip
     low, high = ax.get_ylim()
     ax.set_ylim(max(0, min([low, *(target - 0.05 for target in targets)])), max([high, *targets]))
@@ -82,12 +83,12 @@ def novelty(records: Sequence[Record]) -> Figure:
     """
     scored = [record for record in records if gate(record).get("name") in NOVELTY_GATES]
     table = log_table(scored, "gate/novelty") if scored else {}
-    drawn, ax = _over_steps(scored, table, "novelty of candidate batches", "a gate that scores novelty")
+    drawn, ax = _over_steps(scored or records, table, "novelty of candidate batches", "a gate that scores novelty")
     nulls = sorted({1 - gate(r)["k"] / gate(r)["m"] for r in scored if gate(r).get("k") and gate(r).get("m")})
     for null in nulls:
         ax.axhline(null, color="0.35", lw=0.8, zorder=1)
-        ax.annotate("1 − k/m", (1, null), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    va="center", size=8)  # fmt: skip
+        ax.annotate("1 − k/m:\nunrelated\nbatches", (1, null), (3, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", va="center", size=8)  # fmt: skip
     ax.set_ylim(0, max([1.02, ax.get_ylim()[1]]))
     return drawn
 
@@ -109,7 +110,7 @@ def _over_steps(records: Sequence[Record], table: dict[str, Curve], y: str, need
 def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter
 
-    return PercentFormatter(1, decimals=0)
+    return PercentFormatter(1, decimals=0, symbol=" %")
 
 
 # what it cost ----------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def gate_ledger(records: Sequence[Record]) -> Figure:
             ax.barh(range(len(table)), width, 0.62, left, color=color, edgecolor="white", lw=0.6, label=part)
             left += width
         for place, row in enumerate(table.values()):
-            ax.annotate(f"{left[place]:.3g}, {row['accepted']:.0%} accepted", (left[place], place), (7, 0),
+            ax.annotate(f"{left[place]:.3g}, {100 * row['accepted']:.0f} % accepted", (left[place], place), (7, 0),
                         textcoords="offset points", va="center", size=8)  # fmt: skip
         style.list_methods(ax, list(table))
         ax.margins(x=0.24)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit import report_data, report_tables, stats, style
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.records import Record, read_all
 from lorakit.report_data import Groups, label
+from lorakit.report_header import header
 from lorakit.report_tables import percent
-from lorakit.table import _write
+from lorakit.table import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     groups = report_data.rows_of(records, baseline)
     parts = [
         f"# {records[0].setting}: {len(groups)} rows compared",
-        _header(groups, sources),
+        header(groups, sources),
         READING,
         "## What each row reached",
         f"Means ± standard deviation over the seeds that finished. The baseline is `{next(iter(groups))}`.",
@@ -69,53 +70,6 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
         *_warnings(groups),
     ]
     return "\n\n".join([*parts, *([f"## Figures\n\n{pictures}"] if pictures else [])]) + "\n"
-
-
-# what was read ---------------------------------------------------------------------------------------
-
-
-def _header(groups: Groups, sources: Sequence[str]) -> str:
-    records = [record for group in groups.values() for record in group]
-    data = _each(records, lambda r: [f"{n} ({h[:12]})" for n, h in r.fingerprints.get("data", {}).items()])
-    lines = {
-        "Setting": f"`{records[0].setting}`",
-        "Read": f"{len(records)} records" + (f" under {', '.join(f'`{name}`' for name in sources)}" if sources else ""),
-        "Model": _each(records, lambda r: [_known(r.resolved.get("model"), r.fingerprints.get("model"))]),
-        "Data": _each(records, lambda r: [r.resolved.get("task")]) + (f": {data}" if data else ""),
-        "Seeds": _by_row(groups, report_tables.seeds_of),
-        "Learning rate": _by_row(groups, lambda g: _each(g, lambda r: [r.resolved.get("learning_rate")])),
-        "Schedule": _by_row(groups, lambda g: _each(g, lambda r: [r.resolved.get("schedule")])),
-        "Budget": _by_row(groups, lambda g: _each(g, _budget)),
-        "Versions": _each(records, lambda r: [f"{n} {v}" for n, v in r.environment.get("versions", {}).items() if v]),
-        "Machine": _each(records, lambda r: [r.environment.get(name) for name in ("cpu", "device")]),
-        "Code": _each(records, lambda r: [str(r.fingerprints.get("code") or "")[:12]]),
-    }
-    return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
-
-
-def _each(records: Sequence[Record], values: Callable[[Record], list[Any]]) -> str:
-    """Everything `values` gives over the records, each once."""
-    found = dict.fromkeys(str(value) for record in records for value in values(record) if value not in (None, ""))
-    return ", ".join(found)
-
-
-def _by_row(groups: Groups, text: Callable[[list[Record]], str]) -> str:
-    """What all rows share, else each row's own."""
-    texts = {row: text(group) for row, group in groups.items()}
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    common = max(texts.values(), key=[*texts.values()].count)
-    others = [f"`{row}` {text or 'not recorded'}" for row, text in texts.items() if text != common]
-    return f"{common or 'not recorded'}; but {'; '.join(others)}"
-
-
-def _known(name: str | None, digest: str | None) -> str:
-    return f"{name or ''} ({digest[:12]})".strip() if digest else name or ""
-
-
-def _budget(record: Record) -> list[str]:
-    asked = record.resolved
-    return [f"{asked['budget']:,g} {asked.get('budget_unit', '')}".replace("_", " ")] if "budget" in asked else []
 
 
 # what is compared ------------------------------------------------------------------------------------
@@ -232,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.figures:
             pictures = _save(figures_of(records), Path(args.figures), output.parent)
-        _write(report(records, args.baseline, args.results, pictures), output)
+        write_text(report(records, args.baseline, args.results, pictures), output)
     except OSError as error:
         raise ParameterError("--output", args.output, f"cannot be written: {error}") from None
     print(f"{args.output}: {len(records)} runs of {len(stats.by_method(records))} rows")

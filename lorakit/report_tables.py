@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lorakit import report_data, stats
 from lorakit.records import Record
 from lorakit.report_data import Comparison, Criterion, Groups, label
-from lorakit.table import NONE, Cell, _cells, _layout, _mean, _score, _statuses
+from lorakit.table import NONE, Cell, cells, layout, mean_cell, score_cell, statuses
 
 AXES = {  # axis -> heading, divisor, format
     "accepted_steps": ("accepted steps", 1, "{:,.0f}"),
@@ -25,10 +25,10 @@ def quality_table(groups: Groups) -> str:
     columns: dict[str, Cell] = {
         "row": lambda group: f"`{group[0].method}`",
         "seeds": seeds_of,
-        "runs": _statuses,
+        "runs": statuses,
         "learning rate": lambda group: ", ".join(f"{rate:.3g}" for rate in distinct(group, "learning_rate")) or NONE,
     }
-    return _layout(_cells(groups, columns | {name.replace("_", " "): _score(name) for name in values}), True)
+    return layout(cells(groups, columns | {name.replace("_", " "): score_cell(name) for name in values}), True)
 
 
 def metrics_of(records: Sequence[Record]) -> list[str]:
@@ -55,16 +55,23 @@ def seeds_of(group: Sequence[Record]) -> str:
 def cost_table(groups: Groups) -> str:
     """What each row cost and accepted, means over the runs that finished."""
     columns: dict[str, Cell] = {
-        "accepted steps": _mean(lambda r: r.costs.accepted_steps, "{:,.0f}"),
-        "steps": _mean(lambda r: r.costs.steps, "{:,.0f}"),
-        "tokens": _mean(lambda r: r.costs.tokens, "{:,.0f}"),
-        "TFLOPs": _mean(lambda r: r.costs.flops / 1e12, "{:.3g}"),
-        "seconds": _mean(lambda r: r.costs.seconds, "{:,.1f}"),
-        "accepted": _mean(lambda r: r.costs.accepted_steps / r.costs.steps if r.costs.steps else None, "{:.0%}"),
-        "after burn-in": _mean(lambda r: r.details.get("gate", {}).get("acceptance_rate"), "{:.1%}"),
+        "accepted steps": mean_cell(lambda r: r.costs.accepted_steps, "{:,.0f}"),
+        "steps": mean_cell(lambda r: r.costs.steps, "{:,.0f}"),
+        "tokens": mean_cell(lambda r: r.costs.tokens, "{:,.0f}"),
+        "TFLOPs": mean_cell(lambda r: r.costs.flops / 1e12, "{:.3g}"),
+        "seconds": mean_cell(lambda r: r.costs.seconds, "{:,.1f}"),
+        "accepted": mean_cell(
+            lambda r: 100 * r.costs.accepted_steps / r.costs.steps if r.costs.steps else None, "{:.0f} %"
+        ),
+        "after burn-in": mean_cell(_late_rate, "{:.1f} %"),
         "target": _target,
     }
-    return _layout(_cells(groups, columns), True)
+    return layout(cells(groups, columns), True)
+
+
+def _late_rate(record: Record) -> float | None:
+    rate = record.details.get("gate", {}).get("acceptance_rate")
+    return None if rate is None else 100 * rate
 
 
 def _target(group: list[Record]) -> str:
@@ -80,7 +87,7 @@ def equal_table(found: Sequence[Comparison]) -> str:
     """Differences in validation loss at an equal amount of one axis, a line per pair of rows."""
     unit = AXES[found[0].axis][0]
     head = ["row", "against", f"at {unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
-    return _layout([head, *map(_equal_line, found)], True)
+    return layout([head, *map(_equal_line, found)], True)
 
 
 def _equal_line(one: Comparison) -> list[str]:
@@ -117,14 +124,14 @@ def _decayed(one: Comparison) -> str:
         return NONE
     if one.constant:
         return "constant rate"
-    late = [f"{label(row)} at {percent(x)}" for row, x in one.shares.items() if x < report_data.DECAYED]
+    late = [f"{label(row)} at {int(100 * x)} %" for row, x in one.shares.items() if x < report_data.DECAYED]
     return f"no: {', '.join(late)}" if late else "yes"
 
 
 def criterion_table(found: Sequence[Criterion]) -> str:
     """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
     head = ["row", "validation loss, relative", "95 % interval", "pairs", "fewer accepted steps", "verdict"]
-    return _layout([head, *map(_criterion_line, found)], True)
+    return layout([head, *map(_criterion_line, found)], True)
 
 
 def _criterion_line(one: Criterion) -> list[str]:

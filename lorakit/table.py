@@ -29,36 +29,36 @@ def results_table(records: Sequence[Record], *, markdown: bool = False, timing: 
     """
     groups = stats.by_method(records)
     columns = [_quality(stats.main_value(records)), _cost() | (_timing() if timing else {})]
-    return "\n\n".join(_layout(_cells(groups, part), markdown) for part in columns)
+    return "\n\n".join(layout(cells(groups, part), markdown) for part in columns)
 
 
 def _quality(value: str) -> dict[str, Cell]:
-    scores = {name.replace("_", " "): _score(name) for name in (value, "validation loss")}
+    scores = {name.replace("_", " "): score_cell(name) for name in (value, "validation loss")}
     return (
-        {"seeds": lambda group: str(len(group)), "status": _statuses}
+        {"seeds": lambda group: str(len(group)), "status": statuses}
         | scores
         | {
-            "trainable": _mean(lambda r: r.parameters and r.parameters.trainable, "{:,.0f}"),
-            "total/trainable": _mean(lambda r: r.parameters and r.parameters.reduction_factor, "{:,.1f}"),
-            "adapter MiB": _mean(lambda r: _mebibytes(r.adapter_bytes), "{:,.2f}"),
+            "trainable": mean_cell(lambda r: r.parameters and r.parameters.trainable, "{:,.0f}"),
+            "total/trainable": mean_cell(lambda r: r.parameters and r.parameters.reduction_factor, "{:,.1f}"),
+            "adapter MiB": mean_cell(lambda r: _mebibytes(r.adapter_bytes), "{:,.2f}"),
         }
     )
 
 
 def _cost() -> dict[str, Cell]:
     return {
-        "accepted steps": _mean(lambda r: r.costs.accepted_steps, "{:,.0f}"),
-        "tokens": _mean(lambda r: r.costs.tokens, "{:,.0f}"),
-        "TFLOPs": _mean(lambda r: r.costs.flops / 1e12, "{:.3g}"),
-        "predicted peak MiB": _mean(lambda r: _mebibytes((r.costs.predicted_memory or {}).get("peak")), "{:,.1f}"),
+        "accepted steps": mean_cell(lambda r: r.costs.accepted_steps, "{:,.0f}"),
+        "tokens": mean_cell(lambda r: r.costs.tokens, "{:,.0f}"),
+        "TFLOPs": mean_cell(lambda r: r.costs.flops / 1e12, "{:.3g}"),
+        "predicted peak MiB": mean_cell(lambda r: _mebibytes((r.costs.predicted_memory or {}).get("peak")), "{:,.1f}"),
     }
 
 
 def _timing() -> dict[str, Cell]:
     return {
-        "latency ms": _mean(lambda r: r.latency and r.latency.unmerged_ms, "{:,.2f}"),
-        "merged latency ms": _mean(lambda r: r.latency and r.latency.merged_ms, "{:,.2f}"),
-        "seconds": _mean(lambda r: r.costs.seconds, "{:,.1f}"),
+        "latency ms": mean_cell(lambda r: r.latency and r.latency.unmerged_ms, "{:,.2f}"),
+        "merged latency ms": mean_cell(lambda r: r.latency and r.latency.merged_ms, "{:,.2f}"),
+        "seconds": mean_cell(lambda r: r.costs.seconds, "{:,.1f}"),
     }
 
 
@@ -66,7 +66,8 @@ def _mebibytes(size: int | None) -> float | None:
     return None if size is None else size / 2**20
 
 
-def _statuses(group: list[Record]) -> str:
+def statuses(group: list[Record]) -> str:
+    """How many of the runs ended how: "3 done, 1 diverged"."""
     return ", ".join(f"{number} {status.replace('_', ' ')}" for status, number in _ended(group).items())
 
 
@@ -76,7 +77,9 @@ def _ended(group: list[Record]) -> dict[str, int]:
     return {status: counts[status] for status in sorted(counts, key=lambda status: (status != "done", status))}
 
 
-def _score(value: str) -> Cell:
+def score_cell(value: str) -> Cell:
+    """Mean ± standard deviation over the seeds of a final metric."""
+
     def cell(group: list[Record]) -> str:
         numbers = [*stats.finished(group, value).values()]
         if not numbers:
@@ -93,7 +96,9 @@ def _digits(number: float) -> str:
     return f"{number:.3f}" if size < 100 else f"{number:,.1f}" if size < 1e6 else f"{number:.2e}"
 
 
-def _mean(read: Callable[[Record], float | None], form: str) -> Cell:
+def mean_cell(read: Callable[[Record], float | None], form: str) -> Cell:
+    """Mean over the runs that finished of what `read` finds, written as `form` says."""
+
     def cell(group: list[Record]) -> str:
         numbers = [number for record in group if record.status == "done" and (number := read(record)) is not None]
         return form.format(statistics.fmean(numbers)) if numbers else NONE
@@ -101,13 +106,14 @@ def _mean(read: Callable[[Record], float | None], form: str) -> Cell:
     return cell
 
 
-def _cells(groups: dict[str, list[Record]], columns: dict[str, Cell]) -> list[list[str]]:
+def cells(groups: dict[str, list[Record]], columns: dict[str, Cell]) -> list[list[str]]:
+    """A head and one line of words per row."""
     looks = style.looks(groups)
     rows = [[looks[name].label, *(cell(group) for cell in columns.values())] for name, group in groups.items()]
     return [["method", *columns], *rows]
 
 
-def _layout(rows: list[list[str]], markdown: bool) -> str:
+def layout(rows: list[list[str]], markdown: bool) -> str:
     """Lines of equal width: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -161,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         style.save(figures.overview(next(iter(settings.values()))), args.figure)
     if args.output:
-        _write(text, Path(args.output))
+        write_text(text, Path(args.output))
     return 0
 
 
@@ -192,7 +198,8 @@ def _part(setting: str, records: list[Record], args: argparse.Namespace) -> str:
     return "\n\n".join((heading, results_table(records, markdown=args.markdown), lines))
 
 
-def _write(text: str, path: Path) -> None:
+def write_text(text: str, path: Path) -> None:
+    """Write `text` to `path` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

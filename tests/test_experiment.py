@@ -176,6 +176,19 @@ def test_search_compares_on_validation_only(tmp_path, monkeypatch):
     assert lr_search.best_rate(record) == min(losses, key=losses.get)
 
 
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    given = QUICK | {"search_rates": [1.0e-4], "search_budget": 3, "record": str(tmp_path / "lr.json")}
+    first = lorakit.search(given)
+    tried = []
+    real = lr_search._try_rate
+    monkeypatch.setattr(lr_search, "_try_rate", lambda p, r: (tried.append(p.learning_rate), real(p, r))[1])
+    more = lorakit.search(given | {"search_rates": [1.0e-3, 1.0e-4]})
+    assert tried == [1.0e-3] and more.search[1] == first.search[0]
+    assert any("learning rates 0.0001 from the search started" in note for note in more.notes)
+    lorakit.search(given | {"search_rates": [1.0e-3, 1.0e-4], "search_budget": 4})  # another budget: nothing to keep
+    assert tried == [1.0e-3, 1.0e-3, 1.0e-4]
+
+
 def test_search_passes_over_what_diverged():
     search = [
         records.SearchPoint(learning_rate=1.0, status="diverged"),

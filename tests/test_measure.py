@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import getpass
 import json
 import platform
@@ -16,6 +17,7 @@ from torch import nn
 
 from lorakit import models
 from lorakit.adapters import attach, quantize_nf4
+from lorakit.adapters.nf4 import scale_tensors
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure import environment, plan
 from lorakit.measure.latency import inference_latency
@@ -162,6 +164,21 @@ def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder,
     adapters = next(row["bytes"] for row in weight_table(real)["rows"] if row["kind"] == "adapters")
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
     assert predicted.memory["parameters"] == weight_table(dense, "nf4")["base"]["bytes"] + adapters + buffers
+
+
+def test_layers_quantised_without_data_have_the_form_of_real_ones():
+    def form(weight):
+        state, tensors = weight.quant_state, (weight, *scale_tensors(weight))
+        kept = [getattr(state, name) for name in ("shape", "dtype", "blocksize", "quant_type", "nested")]
+        return kept, state.state2.blocksize, [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+    real = nn.Sequential(nn.Linear(96, 50), nn.Linear(7, 3, bias=False)).bfloat16()  # neither in whole blocks
+    empty = copy.deepcopy(real).to("meta")
+    plan.quantize_meta(empty)
+    for layer, other in zip(quantize_nf4(real), empty, strict=True):
+        assert form(layer.weight) == form(other.weight) and type(layer) is type(other)
+        assert (layer.compute_dtype, layer.bias is None) == (other.compute_dtype, other.bias is None)
+    assert real[0].bias.dtype == empty[0].bias.dtype and empty[0].weight.is_meta
 
 
 def test_a_plan_in_4_bits_counts_the_same_parameters_in_less_memory(folder):

@@ -83,6 +83,9 @@ def test_fresh_rows_start_over_when_used_up_and_never_enter_the_pool():
     assert not redundant.any()
     times = Counter(numbers(rows).ravel().tolist())
     assert len(times) == ROWS - 150 and set(times.values()) == {3, 4}
+    passes = numbers(rows).ravel()[: 3 * 53].reshape(3, 53).tolist()
+    assert all(sorted(one) == sorted(times) for one in passes)
+    assert passes[0] != passes[1] != passes[2]  # shuffled anew
 
 
 def test_the_pool_and_the_walk_do_not_depend_on_share_or_kind():
@@ -135,6 +138,12 @@ def test_tokens_keep_their_order_and_extra_columns_their_values():
     assert copy["input_ids"] == copy["token_type_ids"] == sorted(copy["input_ids"])
     assert len(copy["input_ids"]) in (26, 27)
     assert copy["labels"] == 1 and copy["spans"] == [4, 5]
+
+
+def test_what_a_row_predicts_last_stays():
+    rng = np.random.default_rng(0)
+    row = {"input_ids": [1, 9, 8, 7, 6, 2], "labels": [-100, -100, -100, 7, 6, -100]}
+    assert all(thinned(row, 0.9, frozenset(), rng)["labels"][-2] == 6 for _ in range(20))
 
 
 @pytest.mark.parametrize("ids", [[1], [1, 2], [1, 9, 2], [1, 3, 2], [1, 9, 9, 2]])

@@ -210,3 +210,35 @@ def test_a_curve_keeps_the_last_of_equal_x_and_only_finite_values():
 def test_unknown_x_is_an_error():
     with pytest.raises(ParameterError, match="x='epochs'.*accepted_steps.*seconds"):
         stats.curve(record(), "epochs")
+
+
+def test_relative_differences_are_shares_of_the_baselines_value():
+    a = [final("lora", seed, loss) for seed, loss in enumerate((0.51, 0.99, 2.2, 1.0))]
+    b = [final("full", seed, loss) for seed, loss in enumerate((0.50, 1.00, 2.0, 0.0))]
+    gap = stats.paired_differences(a, b, "loss", relative=True)
+    assert gap.differences == pytest.approx((0.02, -0.01, 0.1))
+    assert gap.seeds == (0, 1, 2) and gap.left_out == (3,)  # nothing is a share of 0
+
+
+def test_at_equal_takes_each_pair_where_its_shorter_run_ends():
+    long = [record("full", seed, floor=0.4, points=9) for seed in (0, 1, 2)]
+    short = [record("lora", 0, floor=0.3, points=4), record("lora", 1, floor=0.5, points=6), record("lora", 7)]
+    gap, places = stats.at_equal(short, long, "accepted_steps")
+    assert places == {0: 40, 1: 60} and gap.seeds == (0, 1) and gap.left_out == (2, 7)
+    assert gap.differences == pytest.approx((-0.1, 0.1))
+    assert gap.value == "validation loss at equal accepted_steps"
+    assert stats.at_equal(long, short, "accepted_steps")[0].differences == pytest.approx((0.1, -0.1))
+
+
+def test_at_equal_interpolates_the_run_that_goes_on():
+    late = [point for point in record("full").curve if point.step in (0, 30, 60)]
+    gap, places = stats.at_equal([record("lora", points=4)], [record("full", curve=late)], "steps")
+    losses = [0.4 + 0.3 * math.exp(-step / 20) for step in (30, 40, 60)]
+    assert places == {0: 40}
+    assert gap.differences == pytest.approx((losses[1] - (2 * losses[0] + losses[2]) / 3,))
+
+
+def test_at_equal_leaves_out_runs_without_a_curve_and_pairs_that_never_start():
+    empty, unmoved = record("lora", 0, curve=[]), record("lora", 1, curve=record().curve[:1])
+    gap, places = stats.at_equal([empty, unmoved], [record("full", seed) for seed in (0, 1)], "tokens")
+    assert (gap.estimate, places, gap.left_out) == (None, {}, (0, 1))

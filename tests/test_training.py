@@ -113,7 +113,7 @@ def test_gate_halves_the_steps_without_accumulation(model, tmp_path):
     )
     run.train()
     assert run.ledger.accepted_steps == 10 and run.ledger.steps == 19
-        assert run.curve.points[-1].gate_score == 18.5  # batches 18 (rejected) and 19, since the last point
+    assert run.curve.points[-1].gate_score == 18.5  # batches 18 (rejected) and 19, since the last point
 
 
 def test_ledger_counts_what_was_seen(model, tmp_path):

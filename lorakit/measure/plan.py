@@ -127,23 +127,10 @@ def _four_bit(linear: nn.Module) -> nn.Module:
     from lorakit.adapters.layer import is_conv1d
 
     library, weight, bias = bitsandbytes(), linear.weight, linear.bias
-    shape = weight.T.shape if is_conv1d(linear) else weight.shape
-    blocks = -(-weight.numel() // BLOCK)
-    nested = library.functional.QuantState(
-        torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32
-    )
-    state = library.functional.QuantState(
-        torch.empty(blocks, dtype=torch.uint8),
-        shape,
-        torch.empty(16),
-        BLOCK,
-        "nf4",
-        weight.dtype,
-        torch.empty(()),
-        nested,
-    )
+    shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
     layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
     packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+    state = _scales(library.functional.QuantState, shape, weight.dtype)
     layer.weight = library.nn.Params4bit(
         packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
     )
@@ -151,6 +138,14 @@ def _four_bit(linear: nn.Module) -> nn.Module:
         layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
     mend(layer)
     return layer
+
+
+def _scales(state: type, shape: torch.Size, dtype: torch.dtype) -> Any:
+    """Scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone."""
+    blocks = -(-shape.numel() // BLOCK)
+    scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
+    nested = state(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return state(scales, shape, torch.empty(16), BLOCK, "nf4", dtype, offset=torch.empty(()), state2=nested)
 
 
 def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:

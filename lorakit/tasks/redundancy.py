@@ -124,8 +124,12 @@ def _thinned_copies(
 ) -> Dataset:
     from datasets import Dataset
 
-    thin = [thinned(row, drop, special, rng) if it else row for row, it in zip(rows, chosen.tolist(), strict=True)]
-    return Dataset.from_list(thin, features=rows.features)
+    columns = rows[:]
+    for place in np.flatnonzero(chosen).tolist():
+        row = {name: column[place] for name, column in columns.items()}
+        for name, value in thinned(row, drop, special, rng).items():
+            columns[name][place] = value
+    return Dataset.from_dict(columns, features=rows.features)
 
 
 def thinned(row: dict[str, Any], drop: float, special: Set[int], rng: np.random.Generator) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def token_bags(ids: Sequence[Sequence[int]], rng: np.random.Generator) -> np.nda
     weight = np.log(len(ids) / np.maximum(np.bincount(within, minlength=vocabulary), 1))
     axis, sign = rng.integers(WIDTH, size=vocabulary), rng.choice([-1.0, 1.0], vocabulary)
     bags = np.bincount(of_row * WIDTH + axis[tokens], (weight * sign)[tokens], minlength=len(ids) * WIDTH)
-    return _unit(bags.reshape(-1, WIDTH))
+    return _unit(bags.reshape(-1, WIDTH)).astype(np.float32)
 
 
 def _nearest(bags: np.ndarray, centres: np.ndarray) -> np.ndarray:
