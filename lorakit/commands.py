@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from lorakit.params import parse_override, read_files
@@ -14,7 +15,8 @@ def train(argv: list[str]) -> int:
     from lorakit.table import results_table
 
     record = run(_given("train", argv))
-    print(results_table([record]))
+    if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
+        print(results_table([record]))
     if record.message:
         print(f"{record.status}: {record.message}")
     return 0 if record.status == "done" else 1

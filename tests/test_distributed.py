@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import torch
 import training_runs as runs
 import two_processes
 
+from lorakit import records
 from lorakit.adapters import attach
 from lorakit.adapters.skip import SkipSettings
 from lorakit.gates import Gate, GateSettings, build_gate
+from lorakit.places import PROJECT
 from lorakit.training import Budget
 from lorakit.training.skipping import SkipLoRA
 
@@ -98,3 +104,26 @@ def test_a_gate_decides_alike_everywhere(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     untrained = runs.weights(attach(runs.tiny_bert(), "lora", rank=4, seed=0))
     assert not runs.equal(first["open"]["weights"], untrained)
+
+
+def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):
+    quick = ["budget=6", "gate_burn_in=3", "batch_size=4", "max_test=16", "max_validation=16", "evaluations=1"]
+    given = [*quick, "latency_repeats=0", "predict_memory=false", f"record={tmp_path / 'record.json'}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += [
+        "--config_file",
+        "params/accelerate/two_processes_cpu.yaml",
+        "--main_process_port",
+        "0",
+        "-m",
+        "lorakit",
+    ]
+    command += ["train", "-f", "params/toy/_setting.yaml", "-f", "params/toy/slora.yaml"]
+    command += [word for one in given for word in ("-p", one)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
+    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = records.read(tmp_path / "record.json")
+    assert record.method == "slora" and record.costs.accepted_steps == 6
+    assert record.costs.examples == 2 * 4 * record.costs.steps  # two processes saw four rows a step each
+    assert done.stdout.count("validation loss") == 1
