@@ -17,6 +17,7 @@ from lorakit.sketches.tensor_sketch import TensorSketch
 
 IGNORED = -100
 KINDS = ("causal", "masked", "classify")
+BLOCK = 2**23  # logits in a chunk: 32 MiB in fp32
 GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
 
 
@@ -63,7 +64,7 @@ def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) ->
 
 @torch.no_grad()
 def gradient_norms(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, softcap: float | None = None, chunk: int = 256
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, softcap: float | None = None, chunk: int | None = None
 ) -> Tensor:
     """‖h_t ⊗ e_t‖ (N,) of every prediction, exact, in the order of `rows`.
 
@@ -73,7 +74,7 @@ def gradient_norms(
         labels: (B, T), or (B,).
         kind: see `rows`.
         softcap: the model's cap on its logits, if it has one.
-        chunk: tokens whose logits are copied at a time.
+        chunk: tokens whose logits are worked on at a time; None: as many as hold `BLOCK` logits.
     """
     norms = [
         as_float(h).norm(dim=1) * error_norms(z, y, softcap) for h, z, y in _chunks(hidden, logits, labels, kind, chunk)
@@ -151,7 +152,7 @@ def sketch_batch(
     kind: str,
     topk: int,
     softcap: float | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> Tensor:
     """Σ_t T(h_t, e_t) (m,) float32: the sketch of the head's gradient of the summed loss; 0 without a prediction.
 
@@ -164,15 +165,18 @@ def sketch_batch(
 
 
 def _chunks(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(hidden, logits, labels) of at most `chunk` predictions at a time."""
-    require(chunk >= 1, "chunk", chunk, "must be at least 1")
+    """(hidden, logits, labels) of at most `chunk` predictions at a time, without a copy where they are neighbours."""
+    require(chunk is None or chunk >= 1, "chunk", chunk, "must be at least 1")
+    chunk = chunk or max(16, BLOCK // logits.shape[-1])
     positions, targets = _checked(hidden, logits, labels, kind)
     hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
     for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):
         if len(where):
-            yield hidden[where], logits[where], y
+            first, last = int(where[0]), int(where[-1])
+            taken = slice(first, last + 1) if last - first + 1 == len(where) else where
+            yield hidden[taken], logits[taken], y
 
 
 def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
