@@ -27,6 +27,8 @@ _PUBLIC = {
     "requantisation_error": "adapters",
     "run": "experiment",
     "search": "lr_search",
+    "SLoRATrainer": "training",
+    "HeadGradientGate": "gates",
     "Record": "records",
     "read": "records",
     "read_all": "records",
@@ -41,7 +43,10 @@ _PUBLIC = {
     "AssetError": "errors",
     "CheckpointError": "errors",
 }
-_MODULES = ("adapters", "figures", "stats", "records", "table", "scratch", "measure", "models", "tasks", "assets")
+_MODULES = (
+    *("adapters", "sketches", "gates", "training", "figures", "stats", "records", "table", "scratch", "measure"),
+    *("models", "tasks", "assets"),
+)
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

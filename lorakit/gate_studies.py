@@ -14,12 +14,6 @@ from lorakit.records import Record, read_all
 LOSS = "validation loss"
 # of a short run, what no table of a study looks at
 QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 16}
-VERDICTS = {
-    "below": "lower than",
-    "above": "higher than",
-    "within noise": "not told apart from",
-    "too few seeds": "with too few seeds to judge, against",
-}
 
 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
@@ -94,9 +88,7 @@ def verdict(records: Sequence[Record], method: str, others: Sequence[str], value
     groups = stats.by_method(records)
     require(method in groups, "method", method, f"must be one of {', '.join(groups)}")
     gaps = [stats.paired_differences(groups[method], groups[name], value) for name in others if name in groups]
-    parts = [
-        f"{VERDICTS[gap.verdict]} {_label(gap.baseline)} ({_interval(gap)})" for gap in gaps if gap.estimate is not None
-    ]
+    parts = [f'"{_label(gap.baseline)}" {_interval(gap)}, {gap.verdict}' for gap in gaps if gap.estimate is not None]
     ended = statistics.fmean(stats.finished(groups[method], value).values())
-    start = f"On {records[0].setting}, {_label(method)} with {_rate(groups[method]).strip()} of the batches accepted"
-    return f"{start} ended at a {value} of {ended:.3f}: " + "; ".join(parts) + "."
+    start = f"On {records[0].setting}, {_label(method)}, accepting {_rate(groups[method]).strip()} of the batches,"
+    return f"{start} ended at a {value} of {ended:.3f}; the difference to " + "; to ".join(parts) + "."

@@ -18,11 +18,13 @@ from lorakit.rows import method_of, notebook_of, row_of
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 SETTINGS = ROOT / "params"
-PER_RUN = {"setting", "row", "seed", "record", "run_dir"}  # decided by the sweep, by no params file
+PER_RUN = {"setting", "seed", "record", "run_dir"}  # decided by the sweep, by no params file
 
 each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 each_params_file = pytest.mark.parametrize(
-    "path", sorted(SETTINGS.glob("*/[!_]*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path",
+    [path for path in sorted(SETTINGS.glob("*/[!_]*.yaml")) if (path.parent / "_setting.yaml").exists()],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 each_record = pytest.mark.parametrize(
     "path",
@@ -107,7 +109,9 @@ def test_parameters_are_the_runs_own_with_its_defaults(path):
 def test_params_files_fit_the_methods_notebook(path):
     given = read_files([path.parent / "_setting.yaml", path])
     assert not PER_RUN & given.keys()
-    given = method_of(path.stem) | given | dict.fromkeys(PER_RUN - {"seed"}, "x")
+    assert given.get("row", path.stem) == path.stem
+    given = method_of(path.stem) | given | {"setting": path.parent.name, "row": path.stem}
+    given |= dict.fromkeys(("record", "run_dir"), "x")
     notebook = FOLDER / notebook_of(resolve(given))
     assert checked(notebook, given).keys() == given.keys()
 

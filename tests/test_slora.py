@@ -300,6 +300,28 @@ def test_peft_checkpoints_stay_pefts_own(tmp_path):
         assert torch.allclose(model.eval()(**batch).logits, loaded.eval()(**batch).logits, atol=1e-6)
 
 
+def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
+    often = slora(lora(), tmp_path / "a", eval_strategy="steps", eval_steps=4)
+    never = slora(lora(), tmp_path / "b")
+    often.train()
+    never.train()
+    assert len([entry for entry in often.state.log_history if "eval_loss" in entry]) == 5
+    assert runs.equal(runs.weights(often.model), runs.weights(never.model))
+    ledgers = [run.ledger.state_dict() | {"seconds": 0} for run in (often, never)]
+    assert ledgers[0] == ledgers[1] and often.gate_log.decisions == never.gate_log.decisions
+
+
+def test_a_gate_goes_with_skipped_layers_and_a_four_bit_base():
+    import lorakit
+
+    given = {"gate": "novelty", "gate_burn_in": 4, "skip": "prefix", "skip_share": 0.5, "quantize": "nf4", "budget": 8}
+    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
+    record = lorakit.run(given | quick | {"batch_size": 4})
+    assert record.status == "done" and record.method == "lora+nf4+skip+slora"
+    assert record.costs.accepted_steps == 8 < record.costs.steps
+    assert set(record.details) == {"gate", "skip", "weights"}
+
+
 def test_no_gate_config_is_the_plain_trainer(tmp_path):
     from transformers import Trainer
 

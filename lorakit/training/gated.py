@@ -87,7 +87,9 @@ class GatedTrainer(Trainer):
     # one micro-batch -----------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one forward pass, whose FLOPs are counted and whose outputs the gate will see."""
+        """The loss of one forward pass; in training its FLOPs are counted and the gate will see its outputs."""
+        if not model.training:  # evaluation is no candidate and no cost of training
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels, forward = inputs["labels"], super().compute_loss
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
         self._facts = {
@@ -107,7 +109,7 @@ class GatedTrainer(Trainer):
             loss=loss.detach(),
             logits=logits,
             labels=labels,
-            hidden=self._head.take(logits) if self._head and model.training else None,
+            hidden=self._head.take(logits) if self._head else None,
             kind=self.kind,
             softcap=self._head.head.softcap if self._head else None,
         )
