@@ -34,6 +34,7 @@ class Case:
     kind: str
     rounds: int
     bf16: bool = False
+    warmup: int = 3
 
 
 def gemma(hidden: int, intermediate: int, layers: int, vocabulary: int = 262_144) -> nn.Module:
@@ -53,16 +54,18 @@ def gemma_1b() -> nn.Module:
 
 
 MINILM = Case("MiniLM 32x28", minilm, (32, 28), 30_000, "classify", 20)
-GEMMA = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 5, bf16=True)
+GEMMA = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 5, bf16=True, warmup=1)
 
 
 class Gated:
     """One model with and without its gate: the forward, what the gate adds to it, and the step."""
 
     def __init__(self, case: Case):
+        from accelerate.utils import convert_outputs_to_fp32
+
         from lorakit.gates import GateSettings, build_gate
         from lorakit.gates.head import HeadInput, find_head
-        from lorakit.training.loss import mean_loss
+        from lorakit.training.loss import MeanLoss
 
         torch.manual_seed(0)
         base = case.base()
@@ -74,13 +77,15 @@ class Gated:
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.gate = build_gate(GateSettings("novelty", burn_in=10**9), self.model, case.kind)
         self.head = HeadInput(find_head(self.model, case.kind))
-        self.loss_of = mean_loss(case.kind)
+        self.loss_of = MeanLoss(case.kind)
+        # as accelerate wraps a model for bf16: autocast inside, fp32 logits outside
+        half = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(self.model.forward))
+        self.call = half if case.bf16 else self.model
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
 
     def forward(self) -> tuple[torch.Tensor, Any]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.bf16):
-            outputs = self.model(**self.batch)
-            return self.loss_of(outputs, self.labels), outputs
+        outputs = self.call(**self.batch)
+        return self.loss_of(outputs, self.labels), outputs
 
     def look(self, accept: bool) -> torch.Tensor:
         """The forward and everything the gate does with a batch it accepts or rejects."""
@@ -88,7 +93,14 @@ class Gated:
 
         loss, outputs = self.forward()
         logits = outputs.logits.detach()
-        candidate = Candidate(loss.detach(), logits, self.labels, self.head.take(logits), self.case.kind)
+        candidate = Candidate(
+            loss.detach(),
+            logits,
+            self.labels,
+            self.head.take(logits),
+            self.case.kind,
+            token_losses=self.loss_of.token_losses,
+        )
         measured = self.gate.measure(candidate)
         score = self.gate.score(measured)
         if accept:
@@ -106,9 +118,9 @@ def time_claims(case: Case) -> list[Claim]:
     gated = Gated(case)
     for _ in range(2 * gated.gate.k):  # a full basis
         gated.gate.update(torch.randn(gated.gate.m))
-    rejected = interleave(lambda: gated.look(False), gated.forward, rounds=case.rounds)
+    rejected = interleave(lambda: gated.look(False), gated.forward, case.rounds, case.warmup)
     accepted = interleave(
-        lambda: gated.finish(gated.look(True)), lambda: gated.finish(gated.forward()[0]), rounds=case.rounds
+        lambda: gated.finish(gated.look(True)), lambda: gated.finish(gated.forward()[0]), case.rounds, case.warmup
     )
     return [
         time_claim(f"{case.name}: rejected batch over its forward", rejected, 1.03),

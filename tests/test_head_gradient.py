@@ -301,3 +301,19 @@ def test_what_does_not_fit_is_an_error():
         gradient_norms(hidden, logits, labels, "causal", softcap=0.0)
     with pytest.raises(ParameterError, match="last dimension must be 8"):
         sketch_batch(sketch(), hidden[..., 1:], logits, labels, "causal", 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_known_loss_saves_the_normaliser_and_changes_nothing(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, logits = torch.randn(2, 9, 5, generator=generator), 3 * torch.randn(2, 9, 400, generator=generator)
+    logits = logits.to(dtype)
+    labels = torch.randint(0, 400, (2, 9), generator=generator)
+    labels[:, :3] = labels[1, 7] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none")
+    made = TensorSketch(5, 400, 64, generator=torch.Generator().manual_seed(1))
+    plain, quick = (sketch_batch(made, hidden, logits, labels, "causal", 8, losses=given) for given in (None, losses))
+    assert torch.allclose(plain, quick, atol=1e-5 * plain.norm())
+    with pytest.raises(ParameterError, match="^logits="):
+        sketch_batch(made, hidden, logits, labels, "causal", 8, losses=losses * float("nan"))

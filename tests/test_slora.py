@@ -12,8 +12,7 @@ from lorakit.adapters import attach, quantize_nf4
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import Decision, Gate, GateSettings, build_gate
 from lorakit.gates.log import GateWarning
-from lorakit.training import Budget, Diverged, SLoRATrainer, checkpoint
-from lorakit.training import gated as gated_module
+from lorakit.training import Budget, Diverged, SLoRATrainer, checkpoint, watch
 
 GATE = {"m": 64, "k": 8, "target_novelty": 0.4, "burn_in": 4, "reorth_every": 2, "k_topk": 16, "novelty_ema_rate": 0.1}
 
@@ -161,7 +160,7 @@ def test_batches_without_a_label_are_skipped_and_counted(tmp_path, gate):
 
 
 def test_a_run_that_never_trains_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(gated_module, "STALLED", 30)
+    monkeypatch.setattr(watch, "STALLED", 30)
     run = runs.trainer(lora(), tmp_path, gate=runs.Closed(), budget=Budget(10, "accepted_steps"))
     with pytest.raises(Diverged, match="30 batches in a row"):
         run.train()
@@ -311,6 +310,15 @@ def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
     assert ledgers[0] == ledgers[1] and often.gate_log.decisions == never.gate_log.decisions
 
 
+@pytest.mark.parametrize("task", [{}, {"model": "toy-decoder", "task": "toy-instruct", "rank": 4}])
+def test_a_gate_works_under_bf16_autocast(task):
+    import lorakit
+
+    given = {"gate": "novelty", "gate_burn_in": 3, "precision": "bf16", "budget": 5, "batch_size": 4} | task
+    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
+    assert lorakit.run(given | quick).status == "done"
+
+
 def test_a_gate_goes_with_skipped_layers_and_a_four_bit_base():
     import lorakit
 
@@ -327,14 +335,14 @@ def test_no_gate_config_is_the_plain_trainer(tmp_path):
 
     ours = slora(lora(), tmp_path / "a", gate_config=None)
     ours.train()
-    from lorakit.training.loss import mean_loss
+    from lorakit.training.loss import MeanLoss
 
     plain = Trainer(
         lora(),
         arguments(tmp_path / "b"),
         train_dataset=runs.rows(),
         data_collator=runs.collate,
-        compute_loss_func=mean_loss("classify"),
+        compute_loss_func=MeanLoss("classify"),
     )
     plain.train()
     assert runs.equal(runs.weights(ours.model), runs.weights(plain.model))

@@ -14,7 +14,7 @@ from lorakit.gates import AllTokens
 from lorakit.params import Params
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
-from lorakit.training.loss import mean_loss
+from lorakit.training.loss import MeanLoss
 from lorakit.training.statistics import example_statistics
 
 
@@ -43,7 +43,7 @@ def test_accepting_everything_is_bitwise_the_plain_trainer(model, tmp_path):
         args=arguments,
         train_dataset=rows(),
         data_collator=collate,
-        compute_loss_func=mean_loss("classify"),
+        compute_loss_func=MeanLoss("classify"),
     )
     plain.train()
     assert equal(weights(ours.model), weights(plain.model))

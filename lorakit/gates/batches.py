@@ -17,6 +17,7 @@ class Candidate:
     hidden: (B, T, H) or (B, H), what the head was given; only for gates that ask for it (`Gate.needs_hidden`).
     kind: "classify", "masked" (no shift) or "causal" (the logits at t predict the label at t + 1).
     softcap: c where the head's logits are c·tanh(logits / c).
+    token_losses: (B·T,) or (B,), the negative log-likelihood at every position, where the loss function kept it.
     """
 
     loss: torch.Tensor
@@ -25,6 +26,7 @@ class Candidate:
     hidden: torch.Tensor | None = None
     kind: str = "classify"
     softcap: float | None = None
+    token_losses: torch.Tensor | None = None
 
     @property
     def targets(self) -> int:

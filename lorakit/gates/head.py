@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lorakit.errors import LorakitError
 
 ROWS_CHECKED = 4
+TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class HeadInput:
             given = logits.detach().flatten(0, -2)[rows].float()
             expected = self._logits(hidden.flatten(0, -2)[rows])
             error = (expected - given).norm() / given.norm().clamp(min=1e-12)
-            tolerance = 1e-3 if logits.dtype == hidden.dtype == torch.float32 else 5e-2
-            if error < tolerance or not torch.isfinite(given).all():
+            if error < TOLERANCE or not torch.isfinite(given).all():
                 self.checked = True
                 return
         raise LorakitError(

@@ -102,12 +102,11 @@ def sparse_error(
         ParameterError: `topk` is below 1, or a row of logits has no softmax.
     """
     require(topk >= 1, "topk", topk, "must be at least 1")
-    logits = as_float(logits)
     if log_normaliser is None:
-        log_normaliser = _log_normaliser(logits)
+        log_normaliser = _log_normaliser(as_float(logits))
     gold = labels[:, None]
     indices = torch.cat([top_indices(logits, topk), gold], dim=1)
-    chosen = logits.gather(1, indices)
+    chosen = as_float(logits.gather(1, indices))
     values = (chosen - log_normaliser[:, None]).exp_()
     values[:, :-1].masked_fill_(indices[:, :-1] == gold, 0)
     values[:, -1] -= 1
@@ -153,21 +152,34 @@ def sketch_batch(
     topk: int,
     softcap: float | None = None,
     chunk: int | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """Σ_t T(h_t, e_t) (m,) float32: the sketch of the head's gradient of the summed loss; 0 without a prediction.
 
     Arguments and errors are those of `gradient_norms` and `sparse_error`.
+
+    Args:
+        losses: negative log-likelihood at every position, (B·T,) or (B,), if it is at hand: log Σ exp(logits) is then
+            its sum with the gold logit, and no pass over the vocabulary has to find it.
     """
     total = torch.zeros(sketch.size, device=hidden.device)
-    for h, z, y in _chunks(hidden, logits, labels, kind, chunk):
-        total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap))
+    beside = [] if losses is None else [losses]
+    for h, z, y, *loss in _chunks(hidden, logits, labels, kind, chunk, *beside):
+        normaliser = _from_loss(loss[0], z, y) if loss else None
+        total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap, normaliser))
     return total
 
 
+def _from_loss(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """log Σ exp(logits) (N,) = loss + gold logit."""
+    require(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", "must be finite where a label is predicted")
+    return as_float(loss) + as_float(logits.gather(1, labels[:, None])).squeeze(1)
+
+
 def _chunks(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(hidden, logits, labels) of at most `chunk` predictions at a time, without a copy where they are neighbours."""
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None, *beside: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """(hidden, logits, labels, *beside) of at most `chunk` predictions at a time; neighbours are not copied."""
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be at least 1")
     chunk = chunk or max(16, BLOCK // logits.shape[-1])
     positions, targets = _checked(hidden, logits, labels, kind)
@@ -176,7 +188,7 @@ def _chunks(
         if len(where):
             first, last = int(where[0]), int(where[-1])
             taken = slice(first, last + 1) if last - first + 1 == len(where) else where
-            yield hidden[taken], logits[taken], y
+            yield hidden[taken], logits[taken], y, *(tensor[taken] for tensor in beside)
 
 
 def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class RunCallback(TrainerCallback):
         self.facts["loss"] = trainer.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        from lorakit.training.gated import Diverged
+        from lorakit.training.watch import Diverged
 
         trainer = self.trainer
         if not trainer.is_in_train:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from lorakit.adapters.targets import inside, task_head
 from lorakit.gates import AllTokens, AlwaysOpen, Candidate, Gate, TokenSelection
 from lorakit.gates.head import HeadInput, find_head
 from lorakit.gates.log import GateLog
@@ -19,14 +18,8 @@ from lorakit.gates.tokens import count_tokens
 from lorakit.training import checkpoint
 from lorakit.training.controllers import Controller
 from lorakit.training.costs import FlopMeter, Ledger
-from lorakit.training.loss import mean_loss
-
-STALLED = 2000  # batches in a row without a backward after which the run is ended
-GRADIENTS_BY = 3  # accepted batches after which an adapter must have had a gradient
-
-
-class Diverged(Exception):
-    """The loss is not a finite number any more, or no batch is accepted any more; the message says where."""
+from lorakit.training.loss import MeanLoss
+from lorakit.training.watch import Diverged, Watch
 
 
 @dataclass
@@ -55,7 +48,7 @@ class GatedTrainer(Trainer):
         Everything else goes to `transformers.Trainer`.
 
     Raises:
-        Diverged: the training loss became NaN or infinite, or `STALLED` batches in a row got no backward.
+        Diverged: the training loss became NaN or infinite, or `watch.STALLED` batches in a row got no backward.
     """
 
     def __init__(
@@ -67,7 +60,7 @@ class GatedTrainer(Trainer):
         controllers: Sequence[Controller] = (),
         **trainer_arguments: Any,
     ):
-        super().__init__(**{"compute_loss_func": mean_loss(kind)} | trainer_arguments)
+        super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
         self.kind = kind
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
         self.controllers = tuple(controllers)
@@ -80,9 +73,7 @@ class GatedTrainer(Trainer):
         self._shape: Hashable = ()
         self._window: list[_Held] = []
         self._measured: torch.Tensor | None = None
-        self._without_backward = 0
-        self._adapted = _adapter_parameters(self.model)
-        self._accepted_without_gradient: int | None = 0 if self._adapted else None
+        self.watch = Watch(self.model, self.gate_log)
 
     # one micro-batch -----------------------------------------------------------------------------------
 
@@ -112,6 +103,7 @@ class GatedTrainer(Trainer):
             hidden=self._head.take(logits) if self._head else None,
             kind=self.kind,
             softcap=self._head.head.softcap if self._head else None,
+            token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
         return (loss, outputs) if return_outputs else loss
 
@@ -157,7 +149,7 @@ class GatedTrainer(Trainer):
             self._backward(backward, held)
         else:
             self.ledger.add(without_labels=1)
-        self._watch(learns)
+        self.watch.window(learns)
 
     # one window ----------------------------------------------------------------------------------------
 
@@ -168,7 +160,7 @@ class GatedTrainer(Trainer):
         self._measured = None
         if targets.item() == 0:  # nothing to learn from; the gate does not count it
             self.ledger.add(without_labels=1)
-            self._watch(False)
+            self.watch.window(False)
             return
         decision = self.gate.decide(total[1:])
         accept = self._as_first_rank(decision.accept)
@@ -179,27 +171,8 @@ class GatedTrainer(Trainer):
             for held in window:
                 self._backward(backward, held)
             self._average_gradients()
-            self._check_gradients()
-        self._watch(accept)
-
-    def _watch(self, trained: bool) -> None:
-        self._without_backward = 0 if trained else self._without_backward + 1
-        if self._without_backward >= STALLED:
-            raise Diverged(f"{STALLED} batches in a row had no label or were rejected (gate {self.gate.name!r})")
-
-    def _check_gradients(self) -> None:
-        """Warn where accepted batches leave the adapters without a gradient."""
-        if self._accepted_without_gradient is None:
-            return
-        if any(p.grad is not None and bool(p.grad.any()) for p in self._adapted):
-            self._accepted_without_gradient = None  # they get one: never look again
-            return
-        self._accepted_without_gradient += 1
-        if self._accepted_without_gradient == GRADIENTS_BY:
-            self.gate_log.warn(
-                f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: is it attached to "
-                "layers that take part in the forward, and does it require gradients?"
-            )
+            self.watch.gradients()
+        self.watch.window(accept)
 
     def _backward(self, backward: Callable[..., None], held: _Held) -> None:
         _, flops = self.meter.measure(held.key, lambda: backward(held.loss, **held.options))
@@ -242,13 +215,6 @@ class GatedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             checkpoint.save_weights(self.model, output_dir or self.args.output_dir)
-
-
-def _adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What is trained outside the task head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    head = task_head(base)
-    return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
 
 
 def _shape(inputs: Mapping[str, Any]) -> Hashable:
