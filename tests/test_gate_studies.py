@@ -140,9 +140,12 @@ def test_gap_table_says_the_loss_the_rate_and_the_paired_difference():
 
 
 def test_the_verdict_is_the_records_own():
-    text = gate_studies.verdict(made("random", "slora"), "slora", ("random", "baseline"))
+    worse, better = made("random", "slora"), made("slora", "random")
+    text = gate_studies.verdict(worse, "slora", ("random", "baseline"))
     assert text.startswith("On made-up-gates, SLoRA, accepting 30 % of the batches, ended at a validation loss of 0.")
-    assert '; the difference to "random batches" +0.101 [' in text and text.endswith("3 seeds, above.")
+    assert 'which differs from "random batches" by +0.101 [' in text and "3 seeds: above" in text
+    assert text.endswith('; it is not shown to be better than "random batches".')
+    assert gate_studies.verdict(better, "slora", ("random",)).endswith("3 seeds: below.")
     with pytest.raises(ParameterError, match="method='loss_floor': must be one of"):
         gate_studies.verdict(made("random"), "loss_floor", ("random",))
 

@@ -289,6 +289,7 @@ def test_every_gate_keeps_its_rate_and_resumes_bitwise(name):
     assert rest[0] == rest[1]
     accepted = [decision.accept for decision in first + rest[0]]
     assert all(accepted[:10])
+    assert getattr(gate, "updates", 0) in (0, sum(accepted))  # the basis takes in what was accepted, nothing else
     assert abs(np.mean(accepted[10:]) - 0.3) < (0.09 if name == "random" else 0.02)  # 4 standard errors of a coin
 
 
