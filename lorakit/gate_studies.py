@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lorakit import stats, style
-from lorakit.errors import require
 from lorakit.places import RESULTS
 from lorakit.records import Record, read_all
 
@@ -83,12 +82,18 @@ def redundant_shares(records: Sequence[Record]) -> dict[str, Shares]:
     return table
 
 
-def verdict(records: Sequence[Record], method: str, others: Sequence[str], value: str = LOSS) -> str:
-    """One sentence, all of it from the records: how `method` ended, and how that compares with each of `others`."""
-    groups = stats.by_method(records)
-    require(method in groups, "method", method, f"must be one of {', '.join(groups)}")
-    gaps = [stats.paired_differences(groups[method], groups[name], value) for name in others if name in groups]
-    parts = [f'"{_label(gap.baseline)}" {_interval(gap)}, {gap.verdict}' for gap in gaps if gap.estimate is not None]
-    ended = statistics.fmean(stats.finished(groups[method], value).values())
-    start = f"On {records[0].setting}, {_label(method)}, accepting {_rate(groups[method]).strip()} of the batches,"
-    return f"{start} ended at a {value} of {ended:.3f}; the difference to " + "; to ".join(parts) + "."
+def verdict(records: Sequence[Record], method: str, others: Sequence[str]) -> str:
+    """One sentence, all of it from the records: the loss `method` ended at, and how that compares with `others`."""
+    groups, where = stats.by_method(records), f"On {records[0].setting},"
+    losses = stats.finished(groups.get(method, []), LOSS)
+    if not losses:
+        return f"{where} no run of {_label(method)} has finished."
+    gaps = [stats.paired_differences(groups[method], groups[name], LOSS) for name in others if name in groups]
+    gaps = [gap for gap in gaps if gap.estimate is not None]
+    parts = [f'from "{_label(gap.baseline)}" by {_interval(gap)}: {gap.verdict}' for gap in gaps]
+    unshown = ", ".join(f'"{_label(gap.baseline)}"' for gap in gaps if gap.verdict != "below")
+    return (
+        f"{where} {_label(method)}, accepting {_rate(groups[method]).strip()} of the batches, ended at a {LOSS} of "
+        f"{statistics.fmean(losses.values()):.3f}, which differs {'; '.join(parts)}"
+        + (f"; it is not shown to be better than {unshown}." if unshown else ".")
+    )

@@ -124,6 +124,7 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
                 cwd=notebook.parent,
                 progress_bar=False,
                 km=kernel,
+                coalesce_streams=True,  # else what a cell prints is cut into outputs by how fast it came
                 on_cell_start=stop_between_cells,
                 **streams,
             )

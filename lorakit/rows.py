@@ -33,7 +33,7 @@ def method_of(row: str) -> dict[str, Any]:
 
 def notebook_of(params: Params) -> str:
     """The notebook that tells the story of this combination: of its most particular answer."""
-    if params.gate != "none" or params.setting.endswith("-gates"):
+    if params.gate != "none" or params.redundancy or params.setting.endswith("-gates"):  # their ungated rows too
         return "07_slora.ipynb"
     if params.skip != "none":
         return "05_skiplora.ipynb"

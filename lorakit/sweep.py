@@ -21,7 +21,8 @@ from lorakit.places import PROJECT
 from lorakit.rows import method_of, notebook_of
 
 # where and how a run was made, not what it is
-PLACE = {"row", "record", "run_dir", "data_dir", "resume", "report_to"}
+# what changes nothing about a run's result: where it is kept, and what only a learning-rate search reads
+APART = {"row", "record", "run_dir", "data_dir", "resume", "report_to", "search_rates", "search_budget"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Run:
         resolved = records.read(self.record).resolved
         was = resolve({name: value for name, value in resolved.items() if name in Params.model_fields})
         pairs = {name: (getattr(was, name), getattr(self.params, name)) for name in Params.model_fields}
-        return {name: pair for name, pair in pairs.items() if name not in PLACE and pair[0] != pair[1]}
+        return {name: pair for name, pair in pairs.items() if name not in APART and pair[0] != pair[1]}
 
 
 def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> list[Run]:

@@ -66,7 +66,9 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(places.PARAMS.glob("*/[!_]*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path",
+    sorted(path for path in places.PARAMS.glob("*/[!_]*.yaml") if (path.parent / "_setting.yaml").exists()),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_params_of_every_setting_resolve(path):
     params = resolve(places.params_of(path.parent.name, path.stem))
@@ -76,5 +78,5 @@ def test_params_of_every_setting_resolve(path):
 def test_params_of_unknown_settings_and_methods():
     with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
         places.params_of("sst9", "lora")
-    with pytest.raises(ParameterError, match="method='hyra': toy has full, head, hira, lora, qlora, skip, sparse"):
+    with pytest.raises(ParameterError, match="method='hyra': toy has full, .*hira, .*slora, sparse"):
         places.params_of("toy", "hyra")

@@ -25,6 +25,10 @@ from lorakit.rows import METHODS, method_of, notebook_of, row_of
         ({"skip": "adapter"}, "skip", "05_skiplora"),
         ({"skip": "prefix", "quantize": "nf4"}, "lora+nf4+skip", "05_skiplora"),
         ({"method": "peft", "peft_type": "DORA"}, "dora", "01_lora"),
+        ({"gate": "novelty"}, "slora", "07_slora"),
+        ({"gate": "random", "quantize": "nf4"}, "lora+nf4+random", "07_slora"),
+        ({"setting": "sst2-minilm-gates", "row": "baseline"}, "baseline", "07_slora"),
+        ({"redundancy": 0.5, "row": "baseline"}, "baseline", "07_slora"),
     ],
 )
 def test_names_and_notebooks(given, row, notebook):

@@ -37,7 +37,7 @@ def write_params(root: Path, **files: str) -> None:
 
 def write_record(run: sweep.Run, status: str) -> bytes:
     record = records.Record(setting=run.setting, method=run.method, seed=run.seed, status=status)
-    record.resolved = run.params.model_dump(exclude=sweep.PLACE)
+    record.resolved = run.params.model_dump(exclude=sweep.APART)
     return records.write(record, run.record).read_bytes()
 
 
