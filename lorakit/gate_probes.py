@@ -56,12 +56,13 @@ def true_gradient_novelty(
     Raises:
         ParameterError: no batch is left to be measured, or the gate has learned already.
     """
+    from lorakit.adapters.targets import adapter_parameters
     from lorakit.gates.head import HeadInput, find_head
     from lorakit.sketches import FrequentDirections
 
     require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
     require(gate.updates == 0, "gate", gate.updates, "must not have learned from a batch yet")
-    trained, seen = _adapters(model), HeadInput(find_head(model, gate.kind))
+    trained, seen = adapter_parameters(model), HeadInput(find_head(model, gate.kind))
     rows, decay = gate.directions.rows, gate.directions.decay
     whole = FrequentDirections(sum(p.numel() for p in trained), rows, decay=decay, device=gate.device)
     pairs = [_sketch_and_gradient(model, batch, gate, seen, trained) for batch in batches]
@@ -72,13 +73,6 @@ def true_gradient_novelty(
     bases = (gate.directions.basis(gate.k), whole.basis(gate.k))
     values = [[_novelty(basis, z) for basis, z in zip(bases, pair, strict=True)] for pair in pairs[remembered:]]
     return Agreement(*np.array(values).T)
-
-
-def _adapters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    from lorakit.adapters.targets import inside, task_head
-
-    head = task_head(model)
-    return [p for name, p in model.named_parameters() if p.requires_grad and not inside(name, head)]
 
 
 def _sketch_and_gradient(

@@ -188,7 +188,7 @@ def test_a_budget_run_resumes_bitwise(tmp_path, name):
 
     whole, killed = made(tmp_path / "whole"), made(tmp_path / "killed")
     whole.train()
-    kill(killed, 21)
+    runs.kill(killed, 21)
     resumed = made(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
@@ -196,19 +196,6 @@ def test_a_budget_run_resumes_bitwise(tmp_path, name):
     assert 0 < sum(whole.gate_log.decisions) < len(whole.gate_log.decisions)
     assert same(whole.gate.state_dict(), resumed.gate.state_dict())
     assert whole.gate_log.report() == resumed.gate_log.report()
-
-
-def kill(run, after):
-    step, count = run.training_step, iter(range(1, 10**6))
-
-    def stopping(*given):
-        if next(count) > after:
-            raise KeyboardInterrupt
-        return step(*given)
-
-    run.training_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
 
 
 def same(first, second) -> bool:
@@ -225,7 +212,7 @@ def test_slora_trainer_resumes_bitwise(tmp_path):
     whole = slora(lora(), tmp_path / "whole", **options)
     whole.train()
     killed = slora(lora(), tmp_path / "killed", **options)
-    kill(killed, 11)
+    runs.kill(killed, 11)
     resumed = slora(lora(), tmp_path / "killed", **options)
     resumed.train(resume_from_checkpoint=True)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))

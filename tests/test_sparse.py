@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from training_runs import Alternating, Closed, equal, trainer, weights
+from training_runs import Alternating, Closed, equal, kill, trainer, weights
 
 from lorakit.adapters import (
     LoRALayer,
@@ -389,7 +389,7 @@ def test_resume_is_bitwise(model, tmp_path, kind):
     whole, first = run(model(), tmp_path / "whole", kind, **options)
     whole.train()
     killed, _ = run(model(), tmp_path / "killed", kind, **options | {"gate": Alternating()})
-    _kill(killed, 21 if kind != "l1" else 35)  # amid the schedule; after the freeze
+    kill(killed, 21 if kind != "l1" else 35)  # amid the schedule; after the freeze
     resumed, second = run(model(), tmp_path / "killed", kind, **options | {"gate": Alternating()})
     resumed.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path / "killed")))
     assert equal(weights(whole.model), weights(resumed.model))
@@ -398,19 +398,6 @@ def test_resume_is_bitwise(model, tmp_path, kind):
     states = [controller.state_dict() for controller in (first, second)]
     assert all(equal(list(a.values()), list(b.values())) for a, b in [[state.pop("pruned") for state in states]])
     assert states[0] == states[1] and len(states[0]["history"]) == 20 and first.report() == second.report()
-
-
-def _kill(made, after):
-    step, count = made.training_step, iter(range(1, 10**6))
-
-    def stopping(*arguments):
-        if next(count) > after:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    made.training_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        made.train()
 
 
 @pytest.mark.parametrize("kind", KINDS)

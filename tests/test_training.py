@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from training_runs import Alternating, Closed, collate, equal, rows, trainer, weights
+from training_runs import Alternating, Closed, collate, equal, kill, rows, trainer, weights
 
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.gates import AllTokens
@@ -144,7 +144,7 @@ def test_resume_is_bitwise(model, tmp_path, killed_after, grouped):
     whole.train()
 
     killed = trainer(model(), tmp_path / "killed", **options | {"gate": Alternating()})
-    _kill(killed, killed_after)
+    kill(killed, killed_after)
     resumed = trainer(model(), tmp_path / "killed", **options | {"gate": Alternating()})
     resumed.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path / "killed")))
 
@@ -154,19 +154,6 @@ def test_resume_is_bitwise(model, tmp_path, killed_after, grouped):
     assert resumed.gate.seen == whole.gate.seen == 20  # one decision a step, over its whole window
     without_time = [[point.model_dump(exclude={"seconds"}) for point in run.curve.points] for run in (whole, resumed)]
     assert without_time[0] == without_time[1]
-
-
-def _kill(run, after: int) -> None:
-    step, count = run.training_step, iter(range(1, 10**6))
-
-    def stopping(*arguments):
-        if next(count) > after:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    run.training_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
 
 
 def test_resuming_what_had_spent_its_budget_takes_no_further_step(model, tmp_path):

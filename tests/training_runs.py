@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorakit.gates import Decision, Gate
@@ -56,6 +57,20 @@ def trainer(model, folder, *, budget=None, params=None, **options) -> BudgetTrai
         budget=budget or Budget(20, "steps"),
         **options,
     )
+
+
+def kill(run, after: int) -> None:
+    """Train `run` and stop it before micro-batch `after` + 1, as Ctrl-C does."""
+    step, count = run.training_step, iter(range(1, 10**6))
+
+    def stopping(*given):
+        if next(count) > after:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    run.training_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
 
 
 def weights(model) -> list[torch.Tensor]:

@@ -47,6 +47,13 @@ def task_head(model: nn.Module) -> list[str]:
     return [name for name, child in model.named_children() if child is not base and _has_parameters(child)]
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What `model`, or the model under PEFT's wrapper, trains outside its task head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = task_head(base)
+    return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
+
+
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class RandomGate(Gate):
         self.generator.set_state(state["generator"])
 
 
-class ScoredGate(Gate):
+class ScoredGate(Gate, ABC):
     """Accepts by a score of the window, at a rate its controller keeps. A subclass says what the score is."""
 
     selective = True
@@ -64,9 +65,9 @@ class ScoredGate(Gate):
     def burn_in(self) -> int:
         return self.controller.burn_in
 
+    @abstractmethod
     def score(self, measured: torch.Tensor) -> float:
         """The window's score as it is logged, higher for what is to be accepted unless `preference` says otherwise."""
-        raise NotImplementedError
 
     def preference(self, score: float, measured: torch.Tensor) -> float:
         """What is thresholded: the score itself, unless a subclass turns or combines it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.adapters.targets import inside, task_head
+from lorakit.adapters.targets import adapter_parameters
 from lorakit.gates.log import GateLog
 
 STALLED = 2000  # batches in a row without a backward after which the run is ended
@@ -19,7 +19,7 @@ class Watch:
     """Looks at `model` after every window; warnings go to `log`."""
 
     def __init__(self, model: torch.nn.Module, log: GateLog):
-        self.log, self.adapted = log, _adapter_parameters(model)
+        self.log, self.adapted = log, adapter_parameters(model)
         self.without_backward = self.without_gradient = 0
 
     def window(self, trained: bool) -> None:
@@ -44,10 +44,3 @@ class Watch:
                 f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: is it attached to "
                 "layers that take part in the forward, and does it require gradients?"
             )
-
-
-def _adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What is trained outside the task head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    head = task_head(base)
-    return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
