@@ -28,6 +28,8 @@ _PUBLIC = {
     "run": "experiment",
     "search": "lr_search",
     "SLoRATrainer": "training",
+    "FLoRATrainer": "training",
+    "Gating": "gating",
     "HeadGradientGate": "gates",
     "Record": "records",
     "read": "records",

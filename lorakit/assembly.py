@@ -11,13 +11,13 @@ import torch
 from lorakit import adapters, models, tasks
 from lorakit.adapters.attach import ALPHA
 from lorakit.errors import require
-from lorakit.gates import GATES, GateSettings, build_gate
+from lorakit.gates import GATES, GateSettings, build_gate, build_tokens
 from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.records import Record
 
 if TYPE_CHECKING:
-    from lorakit.gates import Gate
+    from lorakit.gates import Gate, TokenSelection
     from lorakit.training import BudgetTrainer
     from lorakit.training.controllers import Controller
 
@@ -71,6 +71,7 @@ def check(params: Params, given: Mapping[str, Any]) -> None:
     skips = params.skip != "none"
     require(not skips or method in SKIPPABLE, "skip", params.skip, f"needs a method of {', '.join(SKIPPABLE)}")
     _check_gate(params)
+    params.gating.check(params.precision, params.gradient_checkpointing, skips)
     if method == "sparse":
         # the best weights by validation loss may be from before the pruning
         require(params.select == "last", "select", params.select, "must be 'last' for a method that prunes on the way")
@@ -217,6 +218,12 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     return found
 
 
+def tokens_of(assembled: Assembled, rank: int = 0) -> TokenSelection:
+    """Which tokens get a backward."""
+    params = assembled.params
+    return build_tokens(params.gating, assembled.model, assembled.task.kind, seed=params.seed, rank=rank)
+
+
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
     """What data, model and code the run is about."""
     return {
@@ -234,10 +241,11 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
     from lorakit.training.arguments import training_arguments
 
     params, task = assembled.params, assembled.task
+    args = training_arguments(params, folder)
     identity = {name: value for name, value in record.resolved.items() if name not in _FREE_TO_CHANGE}
     return BudgetTrainer(
         model=assembled.model,
-        args=training_arguments(params, folder),
+        args=args,
         train_dataset=task.train,
         eval_dataset=task.validation,
         data_collator=task.collator,
@@ -248,6 +256,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
         gate=_gate(params, assembled.model, task.kind),
+        tokens=tokens_of(assembled, rank=args.process_index),
         controllers=_controllers(params, assembled.model),
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model")},
         evaluations=params.evaluations,

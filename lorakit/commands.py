@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from lorakit.params import parse_override, read_files
+from lorakit import params
 
 
 def train(argv: list[str]) -> int:
@@ -42,4 +42,4 @@ def _given(command: str, argv: list[str]) -> dict[str, Any]:
         "-p", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="wins over files"
     )
     arguments = parser.parse_args(argv)
-    return read_files(arguments.files) | dict(map(parse_override, arguments.overrides))
+    return params.given(arguments.files, arguments.overrides)

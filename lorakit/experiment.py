@@ -137,6 +137,8 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
             record.details[controller.name] = controller.report()
     if trainer.gate.selective:
         record.details["gate"] = trainer.gate_log.report() | _redundancy(assembled, trainer)
+    if trainer.tokens.selective:
+        record.details["tokens"] = trainer.tokens.report()
     if assembled.params.quantize != "none":
         record.details["weights"] = weights.weight_table(model)
     for name in Costs.model_fields:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.params import parse_override, read_files, resolve
+from lorakit.params import given as given_parameters
+from lorakit.params import merge, resolve
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager
@@ -90,8 +91,8 @@ def checked(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     unknown = f"unknown parameter of {Path(notebook).name}; known are {', '.join(defaults)}"
     for name, value in given.items():
         require(name in defaults, name, value, unknown)
-    resolved = resolve(defaults | given)
-    return {name: getattr(resolved, name) for name in given}
+    resolved = resolve(merge(defaults, given)).model_dump()
+    return {name: resolved[name] for name in given}
 
 
 def _read(notebook: str | Path) -> NotebookNode:
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    params = read_files(arguments.files) | dict(map(parse_override, arguments.pairs))
+    params = given_parameters(arguments.files, arguments.pairs)
     params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks
     output = arguments.output or f"{Path(notebook).stem}.executed.ipynb"

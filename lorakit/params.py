@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.gating import Gating
 
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 
@@ -82,6 +83,9 @@ class Params(BaseModel):
     gate_decay: float = Field(1.0, gt=0, le=1)  # forgetting of old batches, per accepted batch; 1: none
     gate_leverage: bool = False  # ridge-leverage novelty
 
+    # which tokens get a backward: FLoRA; see lorakit.gating for its keys
+    gating: Gating = Gating()
+
     # the stream of training batches, for asking when a gate pays
     redundancy: float = Field(0.0, ge=0, lt=1)  # share of redundant batches
     redundancy_kind: Literal["repeat", "near", "cluster"] = "repeat"
@@ -119,6 +123,18 @@ class Params(BaseModel):
     search_budget: float = Field(60, ge=1)
 
 
+NESTED = {"gating": Gating}  # parameters that are mappings with keys of their own, merged key by key
+
+
+def merge(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """`first` with the values of `then` where both have one; mappings of NESTED are merged themselves."""
+    joined = first | then
+    for name in NESTED:
+        if isinstance(first.get(name), dict) and isinstance(then.get(name), dict):
+            joined[name] = first[name] | then[name]
+    return joined
+
+
 def resolve(given: dict[str, Any]) -> Params:
     """Validate `given`, filling in defaults.
 
@@ -132,10 +148,14 @@ def resolve(given: dict[str, Any]) -> Params:
 
 
 def _explained(problem: dict[str, Any], given: dict[str, Any]) -> ParameterError:
-    name = str(problem["loc"][0])
+    path = [str(part) for part in problem["loc"]] if problem["loc"][0] in NESTED else [str(problem["loc"][0])]
+    name, value = ".".join(path), given.get(path[0])
+    if len(path) > 1 and isinstance(value, dict):
+        value = value.get(path[1])
     if problem["type"] == "extra_forbidden":
-        return ParameterError(name, given[name], f"unknown parameter; known are {', '.join(Params.model_fields)}")
-    value, allowed = given.get(name), problem["msg"]
+        known = NESTED[path[0]].model_fields if len(path) > 1 else Params.model_fields
+        return ParameterError(name, value, f"unknown parameter; known are {', '.join(known)}")
+    allowed = problem["msg"]
     if isinstance(value, str) and _is_number(value):
         allowed += f"; it is a string: YAML reads 1e-4 as text, write {float(value):.1e} with a dot and no quotes"
     return ParameterError(name, value, allowed)
@@ -172,18 +192,31 @@ def read_files(paths: list[str | Path]) -> dict[str, Any]:
         values = {} if values is None else values
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise ParameterError("-f", str(path), "must be a mapping of parameter names to values")
-        merged |= values
+        merged = merge(merged, values)
+    return merged
+
+
+def given(files: list[str | Path], overrides: list[str]) -> dict[str, Any]:
+    """Params files and what was typed after `-p`, later ones winning; see `read_files`, `parse_override`."""
+    merged = read_files(files)
+    for name, value in map(parse_override, overrides):
+        merged = merge(merged, {name: value})
     return merged
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`name=value` as typed after `-p`; the value is read as YAML, so types are the parameter's own."""
+    """`name=value` as typed after `-p`; the value is read as YAML, so types are the parameter's own.
+
+    `gating.mode=gather` is one key of the mapping `gating`; to be joined by `merge`.
+    """
     import yaml
 
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ParameterError("-p", text, "must be name=value")
     try:
-        return name, yaml.safe_load(value) if value else ""
+        read = yaml.safe_load(value) if value else ""
+        outer, dot, inner = name.partition(".")
+        return (outer, {inner: read}) if dot and outer in NESTED else (name, read)
     except yaml.YAMLError as error:
         raise ParameterError("-p", text, f"the value is not YAML: {' '.join(str(error).split())}") from None

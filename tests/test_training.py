@@ -10,7 +10,6 @@ import torch
 from training_runs import Alternating, Closed, collate, equal, kill, rows, trainer, weights
 
 from lorakit.errors import CheckpointError, ParameterError
-from lorakit.gates import AllTokens
 from lorakit.params import Params
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
@@ -226,23 +225,6 @@ def test_nan_loss_is_diverged_not_a_number(model, tmp_path):
         broken.classifier.bias.fill_(math.nan)
     with pytest.raises(Diverged, match="training loss is nan at step 1"):
         trainer(broken, tmp_path).train()
-
-
-def test_token_selection_runs_the_model_once_per_batch(model, tmp_path):
-    calls = []
-
-    class Counting(AllTokens):
-        def forward(self, model, inputs):
-            calls.append(len(inputs["input_ids"]))
-            return super().forward(model, inputs)
-
-        def backpropagated(self, inputs, tokens):
-            return tokens // 2
-
-    run = trainer(model(), tmp_path, tokens=Counting(), budget=Budget(5, "steps"))
-    run.train()
-    assert len(calls) == 10 and sum(calls) == run.ledger.examples
-    assert run.ledger.tokens_backpropagated == pytest.approx(run.ledger.tokens / 2, abs=10)
 
 
 def test_bf16_autocast_and_gradient_checkpointing_still_learn(model, tmp_path):

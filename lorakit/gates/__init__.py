@@ -6,7 +6,7 @@ from lorakit.gates.controller import ThresholdController
 from lorakit.gates.log import GateWarning
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.gates.simple import LossFloor, RandomGate
-from lorakit.gates.tokens import AllTokens, TokenSelection
+from lorakit.gates.tokens import AllTokens, Gating, TokenSelection, build_tokens
 from lorakit.gates.variants import GradientNorm, LeastNovel, NoveltyAndLoss
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Gate",
     "GateSettings",
     "GateWarning",
+    "Gating",
     "GradientNorm",
     "HeadGradientGate",
     "LeastNovel",
@@ -27,4 +28,5 @@ __all__ = [
     "ThresholdController",
     "TokenSelection",
     "build_gate",
+    "build_tokens",
 ]

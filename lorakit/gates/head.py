@@ -22,6 +22,14 @@ class Head:
     outputs: int
     softcap: float | None
 
+    def capped(self, raw: torch.Tensor) -> torch.Tensor:
+        """The model's logits, of what its linear layer gives."""
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits (…, V) of hidden states (…, H), float32, by the head itself, adapters and all."""
+        return self.capped(self.module(hidden).float())
+
 
 def find_head(model: torch.nn.Module, kind: str) -> Head:
     """The output embeddings of a language model, or a classifier's last linear layer.
@@ -50,15 +58,47 @@ def _classifier(model: torch.nn.Module) -> torch.nn.Module | None:
     return found[-1] if found else None
 
 
-class HeadInput:
-    """Keeps what `head` was given in the last forward pass, detached, until `take`n.
-
-    The first time, the logits are recomputed from it and compared: a head that does more than a linear map would give
-    gradients of something else.
-    """
+class HeadCheck:
+    """Recomputes logits from what the head was given: one that does more than a linear map has other gradients."""
 
     def __init__(self, head: Head):
-        self.head, self.hidden, self.checked = head, None, False
+        self.head, self.checked = head, False
+
+    @torch.no_grad()
+    def expected(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The linear map of hidden states (…, H), in float32."""
+        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
+        raw = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        return self.head.capped(raw)
+
+    def __call__(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare the first rows of logits (…, V) with those of hidden (…, H), the first time it is called.
+
+        Raises:
+            LorakitError: they differ.
+        """
+        if self.checked or not hidden.numel():
+            return
+        width, outputs = hidden.shape[-1], logits.shape[-1]
+        if (width, outputs) == (self.head.d_hidden, self.head.outputs):
+            rows = slice(0, ROWS_CHECKED)
+            given = logits.detach().flatten(0, -2)[rows].float()
+            expected = self.expected(hidden.detach().flatten(0, -2)[rows])
+            error = (expected - given).norm() / given.norm().clamp(min=1e-12)
+            if error < TOLERANCE or not torch.isfinite(given).all():
+                self.checked = True
+                return
+        raise LorakitError(
+            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
+            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs})"
+        )
+
+
+class HeadInput:
+    """Keeps what `head` was given in the last forward pass, detached, until `take`n."""
+
+    def __init__(self, head: Head):
+        self.head, self.hidden, self.check = head, None, HeadCheck(head)
         self.handle = head.module.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, arguments: tuple) -> None:
@@ -75,36 +115,13 @@ class HeadInput:
             raise LorakitError("the model's forward did not call its output head: no head gradient to gate by")
         if hidden.dim() == logits.dim() + 1:  # a classifier that reads one token of each sequence (GPT-2, Gemma)
             hidden = self._token_read(hidden, logits)
-        if not self.checked:
-            self._check(hidden, logits)
+        self.check(hidden, logits)
         return hidden
-
-    @torch.no_grad()
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
-        raw = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        cap = self.head.softcap
-        return raw if cap is None else cap * torch.tanh(raw / cap)
 
     def _token_read(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, H) out of (B, T, H): of each sequence the token whose outputs are the logits (B, C)."""
-        distance = (self._logits(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
+        distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
         return hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
-
-    def _check(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        width, outputs = hidden.shape[-1], logits.shape[-1]
-        if (width, outputs) == (self.head.d_hidden, self.head.outputs):
-            rows = slice(0, ROWS_CHECKED)
-            given = logits.detach().flatten(0, -2)[rows].float()
-            expected = self._logits(hidden.flatten(0, -2)[rows])
-            error = (expected - given).norm() / given.norm().clamp(min=1e-12)
-            if error < TOLERANCE or not torch.isfinite(given).all():
-                self.checked = True
-                return
-        raise LorakitError(
-            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
-            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs})"
-        )
 
     def remove(self) -> None:
         """Take the hook off the model."""

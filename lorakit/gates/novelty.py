@@ -100,7 +100,12 @@ class HeadGradientGate(ScoredGate):
 
     @torch.no_grad()
     def embed(
-        self, h: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor | None = None
+        self,
+        h: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        losses: torch.Tensor | None = None,
+        kind: str | None = None,
     ) -> torch.Tensor:
         """Sketch of the batch's head gradient, (m,) float32, not normalised: sketches of parts add up.
 
@@ -108,6 +113,7 @@ class HeadGradientGate(ScoredGate):
             h: (B, T, H), or (B, H) of a classifier; logits: (B, T, V) or (B, V); labels: (B, T) or (B,), not shifted.
             losses: (B·T,) or (B,), the negative log-likelihood at every position, where it is known: it saves a pass
                 over the vocabulary.
+            kind: of this batch, where it is not the gate's own.
 
         Raises:
             ParameterError: sizes that are not this gate's, or logits that are not finite.
@@ -115,7 +121,7 @@ class HeadGradientGate(ScoredGate):
         require(h.shape[-1] == self.d_hidden, "h", tuple(h.shape), f"must be d_hidden={self.d_hidden} wide")
         require(logits.shape[-1] == self.vocab_size, "logits", tuple(logits.shape), f"must be {self.vocab_size} wide")
         return head_gradient.sketch_batch(
-            self.sketch, h, logits, labels, self.kind, topk=self.k_topk, softcap=self.softcap, losses=losses
+            self.sketch, h, logits, labels, kind or self.kind, topk=self.k_topk, softcap=self.softcap, losses=losses
         )
 
     def novelty(self, z: torch.Tensor) -> float:
@@ -156,7 +162,7 @@ class HeadGradientGate(ScoredGate):
     # a trainer's interface -----------------------------------------------------------------------------
 
     def measure(self, candidate: Candidate) -> torch.Tensor:
-        seen = (candidate.hidden, candidate.logits, candidate.labels, candidate.token_losses)
+        seen = (candidate.hidden, candidate.logits, candidate.labels, candidate.token_losses, candidate.kind)
         return self.embed(*seen).double().cpu()
 
     def score(self, measured: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from lorakit.sketches.tensor_sketch import TensorSketch
 IGNORED = -100
 KINDS = ("causal", "masked", "classify")
 BLOCK = 2**23  # logits in a chunk: 32 MiB in fp32
+NOT_FINITE = "must be finite where a label is predicted"
 GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
 
 
@@ -54,12 +55,29 @@ def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) ->
     Raises:
         ParameterError: a row of logits has no softmax (NaN, +∞).
     """
-    logits = as_float(logits)
-    error = (logits - _log_normaliser(logits)[:, None]).exp_()
-    error[torch.arange(len(labels), device=labels.device), labels] -= 1  # as Σp² − 2p_y + 1, without cancellation
-    if softcap is not None:
-        error *= _capped(logits, softcap)
-    return error.norm(dim=1)
+    error, scale, _ = error_in_place(as_float(logits).clone(), labels, softcap)
+    return error.norm(dim=1) / scale
+
+
+@torch.no_grad()
+def error_in_place(logits: Tensor, labels: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns `logits` (N, V) float32 into s·e; returns that, s (N,) and the losses −log p_y (N,), in one exponential.
+
+    Raises:
+        ParameterError: a row of logits has no softmax (NaN, +∞).
+    """
+    factor = None if softcap is None else _capped(logits, softcap)
+    gold = labels[:, None]
+    largest = logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, gold) - largest
+    error = logits.sub_(largest).exp_()
+    scale = error.sum(dim=1, keepdim=True)
+    losses = scale.log() - chosen
+    require(bool(torch.isfinite(scale).all()), "logits", "non-finite values", NOT_FINITE)
+    error.scatter_add_(1, gold, -scale)  # p_y − 1 by itself: as Σp² − 2p_y + 1 the norm of a small error cancels
+    if factor is not None:
+        error *= factor
+    return error, scale.squeeze(1), losses.squeeze(1)
 
 
 @torch.no_grad()
@@ -172,7 +190,7 @@ def sketch_batch(
 
 def _from_loss(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """log Σ exp(logits) (N,) = loss + gold logit."""
-    require(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", "must be finite where a label is predicted")
+    require(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", NOT_FINITE)
     return as_float(loss) + as_float(logits.gather(1, labels[:, None])).squeeze(1)
 
 
@@ -207,7 +225,7 @@ def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple
 def _log_normaliser(logits: Tensor) -> Tensor:
     """log Σ exp(logits) (N,); a word of logit −∞ has probability 0."""
     out = logits.logsumexp(dim=1)
-    require(bool(torch.isfinite(out).all()), "logits", "non-finite values", "must be finite where a label is predicted")
+    require(bool(torch.isfinite(out).all()), "logits", "non-finite values", NOT_FINITE)
     return out
 
 

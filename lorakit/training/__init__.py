@@ -2,9 +2,20 @@
 
 from lorakit.training.budget import Budget, Schedule
 from lorakit.training.costs import FlopMeter, Ledger
+from lorakit.training.flora import FLoRATrainer
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.slora import SLoRATrainer
 from lorakit.training.trainer import BudgetTrainer
 from lorakit.training.watch import Diverged
 
-__all__ = ["Budget", "BudgetTrainer", "Diverged", "FlopMeter", "GatedTrainer", "Ledger", "SLoRATrainer", "Schedule"]
+__all__ = [
+    "Budget",
+    "BudgetTrainer",
+    "Diverged",
+    "FLoRATrainer",
+    "FlopMeter",
+    "GatedTrainer",
+    "Ledger",
+    "SLoRATrainer",
+    "Schedule",
+]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Trainer
 
+from lorakit.errors import require
 from lorakit.gates import AllTokens, AlwaysOpen, Candidate, Gate, TokenSelection
 from lorakit.gates.head import HeadInput, find_head
 from lorakit.gates.log import GateLog
-from lorakit.gates.tokens import count_tokens
+from lorakit.gates.look import GateLook
+from lorakit.gates.tokens import Selected, count_tokens
 from lorakit.training import checkpoint
 from lorakit.training.controllers import Controller
 from lorakit.training.costs import FlopMeter, Ledger
@@ -23,13 +25,30 @@ from lorakit.training.watch import Diverged, Watch
 
 
 @dataclass
-class _Held:
-    """A micro-batch between its forward and the decision about its window."""
+class _Part:
+    """A micro-batch between its forward and the decision about its window.
 
-    loss: torch.Tensor
-    options: dict[str, Any]
+    key: what its backward's FLOPs depend on; tokens: how many a backward passes through; targets: labels it has.
+    candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
+    loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
+    finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
+    """
+
     key: Hashable
     tokens: int
+    targets: int
+    candidate: Candidate | None = None
+    measured: torch.Tensor | None = None
+    gate_flops: float = 0.0
+    loss: float | None = None
+    finish: Callable[[], torch.Tensor] | None = None
+    backpropagated: torch.Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
+    skipping = tokens.two_pass and any(controller.name == "skip" for controller in controllers)
+    require(not skipping, "gating.mode", "fractional", "measures no layers for SkipLoRA to skip; use 'gather' with it")
 
 
 class GatedTrainer(Trainer):
@@ -62,17 +81,20 @@ class GatedTrainer(Trainer):
     ):
         super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
         self.kind = kind
+        _refuse_skipping(tokens or AllTokens(), controllers)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
         self.controllers = tuple(controllers)
         for controller in self.controllers:
             controller.bind(self.total_over_ranks)
         self.ledger, self.meter, self.gate_log = Ledger(), FlopMeter(), GateLog(self.gate)
-        self._head = HeadInput(find_head(self.model, kind)) if self.gate.needs_hidden else None
-        self._candidate: Candidate | None = None
-        self._facts: dict[str, Any] = {}
+        looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
+        self._head = HeadInput(find_head(self.model, kind)) if looks else None
+        self._part: _Part | None = None
         self._shape: Hashable = ()
-        self._window: list[_Held] = []
+        self._window: list[_Part] = []
         self._measured: torch.Tensor | None = None
+        self._labels_in_window: torch.Tensor | int | None = None
+        self._verified = False
         self.watch = Watch(self.model, self.gate_log)
 
     # one micro-batch -----------------------------------------------------------------------------------
@@ -81,22 +103,19 @@ class GatedTrainer(Trainer):
         """The loss of one forward pass; in training its FLOPs are counted and the gate will see its outputs."""
         if not model.training:  # evaluation is no candidate and no cost of training
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, forward = inputs["labels"], super().compute_loss
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        self._facts = {
-            "examples": len(inputs["input_ids"]),
-            "tokens": tokens,
-            "tokens_backpropagated": self.tokens.backpropagated(inputs, tokens),
-        }
+        self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
         self._shape = _shape(inputs)
-        selected = lambda **batch: self.tokens.forward(model, batch)  # noqa: E731
+        if self.tokens.selective:
+            return self._chosen(model, inputs, num_items_in_batch)
+        labels, forward = inputs["labels"], super().compute_loss
         (loss, outputs), flops = self.meter.measure(
-            self._key("forward"), lambda: forward(selected, inputs, True, num_items_in_batch)
+            self._key("forward"), lambda: forward(model, inputs, True, num_items_in_batch)
         )
-        self.ledger.add(examples=self._facts["examples"], tokens=tokens, flops_forward=flops)
+        self.ledger.add(flops_forward=flops)
         logits = getattr(outputs, "logits", None)
         logits = None if logits is None else logits.detach()
-        self._candidate = Candidate(
+        candidate = Candidate(
             loss=loss.detach(),
             logits=logits,
             labels=labels,
@@ -105,7 +124,49 @@ class GatedTrainer(Trainer):
             softcap=self._head.head.softcap if self._head else None,
             token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
+        self._part = _Part(self._key("backward"), tokens, candidate.targets, candidate)
         return (loss, outputs) if return_outputs else loss
+
+    def _chosen(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
+        batch = dict(inputs)
+        labels = batch.pop("labels")
+        if not self._verified:
+            self.tokens.verify(model, batch, labels)
+            self._verified = True
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        per_chosen = processes / max(int(num_items_in_batch), 1)
+        per_label = processes / max(int(self._labels_in_window), 1)
+        seen = GateLook(self.gate, per_label, self.tokens.head) if self.gate.selective else None
+        key = self._key("forward", self.tokens.signature(labels))
+        selected, flops = self.meter.measure(key, lambda: self.tokens.select(model, batch, labels, seen))
+        self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
+        key = self._key("backward", selected.key, selected.chosen)
+        self._part = part = _Part(key, selected.backpropagated, selected.predictions)
+        if selected.loss_sum is not None:
+            part.loss = selected.loss_sum.item() * per_label
+        part.finish = lambda: self._finished(selected, per_chosen)
+        if seen is None:
+            loss, part.finish = part.finish(), None
+            return loss
+        part.measured, part.gate_flops = seen.measured(), self.gate.flops(seen.whole(labels, self.kind))
+        return selected.chosen_sum.float() * per_chosen if selected.chosen else torch.zeros(())
+
+    def _finished(self, selected: Selected, per_chosen: float) -> torch.Tensor:
+        key = self._key("finish", selected.key, selected.chosen)
+        loss, flops = self.meter.measure(key, selected.finish)
+        self.ledger.add(flops_forward=flops)
+        return loss * per_chosen
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A window, and its labels on all ranks; where tokens are chosen, what *their* losses are divided by."""
+        samples, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._labels_in_window = labels
+        if not self.tokens.selective or labels is None:
+            return samples, labels
+        divisor = torch.tensor(sum(self.tokens.divisor(batch["labels"]) for batch in samples), device=device)
+        several = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return samples, self.accelerator.gather(divisor).sum() if several else divisor
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer's, but its call of `accelerator.backward` first passes the gate."""
@@ -117,38 +178,45 @@ class GatedTrainer(Trainer):
         finally:
             self.accelerator.backward = backward
 
+    @property
+    def _reduces(self) -> bool:
+        """Whether gradients are averaged here: DistributedDataParallel expects one whole forward per backward."""
+        return (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
+
     def _unsynchronised(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        """DistributedDataParallel expects a backward after each forward it takes part in; a gate's may never come."""
-        several = self.gate.selective and self.accelerator.num_processes > 1
-        return self.accelerator.no_sync(model) if several else contextlib.nullcontext()
+        return self.accelerator.no_sync(model) if self._reduces else contextlib.nullcontext()
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
-        candidate, self._candidate = self._candidate, None
-        value = loss.item()
+        part, self._part = self._part, None
+        value = loss.item() if part.loss is None else part.loss
         if not math.isfinite(value):
             raise Diverged(f"training loss is {value} at step {self.ledger.steps + 1}")
         self.ledger.add(loss=value)
-        held = _Held(loss, options, self._key("backward"), self._facts["tokens_backpropagated"])
-        targets = torch.tensor([float(candidate.targets)], dtype=torch.float64)
+        part.backpropagated, part.options = loss, options
+        targets = torch.tensor([float(part.targets)], dtype=torch.float64)
         if not self.gate.selective:
-            del candidate  # frees the logits' storage as early as the plain Trainer would
-            self._open(backward, held, targets)
+            part.candidate = None  # frees the logits' storage as early as the plain Trainer would
+            self._open(backward, part, targets)
             return
-        self.ledger.add(flops_gate=self.gate.flops(candidate))
-        measured = torch.cat([targets, self.gate.measure(candidate)])
+        if part.candidate is not None:
+            part.measured, part.gate_flops = self.gate.measure(part.candidate), self.gate.flops(part.candidate)
+            part.candidate = None
+        self.ledger.add(flops_gate=part.gate_flops)
+        measured = torch.cat([targets, part.measured])
         self._measured = measured if self._measured is None else self._measured + measured
-        self._window.append(held)
-        del candidate
+        self._window.append(part)
         if self.accelerator.sync_gradients:
             self._close_window(backward)
 
-    def _open(self, backward: Callable[..., None], held: _Held, targets: torch.Tensor) -> None:
+    def _open(self, backward: Callable[..., None], part: _Part, targets: torch.Tensor) -> None:
         """Without a gate: the backward at once, unless no rank has a label to learn from."""
         learns = self.total_over_ranks(targets).item() > 0
         if learns:
-            self._backward(backward, held)
+            self._backward(backward, part)
         else:
             self.ledger.add(without_labels=1)
+        if self.accelerator.sync_gradients and self.tokens.selective:
+            self._average_gradients()
         self.watch.window(learns)
 
     # one window ----------------------------------------------------------------------------------------
@@ -168,15 +236,18 @@ class GatedTrainer(Trainer):
         if decision.score is not None:
             self.ledger.add(score=decision.score, scored=1)
         if accept:
-            for held in window:
-                self._backward(backward, held)
+            for part in window:
+                self._backward(backward, part)
             self._average_gradients()
             self.watch.gradients()
         self.watch.window(accept)
 
-    def _backward(self, backward: Callable[..., None], held: _Held) -> None:
-        _, flops = self.meter.measure(held.key, lambda: backward(held.loss, **held.options))
-        self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=held.tokens)
+    def _backward(self, backward: Callable[..., None], part: _Part) -> None:
+        loss = part.backpropagated if part.finish is None else part.finish()
+        flops = 0
+        if loss.requires_grad:
+            _, flops = self.meter.measure(part.key, lambda: backward(loss, **part.options))
+        self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=part.tokens)
 
     def _as_first_rank(self, accept: bool) -> bool:
         """The first process' decision: equal sums should give equal decisions, but one rank must be right."""
@@ -186,17 +257,25 @@ class GatedTrainer(Trainer):
         return self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0
 
     def _average_gradients(self) -> None:
-        """Mean over ranks, in one reduction: what DistributedDataParallel does, which was told not to."""
+        """Mean over ranks, in one reduction: what DistributedDataParallel does, which was told not to.
+
+        A rank whose batches had nothing to learn from has no gradients; it takes part with zeros.
+        """
         if self.accelerator.num_processes == 1:
             return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([g.flatten().float() for g in gradients]), "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        present = torch.tensor([p.grad is not None for p in trained], device=self.accelerator.device).float()
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = self.accelerator.reduce(torch.cat([present, *(g.flatten().float() for g in parts)]), "mean")
+        present, *means = flat.split([len(trained), *(p.numel() for p in trained)])
+        for parameter, part, mean, anywhere in zip(trained, parts, means, present.tolist(), strict=True):
+            if anywhere:
+                part.copy_(mean.view_as(part))
+                parameter.grad = part
 
-    def _key(self, kind: str) -> Hashable:
+    def _key(self, kind: str, *more: Hashable) -> Hashable:
         """What the FLOPs of a pass depend on."""
-        return (kind, self._shape, *(controller.signature() for controller in self.controllers))
+        return (kind, self._shape, *more, *(controller.signature() for controller in self.controllers))
 
     def total_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
         """Sum a float64 vector over all processes."""

@@ -1,0 +1,48 @@
+"""A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorakit.gates.batches import Candidate, Gate
+from lorakit.gates.head import Head
+
+
+class GateLook:
+    """Called with every chunk of a micro-batch's predictions, see `tokens.protocol.Look`.
+
+    Args:
+        gate: measures each chunk. per_label: what turns a sum of losses into the batch's share of the window's mean.
+        head: of the model.
+    """
+
+    def __init__(self, gate: Gate, per_label: float, head: Head):
+        self.gate, self.per_label, self.head = gate, per_label, head
+        self._measured: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+        measured = self.gate.measure(
+            Candidate(
+                loss=losses.double().sum() * self.per_label,
+                logits=logits[None],
+                labels=labels[None],
+                hidden=hidden[None],
+                kind="masked",  # nothing is left to shift
+                softcap=self.head.softcap,
+                token_losses=losses,
+            )
+        )
+        self._measured = measured if self._measured is None else self._measured + measured
+
+    def measured(self) -> Tensor:
+        """The micro-batch's measurement, (n,) float64: zeros where it had no prediction."""
+        if self._measured is None:
+            device = self.head.module.weight.device
+            hidden, logits = (torch.zeros(0, n, device=device) for n in (self.head.d_hidden, self.head.outputs))
+            self(hidden, logits, torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, device=device))
+        return self._measured
+
+    def whole(self, labels: Tensor, kind: str) -> Candidate:
+        """The whole micro-batch, for the gate's FLOPs, which depend on its labels only."""
+        return Candidate(torch.zeros(()), None, labels, kind=kind)

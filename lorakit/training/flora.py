@@ -1,0 +1,75 @@
+"""FLoRA on the Hugging Face Trainer's own terms: a share of each batch's tokens gets a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import TrainingArguments
+
+from lorakit.errors import ParameterError
+from lorakit.gates import build_tokens
+from lorakit.gating import Gating
+from lorakit.training.slora import SLoRATrainer, kind_of
+
+
+class FLoRATrainer(SLoRATrainer):
+    """A `transformers.Trainer` that backpropagates the losses of chosen tokens only.
+
+    The loss is divided by the chosen tokens of the whole accumulation window and of all processes (sampled ones, which
+    are weighted, by all labels). Evaluation is the Trainer's. With `gate_config` whole batches are gated first, and a
+    rejected batch costs its one forward pass.
+
+    Args:
+        model: a causal or masked language model with something to train; args: `TrainingArguments`, not fp16.
+        gating: the keys of `lorakit.gating.Gating`: method ("baseline", "random", "flora"), topk_tokens, sketch_dim,
+            topk_logits, score, policy, per, mode.
+        gate_config, gate: SLoRA's, see there.
+        Everything else goes to `SLoRATrainer`.
+
+    Raises:
+        ParameterError: an unknown key or a value out of range, fp16, a classifier, checkpointing with "fractional".
+        LorakitError: a model without an output head, or one that mode "fractional" cannot serve.
+        CheckpointError: resuming from a checkpoint without this selection's state.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        gating: Mapping[str, Any] | None = None,
+        **options: Any,
+    ):
+        settings = read(gating or {})
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+        settings.check(precision, args.gradient_checkpointing, skips=False)
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            tokens=build_tokens(settings, model, kind_of(model), seed=args.seed, rank=args.process_index),
+            **options,
+        )
+
+
+def read(gating: Mapping[str, Any]) -> Gating:
+    """The settings of these keys.
+
+    Raises:
+        ParameterError: naming the first that is unknown or out of range.
+    """
+    try:
+        return Gating(**gating)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        unknown = problem["type"] == "extra_forbidden"
+        allowed = f"unknown key; known are {', '.join(Gating.model_fields)}" if unknown else problem["msg"]
+        raise ParameterError(f"gating.{name}", gating[name], allowed) from None
