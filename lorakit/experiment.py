@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit import adapters, records
-from lorakit.assembly import Assembled, assemble, build_trainer, check, fingerprints
+from lorakit.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
 from lorakit.errors import CheckpointError
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
@@ -206,6 +206,7 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
         optimizer=assembled.params.optimizer,
         autocast=None if assembled.params.precision == "fp32" else assembled.params.precision,
         device=assembled.model.device.type,
+        tokens=tokens_of(assembled),
     )
 
 

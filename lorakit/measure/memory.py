@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
+
+if TYPE_CHECKING:
+    from lorakit.gates import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +43,7 @@ def predict_step_memory(
     autocast: str | None = None,
     gradient_checkpointing: bool = False,
     device: str = "cpu",
+    tokens: TokenSelection | None = None,
 ) -> dict[str, int]:
     """Predict the peak memory of one training step of `model` (real or meta) on `batch`, leaving both as they are.
 
@@ -51,6 +55,7 @@ def predict_step_memory(
         gradient_checkpointing: recompute activations in the backward; so it is anyway where the model already does.
         device: "cpu", or "cuda" for what differs there: the optimizer updates all tensors at once (more temporaries),
             and attention keeps no (T, T) matrix for dropout. Kernels are else taken to allocate the same on both.
+        tokens: which tokens get a backward; needs a `batch` with real labels and masks. None: all.
 
     Returns:
         Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
@@ -72,10 +77,24 @@ def predict_step_memory(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
         inputs = {name: fake(mode, value) for name, value in batch.items()}
-        return _step(model, inputs, make_optimizer(optimizer, trained, foreach=device == "cuda"), autocast, mode)
+        made = make_optimizer(optimizer, trained, foreach=device == "cuda")
+        if tokens is None or not tokens.selective:
+            return _step(model, inputs, made, autocast, mode, lambda: model(**inputs).loss)
+        real = dict(batch)
+        labels = real.pop("labels")
+        inputs.pop("labels")
+        with tokens.dry(real, labels):
+            return _step(model, inputs, made, autocast, mode, lambda: tokens.select(model, inputs, labels).finish())
 
 
-def _step(model: nn.Module, inputs: dict[str, Any], optimizer: Any, autocast: str | None, mode: Any) -> dict[str, int]:
+def _step(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    optimizer: Any,
+    autocast: str | None,
+    mode: Any,
+    loss_of: Callable[[], torch.Tensor],
+) -> dict[str, int]:
     """One step in steady state, everything alive before it claimed by its kind."""
     _warm_up(model, optimizer)
     live = LiveBytes()
@@ -85,7 +104,7 @@ def _step(model: nn.Module, inputs: dict[str, Any], optimizer: Any, autocast: st
         _watch_head(live, model, hooks)
         with mode, live:
             with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
-                loss = model(**inputs).loss  # the output, logits with it, dies here as in the Trainer
+                loss = loss_of()  # the output, logits with it, dies here as in the Trainer
             loss.backward()
     with live:  # without the fake mode: the optimizer reads its step counters, which are real
         optimizer.step()

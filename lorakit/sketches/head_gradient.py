@@ -56,6 +56,7 @@ def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) ->
         ParameterError: a row of logits has no softmax (NaN, +∞).
     """
     error, scale, _ = error_in_place(as_float(logits).clone(), labels, softcap)
+    require(bool(torch.isfinite(scale).all()), "logits", "non-finite values", NOT_FINITE)
     return error.norm(dim=1) / scale
 
 
@@ -63,8 +64,7 @@ def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) ->
 def error_in_place(logits: Tensor, labels: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Turns `logits` (N, V) float32 into s·e; returns that, s (N,) and the losses −log p_y (N,), in one exponential.
 
-    Raises:
-        ParameterError: a row of logits has no softmax (NaN, +∞).
+    A row that has no softmax (NaN, +∞) gets an s that is not finite.
     """
     factor = None if softcap is None else _capped(logits, softcap)
     gold = labels[:, None]
@@ -73,7 +73,6 @@ def error_in_place(logits: Tensor, labels: Tensor, softcap: float | None = None)
     error = logits.sub_(largest).exp_()
     scale = error.sum(dim=1, keepdim=True)
     losses = scale.log() - chosen
-    require(bool(torch.isfinite(scale).all()), "logits", "non-finite values", NOT_FINITE)
     error.scatter_add_(1, gold, -scale)  # p_y − 1 by itself: as Σp² − 2p_y + 1 the norm of a small error cancels
     if factor is not None:
         error *= factor

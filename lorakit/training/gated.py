@@ -107,7 +107,7 @@ class GatedTrainer(Trainer):
         self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
         self._shape = _shape(inputs)
         if self.tokens.selective:
-            return self._chosen(model, inputs, num_items_in_batch)
+            return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels, forward = inputs["labels"], super().compute_loss
         (loss, outputs), flops = self.meter.measure(
             self._key("forward"), lambda: forward(model, inputs, True, num_items_in_batch)
@@ -127,7 +127,7 @@ class GatedTrainer(Trainer):
         self._part = _Part(self._key("backward"), tokens, candidate.targets, candidate)
         return (loss, outputs) if return_outputs else loss
 
-    def _chosen(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+    def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
         """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
         batch = dict(inputs)
         labels = batch.pop("labels")
@@ -142,7 +142,8 @@ class GatedTrainer(Trainer):
         selected, flops = self.meter.measure(key, lambda: self.tokens.select(model, batch, labels, seen))
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
         key = self._key("backward", selected.key, selected.chosen)
-        self._part = part = _Part(key, selected.backpropagated, selected.predictions)
+        reached = tokens if selected.backpropagated is None else selected.backpropagated
+        self._part = part = _Part(key, reached, selected.predictions)
         if selected.loss_sum is not None:
             part.loss = selected.loss_sum.item() * per_label
         part.finish = lambda: self._finished(selected, per_chosen)

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lorakit.errors import LorakitError, require
 from lorakit.gates.tokens.protocol import Look, Selected
-from lorakit.gates.tokens.selection import Chosen, TokenGate
+from lorakit.gates.tokens.selection import Chosen, Plan, TokenGate
 from lorakit.gating import Gating
 
 ATTENTION = ("sdpa", "eager")
@@ -107,17 +107,17 @@ class FractionalGate(TokenGate):
         chosen, recorded, masks = self._record(model, inputs, labels, look)
         if not len(chosen.where):
             zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
-            return self._selected(chosen, labels, lambda: zero.clone().requires_grad_(), 0, ())
-        at = places(chosen.where, labels.shape[1])
+            return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0, ())
+        at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
         finish = lambda: chosen.total(self._run(model, inputs, chosen, at, recorded, masks))  # noqa: E731
-        return self._selected(chosen, labels, finish, len(chosen.where), at.shape)
+        return self._selected(chosen, finish, len(chosen.where), at.shape)
 
     def _record(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
     ) -> tuple[Chosen, DynamicCache, Masks]:
         """Pass 1: what was chosen, keys and values of every layer, and the masks of all tokens."""
         require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
-        masks = attention_masks(self.config, inputs, self.dtype)
+        masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
         recorded, kept = DynamicCache(), []
         packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
 
@@ -133,6 +133,12 @@ class FractionalGate(TokenGate):
                 f"{self.config.num_hidden_layers} layers: mode 'fractional' cannot serve it (use_cache); use 'gather'"
             )
         return kept[0], recorded, masks
+
+    def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
+        plan = super()._plan(inputs, labels)
+        plan.masks = attention_masks(self.config, inputs, self.dtype)
+        plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
+        return plan
 
     def _run(
         self,
@@ -231,7 +237,6 @@ def chosen_masks(masks: Masks, at: Places) -> Masks:
     """Rows (R, 1, K, T) of the masks: what the chosen tokens attend to."""
     if isinstance(masks, dict):
         return {kind: chosen_masks(mask, at) for kind, mask in masks.items()}
-    masks = masks.expand(int(at.batch.max()) + 1 if len(masks) == 1 else len(masks), -1, -1, -1)
     return masks[at.batch[:, None], :, at.columns].transpose(1, 2)
 
 

@@ -22,7 +22,7 @@ class Selected:
     predictions: labels the batch has; chosen: those that were kept.
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
     chosen_sum: as `finish()` will give it, detached, where known.
-    backpropagated: input tokens a backward passes through.
+    backpropagated: input tokens a backward passes through; None: all of the batch's.
     key: what the FLOPs of `finish` and of the backward depend on, beside the batch's shape.
     flops: of scoring, by formula, beyond the matrix products that are counted as they run.
     """
@@ -30,7 +30,7 @@ class Selected:
     finish: Callable[[], Tensor]
     predictions: int
     chosen: int
-    backpropagated: int
+    backpropagated: int | None
     key: Hashable
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.gates.head import Head
 from lorakit.sketches import TensorSketch
 from lorakit.sketches.head_gradient import error_in_place, sparse_error
 
@@ -17,28 +18,28 @@ class TokenScore:
 
     Args:
         name: of the score; "none" only finds the losses.
-        weight: W_U (V, H) of the head, for "hidden_gradient".
-        softcap: c of a head that caps its logits at c·tanh(logits / c).
+        head: of the model.
         sketch_dim, topk_logits, seed: of the sketch; topk_logits 0 for all.
     """
 
     def __init__(
         self,
         name: str,
-        weight: Tensor,
-        softcap: float | None = None,
+        head: Head,
         *,
         sketch_dim: int = 512,
         topk_logits: int = 64,
         seed: int = 0,
     ):
-        self.name, self.weight, self.softcap = name, weight, softcap
-        self.words, self.width = weight.shape
+        self.name, self.head, self.softcap = name, head, head.softcap
+        self.words, self.width = head.outputs, head.d_hidden
         self.kept = min(topk_logits or self.words, self.words)
         self.sketch = None
         if name == "sketch":
+            device = head.module.weight.device
+            device = "cpu" if device.type == "meta" else device  # a dry run's model has no data
             generator = torch.Generator().manual_seed(seed)
-            self.sketch = TensorSketch(self.width, self.words, sketch_dim, generator=generator, device=weight.device)
+            self.sketch = TensorSketch(self.width, self.words, sketch_dim, generator=generator, device=device)
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,8 @@ class TokenScore:
 
     def _hidden_gradient(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         error, scale, losses = error_in_place(logits, labels, self.softcap)
-        return (error.to(self.weight.dtype) @ self.weight).float().norm(dim=1) / scale, losses
+        weight = self.head.module.weight  # W_U (V, H)
+        return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
 
     def _sketch(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.cross_entropy(logits, labels, reduction="none")

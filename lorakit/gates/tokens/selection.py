@@ -16,7 +16,7 @@ from lorakit.errors import LorakitError, require
 from lorakit.gates.head import ROWS_CHECKED, Head, HeadCheck, find_head
 from lorakit.gates.simple import check_state
 from lorakit.gates.tokens import policies
-from lorakit.gates.tokens.protocol import Look, Selected, count_tokens
+from lorakit.gates.tokens.protocol import Look, Selected
 from lorakit.gates.tokens.scores import TokenScore
 from lorakit.gating import Gating
 from lorakit.sketches.head_gradient import rows
@@ -29,12 +29,14 @@ class Chosen:
     """What was kept of a batch's predictions.
 
     where: (k,) places in the flattened (B·T), ascending; targets: (k,) what is predicted there.
+    predictions: N, of which these were chosen.
     weights: (k,) float32, 1 / π, or None for plain sums.
     loss_sum, chosen_sum: Σ of all losses and the (weighted) sum of the chosen, detached, where they were scored.
     """
 
     where: Tensor
     targets: Tensor
+    predictions: int
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
@@ -42,6 +44,17 @@ class Chosen:
     def total(self, losses: Tensor) -> Tensor:
         """Σ of losses (k,), weighted where they were sampled."""
         return losses.sum() if self.weights is None else (losses * self.weights).sum()
+
+
+@dataclass
+class Plan:
+    """What a dry run is to choose. where, targets: (N,) of all predictions; masks, places: of mode "fractional"."""
+
+    where: Tensor
+    targets: Tensor
+    chosen: Chosen
+    masks: Any = None
+    places: Any = None
 
 
 class TokenGate:
@@ -66,15 +79,14 @@ class TokenGate:
         self.head: Head = find_head(model, kind)
         self.score = TokenScore(
             settings.score if settings.method == "flora" else "none",
-            self.head.module.weight,
-            self.head.softcap,
+            self.head,
             sketch_dim=settings.sketch_dim,
             topk_logits=settings.topk_logits,
             seed=seed,
         )
-        self.pad = getattr(model.config, "pad_token_id", None)
         self.draws = 0
         self.seen = {"predictions": 0, "chosen": 0}
+        self._dry: Plan | None = None
 
     # a trainer's interface -----------------------------------------------------------------------------
 
@@ -95,7 +107,7 @@ class TokenGate:
         with self._head_input(replace):
             outputs = model(**inputs)
         loss = kept[0].total(self.losses(outputs.logits, kept[0].targets))
-        return self._selected(kept[0], labels, lambda: loss, count_tokens(inputs, self.pad), ())
+        return self._selected(kept[0], lambda: loss, None, ())
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
@@ -138,9 +150,29 @@ class TokenGate:
 
     # choosing ------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def dry(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
+        """While inside, `select` works on inputs without data; of the real `labels` it chooses as many as ever."""
+        before = self.draws, dict(self.seen)
+        self._dry = self._plan(inputs, labels)
+        try:
+            yield
+        finally:
+            self._dry = None
+            self.draws, self.seen = before
+
+    def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
+        where, targets = self._predictions(labels)
+        index, weights = self._draw(torch.ones(len(where)), labels)
+        return Plan(where, targets, Chosen(where[index], targets[index], len(where), weights))
+
     @torch.no_grad()
     def choose(self, hidden: Tensor, labels: Tensor, look: Look | None = None) -> Chosen:
         """Score hidden states (B, T, H) against labels (B, T) and keep a share; logits exist a chunk at a time."""
+        if self._dry is not None:
+            if self.scores(look):
+                self.scored(hidden, self._dry.where, self._dry.targets, look)
+            return self._dry.chosen
         where, targets = self._predictions(labels)
         if len(where):
             low, high = (int(bound) for bound in targets.aminmax())
@@ -148,7 +180,8 @@ class TokenGate:
         scored = self.scored(hidden, where, targets, look) if self.scores(look) and len(where) else None
         index, weights = self._draw(None if scored is None else scored[0].cpu(), labels)
         index = index.to(where.device)
-        chosen = Chosen(where[index], targets[index], None if weights is None else weights.to(where.device))
+        weights = None if weights is None else weights.to(where.device)
+        chosen = Chosen(where[index], targets[index], len(where), weights)
         if scored is not None:
             losses = scored[1]
             require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
@@ -245,9 +278,9 @@ class TokenGate:
         return F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
 
     def _selected(
-        self, chosen: Chosen, labels: Tensor, finish: Callable[[], Tensor], backpropagated: int, key: Hashable
+        self, chosen: Chosen, finish: Callable[[], Tensor], backpropagated: int | None, key: Hashable
     ) -> Selected:
-        predictions, kept = len(self._predictions(labels)[0]), len(chosen.where)
+        predictions, kept = chosen.predictions, len(chosen.where)
         self.seen = {"predictions": self.seen["predictions"] + predictions, "chosen": self.seen["chosen"] + kept}
         return Selected(
             finish=finish,
