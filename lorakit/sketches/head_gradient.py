@@ -17,9 +17,14 @@ from lorakit.sketches.tensor_sketch import TensorSketch
 
 IGNORED = -100
 KINDS = ("causal", "masked", "classify")
-BLOCK = 2**23  # logits in a chunk: 32 MiB in fp32
+BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"
 GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
+
+
+def chunk_of(words: int) -> int:
+    """Predictions over `words` words in a chunk."""
+    return max(16, BLOCK // words)
 
 
 def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -144,9 +149,12 @@ def top_indices(logits: Tensor, topk: int) -> Tensor:
     groups = _group_maxima(logits).topk(topk, dim=1, sorted=False).indices
     members = groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)
     members = members.flatten(1)
-    beyond = members >= words  # the last group may be short
-    members = members.clamp_(max=words - 1)
-    candidates = logits.gather(1, members).masked_fill_(beyond, -torch.inf)
+    if words % GROUP == 0:
+        candidates = logits.gather(1, members)
+    else:  # the last group is short
+        beyond = members >= words
+        members = members.clamp_(max=words - 1)
+        candidates = logits.gather(1, members).masked_fill_(beyond, -torch.inf)
     return members.gather(1, candidates.topk(topk, dim=1, sorted=False).indices)
 
 
@@ -198,7 +206,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, ...]]:
     """(hidden, logits, labels, *beside) of at most `chunk` predictions at a time; neighbours are not copied."""
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be at least 1")
-    chunk = chunk or max(16, BLOCK // logits.shape[-1])
+    chunk = chunk or chunk_of(logits.shape[-1])
     positions, targets = _checked(hidden, logits, labels, kind)
     hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
     for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):

@@ -19,9 +19,7 @@ from lorakit.gates.tokens import policies
 from lorakit.gates.tokens.protocol import Look, Selected
 from lorakit.gates.tokens.scores import TokenScore
 from lorakit.gating import Gating
-from lorakit.sketches.head_gradient import rows
-
-BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
+from lorakit.sketches.head_gradient import chunk_of, rows
 
 
 @dataclass
@@ -195,7 +193,7 @@ class TokenGate:
     @torch.no_grad()
     def scored(self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states."""
-        chunk = max(16, BLOCK // self.head.outputs)
+        chunk = chunk_of(self.head.outputs)
         flat, found = hidden.flatten(0, -2), []
         for places, labels in zip(where.split(chunk), targets.split(chunk), strict=True):
             h = flat[places]
