@@ -54,7 +54,7 @@ def gemma_1b() -> nn.Module:
 
 
 MINILM = Case("MiniLM 32x28", minilm, (32, 28), 30_000, "classify", 20)
-GEMMA = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 5, bf16=True, warmup=1)
+GEMMA = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 11, bf16=True, warmup=1)
 
 
 class Gated:

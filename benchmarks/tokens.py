@@ -1,4 +1,4 @@
-"""What choosing tokens saves: FLOPs, predicted memory and seconds of a step, by mode and fraction; what scoring costs."""
+"""What choosing tokens saves by mode and fraction: FLOPs, predicted memory, seconds of a step; what scoring costs."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ raw ones, e·(1 − (logit/c)²). Everything works on chunks of tokens: with 262
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ IGNORED = -100
 KINDS = ("causal", "masked", "classify")
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"
+GAPS = 3  # in a chunk's positions, up to which its parts are worked on one by one rather than copied together
 GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
 
 
@@ -210,10 +212,22 @@ def _chunks(
     positions, targets = _checked(hidden, logits, labels, kind)
     hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
     for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):
-        if len(where):
-            first, last = int(where[0]), int(where[-1])
-            taken = slice(first, last + 1) if last - first + 1 == len(where) else where
-            yield hidden[taken], logits[taken], y, *(tensor[taken] for tensor in beside)
+        for part, taken in _neighbours(where):
+            yield hidden[taken], logits[taken], y[part], *(tensor[taken] for tensor in beside)
+
+
+def _neighbours(where: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Which of `where` (n,), ascending, and how to take them: by slices while they have few gaps, else all at once."""
+    if not len(where):
+        return
+    gaps = (where.diff() > 1).nonzero().squeeze(1) + 1
+    if len(gaps) > GAPS:
+        yield slice(0, len(where)), where
+        return
+    edges = [0, *gaps.tolist(), len(where)]
+    for start, end in pairwise(edges):
+        first = int(where[start])
+        yield slice(start, end), slice(first, first + end - start)
 
 
 def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
