@@ -433,3 +433,12 @@ def test_points_sum_up_what_was_decided_since_the_last():
     }
     report = log.report()
     assert report["acceptance_rate"] == 0.5 and report["decisions"] == 4 and report["log"][0]["step"] == 4
+
+
+def test_a_basis_that_holds_every_gradient_of_a_narrow_head_is_warned_about():
+    narrow = {"d_hidden": 8, "vocab_size": 3, "m": 64, "burn_in": 0, "kind": "classify"}
+    with pytest.warns(GateWarning, match=r"every gradient of this head: k=16 directions of a space of 16 \(8 x 2\)"):
+        GateLog(HeadGradientGate(**narrow, k=16)).begin(100)
+    quiet = GateLog(HeadGradientGate(**narrow, k=15))
+    quiet.begin(100)
+    assert quiet.warnings == []

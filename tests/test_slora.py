@@ -301,7 +301,14 @@ def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
 def test_a_gate_works_under_bf16_autocast(task):
     import lorakit
 
-    given = {"gate": "novelty", "gate_burn_in": 3, "precision": "bf16", "budget": 5, "batch_size": 4} | task
+    given = {
+        "gate": "novelty",
+        "gate_burn_in": 3,
+        "gate_k": 16,
+        "precision": "bf16",
+        "budget": 5,
+        "batch_size": 4,
+    } | task
     quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
     assert lorakit.run(given | quick).status == "done"
 
@@ -309,7 +316,15 @@ def test_a_gate_works_under_bf16_autocast(task):
 def test_a_gate_goes_with_skipped_layers_and_a_four_bit_base():
     import lorakit
 
-    given = {"gate": "novelty", "gate_burn_in": 4, "skip": "prefix", "skip_share": 0.5, "quantize": "nf4", "budget": 8}
+    given = {
+        "gate": "novelty",
+        "gate_burn_in": 4,
+        "gate_k": 16,
+        "skip": "prefix",
+        "skip_share": 0.5,
+        "quantize": "nf4",
+        "budget": 8,
+    }
     quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
     record = lorakit.run(given | quick | {"batch_size": 4})
     assert record.status == "done" and record.method == "lora+nf4+skip+slora"
