@@ -203,6 +203,31 @@ def test_plan_refuses_in_4_bits_what_a_run_would(folder, options, named):
         plan.Plan(folder, quantize="nf4", **options)
 
 
+def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
+    def planned(**options):
+        return plan.predict(plan.Plan(folder, batch=4, seq=64, kind="causal", **options)).memory
+
+    plain, gather, fractional = planned(), planned(tokens=0.2), planned(tokens=0.2, mode="fractional")
+    assert gather["logits"] < 0.6 * plain["logits"] and gather["activations"] > 0.9 * plain["activations"]
+    assert fractional["activations"] < 0.6 * plain["activations"] and fractional["peak"] < gather["peak"]
+    assert plan.main([folder, "--seq", "16", "--tokens", "0.2", "--mode", "fractional"]) == 0
+    assert "20% of the tokens (fractional)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tokens": 0.0}, "tokens=0.0: a share inside"),
+        ({"mode": "masked"}, "mode='masked'"),
+        ({"tokens": 0.2, "mode": "fractional", "gradient_checkpointing": True}, "gradient_checkpointing=True: drops"),
+        ({"tokens": 0.2, "precision": "fp16"}, "precision='fp16'"),
+    ],
+)
+def test_plan_refuses_of_chosen_tokens_what_a_run_would(folder, options, named):
+    with pytest.raises(ParameterError, match=named):
+        plan.Plan(folder, **options)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

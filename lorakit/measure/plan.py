@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.adapters.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel, mend
 from lorakit.errors import ParameterError, require
+from lorakit.gating import Gating
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_training_memory
 from lorakit.measure.optimizers import PREDICTABLE
@@ -43,6 +44,8 @@ class Plan:
     optimizer: str = "adamw_torch"
     kind: str | None = None  # None: causal for a decoder, classify for an encoder
     gradient_checkpointing: bool = False
+    tokens: float = 1.0
+    mode: str = "gather"
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "batch", self.batch, "at least 1")
@@ -55,6 +58,14 @@ class Plan:
         require(not nf4 or self.precision != "fp16", "precision", "fp16", "fp16 diverges on NF4; use bf16 or fp32")
         require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
         require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
+        require(0 < self.tokens <= 1, "tokens", self.tokens, "a share inside (0, 1]")
+        require(self.mode in ("gather", "fractional"), "mode", self.mode, "one of gather, fractional")
+        self.gating.check(self.precision, self.gradient_checkpointing, skips=False)
+
+    @property
+    def gating(self) -> Gating:
+        """Which tokens get a backward."""
+        return Gating(method="flora" if self.tokens < 1 else "baseline", topk_tokens=self.tokens, mode=self.mode)
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ def predict(plan: Plan) -> Prediction:
         AssetError: nothing is known of a model of this name.
     """
     from lorakit import adapters, models
+    from lorakit.gates import build_tokens
 
     require(plan.method in adapters.METHODS, "method", plan.method, f"one of {', '.join(adapters.METHODS)}")
     described = models.describe(plan.model)
@@ -92,6 +104,7 @@ def predict(plan: Plan) -> Prediction:
         autocast=None if plan.precision == "fp32" else plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing,
         device="cuda",
+        tokens=build_tokens(plan.gating, model, kind),
     )
     sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Prediction(memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source)
@@ -169,11 +182,12 @@ def _head(plan: Plan, prediction: Prediction) -> str:
     rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
     extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
     autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
+    chosen = "" if plan.tokens == 1 else f", {plan.tokens:.0%} of the tokens ({plan.mode})"
     base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
     return (
         f"{plan.model} ({prediction.source})\n"
         f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {base}{plan.dtype} weights{autocast}, "
-        f"{plan.optimizer}{extra}\n"
+        f"{plan.optimizer}{extra}{chosen}\n"
         f"{prediction.trainable:,} of {prediction.total:,} parameters trained"
     )
 
@@ -215,6 +229,8 @@ _OPTIONS = {
     "rank": "of the adapters",
     "targets": 'adapted layers: "all-linear", names with commas between, or a regular expression',
     "optimizer": f"one of {', '.join(PREDICTABLE)}",
+    "tokens": "that get a backward (FLoRA), a share of those that are predicted",
+    "mode": "of that backward: gather (through the head only), fractional (through the layers)",
     "kind": "causal, masked or classify; by the model's family where not given",
 }
 
