@@ -37,7 +37,7 @@ Each pair of runs is compared at the largest x that both reach. A run's loss is 
 high. **decayed** says whether both runs were there at the end of their own learning-rate schedule, at least {decayed}
 of the way, and if not, how far the other one was. A verdict marked {mark} is of a finished run and one whose learning
 rate was still high: not a fair comparison, mostly in favour of the finished one. Rows with a gate are also compared
-with random batches at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
+with random batches (or tokens) at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
 CRITERION = """\
 The criterion: final validation loss at most {loss} above that of {reference} (`{row}`), at {steps} fewer
 accepted steps or better in every pair. Both are compared at their own end. **passed**: the whole interval is at or
@@ -66,7 +66,7 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
         "## What it cost",
         report_tables.cost_table(groups),
         *_at_equal_cost(groups),
-        *_criterion(groups),
+        *([] if report_data.chooses_tokens(groups) else _criterion(groups)),
         *_warnings(groups),
     ]
     return "\n\n".join([*parts, *([f"## Figures\n\n{pictures}"] if pictures else [])]) + "\n"
@@ -85,7 +85,7 @@ def _at_equal_cost(groups: Groups) -> list[str]:
     for axis in report_data.AXES:
         parts += [f"### At equal {TITLES[axis]}", report_tables.equal_table(report_data.comparisons(groups, axis))]
     lonely = [f"{label(row)} (at {percent(rate)})" for row, rate in report_data.without_random(groups).items()]
-    return parts + ([f"No row of random batches at the same rate: {', '.join(lonely)}."] if lonely else [])
+    return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
 
 
 def _criterion(groups: Groups) -> list[str]:

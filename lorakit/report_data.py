@@ -36,23 +36,41 @@ def rows_of(records: Sequence[Record], baseline: str = "") -> Groups:
 
 
 def gate_of(group: Sequence[Record]) -> tuple[str, float | None]:
-    """The gate of a row and the acceptance rate it aims at; ("none", None) where every batch is accepted."""
+    """The gate of a row and the acceptance rate it aims at; ("none", None) where every batch is accepted.
+
+    Where tokens are chosen instead: "flora" or "random" with its mode, and the share of tokens.
+    """
     for record in group:
         report, asked = record.details.get("gate", {}), record.resolved
         name = report.get("name", asked.get("gate", "none"))
         if name != "none":
             return name, report.get("target_rate", asked.get("gate_rate"))
+        chosen = record.details.get("tokens", {}).get("gating")
+        if chosen:
+            return f"{chosen['method']} {chosen['mode']}", chosen["topk_tokens"]
     return "none", None
 
 
+def chooses_tokens(groups: Groups) -> bool:
+    """Whether the rows choose tokens, and none of them batches."""
+    gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
+    return bool(gates) and all(" " in name for name in gates)
+
+
+def _random(name: str) -> str:
+    """The gate that chooses at random what `name` chooses."""
+    _, space, mode = name.partition(" ")
+    return f"random{space}{mode}"
+
+
 def random_for(groups: Groups, row: str) -> str | None:
-    """The row that accepts at random at the rate `row` aims at; None where there is none or `row` has no such gate."""
+    """The row that accepts, or chooses, at random at the rate `row` aims at; None where there is none or `row` has no such gate."""
     name, rate = gate_of(groups[row])
-    if name in ("none", "random") or rate is None:
+    if name in ("none", _random(name)) or rate is None:
         return None
     for other, group in groups.items():
         kind, its_rate = gate_of(group)
-        if kind == "random" and its_rate is not None and abs(its_rate - rate) < ROUNDING:
+        if kind == _random(name) and its_rate is not None and abs(its_rate - rate) < ROUNDING:
             return other
     return None
 
@@ -124,7 +142,7 @@ def without_random(groups: Groups) -> dict[str, float]:
     return {
         row: rate
         for row, (name, rate) in gates.items()
-        if name not in ("none", "random") and rate is not None and random_for(groups, row) is None
+        if name not in ("none", _random(name)) and rate is not None and random_for(groups, row) is None
     }
 
 

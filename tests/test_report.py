@@ -77,8 +77,24 @@ def test_missing_random_is_said():
     records = runs("baseline", "random", "slora", "slora50")
     assert report_data.without_random(report_data.rows_of(records)) == {"slora50": 0.5}
     assert ("slora50", "random") not in pairs_of(records, "tokens")
-    assert "No row of random batches at the same rate: SLoRA (50 %) (at 50 %)." in report.report(records)
-    assert "No row of random" not in report.report(runs())
+    assert "No random row at the same rate: SLoRA (50 %) (at 50 %)." in report.report(records)
+    assert "No random row" not in report.report(runs())
+
+
+def test_chosen_tokens_are_compared_with_random_tokens_of_the_same_share_and_mode():
+    def row(name, method="flora", share=0.2, mode="gather"):
+        chosen = {"gating": {"method": method, "topk_tokens": share, "mode": mode}}
+        return [record(name, seed, details={"tokens": chosen}) for seed in range(3)]
+
+    rows = [row("r20", "random"), row("r20f", "random", mode="fractional"), row("f20"), row("f40", share=0.4)]
+    records = [*(record("lora", seed) for seed in range(3)), *sum(rows, []), *row("f20f", mode="fractional")]
+    groups = report_data.rows_of(records)
+    found = {name: report_data.random_for(groups, name) for name in groups}
+    assert {name: other for name, other in found.items() if other} == {"f20": "r20", "f20f": "r20f"}
+    assert report_data.without_random(groups) == {"f40": 0.4}
+    written = report.report(records)
+    assert "The criterion" not in written and "f40 (at 40 %)" in written
+    assert "The criterion" in report.report(runs())
 
 
 # at equal cost
