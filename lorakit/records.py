@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.errors import DataError
+from lorakit.files import write_text
 
 SCHEMA_VERSION = 1
 Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
@@ -109,19 +108,7 @@ class Record(_Strict):
 
 def write(record: Record, path: str | Path) -> Path:
     """Write `record` to `path` whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(record.model_dump()), indent=1) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_text(json.dumps(_finite(record.model_dump()), indent=1) + "\n", path)
 
 
 def _finite(value: Any) -> Any:

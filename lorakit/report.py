@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from lorakit import report_data, report_tables, stats, style
 from lorakit.errors import DataError, ParameterError, require
+from lorakit.files import write_text
 from lorakit.records import Record, read_all
 from lorakit.report_data import Groups, label
 from lorakit.report_header import header
 from lorakit.report_tables import percent
-from lorakit.table import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ Each pair of runs is compared at the largest x that both reach. A run's loss is 
 high. **decayed** says whether both runs were there at the end of their own learning-rate schedule, at least {decayed}
 of the way, and if not, how far the other one was. A verdict marked {mark} is of a finished run and one whose learning
 rate was still high: not a fair comparison, mostly in favour of the finished one. Rows with a gate are also compared
-with random batches (or tokens) at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
+with a random choice at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
 CRITERION = """\
 The criterion: final validation loss at most {loss} above that of {reference} (`{row}`), at {steps} fewer
 accepted steps or better in every pair. Both are compared at their own end. **passed**: the whole interval is at or

@@ -64,7 +64,7 @@ def _random(name: str) -> str:
 
 
 def random_for(groups: Groups, row: str) -> str | None:
-    """The row that accepts, or chooses, at random at the rate `row` aims at; None where there is none or `row` has no such gate."""
+    """The row that chooses at random at the rate `row` aims at; None where there is none or `row` has no such gate."""
     name, rate = gate_of(groups[row])
     if name in ("none", _random(name)) or rate is None:
         return None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorakit import stats, style
 from lorakit.errors import DataError, require
+from lorakit.files import write_text
 from lorakit.records import Record, read_all
 
 Cell = Callable[[list[Record]], str]
@@ -196,17 +195,3 @@ def _part(setting: str, records: list[Record], args: argparse.Namespace) -> str:
     if args.markdown:  # a list, or its lines would run together
         lines = "\n".join(f"- {line}" for line in lines.split("\n"))
     return "\n\n".join((heading, results_table(records, markdown=args.markdown), lines))
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write `text` to `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
