@@ -95,6 +95,7 @@ class GatedTrainer(Trainer):
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
         self._verified = False
+        self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
 
     # one micro-batch -----------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ class GatedTrainer(Trainer):
         """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
         batch = dict(inputs)
         labels = batch.pop("labels")
-        if not self._verified:
+        if not self._verified and self.tokens.divisor(labels):
             self.tokens.verify(model, batch, labels)
             self._verified = True
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -151,7 +152,9 @@ class GatedTrainer(Trainer):
             loss, part.finish = part.finish(), None
             return loss
         part.measured, part.gate_flops = seen.measured(), self.gate.flops(seen.whole(labels, self.kind))
-        return selected.chosen_sum.float() * per_chosen if selected.chosen else torch.zeros(())
+        return (
+            selected.chosen_sum.float() * per_chosen if selected.chosen else labels.new_zeros((), dtype=torch.float32)
+        )
 
     def _finished(self, selected: Selected, per_chosen: float) -> torch.Tensor:
         key = self._key("finish", selected.key, selected.chosen)
@@ -175,9 +178,10 @@ class GatedTrainer(Trainer):
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
             with self._unsynchronised(model):
-                return super().training_step(model, inputs, num_items_in_batch)
+                loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.accelerator.backward = backward
+        return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
 
     @property
     def _reduces(self) -> bool:
@@ -189,6 +193,7 @@ class GatedTrainer(Trainer):
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
         part, self._part = self._part, None
+        self._mean_loss = part.loss
         value = loss.item() if part.loss is None else part.loss
         if not math.isfinite(value):
             raise Diverged(f"training loss is {value} at step {self.ledger.steps + 1}")

@@ -59,18 +59,19 @@ def places(where: Tensor, length: int) -> Places:
 class FreshKeys(Cache):
     """Gives a layer the recorded keys and values of its sequences, those of the chosen tokens replaced by fresh ones.
 
-    A layer's record is written over and given up as soon as it is used: its memory is then the graph's.
+    A layer's record is given up, in `recorded` as well, as soon as it is used: its memory is then the graph's.
     """
 
     def __init__(self, recorded: DynamicCache, chosen: Places):
         super().__init__(layers=[])
-        self.chosen = chosen
-        self.recorded = [(layer.keys, layer.values) for layer in recorded.layers]
+        self.chosen, self.recorded = chosen, recorded
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys, values: (R, heads, K, d), fresh; returns (R, heads, T, d) of both."""
-        recorded, self.recorded[layer_idx] = self.recorded[layer_idx], ()
-        return self._replaced(recorded[0], keys), self._replaced(recorded[1], values)
+        layer = self.recorded.layers[layer_idx]
+        keys, layer.keys = self._replaced(layer.keys, keys), None
+        values, layer.values = self._replaced(layer.values, values), None
+        return keys, values
 
     def _replaced(self, recorded: Tensor, fresh: Tensor) -> Tensor:
         at = self.chosen
@@ -163,9 +164,18 @@ class FractionalGate(TokenGate):
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Both passes must give the chosen predictions the same losses."""
         super()._try(model, inputs, labels)
-        chosen, recorded, masks = self._record(model, inputs, labels, None)
-        at = places(chosen.where, labels.shape[1])
-        second = self._run(model, inputs, chosen, at, recorded, masks)
+        if not self.divisor(labels):
+            return
+        try:
+            chosen, recorded, masks = self._record(model, inputs, labels, None)
+            second = self._run(model, inputs, chosen, places(chosen.where, labels.shape[1]), recorded, masks)
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            if isinstance(error, LorakitError):
+                raise
+            raise LorakitError(
+                f"{type(model).__name__}: mode 'fractional' cannot serve this model, it fails on recorded keys or "
+                f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
+            ) from error
         hidden: list[Tensor] = []
         with self._head_input(lambda given: hidden.append(given) or given[:, :0]):
             model(**inputs)

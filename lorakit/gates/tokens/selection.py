@@ -114,7 +114,10 @@ class TokenGate:
             LorakitError: its logits are not its head's linear map.
         """
         row = max(range(len(labels)), key=self._counts(labels).__getitem__)
-        single = {name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in inputs.items()}
+        single = {
+            name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
+            for name, value in inputs.items()
+        }
         training = model.training
         model.eval()  # without dropout: every pass is the same
         try:
