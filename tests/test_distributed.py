@@ -13,9 +13,11 @@ import two_processes
 from lorakit import records
 from lorakit.adapters import attach
 from lorakit.adapters.skip import SkipSettings
-from lorakit.gates import Gate, GateSettings, build_gate
+from lorakit.gates import Gate, GateSettings, Gating, build_gate, build_tokens
+from lorakit.params import Params
 from lorakit.places import PROJECT
-from lorakit.training import Budget
+from lorakit.training import Budget, BudgetTrainer
+from lorakit.training.arguments import training_arguments
 from lorakit.training.skipping import SkipLoRA
 
 
@@ -104,6 +106,85 @@ def test_a_gate_decides_alike_everywhere(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     untrained = runs.weights(attach(runs.tiny_bert(), "lora", rank=4, seed=0))
     assert not runs.equal(first["open"]["weights"], untrained)
+
+
+CHOICES = {
+    "gather": {"mode": "gather", "score": "loss", "per": "sequence"},
+    "fractional": {"mode": "fractional", "score": "loss", "per": "sequence"},
+    "drawn": {"mode": "fractional", "score": "loss", "policy": "pps"},
+    "gated": {"mode": "fractional", "method": "random"},
+}
+
+
+def choosing(folder: str, name: str, batch_size: int) -> BudgetTrainer:
+    """A run on chosen tokens; the first eight rows of sixteen have no label: one rank's batch, every other step."""
+    rows = runs.language_rows(96).map(
+        lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 32 < 8 else row, with_indices=True
+    )
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+    model = attach(runs.tiny_gemma(**layers), "lora", rank=4, seed=0)
+    values = {"batch_size": batch_size, "learning_rate": 0.3, "optimizer": "sgd", "schedule": "constant", "warmup": 0.0}
+    args = training_arguments(Params(**values, seed=3), f"{folder}/{name}")
+    args.train_sampling_strategy = "sequential"
+    gate = GateSettings("novelty" if name == "gated" else "none", rate=0.5, burn_in=2, m=64, k=8)
+    return BudgetTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8, 16)),
+        data_collator=runs.collate_language,
+        compute_metrics=runs.metrics,
+        kind="causal",
+        budget=Budget(6, "steps"),
+        gate=build_gate(gate, model, "causal"),
+        tokens=build_tokens(
+            Gating(**{"method": "flora", "topk_tokens": 0.3} | CHOICES[name]), model, "causal", rank=args.process_index
+        ),
+    )
+
+
+def choosing_tokens(folder: str) -> dict:
+    """What this process ended with, by choice."""
+    ended = {}
+    for name in CHOICES:
+        trainer = choosing(folder, name, batch_size=8)
+        trainer.train()
+        ended[name] = {
+            "weights": runs.weights(trainer.model),
+            "decisions": trainer.gate_log.decisions,
+            "ledger": trainer.ledger.state_dict() | {"seconds": 0, "loss_sum": 0, "score_sum": 0},
+            "processes": trainer.accelerator.num_processes,
+            "seen": trainer.tokens.seen,
+        }
+    return ended
+
+
+def test_tokens_are_chosen_on_each_process_and_learnt_by_both(tmp_path):
+    first, second = two_processes.run("test_distributed", "choosing_tokens", tmp_path)
+    for name in CHOICES:
+        mine, other = first[name], second[name]
+        assert mine["processes"] == other["processes"] == 2
+        assert mine["decisions"] == other["decisions"] and mine["ledger"] == other["ledger"]
+        assert runs.equal(mine["weights"], other["weights"]), name
+        assert mine["seen"]["predictions"] < 0.6 * other["seen"]["predictions"]  # half its batches have no label
+    assert sum(first["gated"]["decisions"]) >= 2 and len(first["gated"]["decisions"]) == 6
+    drawn = [side["drawn"]["seen"]["chosen"] for side in (first, second)]
+    assert first["drawn"]["ledger"]["tokens_backpropagated"] == sum(drawn)
+    _steps_as_one_process_does(first, tmp_path)
+
+
+def _steps_as_one_process_does(both: dict, tmp_path) -> None:
+    """On the batches of both: chosen per sequence, what is kept does not depend on who has the sequence."""
+    untrained = runs.weights(choosing(str(tmp_path), "gather", batch_size=16).model)
+    for name in ("gather", "fractional"):
+        trainer = choosing(f"{tmp_path}/one", name, batch_size=16)
+        trainer.train()
+        moved = [
+            torch.cat([(a - b).flatten() for a, b in zip(side, untrained, strict=True)])
+            for side in (runs.weights(trainer.model), both[name]["weights"])
+        ]
+        assert moved[0].norm() > 0.1
+        assert (moved[0] - moved[1]).norm() < 1e-4 * moved[0].norm()
 
 
 def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks._profiled import measured_step_peak, training_step
 from lorakit import adapters
 from lorakit.errors import ParameterError
+from lorakit.gates import Gating, build_tokens
 from lorakit.measure.live import KINDS, LiveBytes
 from lorakit.measure.memory import cuda_peak_bytes, predict_step_memory, predict_training_memory, reset_cuda_peak
 
@@ -104,6 +105,58 @@ def test_checkpointing_already_on_is_predicted_and_kept(tiny_gemma):
     assert predict_step_memory(model, batch) == expected
     assert model.is_activation_checkpointing
     assert expected["peak"] < predict_step_memory(tiny_gemma(), batch)["peak"]
+
+
+def choosing_step(model: nn.Module, batch, settings, autocast=None):
+    """One step on chosen tokens, as the trainer does it."""
+    tokens = build_tokens(settings, model.train(), "causal")
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    inputs = {name: value.clone() for name, value in batch.items()}
+    labels = inputs.pop("labels")
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            loss = tokens.select(model, inputs, labels).finish()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@pytest.mark.parametrize("mode", ["gather", "fractional"])
+@pytest.mark.parametrize(("method", "autocast"), [("flora", None), ("random", None), ("flora", "bf16")])
+def test_prediction_with_chosen_tokens_equals_measurement(tiny_gemma, mode, method, autocast):
+    ids = torch.randint(1, 99, (ROWS, TOKENS))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[0, 40:] = 0
+    labels[:, :10] = labels[0, 40:] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    settings = Gating(method=method, topk_tokens=0.25, mode=mode, per="sequence", sketch_dim=64)
+
+    def made():
+        model = adapters.attach(tiny_gemma(), "lora", seed=0)
+        model.config.use_cache = False
+        return model
+
+    model = made()
+    tokens = build_tokens(settings, model, "causal")
+    state = tokens.state_dict()
+    predicted = predict_step_memory(model, batch, tokens=tokens, autocast=autocast)
+    assert tokens.state_dict() == state  # a prediction draws nothing
+    assert predicted["peak"] == sum(predicted[kind] for kind in KINDS)
+    measured = measured_step_peak(lambda: choosing_step(made(), batch, settings, autocast))
+    assert predicted["peak"] == pytest.approx(measured, rel=0.05)
+    if mode == "fractional" and not autocast:
+        plain = predict_step_memory(made(), batch)
+        assert predicted["activations"] + predicted["logits"] < 0.97 * (plain["activations"] + plain["logits"])
+
+
+def test_all_tokens_are_predicted_as_the_plain_step(tiny_gemma):
+    ids = torch.randint(1, 99, (ROWS, TOKENS))
+    model, batch = tiny_gemma(), {"input_ids": ids, "labels": ids}
+    every = build_tokens(Gating(method="flora", topk_tokens=1.0), model, "causal")
+    assert predict_step_memory(model, batch, tokens=every) == predict_step_memory(model, batch)
 
 
 class Wide(nn.Module):

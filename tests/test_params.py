@@ -190,3 +190,57 @@ def test_an_override_without_a_name_is_an_error(text):
 def test_an_override_that_is_not_yaml_is_one_clear_error():
     with pytest.raises(ParameterError, match="search_rates"):
         params.parse_override("search_rates=[1,")
+
+
+# a parameter that is a mapping -----------------------------------------------------------------------
+
+
+BAD_GATING = [
+    ("method", "best", "'baseline', 'random' or 'flora'"),
+    ("topk_tokens", 0.0, "greater than 0"),
+    ("topk_tokens", 1.5, "less than or equal to 1"),
+    ("topk_tokens", "0.2", "valid number"),
+    ("sketch_dim", 1, "greater than or equal to 2"),
+    ("topk_logits", -1, "greater than or equal to 0"),
+    ("mode", "half", "'gather' or 'fractional'"),
+    ("fraction", 0.2, "unknown parameter; known are method, topk_tokens"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_GATING)
+def test_a_bad_value_inside_a_mapping_is_named_with_it(key, value, allowed):
+    with pytest.raises(ParameterError, match=allowed) as caught:
+        params.resolve({"gating": {key: value}})
+    assert (caught.value.name, caught.value.value) == (f"gating.{key}", value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.3, "flora", ["flora"], None])
+def test_a_mapping_is_a_mapping(value):
+    with pytest.raises(ParameterError) as caught:
+        params.resolve({"gating": value})
+    assert (caught.value.name, caught.value.value) == ("gating", value)
+
+
+def test_mappings_are_merged_key_by_key(tmp_path):
+    setting = put(tmp_path, "_setting.yaml", "rank: 4\ngating:\n  topk_tokens: 0.2\n  mode: fractional\n")
+    method = put(tmp_path, "flora.yaml", "gating: {method: flora, topk_tokens: 0.3}\n")
+    given = params.given([setting, method], ["gating.topk_tokens=0.4", "gating.sketch_dim=64", "rank=8"])
+    whole = {"method": "flora", "topk_tokens": 0.4, "mode": "fractional", "sketch_dim": 64}
+    assert given == {"rank": 8, "gating": whole}
+    gating = params.resolve(given).gating
+    assert (gating.method, gating.topk_tokens, gating.mode, gating.sketch_dim) == ("flora", 0.4, "fractional", 64)
+    assert params.read_files([setting, method])["gating"]["topk_tokens"] == 0.3  # a file is not changed by what follows
+
+
+def test_an_override_may_be_one_key_or_the_mapping():
+    assert params.parse_override("gating.mode=gather") == ("gating", {"mode": "gather"})
+    assert params.parse_override("gating={mode: gather}") == ("gating", {"mode": "gather"})
+    assert params.given([], ["gating.topk_tokens=0.4"]) == {"gating": {"topk_tokens": 0.4}}
+    assert params.parse_override("model.x=gather") == ("model.x", "gather")  # no mapping: refused as unknown
+
+
+def test_the_command_line_names_a_key_of_a_mapping(capsys):
+    from lorakit import cli
+
+    assert cli.main(["train", "-p", "gating.topk_tokens=2.0"]) == 2
+    assert "gating.topk_tokens=2.0: " in capsys.readouterr().err

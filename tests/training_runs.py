@@ -156,3 +156,13 @@ def collate_language(batch):
     return {
         name: torch.tensor([row[name] + [pad] * (16 - len(row[name])) for row in batch]) for name, pad in pads.items()
     }
+
+
+def tiny_masked(**options):
+    """The same small masked language model at every call, without dropout."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(**{"vocab_size": 99, "pad_token_id": 0} | sizes | still | options))
