@@ -35,7 +35,7 @@ def method_of(row: str) -> dict[str, Any]:
 
 def notebook_of(params: Params) -> str:
     """The notebook that tells the story of this combination: of its most particular answer."""
-    if params.gating.method != "baseline" or params.setting.endswith("-tokens"):
+    if params.gating.method != "baseline" or "-tokens" in params.setting:
         return "08_flora.ipynb"
     if params.gate != "none" or params.redundancy or params.setting.endswith("-gates"):  # their ungated rows too
         return "07_slora.ipynb"

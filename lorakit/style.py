@@ -53,6 +53,8 @@ COLORS = (
     *("#332288", "#AA4499", "#44AA99", "#7A5230"),
     # the gates' rows: ungated runs dark or blue, rates of 50 % pale
     *("#222222", "#4477AA", "#66CCEE", "#228833", "#CCBB44", "#6F4FA8", "#EE7733", "#BBBBBB", "#D4709A"),
+    # the tokens' rows: dark in mode "fractional", pale in mode "gather"
+    *("#8C6D31", "#4D4D4D", "#C4420B", "#5E3C99", "#01665E", "#A0A0A0", "#F4A07A", "#B2A0DD", "#6CC4B4", "#1F4E8C"),
 )
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -108,6 +110,16 @@ _LABELS = {
     "least_novel": "least novel",
     "random50": "random batches (50 %)",
     "slora50": "SLoRA (50 %)",
+    "random_tokens": "random tokens",
+    "random20": "random tokens (20 %)",
+    "flora20": "FLoRA (20 %)",
+    "flora40": "FLoRA (40 %)",
+    "pps20": "FLoRA, PPS (20 %)",
+    "random20_gather": "random tokens (20 %), gather",
+    "flora20_gather": "FLoRA (20 %), gather",
+    "flora40_gather": "FLoRA (40 %), gather",
+    "pps20_gather": "FLoRA, PPS (20 %), gather",
+    "targets_only": "all targets, gather",
 }
 _FIRST = ("full", "lora", "baseline", "full_length", "same_flops", "head", "sparse", "hira", "qlora", "skip", "random")
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}

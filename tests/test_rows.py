@@ -29,6 +29,13 @@ from lorakit.rows import METHODS, method_of, notebook_of, row_of
         ({"gate": "random", "quantize": "nf4"}, "lora+nf4+random", "07_slora"),
         ({"setting": "sst2-minilm-gates", "row": "baseline"}, "baseline", "07_slora"),
         ({"redundancy": 0.5, "row": "baseline"}, "baseline", "07_slora"),
+        ({"gating": {"method": "flora"}}, "flora", "08_flora"),
+        ({"gating": {"method": "random"}}, "random_tokens", "08_flora"),
+        ({"gating": {"method": "baseline"}}, "lora", "01_lora"),
+        ({"gating": {"method": "flora"}, "gate": "novelty"}, "lora+slora+flora", "08_flora"),
+        ({"gating": {"method": "flora"}, "quantize": "nf4"}, "lora+nf4+flora", "08_flora"),
+        ({"gating": {"method": "random"}, "method": "hira"}, "hira+random_tokens", "08_flora"),
+        ({"setting": "toy-tokens", "row": "baseline"}, "baseline", "08_flora"),
     ],
 )
 def test_names_and_notebooks(given, row, notebook):
@@ -68,6 +75,10 @@ def test_the_methods_are_the_ones_that_can_be_attached():
         ({"skip": "prefix", "skip_threshold": -1.0}, "skip_threshold=-1.0"),
         ({"skip": "prefix", "skip_warmup": 1.0}, "skip_warmup=1.0"),
         ({"skip": "prefix", "skip_min_active": 1000}, "skip_min_active=1000"),
+        ({"gating": {"method": "flora"}}, "gating.method='flora': needs a language model"),
+        ({"gating": {"method": "flora"}, "precision": "fp16"}, "precision='fp16'"),
+        ({"gating": {"method": "flora", "mode": "fractional"}, "skip": "prefix"}, "gating.mode='fractional'.*SkipLoRA"),
+        ({"gating": {"method": "random", "mode": "fractional"}, "gradient_checkpointing": True}, "gradient_check"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_written(given, message, tmp_path):
