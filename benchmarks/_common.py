@@ -5,6 +5,8 @@ A benchmark is a module here with `DESCRIPTION` (what is compared), `TARGET` (in
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 import time
@@ -80,6 +82,18 @@ def _round(ours: Callable[[], object], theirs: Callable[[], object], ours_first:
         return seconds(ours), other
     finally:
         gc.enable()
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed; elsewhere this does nothing.
+
+    A language model's logits take a gigabyte. By default that goes back to the system, and clearing its pages anew at
+    every step takes longer, and varies more, than what is measured.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut
 
 
 def seconds(call: Callable[[], object]) -> float:

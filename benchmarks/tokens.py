@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._common import Claim, interleave, time_claim
+from benchmarks._common import Claim, interleave, keep_memory, time_claim
 from benchmarks.gate import gemma, gemma_1b, gemma_270m
 from benchmarks.lora import build_ours
+from lorakit.token_costs import step_flops
 
 DESCRIPTION = "FLoRA: a step on chosen tokens against a step on all, by mode and fraction"
 TARGET = (
@@ -52,28 +53,6 @@ def bare(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 # FLOPs ---------------------------------------------------------------------------------------------
-
-
-def step_flops(model: nn.Module, batch: Mapping[str, torch.Tensor], tokens: Any = None) -> float:
-    """Forward and backward, counted on tensors without data; scoring beyond matrix products by formula."""
-    from lorakit.measure.dry import fake, fake_mode, faked
-    from lorakit.measure.flops import FlopCount
-
-    real = dict(batch)
-    labels = real.pop("labels")
-    model.config.use_cache = False
-    mode = fake_mode()
-    with faked(model, mode):
-        inputs = {name: fake(mode, value) for name, value in batch.items()}
-        if tokens is None:
-            with mode, FlopCount() as count:
-                model(**inputs).loss.backward()
-            return count.total
-        inputs.pop("labels")
-        with tokens.dry(real, labels), mode, FlopCount() as count:
-            selected = tokens.select(model, inputs, labels)
-            selected.finish().backward()
-        return count.total + (tokens.score.flops(selected.predictions) if tokens.scores() else 0)
 
 
 def flop_claims() -> list[Claim]:
@@ -214,6 +193,7 @@ def seconds_claims() -> list[Claim]:
     """Forward and backward of Gemma 270M, 4 x 256 tokens, bf16, every token a target."""
     from lorakit.training.loss import MeanLoss
 
+    keep_memory()
     torch.manual_seed(0)
     model = build_ours(gemma_270m().bfloat16()).train()
     model.config.use_cache = False

@@ -149,15 +149,20 @@ def top_indices(logits: Tensor, topk: int) -> Tensor:
     if words <= 2 * GROUP * topk:
         return logits.topk(topk, dim=1, sorted=False).indices
     groups = _group_maxima(logits).topk(topk, dim=1, sorted=False).indices
-    members = groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)
-    members = members.flatten(1)
-    if words % GROUP == 0:
-        candidates = logits.gather(1, members)
-    else:  # the last group is short
-        beyond = members >= words
-        members = members.clamp_(max=words - 1)
-        candidates = logits.gather(1, members).masked_fill_(beyond, -torch.inf)
-    return members.gather(1, candidates.topk(topk, dim=1, sorted=False).indices)
+    candidates = _members(logits, groups)
+    best = candidates.topk(topk, dim=1, sorted=False).indices
+    return groups.gather(1, best // GROUP).mul_(GROUP).add_(best % GROUP)
+
+
+def _members(logits: Tensor, groups: Tensor) -> Tensor:
+    """Logits of each row's `groups` (N, K), one group after the other: (N, K · GROUP); −∞ beyond the last word."""
+    count, words = logits.shape
+    if words % GROUP == 0 and logits.is_contiguous():  # a group is a row of its own: copied as a block
+        first = torch.arange(count, device=logits.device)[:, None] * (words // GROUP)
+        return logits.view(-1, GROUP).index_select(0, (first + groups).flatten()).view(count, -1)
+    members = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
+    beyond = members >= words
+    return logits.gather(1, members.clamp_(max=words - 1)).masked_fill_(beyond, -torch.inf)
 
 
 def _group_maxima(logits: Tensor) -> Tensor:
