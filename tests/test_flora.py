@@ -446,7 +446,7 @@ def test_an_accepted_window_runs_the_chosen_tokens_again(tmp_path):
     run.train()
     assert run.gate_log.decisions == [True, False, True, False]
     assert [width == 16 for width in seen] == [True, True, False, False, True, True] * 2
-    assert set(seen) - {16} <= {3, 4}  # 0.3 of the longest row's 12 or 13 predictions
+    assert set(seen) - {16} <= {2, 3, 4}  # 0.3 of the longest row's 12 or 13 predictions, in one row or two
 
 
 @pytest.mark.parametrize(

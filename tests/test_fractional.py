@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lorakit.adapters import attach, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.gates import Gating, build_tokens
 from lorakit.gates.tokens import fractional
-from lorakit.gates.tokens.fractional import FractionalGate, FreshKeys, places
+from lorakit.gates.tokens.fractional import FractionalGate, FreshKeys, places, row_width
 from lorakit.training.loss import MeanLoss
 
 B, T, WINDOW = 3, 16, 5
@@ -290,11 +291,53 @@ def test_the_truncated_gradient_is_another_one_than_gathers():
 
 
 def test_rows_of_different_length_and_rows_without_a_choice():
-    at = places(torch.tensor([2, 5, 7, 8, 9, 33]), 8)  # of 5 rows of 8 tokens
-    assert at.batch.tolist() == [0, 1, 4] and at.shape == (3, 3)
-    assert at.columns.tolist() == [[2, 5, 7], [0, 1, 1], [1, 1, 1]]
-    assert list(zip(at.row.tolist(), at.slot.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
-    assert at.column.tolist() == [2, 5, 7, 0, 1, 1]
+    where = torch.tensor([2, 5, 7, 12, 14, 56, 57, 164])  # of 5 rows of 40 tokens: 5, 2, 0, 0 and 1 of them
+    at = places(where, 40)
+    assert at.sequences.tolist() == [0, 1, 4] and at.batch.tolist() == [0, 0, 1, 4] and at.shape == (4, 3)
+    assert at.columns.tolist() == [[2, 5, 7], [12, 14, 14], [16, 17, 17], [4, 4, 4]]
+    assert at.row.tolist() == [0, 0, 0, 1, 1, 2, 2, 3] and at.slot.tolist() == [0, 1, 2, 0, 1, 0, 1, 0]
+    assert at.column.tolist() == [2, 5, 7, 12, 14, 16, 17, 4]
+
+
+@pytest.mark.parametrize(
+    ("counts", "length", "width"),
+    [
+        ([51, 51, 51, 51], 256, 51),  # nothing to gain
+        ([95, 50, 40, 19], 256, 50),  # 5 rows of 50 for 204 tokens; 4 of 95 would be 380
+        ([200, 2, 1, 1], 256, 40),
+        ([255], 256, 255),
+        ([1, 1], 8, 1),
+    ],
+)
+def test_long_rows_are_split_where_that_saves_padding(counts, length, width):
+    assert row_width(counts, length) == width
+
+
+def test_every_chosen_token_has_one_slot():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        chances = torch.rand(6, 1, generator=generator) ** 3
+        where = (torch.rand(6, 40, generator=generator) < chances).flatten().nonzero().squeeze(1)
+        if len(where):
+            at = places(where, 40)
+            assert torch.equal(at.batch[at.row] * 40 + at.columns[at.row, at.slot], where)
+            assert len({*zip(at.row.tolist(), at.slot.tolist(), strict=True)}) == len(where)
+            assert set((at.batch[:, None] * 40 + at.columns).flatten().tolist()) == set(where.tolist())
+
+
+def test_a_sequence_in_several_rows_has_the_gradient_of_one(monkeypatch):
+    model, given = adapted(of("gemma")), batch("right")
+    made, shapes = [], []
+    for width in (None, 1, 2, 15):
+        with monkeypatch.context() as patch:
+            if width:
+                patch.setattr(fractional, "row_width", lambda counts, length, width=width: width)
+            one = selection(model, topk_tokens=0.4).select(model, *split(given))
+            shapes.append(one.key)
+            made.append(gradients(model, one.finish()))
+    assert len(set(shapes)) == 4
+    for other in made[1:]:
+        assert_close(other, made[0], 1e-5)
 
 
 def test_one_row_alone():
@@ -314,7 +357,7 @@ def test_second_pass_runs_the_chosen_tokens_only():
     seen = []
     model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape[:2])))
     made.finish()
-    assert seen == [(3, 5)]  # of 15, 11 and 8 predictions: 5, 3 and 2
+    assert seen == [(4, 3)]  # of 15, 11 and 8 predictions 5, 3 and 2 are chosen, the 5 in two rows
     assert (made.chosen, made.backpropagated, made.predictions) == (10, 10, 34)
 
 
@@ -485,7 +528,7 @@ def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name
 
 def shifted(at):
     """Everyone sees as much as the first token of its row."""
-    return fractional.Places(at.batch, at.columns[:, :1].expand(at.shape), at.row, at.slot, at.column)
+    return replace(at, columns=at.columns[:, :1].expand(at.shape))
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,22 @@ Masks = Tensor | dict[str, Tensor]
 class Places:
     """Where the chosen tokens of (B, T) stand, as rows of equal length K for a second pass.
 
-    batch: (R,) sequences that have one; columns: (R, K) their positions, the last repeated as padding.
+    sequences: (S,) that have one; of: (R,) which of these a row belongs to: one with many tokens has several rows.
+    columns: (R, K) positions in the sequence, the last repeated as padding.
     row, slot: (k,) where in (R, K) each chosen token is; column: (k,) its position in the sequence.
     """
 
-    batch: Tensor
+    sequences: Tensor
+    of: Tensor
     columns: Tensor
     row: Tensor
     slot: Tensor
     column: Tensor
+
+    @property
+    def batch(self) -> Tensor:
+        """(R,) which of the B sequences a row belongs to."""
+        return self.sequences[self.of]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,11 +56,33 @@ class Places:
 def places(where: Tensor, length: int) -> Places:
     """Lay out flat positions `where` (k,), ascending, of sequences of `length` tokens."""
     sequence, column = where // length, where % length
-    batch, row, counts = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
-    first = counts.cumsum(0) - counts
-    slot = torch.arange(len(where), device=where.device) - first[row]
-    taken = torch.minimum(torch.arange(int(counts.max()), device=where.device), counts[:, None] - 1)  # (R, K)
-    return Places(batch, column[first[:, None] + taken], row, slot, column)
+    sequences, owner, counts = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
+    width = row_width(counts.tolist(), length)
+    needed = (counts + width - 1) // width  # rows of each sequence
+    first, first_row = counts.cumsum(0) - counts, needed.cumsum(0) - needed
+    row, slot = _divided(torch.arange(len(where), device=where.device) - first[owner], width)
+    of = torch.repeat_interleave(needed)
+    before = (torch.arange(len(of), device=where.device) - first_row[of]) * width  # tokens in the sequence's other rows
+    last = (counts[of] - before).clamp(max=width) - 1
+    taken = torch.minimum(torch.arange(width, device=where.device), last[:, None])  # (R, K)
+    return Places(sequences, of, column[(first[of] + before)[:, None] + taken], first_row[owner] + row, slot, column)
+
+
+def _divided(numbers: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    return numbers // by, numbers % by
+
+
+def row_width(counts: list[int], length: int) -> int:
+    """K for sequences with so many chosen tokens each: the fewest tokens in all, padding included.
+
+    A row costs its tokens, and a sixteenth of its sequence's `length` for keys and values of its own.
+    """
+
+    def cost(width: int) -> float:
+        return sum(-(-count // width) for count in counts) * (width + length / 16)
+
+    longest = max(counts)
+    return min({-(-longest // parts) for parts in range(1, 9)} | set(counts), key=lambda width: (cost(width), -width))
 
 
 class FreshKeys(Cache):
@@ -75,9 +104,10 @@ class FreshKeys(Cache):
 
     def _replaced(self, recorded: Tensor, fresh: Tensor) -> Tensor:
         at = self.chosen
-        rows = recorded if len(at.batch) == len(recorded) else recorded[at.batch]
-        new = fresh.transpose(1, 2)[at.row, at.slot].to(rows.dtype)  # (k, heads, d)
-        return rows.transpose(1, 2).index_put((at.row, at.column), new).transpose(1, 2)
+        old = recorded if len(at.sequences) == len(recorded) else recorded[at.sequences]
+        new = fresh.transpose(1, 2)[at.row, at.slot].to(old.dtype)  # (k, heads, d)
+        whole = old.transpose(1, 2).index_put((at.of[at.row], at.column), new).transpose(1, 2)  # (S, heads, T, d)
+        return whole if len(at.of) == len(at.sequences) else whole.index_select(0, at.of)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
