@@ -196,7 +196,8 @@ class TokenGate:
     @torch.no_grad()
     def scored(self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states."""
-        chunk = chunk_of(self.head.outputs)
+        # the chosen ones' own loss will need as many rows of logits; large products are faster
+        chunk = max(chunk_of(self.head.outputs), policies.quota(len(where), self.settings.topk_tokens))
         flat, found = hidden.flatten(0, -2), []
         for places, labels in zip(where.split(chunk), targets.split(chunk), strict=True):
             h = flat[places]
