@@ -153,6 +153,14 @@ def test_keeping_few_logits_keeps_the_order():
     assert spearman(score("sketch", sketch_dim=512, topk_logits=16), exact) > 0.98
 
 
+def test_kept_words_have_the_probabilities_of_the_whole_vocabulary():
+    head, hidden, logits, labels = predictions()
+    error = logits.softmax(1) - nn.functional.one_hot(labels, V)
+    kept = torch.zeros_like(error).scatter(1, torch.cat([logits.topk(3, dim=1).indices, labels[:, None]], 1), 1.0)
+    found = TokenScore("sketch", head, sketch_dim=2**16, topk_logits=3)(hidden, logits.clone(), labels)[0]
+    torch.testing.assert_close(found, hidden.norm(dim=1) * (error * kept).norm(dim=1), rtol=0.05, atol=1e-4)
+
+
 def test_the_squared_norm_of_a_sketch_is_unbiased_with_all_logits():
     head, hidden, logits, labels = (x[:5] if torch.is_tensor(x) else x for x in predictions())
     exact = TokenScore("gradient_norm", head)(hidden, logits.clone(), labels)[0].square()

@@ -21,6 +21,7 @@ from lorakit.training import checkpoint
 from lorakit.training.controllers import Controller
 from lorakit.training.costs import FlopMeter, Ledger
 from lorakit.training.loss import MeanLoss
+from lorakit.training.ranks import average_gradients
 from lorakit.training.watch import Diverged, Watch
 
 
@@ -222,7 +223,7 @@ class GatedTrainer(Trainer):
         else:
             self.ledger.add(without_labels=1)
         if self.accelerator.sync_gradients and self.tokens.selective:
-            self._average_gradients()
+            average_gradients(self.model, self.accelerator)
         self.watch.window(learns)
 
     # one window ----------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class GatedTrainer(Trainer):
         if accept:
             for part in window:
                 self._backward(backward, part)
-            self._average_gradients()
+            average_gradients(self.model, self.accelerator)
             self.watch.gradients()
         self.watch.window(accept)
 
@@ -261,23 +262,6 @@ class GatedTrainer(Trainer):
             return accept
         own = float(accept) if self.accelerator.is_main_process else 0.0
         return self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0
-
-    def _average_gradients(self) -> None:
-        """Mean over ranks, in one reduction: what DistributedDataParallel does, which was told not to.
-
-        A rank whose batches had nothing to learn from has no gradients; it takes part with zeros.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        present = torch.tensor([p.grad is not None for p in trained], device=self.accelerator.device).float()
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flat = self.accelerator.reduce(torch.cat([present, *(g.flatten().float() for g in parts)]), "mean")
-        present, *means = flat.split([len(trained), *(p.numel() for p in trained)])
-        for parameter, part, mean, anywhere in zip(trained, parts, means, present.tolist(), strict=True):
-            if anywhere:
-                part.copy_(mean.view_as(part))
-                parameter.grad = part
 
     def _key(self, kind: str, *more: Hashable) -> Hashable:
         """What the FLOPs of a pass depend on."""

@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from lorakit.errors import LorakitError, require
+from lorakit.gates.tokens.chosen import Chosen, Plan
 from lorakit.gates.tokens.protocol import Look, Selected
-from lorakit.gates.tokens.selection import Chosen, Plan, TokenGate
+from lorakit.gates.tokens.selection import TokenGate
 from lorakit.gating import Gating
 
 ATTENTION = ("sdpa", "eager")

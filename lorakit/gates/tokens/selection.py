@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,43 +15,11 @@ from lorakit.errors import LorakitError, require
 from lorakit.gates.head import ROWS_CHECKED, Head, HeadCheck, find_head
 from lorakit.gates.simple import check_state
 from lorakit.gates.tokens import policies
+from lorakit.gates.tokens.chosen import Chosen, Plan
 from lorakit.gates.tokens.protocol import Look, Selected
 from lorakit.gates.tokens.scores import TokenScore
 from lorakit.gating import Gating
 from lorakit.sketches.head_gradient import chunk_of, rows
-
-
-@dataclass
-class Chosen:
-    """What was kept of a batch's predictions.
-
-    where: (k,) places in the flattened (B·T), ascending; targets: (k,) what is predicted there.
-    predictions: N, of which these were chosen.
-    weights: (k,) float32, 1 / π, or None for plain sums.
-    loss_sum, chosen_sum: Σ of all losses and the (weighted) sum of the chosen, detached, where they were scored.
-    """
-
-    where: Tensor
-    targets: Tensor
-    predictions: int
-    weights: Tensor | None = None
-    loss_sum: Tensor | None = None
-    chosen_sum: Tensor | None = None
-
-    def total(self, losses: Tensor) -> Tensor:
-        """Σ of losses (k,), weighted where they were sampled."""
-        return losses.sum() if self.weights is None else (losses * self.weights).sum()
-
-
-@dataclass
-class Plan:
-    """What a dry run is to choose. where, targets: (N,) of all predictions; masks, places: of mode "fractional"."""
-
-    where: Tensor
-    targets: Tensor
-    chosen: Chosen
-    masks: Any = None
-    places: Any = None
 
 
 class TokenGate:
