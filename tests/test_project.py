@@ -23,7 +23,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # imported under another name than installed
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 # loaded by name, or imported by the notebooks alone
-NOT_IMPORTED = {"accelerate", "gguf", "ipykernel"}
+NOT_IMPORTED = {"gguf", "ipykernel"}
 
 
 def requirements() -> dict[str, Requirement]:
