@@ -95,6 +95,20 @@ def checked(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     return {name: resolved[name] for name in given}
 
 
+def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """All of the notebook's parameters for a run of params files: what they leave out has the package's defaults.
+
+    The notebook's own defaults are a toy run, which a real one must not inherit; only `method` stays the notebook's.
+
+    Raises:
+        ParameterError: naming the first offending parameter.
+    """
+    checked(notebook, given)
+    defaults = parameters(notebook)
+    resolved = resolve({"method": defaults["method"]} | given if "method" in defaults else given).model_dump()
+    return {name: resolved[name] for name in defaults}
+
+
 def _read(notebook: str | Path) -> NotebookNode:
     import nbformat
 
@@ -219,6 +233,8 @@ def _run(arguments: argparse.Namespace) -> int:
     params = given_parameters(arguments.files, arguments.pairs)
     params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks
+    if arguments.files:
+        params = whole(notebook, params)
     output = arguments.output or f"{Path(notebook).stem}.executed.ipynb"
     print(f"executed notebook: {run_notebook(notebook, output, params)}")
     return _report(params["record"]) if params.get("record") else 0

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from lorakit import records, sweep
-from lorakit.notebooks import FINISHED, checked, parameters
+from lorakit.notebooks import FINISHED, checked, parameters, whole
 from lorakit.params import Params, read_files, resolve
 from lorakit.places import params_of
 from lorakit.rows import method_of, notebook_of, row_of
@@ -114,6 +114,7 @@ def test_params_files_fit_the_methods_notebook(path):
     given |= dict.fromkeys(("record", "run_dir"), "x")
     notebook = FOLDER / notebook_of(resolve(given))
     assert checked(notebook, given).keys() == given.keys()
+    assert resolve(whole(notebook, given)) == resolve(given)  # nothing of the notebook's toy run is left
 
 
 @each_params_file

@@ -89,6 +89,15 @@ def test_files_then_pairs_and_places_as_the_caller_sees_them(notebook, tmp_path,
     assert "working on lora 5" in capfd.readouterr().out  # seen while it works
 
 
+def test_what_no_file_names_is_not_the_notebooks_toy_run(tmp_path):
+    path = light_notebook.write(
+        tmp_path / "a.ipynb", parameters='method = "hira"\ngate_k = 5\ngate = "novelty"\nrank = 9'
+    )
+    assert notebooks.whole(path, {"rank": 3}) == {"method": "hira", "gate_k": 64, "gate": "none", "rank": 3}
+    with pytest.raises(ParameterError, match="max_length=3: unknown parameter of a.ipynb"):
+        notebooks.whole(path, {"max_length": 3})
+
+
 @pytest.mark.parametrize(("happens", "name"), [("fail", ["AssertionError"]), ("die", [])])
 def test_a_failed_run_keeps_its_executed_notebook(notebook, tmp_path, capsys, happens, name):
     output = tmp_path / "out.ipynb"
