@@ -87,11 +87,7 @@ def checked(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: naming the first offending parameter.
     """
-    defaults = parameters(notebook)
-    unknown = f"unknown parameter of {Path(notebook).name}; known are {', '.join(defaults)}"
-    for name, value in given.items():
-        require(name in defaults, name, value, unknown)
-    resolved = resolve(merge(defaults, given)).model_dump()
+    resolved = resolve(merge(_defaults(notebook, given), given)).model_dump()
     return {name: resolved[name] for name in given}
 
 
@@ -103,10 +99,18 @@ def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: naming the first offending parameter.
     """
-    checked(notebook, given)
-    defaults = parameters(notebook)
+    defaults = _defaults(notebook, given)
     resolved = resolve({"method": defaults["method"]} | given if "method" in defaults else given).model_dump()
     return {name: resolved[name] for name in defaults}
+
+
+def _defaults(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The notebook's parameters, once it has all that are `given`."""
+    defaults = parameters(notebook)
+    unknown = f"unknown parameter of {Path(notebook).name}; known are {', '.join(defaults)}"
+    for name, value in given.items():
+        require(name in defaults, name, value, unknown)
+    return defaults
 
 
 def _read(notebook: str | Path) -> NotebookNode:

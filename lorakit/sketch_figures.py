@@ -11,7 +11,6 @@ from lorakit import style
 from lorakit.sketch_tables import Cosines, Spectra, error_table, rank_table
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -27,10 +26,10 @@ def sketch_error(cosines: Cosines) -> Figure:
         ax.plot(sizes, error, color=style.COLORS[1], marker="o", label="measured")
         ax.set(xlabel="size of the sketch, m", ylabel="rms error of a cosine", xscale="log", yscale="log")
         ax.set_ylim(min(error) / 1.4, max(bound) * 1.4)
-        _plain_ticks(
+        style.plain_ticks(
             ax.yaxis, [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if min(error) <= tick <= max(bound)]
         )
-        _plain_ticks(ax.xaxis, sizes)
+        style.plain_ticks(ax.xaxis, sizes)
         style.legend(drawn, *ax.get_legend_handles_labels())
     return drawn
 
@@ -51,16 +50,8 @@ def agreement(cosines: Cosines, size: int) -> Figure:
         right.plot(sizes, [np.mean(values) for values in ranks.values()], color=style.COLORS[1], marker="o")
         right.set(xlabel="size of the sketch, m", ylabel="Spearman's correlation", xscale="log", ylim=(None, 1))
         right.set_title("band: lowest to highest seed", loc="left")
-        _plain_ticks(right.xaxis, sizes)
+        style.plain_ticks(right.xaxis, sizes)
     return drawn
-
-
-def _plain_ticks(axis: Axis, places: Sequence[float]) -> None:
-    """Ticks of a logarithmic axis at `places` and nowhere else, written out."""
-    from matplotlib.ticker import NullLocator
-
-    axis.set_ticks(places, [f"{place:g}" for place in places])
-    axis.set_minor_locator(NullLocator())
 
 
 def sparse_errors(table: Mapping[str, Sequence[float]], topks: Sequence[int]) -> Figure:
@@ -72,7 +63,7 @@ def sparse_errors(table: Mapping[str, Sequence[float]], topks: Sequence[int]) ->
             ax.plot(topks, errors, color=style.COLORS[place], marker=style.MARKERS[place], ls=style.DASHES[place],
                     label=name)  # fmt: skip
         ax.set(xlabel="words kept per token, K", ylabel="relative error of the gradient", xscale="log", yscale="log")
-        _plain_ticks(ax.xaxis, topks)
+        style.plain_ticks(ax.xaxis, topks)
         style.legend(drawn, *ax.get_legend_handles_labels())
     return drawn
 

@@ -17,6 +17,7 @@ from lorakit.errors import ParameterError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
@@ -250,3 +251,11 @@ def save(drawn: Figure, path: str | Path) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def plain_ticks(axis: Axis, places: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis at `places` and nowhere else, written out."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_ticks(places, [f"{place:g}" for place in places])
+    axis.set_minor_locator(NullLocator())

@@ -65,16 +65,8 @@ def sketch_ranks(exact: np.ndarray, sketched: Mapping[int, np.ndarray], size: in
         right.set(xlabel="size of the sketch, m", ylabel="Spearman's correlation", xscale="log")
         right.set_ylim(1 - 1.05 * (1 - min(low)), 1 + 0.03 * (1 - min(low)))
         right.set_title("band: lowest to highest seed", loc="left")
-        _ticks(right, [*ranks])
+        style.plain_ticks(right.xaxis, [*ranks])
     return drawn
-
-
-def _ticks(ax: Axes, places: Sequence[float]) -> None:
-    """Ticks of a logarithmic x axis, written out."""
-    from matplotlib.ticker import NullLocator
-
-    ax.xaxis.set_ticks(places, [f"{place:g}" for place in places])
-    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def label_overlap(table: Mapping[str, Sequence[float]], topks: Sequence[int]) -> Figure:
@@ -86,7 +78,7 @@ def label_overlap(table: Mapping[str, Sequence[float]], topks: Sequence[int]) ->
             ax.plot(topks, right, color=style.COLORS[place], marker=style.MARKERS[place], ls=style.DASHES[place],
                     label=name)  # fmt: skip
         ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
-        _ticks(ax, topks)
+        style.plain_ticks(ax.xaxis, topks)
         style.legend(drawn, *ax.get_legend_handles_labels())
     return drawn
 

@@ -61,16 +61,13 @@ def places(where: Tensor, length: int) -> Places:
     width = row_width(counts.tolist(), length)
     needed = (counts + width - 1) // width  # rows of each sequence
     first, first_row = counts.cumsum(0) - counts, needed.cumsum(0) - needed
-    row, slot = _divided(torch.arange(len(where), device=where.device) - first[owner], width)
+    rank = torch.arange(len(where), device=where.device) - first[owner]  # among its sequence's chosen ones
+    row, slot = first_row[owner] + rank // width, rank % width
     of = torch.repeat_interleave(needed)
     before = (torch.arange(len(of), device=where.device) - first_row[of]) * width  # tokens in the sequence's other rows
     last = (counts[of] - before).clamp(max=width) - 1
     taken = torch.minimum(torch.arange(width, device=where.device), last[:, None])  # (R, K)
-    return Places(sequences, of, column[(first[of] + before)[:, None] + taken], first_row[owner] + row, slot, column)
-
-
-def _divided(numbers: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    return numbers // by, numbers % by
+    return Places(sequences, of, column[(first[of] + before)[:, None] + taken], row, slot, column)
 
 
 def row_width(counts: list[int], length: int) -> int:
@@ -200,9 +197,9 @@ class FractionalGate(TokenGate):
         try:
             chosen, recorded, masks = self._record(model, inputs, labels, None)
             second = self._run(model, inputs, chosen, places(chosen.where, labels.shape[1]), recorded, masks)
+        except LorakitError:
+            raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-            if isinstance(error, LorakitError):
-                raise
             raise LorakitError(
                 f"{type(model).__name__}: mode 'fractional' cannot serve this model, it fails on recorded keys or "
                 f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
