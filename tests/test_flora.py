@@ -377,7 +377,7 @@ def test_a_budget_run_resumes_bitwise(tmp_path, settings):
     resumed.train(resume_from_checkpoint=True)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert whole.tokens.state_dict() == resumed.tokens.state_dict()
-    assert whole.tokens.draws == 12
+    assert whole.tokens.shares.draws == 12
     assert ledger(whole) == ledger(resumed)
 
 

@@ -17,7 +17,9 @@ from lorakit.adapters import attach, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.gates import Gating, build_tokens
 from lorakit.gates.tokens import fractional
-from lorakit.gates.tokens.fractional import FractionalGate, FreshKeys, places, row_width
+from lorakit.gates.tokens import places as rows_of_their_own
+from lorakit.gates.tokens.fractional import FractionalGate, FreshKeys
+from lorakit.gates.tokens.places import places, row_width
 from lorakit.training.loss import MeanLoss
 
 B, T, WINDOW = 3, 16, 5
@@ -39,8 +41,8 @@ def of(name: str, attention: str = "sdpa", **options) -> nn.Module:
     given = {"attn_implementation": attention} | options
     if name == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-            initializer_range=0.2, **given,
+            vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=64, embd_pdrop=0, attn_pdrop=0,
+            initializer_range=0.2, **{"resid_pdrop": 0} | given,
         )  # fmt: skip
         return transformers.GPT2LMHeadModel(config)
     own = {
@@ -331,7 +333,7 @@ def test_a_sequence_in_several_rows_has_the_gradient_of_one(monkeypatch):
     for width in (None, 1, 2, 15):
         with monkeypatch.context() as patch:
             if width:
-                patch.setattr(fractional, "row_width", lambda counts, length, width=width: width)
+                patch.setattr(rows_of_their_own, "row_width", lambda counts, length, width=width: width)
             one = selection(model, topk_tokens=0.4).select(model, *split(given))
             shapes.append(one.key)
             made.append(gradients(model, one.finish()))
@@ -513,9 +515,9 @@ chosen_inputs, chosen_masks = fractional.chosen_inputs, fractional.chosen_masks
 def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name, broken):
     model, given = adapted(of(name, initializer_range=0.5) if name == "gemma" else of(name)), batch("right")
     tokens = selection(model, topk_tokens=0.4)
-    draws = tokens.draws
+    draws = tokens.shares.draws
     tokens.verify(model, *split(given))
-    assert tokens.draws == draws and model.training  # a trial leaves nothing behind
+    assert tokens.shares.draws == draws and model.training  # a trial leaves nothing behind
     if broken == "positions":
         monkeypatch.setattr(fractional, "chosen_inputs", wrong_positions)
     elif broken == "masks":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -126,3 +128,22 @@ class HeadInput:
     def remove(self) -> None:
         """Take the hook off the model."""
         self.handle.remove()
+
+
+@contextlib.contextmanager
+def replaced_input(head: Head, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """While inside, the head is given `replace(hidden)` for its first input; what it was given is collected."""
+    given: list[torch.Tensor] = []
+
+    def hook(_: torch.nn.Module, arguments: tuple) -> tuple | None:
+        if given:
+            return None  # `replace` itself asks the head for logits
+        given.append(arguments[0])
+        given[0] = replace(arguments[0])
+        return (given[0], *arguments[1:])
+
+    handle = head.module.register_forward_pre_hook(hook)
+    try:
+        yield given
+    finally:
+        handle.remove()

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lorakit.gates.tokens.best import BestLogits
+
 
 @dataclass
 class Chosen:
@@ -16,6 +18,7 @@ class Chosen:
     predictions: N, of which these were chosen.
     weights: (k,) float32, 1 / π, or None for plain sums.
     loss_sum, chosen_sum: Σ of all losses and the (weighted) sum of the chosen, detached, where they were scored.
+    best: their logits, where those were kept.
     """
 
     where: Tensor
@@ -24,6 +27,7 @@ class Chosen:
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
+    best: BestLogits | None = None
 
     def total(self, losses: Tensor) -> Tensor:
         """Σ of losses (k,), weighted where they were sampled."""

@@ -8,7 +8,6 @@ flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
+from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
+from lorakit.gates.head import replaced_input
+from lorakit.gates.tokens.best import with_gradient
 from lorakit.gates.tokens.chosen import Chosen, Plan
+from lorakit.gates.tokens.places import Masks, Places, chosen_inputs, chosen_masks, places
 from lorakit.gates.tokens.protocol import Look, Selected
 from lorakit.gates.tokens.selection import TokenGate
 from lorakit.gating import Gating
@@ -25,62 +28,6 @@ from lorakit.gating import Gating
 ATTENTION = ("sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
-Masks = Tensor | dict[str, Tensor]
-
-
-@dataclass
-class Places:
-    """Where the chosen tokens of (B, T) stand, as rows of equal length K for a second pass.
-
-    sequences: (S,) that have one; of: (R,) which of these a row belongs to: one with many tokens has several rows.
-    columns: (R, K) positions in the sequence, the last repeated as padding.
-    row, slot: (k,) where in (R, K) each chosen token is; column: (k,) its position in the sequence.
-    """
-
-    sequences: Tensor
-    of: Tensor
-    columns: Tensor
-    row: Tensor
-    slot: Tensor
-    column: Tensor
-
-    @property
-    def batch(self) -> Tensor:
-        """(R,) which of the B sequences a row belongs to."""
-        return self.sequences[self.of]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.columns.shape)
-
-
-def places(where: Tensor, length: int) -> Places:
-    """Lay out flat positions `where` (k,), ascending, of sequences of `length` tokens."""
-    sequence, column = where // length, where % length
-    sequences, owner, counts = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
-    width = row_width(counts.tolist(), length)
-    needed = (counts + width - 1) // width  # rows of each sequence
-    first, first_row = counts.cumsum(0) - counts, needed.cumsum(0) - needed
-    rank = torch.arange(len(where), device=where.device) - first[owner]  # among its sequence's chosen ones
-    row, slot = first_row[owner] + rank // width, rank % width
-    of = torch.repeat_interleave(needed)
-    before = (torch.arange(len(of), device=where.device) - first_row[of]) * width  # tokens in the sequence's other rows
-    last = (counts[of] - before).clamp(max=width) - 1
-    taken = torch.minimum(torch.arange(width, device=where.device), last[:, None])  # (R, K)
-    return Places(sequences, of, column[(first[of] + before)[:, None] + taken], row, slot, column)
-
-
-def row_width(counts: list[int], length: int) -> int:
-    """K for sequences with so many chosen tokens each: the fewest tokens in all, padding included.
-
-    A row costs its tokens, and a sixteenth of its sequence's `length` for keys and values of its own.
-    """
-
-    def cost(width: int) -> float:
-        return sum(-(-count // width) for count in counts) * (width + length / 16)
-
-    longest = max(counts)
-    return min({-(-longest // parts) for parts in range(1, 9)} | set(counts), key=lambda width: (cost(width), -width))
 
 
 class FreshKeys(Cache):
@@ -129,6 +76,7 @@ class FractionalGate(TokenGate):
         self.config = model.config.get_text_config()
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)
+        self._keeps = self._keeps and not draws_dropout(model)  # which makes the second pass another one
 
     def select(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
@@ -138,7 +86,7 @@ class FractionalGate(TokenGate):
             zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
             return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0, ())
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
-        finish = lambda: chosen.total(self._run(model, inputs, chosen, at, recorded, masks))  # noqa: E731
+        finish = lambda: self._loss(model, inputs, chosen, at, recorded, masks)  # noqa: E731
         return self._selected(chosen, finish, len(chosen.where), at.shape)
 
     def _record(
@@ -154,7 +102,7 @@ class FractionalGate(TokenGate):
             kept.append(self.choose(hidden, labels, look))
             return hidden[:, :0]
 
-        with torch.no_grad(), self._head_input(replace):
+        with torch.no_grad(), replaced_input(self.head, replace):
             model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
         if len(recorded.layers) != self.config.num_hidden_layers:
             raise LorakitError(
@@ -169,25 +117,34 @@ class FractionalGate(TokenGate):
         plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
         return plan
 
+    def _loss(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
+        """Σ of the chosen losses; where their logits were kept, without the head."""
+        if chosen.best is None:
+            return chosen.total(self.losses(self._run(model, inputs, *recorded), chosen.targets))
+        losses, gradient = chosen.best.take(chosen.targets, self.head)  # before the second pass: its memory is freed
+        states: list[Tensor] = []
+        self._run(model, inputs, *recorded, lambda chosen_states: states.append(chosen_states) or chosen_states[:, :0])
+        return with_gradient(losses.sum(), states[0][0], gradient)
+
     def _run(
         self,
         model: Callable[..., Any],
         inputs: Mapping[str, Any],
-        chosen: Chosen,
         at: Places,
         recorded: DynamicCache,
         masks: Masks,
+        given: Callable[[Tensor], Tensor] = lambda states: states,
     ) -> Tensor:
-        """Pass 2: losses (k,) of the chosen, in the order of `chosen.where`."""
+        """Pass 2: logits (1, k, V) of the chosen, in the order of `Chosen.where`; the head gets `given(states)`."""
         flat = at.row * at.columns.shape[1] + at.slot
-        with self._head_input(lambda hidden: hidden.flatten(0, 1)[flat][None]):
+        with replaced_input(self.head, lambda hidden: given(hidden.flatten(0, 1)[flat][None])):
             outputs = model(
                 **chosen_inputs(inputs, at),
                 attention_mask=chosen_masks(masks, at),
                 past_key_values=FreshKeys(recorded, at),
                 use_cache=True,
             )
-        return self.losses(outputs.logits, chosen.targets)
+        return outputs.logits
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Both passes must give the chosen predictions the same losses."""
@@ -196,7 +153,7 @@ class FractionalGate(TokenGate):
             return
         try:
             chosen, recorded, masks = self._record(model, inputs, labels, None)
-            second = self._run(model, inputs, chosen, places(chosen.where, labels.shape[1]), recorded, masks)
+            logits = self._run(model, inputs, places(chosen.where, labels.shape[1]), recorded, masks)
         except LorakitError:
             raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
@@ -205,19 +162,19 @@ class FractionalGate(TokenGate):
                 f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
             ) from error
         hidden: list[Tensor] = []
-        with self._head_input(lambda given: hidden.append(given) or given[:, :0]):
+        with replaced_input(self.head, lambda given: hidden.append(given) or given[:, :0]):
             model(**inputs)
         first = self.losses(self.head.logits(hidden[0].flatten(0, 1)[chosen.where]), chosen.targets)
-        error = (second - first).norm() / first.norm()
+        error = (self.losses(logits, chosen.targets) - first).norm() / first.norm()
         if not error < TOLERANCE and bool(torch.isfinite(first).all()):
             raise LorakitError(
                 f"{type(model).__name__}: the chosen tokens alone have other losses than in their sequence (off by "
                 f"{error:.0%}): mode 'fractional' cannot serve this model; use 'gather'"
             )
-        self.draws -= 1
+        self.shares.draws -= 1
 
     def signature(self, labels: Tensor) -> Hashable:
-        return (self.settings.mode, len(self._predictions(labels)[0]))
+        return (self.settings.mode, sum(self.shares.counts(labels)))
 
 
 def check_model(model: nn.Module) -> None:
@@ -271,21 +228,13 @@ def attention_masks(config: Any, inputs: Mapping[str, Any], dtype: torch.dtype) 
     )
 
 
-def chosen_masks(masks: Masks, at: Places) -> Masks:
-    """Rows (R, 1, K, T) of the masks: what the chosen tokens attend to."""
-    if isinstance(masks, dict):
-        return {kind: chosen_masks(mask, at) for kind, mask in masks.items()}
-    return masks[at.batch[:, None], :, at.columns].transpose(1, 2)
-
-
-def chosen_inputs(inputs: Mapping[str, Any], at: Places) -> dict[str, Any]:
-    """The chosen tokens' own ids, positions, …, (R, K) each."""
-    shape = inputs["input_ids"].shape
-    positions = torch.arange(shape[1], device=at.columns.device).expand(shape)
-    known = {"position_ids": positions, **{n: v for n, v in inputs.items() if n != "attention_mask"}}
-    found = {}
-    for name, value in known.items():
-        if torch.is_tensor(value) and value.dim() == 2:
-            value = value.expand(shape)[at.batch[:, None], at.columns]
-        found[name] = value
-    return found
+def draws_dropout(model: nn.Module) -> bool:
+    """Whether some layer drops out while training; attention has its rate in the configuration only."""
+    config = model.config.get_text_config().to_dict()
+    rates = [value for name, value in config.items() if "drop" in name and not name.startswith(("summary", "classif"))]
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        elif isinstance(module, AdapterLayer):
+            rates.append(module.settings.dropout)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

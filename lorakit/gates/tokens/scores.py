@@ -20,6 +20,9 @@ class TokenScore:
         name: of the score; "none" only finds the losses.
         head: of the model.
         sketch_dim, topk_logits, seed: of the sketch; topk_logits 0 for all.
+
+    Attributes:
+        overwrites: whether it works in the logits it is given.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class TokenScore:
         seed: int = 0,
     ):
         self.name, self.head, self.softcap = name, head, head.softcap
+        self.overwrites = name in ("entropy", "gradient_norm", "hidden_gradient")
         self.words, self.width = head.outputs, head.d_hidden
         self.kept = min(topk_logits or self.words, self.words)
         self.sketch = None
@@ -47,7 +51,7 @@ class TokenScore:
 
         Args:
             hidden: (n, H); labels: (n,).
-            logits: (n, V) float32, capped; overwritten.
+            logits: (n, V) float32, capped; overwritten by some, see `overwrites`.
         """
         return getattr(self, f"_{self.name}")(hidden, logits, labels)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
-from lorakit.gates.head import ROWS_CHECKED, Head, HeadCheck, find_head
+from lorakit.gates.head import ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input
 from lorakit.gates.simple import check_state
-from lorakit.gates.tokens import policies
+from lorakit.gates.tokens.best import BestLogits, with_gradient
 from lorakit.gates.tokens.chosen import Chosen, Plan
+from lorakit.gates.tokens.policies import quota
 from lorakit.gates.tokens.protocol import Look, Selected
 from lorakit.gates.tokens.scores import TokenScore
+from lorakit.gates.tokens.shares import Shares
 from lorakit.gating import Gating
-from lorakit.sketches.head_gradient import chunk_of, rows
+from lorakit.sketches.head_gradient import chunk_of
 
 
 class TokenGate:
@@ -40,7 +43,8 @@ class TokenGate:
 
     def __init__(self, settings: Gating, model: nn.Module, kind: str, *, seed: int = 0, rank: int = 0):
         require(kind in ("causal", "masked"), "gating.method", settings.method, refused(kind))
-        self.settings, self.kind, self.seed, self.rank = settings, kind, seed, rank
+        self.settings, self.kind = settings, kind
+        self.shares = Shares(settings, kind, seed=seed, rank=rank)
         self.head: Head = find_head(model, kind)
         self.score = TokenScore(
             settings.score if settings.method == "flora" else "none",
@@ -49,7 +53,7 @@ class TokenGate:
             topk_logits=settings.topk_logits,
             seed=seed,
         )
-        self.draws = 0
+        self._keeps = settings.method == "flora" and not settings.weighted
         self.seen = {"predictions": 0, "chosen": 0}
         self._dry: Plan | None = None
 
@@ -63,16 +67,25 @@ class TokenGate:
         Raises:
             ParameterError: labels outside the vocabulary, or logits that are not finite.
         """
-        kept: list[Chosen] = []
+        made: list[tuple[Chosen, Tensor]] = []
 
-        def replace(hidden: Tensor) -> Tensor:
-            kept.append(self.choose(hidden.detach(), labels, look))
-            return hidden.flatten(0, -2)[kept[0].where][None]
+        def chosen_only(hidden: Tensor) -> Tensor:
+            chosen = self.choose(hidden.detach(), labels, look)
+            made.append((chosen, hidden.flatten(0, -2)[chosen.where]))
+            return made[0][1][None] if chosen.best is None else hidden[:, :0]
 
-        with self._head_input(replace):
+        with replaced_input(self.head, chosen_only):
             outputs = model(**inputs)
-        loss = kept[0].total(self.losses(outputs.logits, kept[0].targets))
-        return self._selected(kept[0], lambda: loss, None, ())
+        chosen, states = made[0]
+        if chosen.best is not None:
+            return self._selected(chosen, lambda: self._kept_loss(chosen, states), None, ())
+        loss = chosen.total(self.losses(outputs.logits, chosen.targets))
+        return self._selected(chosen, lambda: loss, None, ())
+
+    def _kept_loss(self, chosen: Chosen, states: Tensor) -> Tensor:
+        """Σ of the chosen losses, from the logits that were kept; states (k, H): what the head would be given."""
+        losses, gradient = chosen.best.take(chosen.targets, self.head)
+        return with_gradient(losses.sum(), states, gradient)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
@@ -80,7 +93,7 @@ class TokenGate:
         Raises:
             LorakitError: its logits are not its head's linear map.
         """
-        row = max(range(len(labels)), key=self._counts(labels).__getitem__)
+        row = max(range(len(labels)), key=self.shares.counts(labels).__getitem__)
         single = {
             name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
             for name, value in inputs.items()
@@ -94,152 +107,112 @@ class TokenGate:
             model.train(training)
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        with self._head_input(lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
+        with replaced_input(self.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
             outputs = model(**inputs)
         if not given:
             raise LorakitError("the model's forward did not call its output head: there is nothing to select")
         HeadCheck(self.head)(given[0], outputs.logits)
 
     def divisor(self, labels: Tensor) -> int:
-        return len(self._predictions(labels)[0]) if self.settings.weighted else sum(self.quotas(labels))
+        return sum(self.shares.counts(labels) if self.settings.weighted else self.shares.quotas(labels))
 
     def signature(self, labels: Tensor) -> Hashable:
-        return (self.settings.mode, len(self._predictions(labels)[0]), sum(self.quotas(labels)))
+        return (self.settings.mode, sum(self.shares.counts(labels)), sum(self.shares.quotas(labels)))
 
     def report(self) -> dict[str, Any]:
         return {"gating": self.settings.model_dump(), **self.seen}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"draws": self.draws, "seen": dict(self.seen)}
+        return {"draws": self.shares.draws, "seen": dict(self.seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(state, self.state_dict(), f"tokens ({self.settings.method})")
-        self.draws, self.seen = state["draws"], dict(state["seen"])
+        self.shares.draws, self.seen = state["draws"], dict(state["seen"])
 
     # choosing ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def dry(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
         """While inside, `select` works on inputs without data; of the real `labels` it chooses as many as ever."""
-        before = self.draws, dict(self.seen)
+        before = self.shares.draws, dict(self.seen)
         self._dry = self._plan(inputs, labels)
         try:
             yield
         finally:
             self._dry = None
-            self.draws, self.seen = before
+            self.shares.draws, self.seen = before
 
     def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
-        where, targets = self._predictions(labels)
-        index, weights = self._draw(torch.ones(len(where)), labels)
-        return Plan(where, targets, Chosen(where[index], targets[index], len(where), weights))
+        where, targets = self.shares.predictions(labels)
+        picked = self.shares.pick(torch.ones(len(where)), labels, self.shares.generator())
+        return Plan(where, targets, _chosen(where, targets, *picked))
 
     @torch.no_grad()
     def choose(self, hidden: Tensor, labels: Tensor, look: Look | None = None) -> Chosen:
         """Score hidden states (B, T, H) against labels (B, T) and keep a share; logits exist a chunk at a time."""
         if self._dry is not None:
-            if self.scores(look):
-                self.scored(hidden, self._dry.where, self._dry.targets, look)
-            return self._dry.chosen
-        where, targets = self._predictions(labels)
+            where, targets, chosen = self._dry.where, self._dry.targets, self._dry.chosen
+            if not self.scores(look):
+                return chosen
+            best = self._best(len(where), len(chosen.where), None)
+            self.scored(hidden, where, targets, look, best)
+            return replace(chosen, best=best)
+        where, targets = self.shares.predictions(labels)
+        pick = functools.partial(self.shares.pick, labels=labels, generator=self.shares.generator())
         if len(where):
             low, high = (int(bound) for bound in targets.aminmax())
             require(low >= 0 and high < self.head.outputs, "labels", (low, high), f"must be below {self.head.outputs}")
-        scored = self.scored(hidden, where, targets, look) if self.scores(look) and len(where) else None
-        index, weights = self._draw(None if scored is None else scored[0].cpu(), labels)
-        index = index.to(where.device)
-        weights = None if weights is None else weights.to(where.device)
-        chosen = Chosen(where[index], targets[index], len(where), weights)
-        if scored is not None:
-            losses = scored[1]
-            require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
-            chosen.loss_sum, chosen.chosen_sum = losses.double().sum(), chosen.total(losses[index]).double()
-        return chosen
+        if not self.scores(look) or not len(where):
+            return _chosen(where, targets, *pick(None))
+        best = self._best(len(where), sum(self.shares.quotas(labels)), lambda scores: pick(scores)[0])
+        scores, losses = self.scored(hidden, where, targets, look, best)
+        require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
+        index, weights = pick(scores.cpu()) if best is None else (best.places, None)
+        chosen = _chosen(where, targets, index, weights)
+        chosen_sum = chosen.total(losses[index.to(losses.device)]).double()
+        return replace(chosen, best=best, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
+
+    def _best(self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None) -> BestLogits | None:
+        """What keeps the logits of the chosen, where their loss needs no more than those."""
+        fixed = type(self.head.module) is nn.Linear and not any(p.requires_grad for p in self.head.module.parameters())
+        return BestLogits(pick, count, kept) if self._keeps and fixed else None
 
     def scores(self, look: Look | None) -> bool:
         """Whether all predictions go through the head: to be scored, or for a batch gate to look at."""
         return self.score.name != "none" or look is not None
 
     @torch.no_grad()
-    def scored(self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None) -> tuple[Tensor, Tensor]:
-        """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states."""
-        # the chosen ones' own loss will need as many rows of logits; large products are faster
-        chunk = max(chunk_of(self.head.outputs), policies.quota(len(where), self.settings.topk_tokens))
+    def scored(
+        self,
+        hidden: Tensor,
+        where: Tensor,
+        targets: Tensor,
+        look: Look | None = None,
+        best: BestLogits | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states.
+
+        Args:
+            best: keeps the chosen ones' logits meanwhile.
+        """
+        # as many rows as the chosen ones' logits have, which are needed in any case; large products are faster
+        chunk = max(chunk_of(self.head.outputs), quota(len(where), self.settings.topk_tokens))
         flat, found = hidden.flatten(0, -2), []
         for places, labels in zip(where.split(chunk), targets.split(chunk), strict=True):
             h = flat[places]
-            logits = self.head.logits(h)
+            raw = self.head.module(h)
+            logits = self.head.capped(raw.float())
+            if best is None:
+                raw = None  # its memory is free for what the scores need
+            elif logits is raw and self.score.overwrites:
+                raw = raw.clone()
             if look is not None:
                 look(h, logits, labels, F.cross_entropy(logits, labels, reduction="none"))
             found.append(self.score(h, logits, labels))
+            if best is not None:
+                best.add(found[-1][0], raw)
         scores, losses = zip(*found, strict=True)
         return torch.cat(scores), torch.cat(losses)
-
-    def quotas(self, labels: Tensor) -> list[int]:
-        """How many predictions are kept: one number for the batch, or one per sequence."""
-        counts = self._counts(labels)
-        groups = [sum(counts)] if self.settings.per == "batch" else counts
-        return [policies.quota(count, self.settings.topk_tokens) for count in groups]
-
-    def _counts(self, labels: Tensor) -> list[int]:
-        """Predictions of each sequence."""
-        shifted = labels[:, 1:] if self.kind == "causal" else labels
-        return (shifted != -100).sum(1).tolist()
-
-    def _predictions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return rows(labels, self.kind)
-
-    def _draw(self, scores: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Places (k,) among the batch's predictions, and the weights of sampled ones."""
-        counts = self._counts(labels)
-        groups = [sum(counts)] if self.settings.per == "batch" else counts
-        generator = self._generator()
-        places, weights, first = [], [], 0
-        for count, k in zip(groups, self.quotas(labels), strict=True):
-            if k:
-                mine = None if scores is None else scores[first : first + count]
-                index, weight = self._pick(mine, count, k, generator)
-                places.append(first + index)
-                weights.append(weight)
-            first += count
-        index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
-        return index, torch.cat(weights) if places and self.settings.weighted else None
-
-    def _pick(
-        self, scores: Tensor | None, count: int, k: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.settings.method == "random":
-            return policies.uniform(count, k, generator), None
-        if not self.settings.weighted:
-            return policies.largest(scores, k), None
-        index, probabilities = policies.proportional(scores, k, generator)
-        return index, (1 / probabilities).float()
-
-    def _generator(self) -> torch.Generator:
-        """Drawn from (seed, rank, how many batches were seen), so that a checkpoint of one rank serves all."""
-        drawn = random.Random(f"{self.seed}/{self.rank}/{self.draws}").getrandbits(63)
-        self.draws += 1
-        return torch.Generator().manual_seed(drawn)
-
-    # the model's head ----------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _head_input(self, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-        """While inside, the head is given `replace(hidden)` for its first input; what it was given is collected."""
-        given: list[Tensor] = []
-
-        def hook(_: nn.Module, arguments: tuple) -> tuple | None:
-            if given:
-                return None  # `replace` itself asks the head for logits
-            given.append(arguments[0])
-            given[0] = replace(arguments[0])
-            return (given[0], *arguments[1:])
-
-        handle = self.head.module.register_forward_pre_hook(hook)
-        try:
-            yield given
-        finally:
-            handle.remove()
 
     @staticmethod
     def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -261,6 +234,11 @@ class TokenGate:
             chosen_sum=chosen.chosen_sum,
             flops=self.score.flops(predictions) if chosen.loss_sum is not None else 0.0,
         )
+
+
+def _chosen(where: Tensor, targets: Tensor, index: Tensor, weights: Tensor | None) -> Chosen:
+    index = index.to(where.device)
+    return Chosen(where[index], targets[index], len(where), None if weights is None else weights.to(where.device))
 
 
 def refused(kind: str) -> str:

@@ -1,0 +1,87 @@
+"""Chosen tokens as rows of their own, for a second pass: where each stands, and what it may attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Masks = Tensor | dict[str, Tensor]
+
+
+@dataclass
+class Places:
+    """Where the chosen tokens of (B, T) stand, as rows of equal length K for a second pass.
+
+    sequences: (S,) that have one; of: (R,) which of these a row belongs to: one with many tokens has several rows.
+    columns: (R, K) positions in the sequence, the last repeated as padding.
+    row, slot: (k,) where in (R, K) each chosen token is; column: (k,) its position in the sequence.
+    """
+
+    sequences: Tensor
+    of: Tensor
+    columns: Tensor
+    row: Tensor
+    slot: Tensor
+    column: Tensor
+
+    @property
+    def batch(self) -> Tensor:
+        """(R,) which of the B sequences a row belongs to."""
+        return self.sequences[self.of]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.columns.shape)
+
+
+def places(where: Tensor, length: int) -> Places:
+    """Lay out flat positions `where` (k,), ascending, of sequences of `length` tokens."""
+    sequence, column = where // length, where % length
+    sequences, owner, counts = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
+    width = row_width(counts.tolist(), length)
+    needed = (counts + width - 1) // width  # rows of each sequence
+    first, first_row = counts.cumsum(0) - counts, needed.cumsum(0) - needed
+    rank = torch.arange(len(where), device=where.device) - first[owner]  # among its sequence's chosen ones
+    row, slot = first_row[owner] + rank // width, rank % width
+    of = torch.repeat_interleave(needed)
+    before = (torch.arange(len(of), device=where.device) - first_row[of]) * width  # tokens in the sequence's other rows
+    last = (counts[of] - before).clamp(max=width) - 1
+    taken = torch.minimum(torch.arange(width, device=where.device), last[:, None])  # (R, K)
+    return Places(sequences, of, column[(first[of] + before)[:, None] + taken], row, slot, column)
+
+
+def row_width(counts: list[int], length: int) -> int:
+    """K for sequences with so many chosen tokens each: the fewest tokens in all, padding included.
+
+    A row costs its tokens, and a sixteenth of its sequence's `length` for keys and values of its own.
+    """
+
+    def cost(width: int) -> float:
+        return sum(-(-count // width) for count in counts) * (width + length / 16)
+
+    longest = max(counts)
+    return min({-(-longest // parts) for parts in range(1, 9)} | set(counts), key=lambda width: (cost(width), -width))
+
+
+def chosen_masks(masks: Masks, at: Places) -> Masks:
+    """Rows (R, 1, K, T) of the masks: what the chosen tokens attend to."""
+    if isinstance(masks, dict):
+        return {kind: chosen_masks(mask, at) for kind, mask in masks.items()}
+    return masks[at.batch[:, None], :, at.columns].transpose(1, 2)
+
+
+def chosen_inputs(inputs: Mapping[str, Any], at: Places) -> dict[str, Any]:
+    """The chosen tokens' own ids, positions, …, (R, K) each."""
+    shape = inputs["input_ids"].shape
+    positions = torch.arange(shape[1], device=at.columns.device).expand(shape)
+    known = {"position_ids": positions, **{n: v for n, v in inputs.items() if n != "attention_mask"}}
+    found = {}
+    for name, value in known.items():
+        if torch.is_tensor(value) and value.dim() == 2:
+            value = value.expand(shape)[at.batch[:, None], at.columns]
+        found[name] = value
+    return found
