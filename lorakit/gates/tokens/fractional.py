@@ -27,8 +27,8 @@ from lorakit.gates.tokens.selection import TokenGate
 from lorakit.gating import Gating
 
 ATTENTION = ("sdpa", "eager")
-OF_CLASSIFIERS = "summary|classif|seq_classif"  # rates of heads that a language model has not
 LAYERS = {"full_attention", "sliding_attention"}
+OF_CLASSIFIERS = "summary|classif|seq_classif"  # how rates are called that a language model's head has not
 TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
 
 
@@ -104,10 +104,10 @@ class FractionalGate(TokenGate):
             kept.append(self.choose(hidden, labels, look))
             return hidden[:, :0]
 
-        before = _random_state(inputs)
+        before = None if self._dry is not None else _random_state(inputs)
         with torch.no_grad(), replaced_input(self.head, replace):
             model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
-        if self._dry is None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
+        if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
             kept[0].best = None
         if len(recorded.layers) != self.config.num_hidden_layers:
             raise LorakitError(
