@@ -23,6 +23,7 @@ class Gating(BaseModel):
     per: "batch": the share is of the whole (micro-)batch's predictions; "sequence": of each sequence's own.
     mode: "gather": the chosen hidden states go through the head, all tokens through the layers; "fractional": only the
         chosen tokens run through the layers a second time, against the recorded keys and values of all (TokenTune).
+        Where a frozen head's logits of the chosen can be kept while all are scored (top-k), the head runs once.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

@@ -56,6 +56,7 @@ COLORS = (
     *("#222222", "#4477AA", "#66CCEE", "#228833", "#CCBB44", "#6F4FA8", "#EE7733", "#BBBBBB", "#D4709A"),
     # the tokens' rows: dark in mode "fractional", pale in mode "gather"
     *("#8C6D31", "#4D4D4D", "#C4420B", "#5E3C99", "#01665E", "#A0A0A0", "#F4A07A", "#B2A0DD", "#6CC4B4", "#1F4E8C"),
+    "#7F3B08",
 )
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -121,6 +122,7 @@ _LABELS = {
     "flora40_gather": "FLoRA (40 %), gather",
     "pps20_gather": "FLoRA, PPS (20 %), gather",
     "targets_only": "all targets, gather",
+    "flora_fractional": "FLoRA, fractional",
 }
 _FIRST = ("full", "lora", "baseline", "full_length", "same_flops", "head", "sparse", "hira", "qlora", "skip", "random")
 METHODS: dict[str, Look] = {name: _look(label, place) for place, (name, label) in enumerate(_LABELS.items())}

@@ -84,19 +84,21 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
 
 
 def mode_table(tokens: int, chosen: Sequence[int], layers: int) -> dict[str, np.ndarray]:
-    """Mode -> (layers + 1, passes · tokens) of what each layer, the head last, does with a token.
+    """Mode -> (layers + 1, passes · tokens) of what each layer, the head last, does with a token chosen by top-k.
 
-    0: nothing; 1: a forward; 2: a forward, and a backward through it.
+    0: nothing; 1: a forward; 2: a forward, and a backward through it. Where the chosen ones' logits cannot be kept
+    (PPS, random tokens, a head that is trained) they run through the head once more.
     """
     kept = np.isin(np.arange(tokens), chosen)
     all_tokens = np.full((layers + 1, tokens), 2)
     gather = all_tokens.copy()
-    gather[-1] = 1 + kept  # all are scored, the chosen once more with a graph
-    second = np.tile(2 * kept, (layers + 1, 1))
+    gather[-1] = 1 + kept
+    first, second = np.ones_like(all_tokens), np.tile(2 * kept, (layers + 1, 1))
+    first[-1], second[-1] = gather[-1], 0  # the loss, and what its backward gives the last layer, are known when scored
     return {
         "baseline": all_tokens,
         "gather": gather,
-        "fractional, pass 1": np.ones_like(all_tokens),
+        "fractional, pass 1": first,
         "fractional, pass 2": second,
     }
 

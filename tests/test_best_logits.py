@@ -15,7 +15,7 @@ from lorakit.adapters import attach
 from lorakit.gates.head import Head
 from lorakit.gates.tokens import policies
 from lorakit.gates.tokens.best import BestLogits, with_gradient
-from lorakit.gates.tokens.fractional import draws_dropout
+from lorakit.gates.tokens.fractional import drops_out
 from lorakit.gates.tokens.shares import Shares
 from lorakit.gating import Gating
 from lorakit.sketches import head_gradient
@@ -66,16 +66,18 @@ def test_equal_scores_are_not_lost(chunk):
     assert torch.equal(rows_of(best), best.places)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 45])
-def test_each_sequence_keeps_its_own_best(chunk):
-    labels = batch("right")["labels"]
+@pytest.mark.parametrize("chunk", [1, 5, 9, 10, 11, 16, 45])  # 10 are kept
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_sequence_keeps_its_own_best(first, chunk):
+    labels = batch("right")["labels"].roll(first, 0)
     shares = Shares(Gating(method="flora", topk_tokens=0.3, per="sequence"), "causal")
-    count, kept = sum(shares.counts(labels)), sum(shares.quotas(labels))
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(2))
-    pick = functools.partial(shares.pick, labels=labels, generator=None)
-    best = filled(scores, chunk, lambda given: pick(given)[0], kept)
-    assert len(set(shares.groups(labels))) == 3 and torch.equal(best.places, pick(scores)[0])
-    assert torch.equal(rows_of(best), best.places)
+    groups = shares.groups(labels)
+    pick = functools.partial(shares.pick, groups=groups, generator=None)
+    for seed in range(20):
+        scores = torch.rand(sum(groups), generator=torch.Generator().manual_seed(seed))
+        best = filled(scores, chunk, lambda given: pick(given)[0], sum(shares.quotas(groups)))
+        assert len(set(groups)) == 3 and len(best.places) == 10 and torch.equal(best.places, pick(scores)[0])
+        assert torch.equal(rows_of(best), best.places)
 
 
 # their losses ---------------------------------------------------------------------------------------
@@ -141,6 +143,16 @@ def test_gradients_are_those_of_running_the_head_again(monkeypatch, score, per, 
     assert rows.count == 2 * made.predictions + made.chosen
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["gather", "fractional"])
+def test_a_chunk_of_as_many_as_are_kept(monkeypatch, mode):
+    monkeypatch.setattr(head_gradient, "BLOCK", 1)
+    model, given = adapted(of("llama")), batch("bare")
+    tokens = selection(model, method="flora", topk_tokens=0.4, per="sequence")
+    assert tokens.shares.quotas(tokens.shares.groups(given["labels"])) == [6, 6, 6]  # and 18 of all 45
+    keys = {"topk_tokens": 0.4, "per": "sequence", "mode": mode}
+    assert_close(*(taken(model, given, keeps, **keys)[1] for keeps in (True, False)), 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
@@ -211,7 +223,16 @@ def test_draws_need_the_head_again(settings, mode):
     assert rows.count == made.chosen + (made.predictions if settings["method"] == "flora" else 0)
 
 
+def peft_model(kind: str, **options) -> nn.Module:
+    import peft
+
+    config = getattr(peft, f"{kind}Config")(r=4, target_modules=["q_proj", "v_proj"], **options)
+    return prepared(peft.get_peft_model(of("llama"), config))
+
+
 DROPPING = {
+    "in PEFT's layers": lambda: peft_model("LoHa", rank_dropout=0.2),
+    "in PEFT's LoRA": lambda: peft_model("Lora", lora_dropout=0.2),
     "in attention": lambda: adapted(of("llama", attention_dropout=0.1)),
     "in layers": lambda: adapted(of("gpt2", resid_pdrop=0.1)),
     "in the adapter": lambda: prepared(attach(of("llama"), "lora", rank=4, seed=0, dropout=0.1)),
@@ -221,7 +242,7 @@ DROPPING = {
 @pytest.mark.parametrize("make", DROPPING.values(), ids=DROPPING.keys())
 def test_where_the_second_pass_drops_out_otherwise_its_own_logits_count(make):
     model = make()
-    assert draws_dropout(model)
+    assert drops_out(model)
     rows = Rows(model)
     made = selection(model, method="flora", topk_tokens=0.3).select(model, *split(batch("right")))
     made.finish()
@@ -231,6 +252,43 @@ def test_where_the_second_pass_drops_out_otherwise_its_own_logits_count(make):
     assert rows.count == 2 * made.predictions + made.chosen
 
 
+def test_noise_of_another_name_is_noticed_when_it_is_drawn():
+    model, given = adapted(of("llama")), batch("right")
+    rows = Rows(model)
+    noisy = selection(model, method="flora", topk_tokens=0.3)
+    assert not drops_out(model) and noisy._keeps
+    layer = model.model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda *given: given[-1] + 0.1 * torch.randn_like(given[-1]))
+    made = noisy.select(model, *split(given))
+    made.finish()
+    assert rows.count == made.predictions + made.chosen
+    handle.remove()
+    noisy.select(model, *split(given)).finish()
+    assert rows.count == 2 * made.predictions + made.chosen
+
+
+@pytest.mark.parametrize(("mode", "again"), [("gather", False), ("fractional", True)])
+def test_a_batch_that_may_be_rejected_keeps_no_logits_for_a_second_pass(mode, again):
+    model, given = adapted(of("llama")), batch("right")
+    rows, looked = Rows(model), []
+    tokens = selection(model, method="flora", topk_tokens=0.3, mode=mode)
+    made = tokens.select(model, *split(given), lambda *seen: looked.append(len(seen[0])))
+    assert rows.count == sum(looked) == made.predictions
+    found = gradients(model, made.finish())
+    assert rows.count == made.predictions + again * made.chosen
+    assert_close(found, taken(model, given, True, mode=mode)[1], 1e-5)
+
+
+def test_half_precision_does_not_overflow():
+    words = 100_000
+    head = Head(nn.Linear(4, words, bias=False).half().requires_grad_(False), 4, words, None)
+    best = BestLogits(functools.partial(policies.largest, k=2), 2, 2)
+    best.add(torch.ones(2), torch.zeros(2, words, dtype=torch.float16))  # s = 1 / p = 100,000
+    losses, gradient = best.take(torch.tensor([3, 5]), head)
+    assert torch.isfinite(gradient).all() and torch.allclose(losses, torch.tensor(words).log().expand(2))
+    assert torch.allclose(gradient, head.module.weight.float().mean(0) - head.module.weight[[3, 5]].float(), atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["gemma", "llama", "gpt2", "toy"])
 def test_models_without_dropout_have_none(name):
-    assert not draws_dropout(adapted(of(name)))
+    assert not drops_out(adapted(of(name)))

@@ -274,9 +274,9 @@ def test_the_ledger_is_over_the_plain_step_and_fractional_saves():
 def test_the_picture_of_the_modes_counts_as_they_do():
     table = token_costs.mode_table(6, (1, 4), layers=3)
     plain, gather, first, second = table.values()
-    assert (plain == 2).all() and (first == 1).all() and plain.shape == (4, 6)
-    assert (gather[:3] == 2).all() and gather[3].tolist() == [1, 2, 1, 1, 2, 1]
-    assert (second == [0, 2, 0, 0, 2, 0]).all()
+    assert (plain == 2).all() and (first[:3] == 1).all() and plain.shape == (4, 6)
+    assert (gather[:3] == 2).all() and gather[3].tolist() == first[3].tolist() == [1, 2, 1, 1, 2, 1]
+    assert (second[:3] == [0, 2, 0, 0, 2, 0]).all() and (second[3] == 0).all()
     figure = token_figures.modes(6, (1, 4), 3)
     assert [len(ax.patches) for ax in figure.axes] == [24] * 4
 

@@ -160,7 +160,7 @@ def test_the_share_is_of_the_batch_or_of_each_sequence(policy):
     settings = {"policy": policy, "score": "loss"}
     for per, quotas in (("batch", [10]), ("sequence", [5, 3, 2])):
         tokens = selection(model, per=per, **settings)
-        assert tokens.shares.quotas(given["labels"]) == quotas
+        assert tokens.shares.quotas(tokens.shares.groups(given["labels"])) == quotas
         found = chosen_of(tokens)
         assert selected(tokens, model, given).chosen == 10 == len(found[0].where)
         rows = torch.bincount(found[0].where // 16, minlength=3).tolist()
@@ -195,7 +195,7 @@ def test_one_prediction_is_kept_of_few_and_none_of_none():
     model, given = causal(), batch("right")
     tokens = selection(model, topk_tokens=0.001, per="sequence")
     given["labels"][1] = -100
-    assert tokens.shares.quotas(given["labels"]) == [1, 0, 1]
+    assert tokens.shares.quotas(tokens.shares.groups(given["labels"])) == [1, 0, 1]
     assert selected(tokens, model, given).chosen == 2
     tokens = selection(model, topk_tokens=0.001)
     assert selected(tokens, model, given).chosen == 1

@@ -41,9 +41,9 @@ class BestLogits:
         entering = best[best >= start]
         free = (~torch.isin(self.held, best)).nonzero().squeeze(1)[: len(entering)]
         self.held[free] = entering
-        if self.raw is not raw:
-            for slot, place in zip(free.tolist(), (entering - start).tolist(), strict=True):
-                self.raw[slot] = raw[place]  # row by row: no copy of all that enter
+        for slot, row in zip(free.tolist(), (entering - start).tolist(), strict=True):
+            if self.raw is not raw or slot != row:  # in `raw` itself rows move up, in order: none is lost
+                self.raw[slot] = raw[row]
 
     @property
     def places(self) -> Tensor:
@@ -63,6 +63,8 @@ class BestLogits:
         del raw
         here = torch.empty_like(targets).index_put((order,), targets)
         error, scale, losses = error_in_place(logits, here, head.softcap)
+        if dtype == torch.float16:  # in which s·e may be too large
+            error, scale = error / scale[:, None], torch.ones_like(scale)
         gradient = (error.to(dtype) @ weight.to(dtype)).float() / scale[:, None]
         return losses[order], gradient[order]
 

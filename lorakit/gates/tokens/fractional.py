@@ -7,6 +7,7 @@ flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from lorakit.gating import Gating
 
 ATTENTION = ("sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}
+OF_CLASSIFIERS = "summary|classif|seq_classif"  # how rates are called that a language model's head has not
 TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
 
 
@@ -76,7 +78,7 @@ class FractionalGate(TokenGate):
         self.config = model.config.get_text_config()
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)
-        self._keeps = self._keeps and not draws_dropout(model)  # which makes the second pass another one
+        self._keeps = self._keeps and not drops_out(model)
 
     def select(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
@@ -102,8 +104,11 @@ class FractionalGate(TokenGate):
             kept.append(self.choose(hidden, labels, look))
             return hidden[:, :0]
 
+        before = None if self._dry is not None else _random_state(inputs)
         with torch.no_grad(), replaced_input(self.head, replace):
             model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
+        if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
+            kept[0].best = None
         if len(recorded.layers) != self.config.num_hidden_layers:
             raise LorakitError(
                 f"{type(model).__name__} recorded keys of {len(recorded.layers)} of its "
@@ -228,13 +233,26 @@ def attention_masks(config: Any, inputs: Mapping[str, Any], dtype: torch.dtype) 
     )
 
 
-def draws_dropout(model: nn.Module) -> bool:
-    """Whether some layer drops out while training; attention has its rate in the configuration only."""
-    config = model.config.get_text_config().to_dict()
-    rates = [value for name, value in config.items() if "drop" in name and not name.startswith(("summary", "classif"))]
+def drops_out(model: nn.Module) -> bool:
+    """Whether its configuration, or PEFT's, or a layer has a rate of dropout or noise: both passes are never the same.
+
+    Only what can be said beforehand; what a pass does draw is noticed when it runs.
+    """
+    configs = [model.config.get_text_config(), *getattr(model, "peft_config", {}).values()]
+    named = [item for config in configs for item in config.to_dict().items()]
+    rates = [
+        rate for name, rate in named if re.search("drop|jitter|noise", name) and not re.match(OF_CLASSIFIERS, name)
+    ]
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates.append(module.p)
         elif isinstance(module, AdapterLayer):
             rates.append(module.settings.dropout)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _random_state(inputs: Mapping[str, Any]) -> Tensor:
+    """Changes whenever a model draws a random number where its inputs are."""
+    device = inputs["input_ids"].device
+    state = torch.get_rng_state()
+    return state if device.type != "cuda" else torch.cat([state, torch.cuda.get_rng_state(device)])

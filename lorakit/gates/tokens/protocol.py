@@ -18,7 +18,7 @@ class Selected:
     """What a selection made of one micro-batch.
 
     finish: the loss to backpropagate, () and summed over the chosen, weighted where they were sampled; what it runs,
-        runs now, so that a rejected batch does not pay for it.
+        runs now, so that a rejected batch does not pay for it; to be called once, what was kept for it is given up.
     predictions: labels the batch has; chosen: those that were kept.
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
     chosen_sum: as `finish()` will give it, detached, where known.

@@ -26,8 +26,8 @@ from lorakit.sketches.head_gradient import chunk_of
 
 
 class TokenGate:
-    """A token selection (`TokenSelection`) in mode "gather": the whole batch through the layers, the chosen through the
-    head. The gradient is exactly that of the chosen predictions' summed loss.
+    """A token selection (`TokenSelection`) in mode "gather": the whole batch through the layers, a backward through the
+    head for the chosen. The gradient is exactly that of the chosen predictions' summed loss.
 
     Args:
         settings: what to choose and how.
@@ -114,10 +114,12 @@ class TokenGate:
         HeadCheck(self.head)(given[0], outputs.logits)
 
     def divisor(self, labels: Tensor) -> int:
-        return sum(self.shares.counts(labels) if self.settings.weighted else self.shares.quotas(labels))
+        groups = self.shares.groups(labels)
+        return sum(groups if self.settings.weighted else self.shares.quotas(groups))
 
     def signature(self, labels: Tensor) -> Hashable:
-        return (self.settings.mode, sum(self.shares.counts(labels)), sum(self.shares.quotas(labels)))
+        groups = self.shares.groups(labels)
+        return (self.settings.mode, sum(groups), sum(self.shares.quotas(groups)))
 
     def report(self) -> dict[str, Any]:
         return {"gating": self.settings.model_dump(), **self.seen}
@@ -144,7 +146,7 @@ class TokenGate:
 
     def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
         where, targets = self.shares.predictions(labels)
-        picked = self.shares.pick(torch.ones(len(where)), labels, self.shares.generator())
+        picked = self.shares.pick(torch.ones(len(where)), self.shares.groups(labels), self.shares.generator())
         return Plan(where, targets, _chosen(where, targets, *picked))
 
     @torch.no_grad()
@@ -154,17 +156,18 @@ class TokenGate:
             where, targets, chosen = self._dry.where, self._dry.targets, self._dry.chosen
             if not self.scores(look):
                 return chosen
-            best = self._best(len(where), len(chosen.where), None)
+            best = self._best(len(where), len(chosen.where), None, look)
             self.scored(hidden, where, targets, look, best)
             return replace(chosen, best=best)
         where, targets = self.shares.predictions(labels)
-        pick = functools.partial(self.shares.pick, labels=labels, generator=self.shares.generator())
+        groups = self.shares.groups(labels)
+        pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
         if len(where):
             low, high = (int(bound) for bound in targets.aminmax())
             require(low >= 0 and high < self.head.outputs, "labels", (low, high), f"must be below {self.head.outputs}")
         if not self.scores(look) or not len(where):
             return _chosen(where, targets, *pick(None))
-        best = self._best(len(where), sum(self.shares.quotas(labels)), lambda scores: pick(scores)[0])
+        best = self._best(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
         scores, losses = self.scored(hidden, where, targets, look, best)
         require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
         index, weights = pick(scores.cpu()) if best is None else (best.places, None)
@@ -172,8 +175,15 @@ class TokenGate:
         chosen_sum = chosen.total(losses[index.to(losses.device)]).double()
         return replace(chosen, best=best, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
 
-    def _best(self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None) -> BestLogits | None:
-        """What keeps the logits of the chosen, where their loss needs no more than those."""
+    def _best(
+        self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None
+    ) -> BestLogits | None:
+        """What keeps the logits of the chosen, where their loss needs no more than those.
+
+        In two passes a batch that may yet be rejected keeps none: until its window is decided it has its keys only.
+        """
+        if look is not None and self.two_pass:
+            return None
         fixed = type(self.head.module) is nn.Linear and not any(p.requires_grad for p in self.head.module.parameters())
         return BestLogits(pick, count, kept) if self._keeps and fixed else None
 
@@ -211,6 +221,7 @@ class TokenGate:
             found.append(self.score(h, logits, labels))
             if best is not None:
                 best.add(found[-1][0], raw)
+            raw = logits = None  # before the next chunk's
         scores, losses = zip(*found, strict=True)
         return torch.cat(scores), torch.cat(losses)
 

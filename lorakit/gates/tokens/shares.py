@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -38,9 +39,9 @@ class Shares:
         counts = self.counts(labels)
         return [sum(counts)] if self.settings.per == "batch" else counts
 
-    def quotas(self, labels: Tensor) -> list[int]:
+    def quotas(self, groups: Sequence[int]) -> list[int]:
         """How many of each group are kept."""
-        return [policies.quota(count, self.settings.topk_tokens) for count in self.groups(labels)]
+        return [policies.quota(count, self.settings.topk_tokens) for count in groups]
 
     def generator(self) -> Generator:
         """The next batch's, from (seed, rank, how many there were), so that a checkpoint of one rank serves all."""
@@ -48,10 +49,10 @@ class Shares:
         self.draws += 1
         return Generator().manual_seed(drawn)
 
-    def pick(self, scores: Tensor | None, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor | None]:
+    def pick(self, scores: Tensor | None, groups: Sequence[int], generator: Generator) -> tuple[Tensor, Tensor | None]:
         """Places (k,) among the batch's predictions, whose scores (N,) are given; and weights of sampled ones."""
         places, weights, first = [], [], 0
-        for count, k in zip(self.groups(labels), self.quotas(labels), strict=True):
+        for count, k in zip(groups, self.quotas(groups), strict=True):
             if k:
                 mine = None if scores is None else scores[first : first + count]
                 index, weight = self._pick(mine, count, k, generator)
