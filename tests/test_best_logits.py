@@ -60,7 +60,14 @@ def test_the_best_may_come_last_or_first(order):
 @pytest.mark.parametrize("chunk", [1, 4, 9])
 def test_equal_scores_are_not_lost(chunk):
     scores = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1)).float()
-    best = filled(scores, chunk, functools.partial(policies.largest, k=9), 9)
+    generator = torch.Generator().manual_seed(chunk)
+
+    def pick(given: Tensor) -> Tensor:
+        """Whichever of the largest, at every call others."""
+        order = torch.randperm(len(given), generator=generator)
+        return order[policies.largest(given[order], 9)].sort().values
+
+    best = filled(scores, chunk, pick, 9)
     assert len(set(best.places.tolist())) == 9 and (best.places >= 0).all()
     assert torch.equal(scores[best.places].sort().values, scores.topk(9).values.sort().values)
     assert torch.equal(rows_of(best), best.places)
@@ -78,6 +85,24 @@ def test_each_sequence_keeps_its_own_best(first, chunk):
         best = filled(scores, chunk, lambda given: pick(given)[0], sum(shares.quotas(groups)))
         assert len(set(groups)) == 3 and len(best.places) == 10 and torch.equal(best.places, pick(scores)[0])
         assert torch.equal(rows_of(best), best.places)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 10, 15])
+def test_equal_scores_of_a_sequence_make_no_room_for_anothers(chunk):
+    """Whichever of the equal ones are picked, one that was given up does not come back."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 2, (30,), generator=generator).float()
+
+    def pick(given: Tensor) -> Tensor:
+        orders = [10 * group + torch.randperm(10, generator=generator) for group in range(3)]
+        return torch.cat([order[policies.largest(given[order], 3)] for order in orders]).sort().values
+
+    for _ in range(20):
+        best = filled(scores, chunk, pick, 9)
+        assert torch.equal(rows_of(best), best.places)
+        assert (best.places // 10).tolist() == [0] * 3 + [1] * 3 + [2] * 3 and len(set(best.places.tolist())) == 9
+        for group, places in enumerate(best.places.split(3)):
+            assert scores[places].sum() == scores[10 * group : 10 * group + 10].topk(3).values.sum()
 
 
 # their losses ---------------------------------------------------------------------------------------
@@ -244,7 +269,9 @@ def test_where_the_second_pass_drops_out_otherwise_its_own_logits_count(make):
     model = make()
     assert drops_out(model)
     rows = Rows(model)
-    made = selection(model, method="flora", topk_tokens=0.3).select(model, *split(batch("right")))
+    tokens = selection(model, method="flora", topk_tokens=0.3)
+    assert not tokens._keeps  # or a prediction of memory and FLOPs would be wrong
+    made = tokens.select(model, *split(batch("right")))
     made.finish()
     assert rows.count == made.predictions + made.chosen
     gathered = selection(model, method="flora", topk_tokens=0.3, mode="gather")  # there is one pass only
