@@ -294,15 +294,15 @@ def test_noise_of_another_name_is_noticed_when_it_is_drawn():
     assert rows.count == 2 * made.predictions + made.chosen
 
 
-@pytest.mark.parametrize(("mode", "again"), [("gather", False), ("fractional", True)])
-def test_a_batch_that_may_be_rejected_keeps_no_logits_for_a_second_pass(mode, again):
+@pytest.mark.parametrize("mode", ["gather", "fractional"])
+def test_a_batch_that_waits_for_a_gate_keeps_them(mode):
     model, given = adapted(of("llama")), batch("right")
     rows, looked = Rows(model), []
     tokens = selection(model, method="flora", topk_tokens=0.3, mode=mode)
     made = tokens.select(model, *split(given), lambda *seen: looked.append(len(seen[0])))
     assert rows.count == sum(looked) == made.predictions
     found = gradients(model, made.finish())
-    assert rows.count == made.predictions + again * made.chosen
+    assert rows.count == made.predictions
     assert_close(found, taken(model, given, True, mode=mode)[1], 1e-5)
 
 

@@ -156,7 +156,7 @@ class TokenGate:
             where, targets, chosen = self._dry.where, self._dry.targets, self._dry.chosen
             if not self.scores(look):
                 return chosen
-            best = self._best(len(where), len(chosen.where), None, look)
+            best = self._best(len(where), len(chosen.where), None)
             self.scored(hidden, where, targets, look, best)
             return replace(chosen, best=best)
         where, targets = self.shares.predictions(labels)
@@ -167,7 +167,7 @@ class TokenGate:
             require(low >= 0 and high < self.head.outputs, "labels", (low, high), f"must be below {self.head.outputs}")
         if not self.scores(look) or not len(where):
             return _chosen(where, targets, *pick(None))
-        best = self._best(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
+        best = self._best(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0])
         scores, losses = self.scored(hidden, where, targets, look, best)
         require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
         index, weights = pick(scores.cpu()) if best is None else (best.places, None)
@@ -175,15 +175,11 @@ class TokenGate:
         chosen_sum = chosen.total(losses[index.to(losses.device)]).double()
         return replace(chosen, best=best, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
 
-    def _best(
-        self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None
-    ) -> BestLogits | None:
+    def _best(self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None) -> BestLogits | None:
         """What keeps the logits of the chosen, where their loss needs no more than those.
 
-        In two passes a batch that may yet be rejected keeps none: until its window is decided it has its keys only.
+        A batch that waits for a gate's decision holds them, (k, V), until then.
         """
-        if look is not None and self.two_pass:
-            return None
         fixed = type(self.head.module) is nn.Linear and not any(p.requires_grad for p in self.head.module.parameters())
         return BestLogits(pick, count, kept) if self._keeps and fixed else None
 
