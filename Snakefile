@@ -45,7 +45,7 @@ rule fine_tune:
         python=sys.executable,
     threads: int(config.get("threads", 1))
     shell:
-        "OMP_NUM_THREADS={threads} {params.python} -m lorakit run {params.run.notebook:q}"
+        "OMP_NUM_THREADS={threads} {params.python:q} -m lorakit run {params.run.notebook:q}"
         " --output {params.run.executed:q} -f {params.run.files[0]:q} -f {params.run.files[1]:q}"
         " -p setting={wildcards.setting:q} -p row={wildcards.method:q} -p method={params.run.trains:q}"
         " -p seed={wildcards.seed}"

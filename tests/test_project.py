@@ -23,7 +23,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # imported under another name than installed
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 # loaded by name, or imported by the notebooks alone
-NOT_IMPORTED = {"gguf", "ipykernel"}
+NOT_IMPORTED = {"gguf", "ipykernel", "jinja2", "tabulate"}
 
 
 def requirements() -> dict[str, Requirement]:

@@ -163,6 +163,20 @@ def test_snakemake_by_itself_plans_what_is_unfinished(place, profile):
     assert not (place / "results/toy/lora").exists()
 
 
+def test_a_python_whose_path_holds_a_space_is_quoted(place, tmp_path):
+    environment = tmp_path / "a space"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    (environment / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = str(environment / "bin" / "python")
+    command = [python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
+    command += ["--dry-run", "--printshellcmds", "--cores", "1", "--config", "setting=toy", "methods=lora"]
+    planned = subprocess.run(command, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert f"'{python}' -m lorakit run" in planned.stdout + planned.stderr
+
+
 def test_slurm_profile_behaves_as_the_local_one():
     local, slurm = (
         yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text()) for name in ("default", "slurm")

@@ -173,8 +173,35 @@ def test_checkpoint_cut_short_is_passed_over(model, tmp_path):
     run = trainer(model(), tmp_path, save_steps=6)
     run.train()
     (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).unlink()
+    before = sorted(tmp_path.rglob("*"))
     assert checkpoint.newest(tmp_path) == checkpoint.folder(tmp_path, 18)
-    assert not checkpoint.folder(tmp_path, 20).exists()
+    assert sorted(tmp_path.rglob("*")) == before
+    again = trainer(model(), tmp_path, save_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).is_file()
+
+
+def test_what_is_not_ours_is_never_deleted(model, tmp_path):
+    """A Hugging Face Trainer's checkpoint, and a file, a link and a folder that are only called like one."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "optimizer.pt").write_bytes(b"theirs")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "checkpoint-8").symlink_to(tmp_path / "checkpoint-best")
+    before = sorted(tmp_path.iterdir())
+    assert checkpoint.newest(tmp_path) is None
+    trainer(model(), tmp_path).train()
+    with pytest.raises(ParameterError, match="checkpoint-500, which lorakit did not write"):
+        trainer(model(), tmp_path, save_steps=6).train()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_removes_only_its_own_older_checkpoints(model, tmp_path):
+    trainer(model(), tmp_path, save_steps=20, identity={"seed": 1}).train()
+    (tmp_path / "checkpoint-20").rename(tmp_path / "checkpoint-5")
+    trainer(model(), tmp_path, save_steps=6, identity={"seed": 2}).train()
+    kept = {path.name for path in checkpoint.complete(tmp_path)}
+    assert kept == {"checkpoint-5", "checkpoint-18", "checkpoint-20"}
 
 
 def test_checkpoint_of_another_run_is_refused(model, tmp_path):

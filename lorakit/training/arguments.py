@@ -51,7 +51,6 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             logging_strategy="no",
             eval_strategy="no",
             save_strategy="no",
-            save_total_limit=2,
             logging_nan_inf_filter=False,
             disable_tqdm=True,
             report_to=reports or "none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, require
 
 if TYPE_CHECKING:
     from lorakit.training.gated import GatedTrainer
@@ -22,6 +23,8 @@ BEST = "best.safetensors"
 STATE = "gate.pt"
 LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
 RUN = "run.json"  # written last: a checkpoint without it was cut short
+MARK = ".lorakit"  # written first: a checkpoint without it is somebody else's
+KEPT = 2  # complete checkpoints of a run
 
 
 def folder(output_dir: str | Path, step: int) -> Path:
@@ -29,15 +32,50 @@ def folder(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
 
 
+def numbered(output_dir: str | Path) -> list[Path]:
+    """Folders named as checkpoints are, oldest step first, whoever wrote them; files, links and other names are none."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
+    named = [path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
+
+
 def newest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; removes the ones that were cut short."""
-    complete = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        if (path / RUN).is_file():
-            complete.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The newest complete checkpoint in `output_dir`; looking removes nothing."""
+    return next(reversed(complete(output_dir)), None)
+
+
+def complete(output_dir: str | Path) -> list[Path]:
+    """lorakit's own checkpoints that were written to their end, oldest first."""
+    return [path for path in numbered(output_dir) if (path / RUN).is_file()]
+
+
+def require_room(output_dir: str | Path) -> None:
+    """Refuse a folder with checkpoints of somebody else's, which saving might write into.
+
+    Raises:
+        ParameterError: naming one.
+    """
+    for path in numbered(output_dir):
+        ours = (path / MARK).is_file() or (path / RUN).is_file()
+        require(ours, "run_dir", str(output_dir), f"holds {path.name}, which lorakit did not write; name another folder")
+
+
+def begin(path: Path) -> None:
+    """Make the folder of a checkpoint, as one of ours."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MARK).touch()
+
+
+def rotate(output_dir: str | Path, identity: dict[str, Any]) -> None:
+    """Remove the complete checkpoints of the run of that identity but the newest `KEPT`."""
+    plain = json.loads(json.dumps(identity))
+    own = [path for path in complete(output_dir) if _read_run(path)["identity"] == plain]
+    for path in own[:-KEPT]:
+        shutil.rmtree(path)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    return json.loads((path / RUN).read_text(encoding="utf-8"))
 
 
 def save_weights(model: torch.nn.Module, path: str | Path) -> None:
@@ -91,7 +129,7 @@ def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
     for name in (RUN, STATE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
-    state = json.loads((path / RUN).read_text(encoding="utf-8"))
+    state = _read_run(path)
     _check_identity(path, state["identity"], trainer.identity)
     trainer.ledger.load_state_dict(state["ledger"])
     trainer.curve.load_state_dict(state["curve"])

@@ -57,7 +57,7 @@ class BudgetTrainer(GatedTrainer):
         super().__init__(kind=kind, **trainer_arguments)
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
-        self.identity = dict(identity or {})
+        self.identity, self.save_steps = dict(identity or {}), save_steps
         self.curve = Curve(keep_best=keep_best)
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
             self.remove_callback(shown_twice)
@@ -74,6 +74,8 @@ class BudgetTrainer(GatedTrainer):
             resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
+        if self.save_steps:
+            checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
                 checkpoint.load_run(self, resume_from_checkpoint)
@@ -129,9 +131,13 @@ class BudgetTrainer(GatedTrainer):
     # checkpoints ---------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
+        folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
+        if self.args.should_save:
+            checkpoint.begin(folder)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            checkpoint.save_run(self, checkpoint.folder(self.args.output_dir, self.state.global_step))
+            checkpoint.save_run(self, folder)
+            checkpoint.rotate(self.args.output_dir, self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.load_run(self, resume_from_checkpoint)
