@@ -15,6 +15,7 @@ COMMANDS = {
     "search": ("lorakit.commands", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.table", "compare records: lorakit table results/… --figure out.png"),
     "report": ("lorakit.report", "rows of one setting at equal cost: lorakit report results/… --output report.md"),
+    "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.measure.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("lorakit.assets", "download public models and data for offline use: lorakit fetch NAME"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),

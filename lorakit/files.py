@@ -1,10 +1,14 @@
-"""A file is written whole or not at all: under another name first, then renamed."""
+"""Where the project keeps its files; and a file is written whole or not at all: under another name, then renamed."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+PARAMS = PROJECT / "params"
+RESULTS = PROJECT / "results"
 
 
 def write_text(text: str, path: str | Path) -> Path:
