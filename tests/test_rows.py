@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import lorakit
-from lorakit.assembly import check
 from lorakit.errors import ParameterError
 from lorakit.params import resolve
 from lorakit.places import params_of
 from lorakit.rows import METHODS, method_of, notebook_of, row_of
+from lorakit.runs.assembly import check
 
 
 @pytest.mark.parametrize(
