@@ -10,7 +10,7 @@ executed notebook is never its to delete. A run is in the plan as long as its re
 import sys
 from pathlib import Path
 
-from lorakit import sweep
+from lorakit.runs import sweep
 from lorakit.errors import LorakitError
 
 RECEIPT = ".runs/.receipts/{setting}/{method}/s{seed}"

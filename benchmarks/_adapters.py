@@ -61,7 +61,8 @@ def peft_twin(base: nn.Module, config_class: type, **options: object) -> nn.Modu
     """PEFT on the same layers and the same task head (its own "all-linear" fails on DistilBERT's two-layer head)."""
     from peft import TaskType, get_peft_model
 
-    from lorakit.adapters.targets import resolve_targets, task_head
+    from lorakit.head import task_head
+    from lorakit.modules import resolve_targets
 
     head = task_head(base)
     targets = resolve_targets(base, "all-linear", head)

@@ -67,7 +67,7 @@ class Gated:
         from accelerate.utils import convert_outputs_to_fp32
 
         from lorakit.gates import GateSettings, build_gate
-        from lorakit.gates.head import HeadInput, find_head
+        from lorakit.head import HeadInput, find_head
         from lorakit.training.loss import MeanLoss
 
         torch.manual_seed(0)
@@ -93,7 +93,7 @@ class Gated:
 
     def look(self, accept: bool) -> torch.Tensor:
         """The forward and everything the gate does with a batch it accepts or rejects."""
-        from lorakit.gates import Candidate
+        from lorakit.seams import Candidate
 
         loss, outputs = self.forward()
         logits = outputs.logits.detach()
@@ -159,9 +159,10 @@ def forward_claim() -> Claim:
 
 def flop_claims() -> list[Claim]:
     """Gemma 3 1B's dimensions, 1 x 2,048 tokens, counted without data; the gate by formula."""
-    from lorakit.gates import Candidate, HeadGradientGate
+    from lorakit.gates import HeadGradientGate
     from lorakit.measure.dry import fake, fake_mode, faked
     from lorakit.measure.flops import FlopCount
+    from lorakit.seams import Candidate
 
     with torch.device("meta"):
         model = build_ours(gemma_1b()).train()

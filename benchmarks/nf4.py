@@ -18,8 +18,8 @@ from torch import nn
 from benchmarks._common import Claim, interleave
 from lorakit import adapters, models, tasks
 from lorakit.measure.memory import predict_step_memory
-from lorakit.measure.plan import build
 from lorakit.measure.weights import FOUR_BIT, weight_table
+from lorakit.runs.plan import build
 
 DESCRIPTION = "NF4 base: bits per linear weight of real models, and QLoRA's training loss against LoRA's on equal steps"
 TARGET = (

@@ -20,7 +20,7 @@ MEGABYTE = 1e6
 
 def skipper(model: nn.Module, mode: str, **options):
     """SkipLoRA past its warm-up, half of the adapters below the threshold."""
-    from lorakit.training.skipping import SkipLoRA, SkipSettings
+    from lorakit.skip.controller import SkipLoRA, SkipSettings
 
     settings = SkipSettings(mode=mode, share=0.5, warmup=0.0, explore=0.0, ema=1.0, **options)
     skip = SkipLoRA(model, settings)

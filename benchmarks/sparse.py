@@ -33,7 +33,7 @@ def dense_lora(case: Case) -> nn.Module:
 def pruned(model: nn.Module, kind: str) -> nn.Module:
     """`model` with half of its ranks or entries zero: new factors on the same frozen weights in the same memory."""
     from lorakit.adapters import SparseSettings
-    from lorakit.training.sparsify import Sparsifier
+    from lorakit.adapters.sparsify import Sparsifier
 
     shared = {id(tensor): tensor for tensor in model.parameters() if not tensor.requires_grad}
     model = copy.deepcopy(model, shared)
@@ -57,7 +57,7 @@ def forward(model: nn.Module, case: Case) -> Callable[[], object]:
 
 
 def claims_of(case: Case) -> list[Claim]:
-    from lorakit.adapters import compact
+    from lorakit.adapters.zeros import compact
 
     dense = dense_lora(case)
     compacted, unstructured = compact(pruned(dense, "structured")), pruned(dense, "magnitude")

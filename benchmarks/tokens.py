@@ -32,7 +32,8 @@ def run() -> list[Claim]:
 
 
 def selection(model: nn.Module, fraction: float, mode: str, score: str = "sketch", method: str = "flora") -> Any:
-    from lorakit.gates import Gating, build_tokens
+    from lorakit.gating import Gating
+    from lorakit.tokens import build_tokens
 
     return build_tokens(Gating(method=method, topk_tokens=fraction, mode=mode, score=score), model, "causal")
 
@@ -170,9 +171,9 @@ def gradient_claim() -> Claim:
 def bitwise_claim() -> Claim:
     """Weights after 10 steps of the toy decoder at fraction 1 against the plain trainer's: how many differ."""
     from lorakit.adapters import adapter_state
-    from lorakit.assembly import assemble, build_trainer
-    from lorakit.experiment import new_record
     from lorakit.params import resolve
+    from lorakit.runs.assembly import assemble, build_trainer
+    from lorakit.runs.experiment import new_record
 
     states = []
     for gating in ({"method": "flora", "topk_tokens": 1.0, "mode": "gather"}, {"method": "baseline"}):

@@ -25,8 +25,8 @@ _PUBLIC = {
     "adapter_bytes": "adapters",
     "quantize_nf4": "adapters",
     "requantisation_error": "adapters",
-    "run": "experiment",
-    "search": "lr_search",
+    "run": "runs.experiment",
+    "search": "runs.search",
     "SLoRATrainer": "training",
     "FLoRATrainer": "training",
     "Gating": "gating",
@@ -46,8 +46,8 @@ _PUBLIC = {
     "CheckpointError": "errors",
 }
 _MODULES = (
-    *("adapters", "sketches", "gates", "training", "figures", "stats", "records", "table", "scratch", "measure"),
-    *("models", "tasks", "assets"),
+    *("adapters", "sketches", "skip", "tokens", "gates", "training", "figures", "stats", "records", "table", "scratch"),
+    *("measure", "models", "tasks", "assets", "runs"),
 )
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]

@@ -9,14 +9,14 @@ from lorakit.errors import LorakitError
 
 COMMANDS = {
     "demo": ("lorakit.demo", "the README's run: LoRA against head-only and full fine-tuning, with table and figure"),
-    "run": ("lorakit.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
+    "run": ("lorakit.runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
     "train": ("lorakit.commands", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
-    "sweep": ("lorakit.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
+    "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
     "search": ("lorakit.commands", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.table", "compare records: lorakit table results/… --figure out.png"),
     "report": ("lorakit.report", "rows of one setting at equal cost: lorakit report results/… --output report.md"),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
-    "plan": ("lorakit.measure.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
+    "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("lorakit.assets", "download public models and data for offline use: lorakit fetch NAME"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
 }

@@ -11,7 +11,7 @@ from lorakit import params
 
 def train(argv: list[str]) -> int:
     """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
-    from lorakit.experiment import run
+    from lorakit.runs.experiment import run
     from lorakit.table import results_table
 
     record = run(_given("train", argv))
@@ -24,8 +24,8 @@ def train(argv: list[str]) -> int:
 
 def search(argv: list[str]) -> int:
     """Search the learning rate; prints every rate's validation loss and the best."""
-    from lorakit.lr_search import best_rate
-    from lorakit.lr_search import search as run_search
+    from lorakit.runs.search import best_rate
+    from lorakit.runs.search import search as run_search
 
     record = run_search(_given("search", argv))
     for point in record.search:

@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
-from lorakit import assets, sweep, table
+from lorakit import assets, table
 from lorakit.places import PROJECT
+from lorakit.runs import sweep
 
 SETTING = "reviews-minilm"
 ASSETS = ("all-MiniLM-L6-v2", "review-sentences")

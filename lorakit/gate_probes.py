@@ -16,8 +16,8 @@ from lorakit.errors import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lorakit.assembly import Assembled
     from lorakit.gates import HeadGradientGate, ThresholdController
+    from lorakit.runs.assembly import Assembled
     from lorakit.training import BudgetTrainer
 
 
@@ -56,8 +56,8 @@ def true_gradient_novelty(
     Raises:
         ParameterError: no batch is left to be measured, or the gate has learned already.
     """
-    from lorakit.adapters.targets import adapter_parameters
-    from lorakit.gates.head import HeadInput, find_head
+    from lorakit.head import HeadInput, find_head
+    from lorakit.modules import adapter_parameters
     from lorakit.sketches import FrequentDirections
 
     require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
@@ -157,9 +157,9 @@ def watched(given: Mapping[str, Any]) -> list[Step]:
 
 
 def _started(given: Mapping[str, Any]) -> tuple[Assembled, BudgetTrainer, Any]:
-    from lorakit.assembly import assemble, build_trainer
-    from lorakit.experiment import new_record
     from lorakit.params import resolve
+    from lorakit.runs.assembly import assemble, build_trainer
+    from lorakit.runs.experiment import new_record
 
     params = resolve(dict(given))
     assembled, folder = assemble(params), tempfile.TemporaryDirectory()

@@ -17,7 +17,7 @@ QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_t
 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
     """A run of `base` with each variant's changes and each seed; a record is called after its variant."""
-    from lorakit.experiment import run
+    from lorakit.runs.experiment import run
 
     jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
     return [run({**QUICK, **base, **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]

@@ -10,10 +10,10 @@ import numpy as np
 from torch import nn
 
 from lorakit import stats, style, table
-from lorakit.gates.tokens import build_tokens
 from lorakit.gating import Gating
 from lorakit.records import Record
 from lorakit.token_tables import EVERY, MODES, Batch
+from lorakit.tokens import build_tokens
 
 
 class Cost(NamedTuple):

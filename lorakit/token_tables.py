@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.gates.head import HeadInput, find_head
-from lorakit.gates.tokens import build_tokens, policies
 from lorakit.gating import Gating
+from lorakit.head import HeadInput, find_head, rows
 from lorakit.sketch_tables import SPARSE, spearman
 from lorakit.sketches import sparse_error
-from lorakit.sketches.head_gradient import predicted, rows
+from lorakit.sketches.head_gradient import predicted
+from lorakit.tokens import build_tokens
+from lorakit.tokens import choice as policies
 
 Batch = Mapping[str, Tensor]
 EVERY = 0.9999  # a share that chooses every prediction and yet takes the path of chosen ones: 1 is the plain model

@@ -12,7 +12,7 @@ from lorakit import params, records
 from lorakit.errors import ParameterError
 from lorakit.fields import APART, FREE, UNTRIED, flagged
 from lorakit.files import PARAMS, PROJECT, RESULTS
-from lorakit.lr_search import best_rate
+from lorakit.runs.search import best_rate
 from lorakit.params import Params, doors, files
 from lorakit.settings import RATES
 

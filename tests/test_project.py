@@ -126,7 +126,7 @@ def test_makefile_has_its_targets_and_ci_calls_one():
 
 
 def test_notebook_metadata_is_stripped_alike_by_hook_and_by_make():
-    from lorakit.notebooks import RUN_METADATA
+    from lorakit.runs.notebooks import RUN_METADATA
 
     assert RUN_METADATA in (ROOT / ".pre-commit-config.yaml").read_text()
 

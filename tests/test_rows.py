@@ -9,6 +9,7 @@ from lorakit.errors import ParameterError
 from lorakit.params import check, resolve
 from lorakit.places import params_of
 from lorakit.rows import METHODS, method_of, notebook_of, row_of
+from lorakit.runs.assembly import check
 
 
 @pytest.mark.parametrize(

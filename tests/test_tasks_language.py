@@ -70,7 +70,7 @@ def test_missing_parts_and_headings_are_errors(tmp_path, decoder):
 
 
 def test_causal_metrics_are_transformers_loss(wikitext, decoder, tiny_gpt2):
-    from lorakit.training.statistics import example_statistics
+    from lorakit.training.loss import example_statistics
 
     task = tasks.load("wikitext2", decoder, data_dir=wikitext, max_length=48, max_test=6)
     model = tiny_gpt2().eval()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.gates import Decision, Gate
 from lorakit.params import Params
+from lorakit.seams import Decision, Gate
 from lorakit.training import Budget, BudgetTrainer
 from lorakit.training.arguments import training_arguments
 

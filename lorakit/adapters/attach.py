@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Generator, nn
 
-from lorakit.adapters.hira import HiRALayer
-from lorakit.adapters.layer import AdapterLayer, AdapterSettings
-from lorakit.adapters.lora import LoRALayer
-from lorakit.adapters.nf4 import prepare_four_bit
-from lorakit.adapters.targets import inside, output_head, resolve_targets, resolve_trainable
-from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.rows import METHODS
+from lorakit.adapters.attachment import Attachment
+from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.base.mending import prepare_four_bit
+from lorakit.errors import ParameterError, require
+from lorakit.head import output_head
+from lorakit.modules import inside, replace_modules, resolve_targets, resolve_trainable
 
-# Sparse LoRA is LoRA with zeros, which training puts there: see `sparse`.
-ADAPTERS: dict[str, type[AdapterLayer]] = {"lora": LoRALayer, "sparse": LoRALayer, "hira": HiRALayer}
 ALPHA = 16.0  # where none is given
 
 
-@dataclass(frozen=True)
-class Attachment:
-    """What `attach` did to a model; kept on the model as `lorakit_attachment`, names only."""
-
-    method: str
-    settings: AdapterSettings
-    targets: Mapping[str, AdapterSettings]  # path of each adapted linear layer -> its own settings
-    trained: Sequence[str]  # paths of the modules trained in full; "" is the whole model
-    required_grad: Mapping[str, bool] = field(repr=False)  # of every parameter, before
+def methods() -> list[str]:
+    """What can be trained: every adapter that is registered, any method of PEFT, the task head alone, everything."""
+    return [*ADAPTERS, "peft", "head", "full"]
 
 
 def attach(
@@ -69,13 +58,13 @@ def attach(
         ParameterError: a parameter is out of range, a name matches nothing, the model already has an adapter, or
             nothing would be trained. The model is then as it was.
     """
-    require(method in METHODS, "method", method, f"unknown method; known are {', '.join(METHODS)}")
+    require(method in methods(), "method", method, f"unknown method; known are {', '.join(methods())}")
     alpha = _alpha_of(method, alpha, rslora)
     settings = AdapterSettings(rank=rank, alpha=alpha, dropout=dropout, init=init, rslora=rslora)
     _require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
     if method == "peft":
-        from lorakit.adapters.peft_method import attach_peft
+        from lorakit.adapters.peft.method import attach_peft
 
         return attach_peft(model, peft_type, peft_options or {}, settings, target_modules, trained, seed, total_steps)
     targets = resolve_targets(model, target_modules, trained) if method in ADAPTERS else []
@@ -116,96 +105,6 @@ def attach_to(
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Take the adapter off: the original modules and `requires_grad` flags are back, merged weights are unmerged.
-
-    Modules trained in full keep their trained values.
-    """
-    attachment = attachment_of(model)
-    if attachment.method == "peft":
-        from lorakit.adapters.peft_method import detach_peft
-
-        return detach_peft(model)
-    unmerge(model)
-    replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
-    del model.lorakit_attachment
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
-    return model
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its base weight, for inference without the adapter's cost.
-
-    Costs a second copy of the adapted weights while merged, which is what makes `unmerge` exact. Merging twice is
-    merging once; "head" and "full" have nothing to merge.
-
-    Raises:
-        LorakitError: a type of PEFT that cannot be merged (see `can_merge`).
-    """
-    if attachment_of(model).method == "peft":
-        from lorakit.adapters.peft_method import merge_peft
-
-        return merge_peft(model)
-    for layer in adapter_layers(model).values():
-        layer.merge()
-    return model
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`: the base weights are back bit for bit."""
-    if attachment_of(model).method == "peft":
-        from lorakit.adapters.peft_method import unmerge_peft
-
-        return unmerge_peft(model)
-    for layer in adapter_layers(model).values():
-        layer.unmerge()
-    return model
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """`with merged(model):` runs merged and leaves the model as it found it."""
-    before = is_merged(model)
-    try:
-        yield merge(model)
-    finally:
-        if not before:
-            unmerge(model)
-
-
-def can_merge(model: nn.Module) -> bool:
-    """Whether `merge` has something to fold into the weights and can; a prompt, say, is no weight."""
-    if attachment_of(model).method == "peft":
-        from lorakit.adapters.peft_method import merge_obstacle
-
-        return not merge_obstacle(model)
-    return bool(adapter_layers(model))
-
-
-def is_merged(model: nn.Module) -> bool:
-    if getattr(model, "lorakit_unmerged", None):  # a PEFT method's
-        return True
-    return any(layer.is_merged for layer in adapter_layers(model).values())
-
-
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
-
-
-def attachment_of(model: nn.Module) -> Attachment:
-    """What was attached to `model`.
-
-    Raises:
-        LorakitError: nothing was.
-    """
-    attachment = getattr(model, "lorakit_attachment", None)
-    if attachment is None:
-        raise LorakitError(f"this {type(model).__name__} has no adapter; call attach(model) first")
-    return attachment
-
-
 def _require_bare(model: nn.Module, method: str) -> None:
     attachment = getattr(model, "lorakit_attachment", None)
     if attachment is not None:
@@ -239,11 +138,3 @@ def _unfreeze(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
             parameter.requires_grad_(True)
-
-
-def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[child]` in place of every `child`, under every name it has."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new and not (isinstance(parent, AdapterLayer) and name == "base_layer"):
-                setattr(parent, name, new[child])

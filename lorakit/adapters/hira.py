@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer, AdapterSettings
 from lorakit.adapters.lora import initial_A
 from lorakit.errors import CheckpointError, LorakitError, require
 
@@ -128,3 +128,6 @@ def _laid_out(W0: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+ADAPTERS["hira"] = HiRALayer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.nf4 import dequantise, is_four_bit
+from lorakit.base.nf4 import dequantise, is_four_bit
 from lorakit.errors import LorakitError, require
+from lorakit.modules import is_conv1d
 
 INITS = ("kaiming", "gaussian")
 
@@ -48,23 +48,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' GPT-2 Conv1D: a linear map that stores W transposed, (in, out)."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear map an adapter can wrap."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 class AdapterLayer(nn.Module, ABC):
     """A frozen linear `base_layer` and the trainable tensors of a method.
 
     A method subclasses it: it registers parameters in `__init__`, lists them in `parameter_names`, and defines
     `delta_weight` (the update as one matrix), `adapted` (the output, without forming that matrix where it can), and
-    how its settings read in PEFT's config. It joins the suite by its entry in `attach.ADAPTERS`.
+    how its settings read in PEFT's config. It joins the suite by its entry in `ADAPTERS`.
 
     Args:
         base_layer: nn.Linear (subclasses too) or GPT-2's Conv1D; its parameters are left as they are.
@@ -203,3 +192,6 @@ def _dense(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
     return dense.train(layer.training)
+
+
+ADAPTERS: dict[str, type[AdapterLayer]] = {}  # method -> its layer; each module enters its own

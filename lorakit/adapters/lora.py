@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer, AdapterSettings
 from lorakit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from lorakit.adapters.skip import Probe
+    from lorakit.adapters.probe import Probe
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
@@ -88,3 +88,6 @@ def initial_A(settings: AdapterSettings, in_features: int, generator: Generator 
     if settings.init == "gaussian":
         return A.normal_(std=1 / settings.rank, generator=generator)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+
+
+ADAPTERS["lora"] = ADAPTERS["sparse"] = LoRALayer  # Sparse LoRA is LoRA, whose zeros training puts there

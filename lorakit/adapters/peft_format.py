@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.attach import ADAPTERS, Attachment
-from lorakit.adapters.layer import AdapterSettings, is_conv1d, is_linear
-from lorakit.adapters.targets import inside, name_matches, task_head
+from lorakit.adapters.attachment import Attachment
+from lorakit.adapters.layer import ADAPTERS, AdapterSettings
 from lorakit.errors import CheckpointError
+from lorakit.head import kind_of, task_head
+from lorakit.modules import inside, is_conv1d, is_linear, name_matches
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,7 +29,7 @@ _BARE_PARAMETERS = {"HIRA"}
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter file as read: what to attach, and the tensors under the names `trained_tensors` uses."""
+    """An adapter file as read: what to attach, and the tensors under the names `Attachment.tensors` uses."""
 
     method: str
     settings: AdapterSettings
@@ -58,13 +59,13 @@ def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
 
 
 def name_in_file(method: str, name: str) -> str:
-    """What the file calls the tensor that `trained_tensors` calls `name`."""
+    """What the file calls the tensor that `Attachment.tensors` calls `name`."""
     bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name.removesuffix(".weight"))
     return PREFIX + (name.removesuffix(".weight") if bare else name)
 
 
 def _name_here(method: str, name: str) -> str:
-    """What `trained_tensors` calls the tensor that the file calls `name`."""
+    """What `Attachment.tensors` calls the tensor that the file calls `name`."""
     name = name.removeprefix(PREFIX)
     bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name)
     return f"{name}.weight" if bare else name
@@ -76,10 +77,10 @@ def _is_factor(method: str, name: str) -> bool:
 
 def _task_type(model: nn.Module, attachment: Attachment) -> str | None:
     """PEFT's task type; it expects a trained head of a sequence classifier, so without one none is named."""
-    kind, head = type(model).__name__, task_head(model)
-    if kind.endswith("ForSequenceClassification") and head and set(head) <= set(attachment.trained):
+    kind, head = kind_of(model), task_head(model)
+    if kind == "classify" and head and set(head) <= set(attachment.trained):
         return "SEQ_CLS"
-    return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
+    return "CAUSAL_LM" if kind == "causal" else None
 
 
 def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> StoredAdapter:

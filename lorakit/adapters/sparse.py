@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attach import adapter_layers
+from lorakit.adapters.attachment import adapter_layers
 from lorakit.adapters.lora import LoRALayer
 from lorakit.errors import LorakitError, require
 

@@ -3,5 +3,3 @@
 from lorakit.assets.cli import main
 from lorakit.assets.fetching import fetch, path, verify
 from lorakit.assets.registry import ASSETS, Asset
-
-__all__ = ["ASSETS", "Asset", "fetch", "main", "path", "verify"]

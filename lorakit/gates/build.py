@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.errors import require
-from lorakit.gates.batches import AlwaysOpen, Gate
-from lorakit.gates.controller import ThresholdController
-from lorakit.gates.head import find_head
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.gates.simple import LossFloor, RandomGate
+from lorakit.gates.threshold import ThresholdController
 from lorakit.gates.variants import GradientNorm, LeastNovel, NoveltyAndLoss
+from lorakit.head import find_head
+from lorakit.seams import AlwaysOpen, Gate
 
 SKETCHING = {gate.name: gate for gate in (HeadGradientGate, LeastNovel, GradientNorm, NoveltyAndLoss)}
 GATES = ("none", "random", "loss_floor", *SKETCHING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lorakit.gates.batches import Gate
+from lorakit.seams import Gate
 
 PATIENCE = 50  # decisions after the burn-in before a rate counts as stuck
 NOVELTY = ("novelty", "least_novel", "novelty_loss")  # gates that score by it

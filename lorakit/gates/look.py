@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.gates.batches import Candidate, Gate
-from lorakit.gates.head import Head
+from lorakit.head import Head
+from lorakit.seams import Candidate, Gate
 
 
 class GateLook:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lorakit.errors import ParameterError, require
-from lorakit.gates.batches import Candidate
-from lorakit.gates.controller import ThresholdController
 from lorakit.gates.simple import ScoredGate
+from lorakit.gates.threshold import ThresholdController
+from lorakit.seams import Candidate
 from lorakit.sketches import FrequentDirections, TensorSketch, head_gradient
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lorakit.errors import CheckpointError, require
-from lorakit.gates.batches import Candidate, Decision, Gate
-from lorakit.gates.controller import ThresholdController
+from lorakit.gates.threshold import ThresholdController
+from lorakit.seams import Candidate, Decision, Gate
 
 
 class RandomGate(Gate):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lorakit.gates.batches import Candidate
-from lorakit.gates.controller import RunningScale
 from lorakit.gates.novelty import HeadGradientGate
+from lorakit.gates.threshold import RunningScale
+from lorakit.seams import Candidate
 
 
 class LeastNovel(HeadGradientGate):

@@ -13,6 +13,11 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
+NOT_OF_A_RUN = (
+    *("analysis/", "studies/", "scratch/", "cli.py", "__main__.py"),
+    *("runs/notebooks.py", "runs/plan.py", "runs/rows.py", "runs/sweep.py"),
+)
+
 
 def environment() -> dict[str, object]:
     """Versions by package (None where it is not installed) and what the run's numbers depend on."""
@@ -49,15 +54,20 @@ def _version(package: str) -> str | None:
         return None
 
 
+def executed(root: Path) -> dict[str, Path]:
+    """Name -> file of the package at `root`, of all that a run may execute: not what reads, plans or shows runs."""
+    named = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return {name: named[name] for name in sorted(named) if not name.startswith(NOT_OF_A_RUN)}
+
+
 @functools.cache
 def code_fingerprint() -> str:
-    """SHA-256 over the names and bytes of every `.py` file of lorakit, in order of their names.
+    """SHA-256 over the names and bytes of what a run may execute of lorakit, in order of the names.
 
     The same on every machine and in every checkout of the same code (line ends count as `\\n`).
     """
-    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+    for name, file in executed(Path(__file__).parents[1]).items():
+        digest.update(name.encode() + b"\0")
         digest.update(file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()

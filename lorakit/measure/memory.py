@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.adapters.nf4 import scale_tensors
+from lorakit.base.nf4 import scale_tensors
 from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
 
 if TYPE_CHECKING:
-    from lorakit.gates import TokenSelection
+    from lorakit.seams import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

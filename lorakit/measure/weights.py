@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.layer import is_linear
-from lorakit.adapters.nf4 import dense_numel, is_four_bit, nf4_bytes, stored_bytes
-from lorakit.adapters.quantized import COMPUTE_DTYPES, quantisable
-from lorakit.adapters.targets import inside, output_head, task_head
+from lorakit.base.nf4 import dense_numel, is_four_bit, nf4_bytes, stored_bytes
+from lorakit.base.quantize import COMPUTE_DTYPES, quantisable
 from lorakit.errors import require
+from lorakit.head import output_head, task_head
+from lorakit.modules import inside, is_linear
 
 KINDS = ("linear, 4-bit", "linear, other", "embeddings", "norms and biases", "heads", "adapters")
 FOUR_BIT, OTHER_LINEAR, EMBEDDINGS, SMALL, HEADS, ADAPTERS = KINDS

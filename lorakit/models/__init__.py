@@ -2,5 +2,3 @@
 
 from lorakit.models.configs import config, describe, family
 from lorakit.models.loading import LoadedModel, load, tokenizer
-
-__all__ = ["LoadedModel", "config", "describe", "family", "load", "tokenizer"]

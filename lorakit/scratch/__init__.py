@@ -10,20 +10,3 @@ from lorakit.scratch.loop import DivergedError, evaluate, pretrain
 from lorakit.scratch.text import VOCAB_SIZE, byte_loader, byte_rows
 from lorakit.scratch.trainer import LoRATrainer
 from lorakit.scratch.transformer import LoRATransformer
-
-__all__ = [
-    "VOCAB_SIZE",
-    "Comparison",
-    "DivergedError",
-    "LoRALinear",
-    "LoRATrainer",
-    "LoRATransformer",
-    "SelfAttention",
-    "Settings",
-    "byte_loader",
-    "byte_rows",
-    "compare",
-    "evaluate",
-    "main",
-    "pretrain",
-]

@@ -1,27 +1,14 @@
 """Gradients in few numbers: CountSketch, TensorSketch, Frequent Directions, and the gradient of a linear head."""
 
+from lorakit.head import rows
 from lorakit.sketches.count_sketch import CountSketch
 from lorakit.sketches.frequent_directions import FrequentDirections
 from lorakit.sketches.head_gradient import (
     error_norms,
     gradient_norms,
     predicted,
-    rows,
     sketch_batch,
     sparse_error,
     top_indices,
 )
 from lorakit.sketches.tensor_sketch import TensorSketch
-
-__all__ = [
-    "CountSketch",
-    "FrequentDirections",
-    "TensorSketch",
-    "error_norms",
-    "gradient_norms",
-    "predicted",
-    "rows",
-    "sketch_batch",
-    "sparse_error",
-    "top_indices",
-]

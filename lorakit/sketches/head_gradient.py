@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import require
+from lorakit.head import IGNORED, rows
 from lorakit.sketches.count_sketch import as_float
 from lorakit.sketches.tensor_sketch import TensorSketch
 
-IGNORED = -100
-KINDS = ("causal", "masked", "classify")
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"
 GAPS = 3  # in a chunk's positions, up to which its parts are worked on one by one rather than copied together
@@ -27,26 +26,6 @@ GROUP = 64  # neighbours in the vocabulary of which first only the largest logit
 def chunk_of(words: int) -> int:
     """Predictions over `words` words in a chunk."""
     return max(16, BLOCK // words)
-
-
-def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Where predictions are made: flat positions (N,) and what is predicted there (N,), labels of -100 dropped.
-
-    Args:
-        labels: (B, T), or (B,) for "classify".
-        kind: "causal": position t predicts label t + 1; "masked" and "classify": its own.
-
-    Raises:
-        ParameterError: `kind` is none of these, or the shape of `labels` does not go with it.
-    """
-    require(kind in KINDS, "kind", kind, f"must be one of {', '.join(KINDS)}")
-    dimensions = 1 if kind == "classify" else 2
-    require(labels.ndim == dimensions, "labels", tuple(labels.shape), f"must have {dimensions} dimension(s)")
-    if kind == "causal":
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    flat = labels.reshape(-1)
-    positions = (flat != IGNORED).nonzero().squeeze(1)
-    return positions, flat[positions]
 
 
 def predicted(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:

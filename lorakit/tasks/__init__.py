@@ -3,5 +3,3 @@
 from lorakit.tasks.loading import load
 from lorakit.tasks.registry import NAMES, kind
 from lorakit.tasks.task import Task
-
-__all__ = ["NAMES", "Task", "kind", "load"]

@@ -7,15 +7,3 @@ from lorakit.training.gated import GatedTrainer
 from lorakit.training.slora import SLoRATrainer
 from lorakit.training.trainer import BudgetTrainer
 from lorakit.training.watch import Diverged
-
-__all__ = [
-    "Budget",
-    "BudgetTrainer",
-    "Diverged",
-    "FLoRATrainer",
-    "FlopMeter",
-    "GatedTrainer",
-    "Ledger",
-    "SLoRATrainer",
-    "Schedule",
-]

@@ -1,97 +1,103 @@
-"""Between steps: count, decide whether to log, evaluate, save or stop, and keep the curve."""
+"""Between steps: count, move what acts there, decide whether to log, evaluate, save or stop, and keep the curve."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from lorakit.training.controllers import Controller
-    from lorakit.training.trainer import BudgetTrainer
+from lorakit.training.budget import Budget
+from lorakit.training.progress import Progress
+from lorakit.training.state import RunState
+from lorakit.training.watch import Diverged
 
 LOGS_PER_RUN = 40
 
 
-class RunCallback(TrainerCallback):
-    """Everything a run does between its steps. `trainer` is the BudgetTrainer it belongs to."""
+class StepCallback(TrainerCallback):
+    """Keeps the ledger and what acts between steps going, for a run whose length the Trainer's arguments say."""
 
-    def __init__(self, trainer: BudgetTrainer, evaluations: int, save_steps: int):
-        self.trainer, self.evaluations, self.save_steps = trainer, evaluations, save_steps
-        self.facts: dict[str, float] = {}
-        self.share = 0.0
+    def __init__(self, run: RunState):
+        self.run = run
+
+    def share(self, state: Any) -> float:
+        """Of the run, done so far."""
+        return self.run.ledger.steps / state.max_steps
+
+    def planned(self, state: Any) -> float | None:
+        """Steps the run will take, None where that is not known."""
+        return state.max_steps
 
     def on_train_begin(self, args, state, control, **_):
-        self.share = self.trainer.budget.share(self.trainer.ledger)
-        for controller in self.trainer.controllers:
+        for controller in self.run.controllers:
             controller.begin()
-        self.trainer.gate_log.begin(self.trainer.budget.steps())
-        self.trainer.ledger.restart_clock()
+        self.run.gate_log.begin(self.planned(state))
+        self.run.ledger.restart_clock()
 
     def on_step_begin(self, args, state, control, **_):
-        for controller in self.trainer.controllers:
-            controller.begin_step(self.share)
+        for controller in self.run.controllers:
+            controller.begin_step(self.share(state))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **_):
-        trainer = self.trainer
-        trainer.ledger.commit(trainer.total_over_ranks)
-        for controller in trainer.controllers:
-            controller.after_step(trainer.budget.share(trainer.ledger), optimizer)
+        self.run.ledger.commit(self.run.total_over_ranks)
+        for controller in self.run.controllers:
+            controller.after_step(self.share(state), optimizer)
+
+
+class RunCallback(StepCallback):
+    """Everything a run of a budget does between its steps."""
+
+    def __init__(self, run: RunState, budget: Budget, progress: Progress, evaluations: int, save_steps: int):
+        super().__init__(run)
+        self.budget, self.progress, self.evaluations, self.save_steps = budget, progress, evaluations, save_steps
+        self.facts: dict[str, float] = {}
+        self.seen, self.training = 0.0, False  # share of the budget at the last step's end; not an evaluation after all
+
+    def share(self, state: Any) -> float:
+        return self.budget.share(self.run.ledger)
+
+    def planned(self, state: Any) -> float | None:
+        return self.budget.steps()
+
+    def on_train_begin(self, args, state, control, **_):
+        self.seen, self.training = self.share(state), True
+        super().on_train_begin(args, state, control)
+
+    def on_train_end(self, args, state, control, **_):
+        self.training = False
 
     def on_step_end(self, args, state, control, **_):
-        before, self.share = self.share, self.trainer.budget.share(self.trainer.ledger)
-        finished = self.share >= 1
-        control.should_evaluate = finished or _crossed(before, self.share, self.evaluations)
-        control.should_log = control.should_evaluate or _crossed(before, self.share, LOGS_PER_RUN)
+        before, self.seen = self.seen, self.share(state)
+        finished = self.seen >= 1
+        control.should_evaluate = finished or _crossed(before, self.seen, self.evaluations)
+        control.should_log = control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
         control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
         control.should_training_stop = finished
         if state.is_world_process_zero:
-            self.trainer.progress.update(self.share, self.facts)
+            self.progress.update(self.seen, self.facts)
 
     def on_log(self, args, state, control, logs=None, **_):
-        trainer = self.trainer
-        if trainer.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
+        run = self.run
+        if run.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
             return
-        trainer.curve.add(trainer.ledger, logs.get("learning_rate"), trainer.gate.acceptance_rate())
-        for controller in trainer.controllers:
-            controller.at_point(trainer.ledger.steps)
-        self.facts["loss"] = trainer.curve.points[-1].train_loss
+        run.curve.add(run.ledger, logs.get("learning_rate"), run.gate.acceptance_rate())
+        for controller in run.controllers:
+            controller.at_point(run.ledger.steps)
+        self.facts["loss"] = run.curve.points[-1].train_loss
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        from lorakit.training.watch import Diverged
-
-        trainer = self.trainer
-        if not trainer.is_in_train:
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
+        if not self.training:
             return
         validation = strip_prefix(metrics, "eval_")
         if not math.isfinite(validation["loss"]):
-            raise Diverged(f"validation loss is {validation['loss']} at step {trainer.ledger.steps}")
-        trainer.curve.add_validation(validation, trainer.model)
+            raise Diverged(f"validation loss is {validation['loss']} at step {self.run.ledger.steps}")
+        self.run.curve.add_validation(validation, model)
         self.facts["validation"] = validation["loss"]
-        trainer.ledger.restart_clock()
+        self.run.ledger.restart_clock()
 
     def on_save(self, args, state, control, **_):
-        self.trainer.ledger.restart_clock()
-
-
-class ControllerCallback(TrainerCallback):
-    """A controller in a plain Hugging Face Trainer. Its state is not in the Trainer's checkpoints."""
-
-    def __init__(self, controller: Controller):
-        self.controller = controller
-
-    def on_train_begin(self, args, state, control, **_):
-        self.controller.begin()
-
-    def on_step_begin(self, args, state, control, **_):
-        self.controller.begin_step(state.global_step / state.max_steps)
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
-        self.controller.after_step((state.global_step + 1) / state.max_steps, optimizer)
-
-    def on_train_end(self, args, state, control, **_):
-        self.controller.end()
+        self.run.ledger.restart_clock()
 
 
 def strip_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -7,16 +7,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import CheckpointError, require
-
-if TYPE_CHECKING:
-    from lorakit.training.gated import GatedTrainer
-    from lorakit.training.trainer import BudgetTrainer
+from lorakit.training.state import RunState
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
@@ -33,7 +30,7 @@ def folder(output_dir: str | Path, step: int) -> Path:
 
 
 def numbered(output_dir: str | Path) -> list[Path]:
-    """Folders named as checkpoints are, oldest step first, whoever wrote them; files, links and other names are none."""
+    """Folders named as checkpoints are, oldest step first, whoever wrote them; no files, no links."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
     named = [path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
@@ -105,23 +102,23 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
             parameter.copy_(stored[name])
 
 
-def save_run(trainer: BudgetTrainer, path: Path) -> None:
+def save_run(run: RunState, path: Path) -> None:
     """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last."""
-    save_seams(trainer, path)
-    if trainer.curve.best:
-        save_file({name: value.cpu().contiguous() for name, value in trainer.curve.best.items()}, str(path / BEST))
+    save_seams(run, path)
+    if run.curve.best:
+        save_file({name: value.cpu().contiguous() for name, value in run.curve.best.items()}, str(path / BEST))
     state = {
-        "identity": trainer.identity,
-        "ledger": trainer.ledger.state_dict(),
-        "curve": trainer.curve.state_dict(),
-        "flops": [[list(_plain(key)), count] for key, count in trainer.meter.known.items()],
+        "identity": run.identity,
+        "ledger": run.ledger.state_dict(),
+        "curve": run.curve.state_dict(),
+        "flops": [[list(_plain(key)), count] for key, count in run.meter.known.items()],
     }
     temporary = path / f".{RUN}"
     temporary.write_text(json.dumps(state), encoding="utf-8")
     os.replace(temporary, path / RUN)
 
 
-def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
+def load_run(run: RunState, path: str | Path) -> None:
     """Restore what `save_run` wrote.
 
     Raises:
@@ -132,23 +129,23 @@ def load_run(trainer: BudgetTrainer, path: str | Path) -> None:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
     state = _read_run(path)
-    _check_identity(path, state["identity"], trainer.identity)
-    trainer.ledger.load_state_dict(state["ledger"])
-    trainer.curve.load_state_dict(state["curve"])
-    trainer.meter.known = {_frozen(key): count for key, count in state["flops"]}
+    _check_identity(path, state["identity"], run.identity)
+    run.ledger.load_state_dict(state["ledger"])
+    run.curve.load_state_dict(state["curve"])
+    run.meter.known = {_frozen(key): count for key, count in state["flops"]}
     if (path / BEST).is_file():
-        trainer.curve.best = load_file(str(path / BEST))
-    load_seams(trainer, path)
+        run.curve.best = load_file(str(path / BEST))
+    load_seams(run, path)
 
 
-def save_seams(trainer: GatedTrainer, path: Path) -> None:
+def save_seams(run: RunState, path: Path) -> None:
     """Write the state of what stands between the trainer and its steps: gate, token selection, controllers."""
-    controllers = {controller.name: controller.state_dict() for controller in trainer.controllers}
-    seams = {"gate": trainer.gate.state_dict(), "tokens": trainer.tokens.state_dict(), "controllers": controllers}
-    torch.save(seams | {"gate_log": trainer.gate_log.state_dict()}, path / STATE)
+    controllers = {controller.name: controller.state_dict() for controller in run.controllers}
+    seams = {"gate": run.gate.state_dict(), "tokens": run.tokens.state_dict(), "controllers": controllers}
+    torch.save(seams | {"gate_log": run.gate_log.state_dict()}, path / STATE)
 
 
-def load_seams(trainer: GatedTrainer, path: Path) -> None:
+def load_seams(run: RunState, path: Path) -> None:
     """Restore what `save_seams` wrote.
 
     Raises:
@@ -159,10 +156,10 @@ def load_seams(trainer: GatedTrainer, path: Path) -> None:
             f"{path}: no {STATE}: the gate's state is missing, and starting it afresh would be silent"
         )
     seams = torch.load(path / STATE, weights_only=True)
-    trainer.gate.load_state_dict(seams["gate"])
-    trainer.gate_log.load_state_dict(seams["gate_log"])
-    trainer.tokens.load_state_dict(seams["tokens"])
-    for controller in trainer.controllers:
+    run.gate.load_state_dict(seams["gate"])
+    run.gate_log.load_state_dict(seams["gate_log"])
+    run.tokens.load_state_dict(seams["tokens"])
+    for controller in run.controllers:
         controller.load_state_dict(seams["controllers"][controller.name])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -96,3 +96,12 @@ class FlopMeter:
             result = function()
         self.known[key] = int(count.total)
         return result, self.known[key]
+
+
+def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
+    """Non-padding input tokens of a batch: from a (B, T) attention mask, else by the padding id (packed rows)."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return int(mask.sum())
+    ids = inputs["input_ids"]
+    return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from lorakit.errors import ParameterError
-from lorakit.gates import build_tokens
 from lorakit.gating import Gating
-from lorakit.training.slora import SLoRATrainer, kind_of
+from lorakit.tokens import build_tokens
+from lorakit.training.slora import SLoRATrainer, known_kind
 
 
 class FLoRATrainer(SLoRATrainer):
@@ -54,7 +54,7 @@ class FLoRATrainer(SLoRATrainer):
             train_dataset,
             eval_dataset,
             processing_class,
-            tokens=build_tokens(settings, model, kind_of(model), seed=args.seed, rank=args.process_index),
+            tokens=build_tokens(settings, model, known_kind(model), seed=args.seed, rank=args.process_index),
             **options,
         )
 

@@ -5,46 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import Trainer
 
 from lorakit.errors import require
-from lorakit.gates import AllTokens, AlwaysOpen, Candidate, Gate, TokenSelection
-from lorakit.gates.head import HeadInput, find_head
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
-from lorakit.gates.tokens import Selected, count_tokens
+from lorakit.head import HeadInput, find_head
+from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
-from lorakit.training.controllers import Controller
-from lorakit.training.costs import FlopMeter, Ledger
+from lorakit.training.costs import count_tokens
 from lorakit.training.loss import MeanLoss
-from lorakit.training.ranks import average_gradients
+from lorakit.training.state import RunState
 from lorakit.training.watch import Diverged, Watch
-
-
-@dataclass
-class _Part:
-    """A micro-batch between its forward and the decision about its window.
-
-    key: what its backward's FLOPs depend on; tokens: how many a backward passes through; targets: labels it has.
-    candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
-    loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
-    finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
-    """
-
-    key: Hashable
-    tokens: int
-    targets: int
-    candidate: Candidate | None = None
-    measured: torch.Tensor | None = None
-    gate_flops: float = 0.0
-    loss: float | None = None
-    finish: Callable[[], torch.Tensor] | None = None
-    backpropagated: torch.Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+from lorakit.training.window import Part, average_gradients
 
 
 def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
@@ -84,15 +60,16 @@ class GatedTrainer(Trainer):
         self.kind = kind
         _refuse_skipping(tokens or AllTokens(), controllers)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
-        self.controllers = tuple(controllers)
-        for controller in self.controllers:
+        for controller in controllers:
             controller.bind(self.total_over_ranks)
-        self.ledger, self.meter, self.gate_log = Ledger(), FlopMeter(), GateLog(self.gate)
+        self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
+        self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
+        self.controllers = self.run.controllers
         looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
         self._head = HeadInput(find_head(self.model, kind)) if looks else None
-        self._part: _Part | None = None
+        self._part: Part | None = None
         self._shape: Hashable = ()
-        self._window: list[_Part] = []
+        self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
         self._verified = False
@@ -126,7 +103,7 @@ class GatedTrainer(Trainer):
             softcap=self._head.head.softcap if self._head else None,
             token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
-        self._part = _Part(self._key("backward"), tokens, candidate.targets, candidate)
+        self._part = Part(self._key("backward"), tokens, candidate.targets, candidate)
         return (loss, outputs) if return_outputs else loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
@@ -145,7 +122,7 @@ class GatedTrainer(Trainer):
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
         key = self._key("backward", selected.key, selected.chosen)
         reached = tokens if selected.backpropagated is None else selected.backpropagated
-        self._part = part = _Part(key, reached, selected.predictions)
+        self._part = part = Part(key, reached, selected.predictions)
         if selected.loss_sum is not None:
             part.loss = selected.loss_sum.item() * per_label
         part.finish = lambda: self._finished(selected, per_chosen)
@@ -215,7 +192,7 @@ class GatedTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._close_window(backward)
 
-    def _open(self, backward: Callable[..., None], part: _Part, targets: torch.Tensor) -> None:
+    def _open(self, backward: Callable[..., None], part: Part, targets: torch.Tensor) -> None:
         """Without a gate: the backward at once, unless no rank has a label to learn from."""
         learns = self.total_over_ranks(targets).item() > 0
         if learns:
@@ -249,7 +226,7 @@ class GatedTrainer(Trainer):
             self.watch.gradients()
         self.watch.window(accept)
 
-    def _backward(self, backward: Callable[..., None], part: _Part) -> None:
+    def _backward(self, backward: Callable[..., None], part: Part) -> None:
         loss = part.backpropagated if part.finish is None else part.finish()
         flops = 0
         if loss.requires_grad:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorakit.head import IGNORED, shifted
+
 
 class MeanLoss:
     """A `compute_loss_func` for the Trainer.
@@ -30,9 +32,35 @@ class MeanLoss:
     def __call__(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        if self.kind == "causal":
-            labels = F.pad(labels, (0, 1), value=-100)[:, 1:]  # shifting labels, not logits, copies no logits
+        labels = shifted(labels, self.kind)  # shifting labels, not logits, copies no logits
         losses = F.cross_entropy(outputs.logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
         self.token_losses = losses.detach()
-        count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         return losses.sum() / max(count, 1)  # nothing to predict: 0, not NaN
+
+
+def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """Statistics of one batch, (B, 4) float64.
+
+    Args:
+        logits: (B, C) for kind "classify"; (B, T, V) for "masked" and "causal".
+        labels: (B,) classes, or (B, T) token ids with -100 where there is nothing to predict.
+        kind: "causal" pairs the logits at t with the label at t + 1.
+
+    Columns: summed negative log-likelihood in nats; number of valid labels; predicted class (language models: number of
+    tokens predicted right); true class (language models: number of valid labels).
+    """
+    if kind == "classify":
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        return torch.stack([loss, torch.ones_like(loss), logits.argmax(-1), labels], dim=1).double()
+    return torch.stack([_sequence_statistics(*row) for row in zip(logits, shifted(labels, kind), strict=True)])
+
+
+def _sequence_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Statistics (4,) of one sequence, logits (T, V) and labels (T,), reading only the positions that have a label."""
+    valid = labels != IGNORED
+    chosen, targets = logits[valid].float(), labels[valid]
+    loss = F.cross_entropy(chosen, targets, reduction="sum").double()
+    count = valid.sum().double()
+    right = (chosen.argmax(-1) == targets).sum().double()
+    return torch.stack([loss, count, right, count])

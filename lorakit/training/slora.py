@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import TrainingArguments
-from transformers.trainer_callback import TrainerCallback
 
 from lorakit.errors import CheckpointError, LorakitError, require
-from lorakit.gates.batches import AlwaysOpen, Gate
-from lorakit.gates.head import find_head
 from lorakit.gates.novelty import HeadGradientGate
+from lorakit.head import find_head, kind_of
+from lorakit.seams import AlwaysOpen, Gate
 from lorakit.training import checkpoint
+from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
 
 KEYS = (
     *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
     *("k_topk", "rows", "decay", "leverage"),
 )
-_KINDS = {"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 
 
 class SLoRATrainer(GatedTrainer):
@@ -58,7 +57,7 @@ class SLoRATrainer(GatedTrainer):
         **options: Any,
     ):
         require(gate is None or gate_config is None, "gate_config", gate_config, "must be None where a gate is given")
-        kind = kind_of(model)
+        kind = known_kind(model)
         gate = gate or _gate(gate_config, model, kind)
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
         super().__init__(
@@ -71,15 +70,14 @@ class SLoRATrainer(GatedTrainer):
             processing_class=processing_class,
             **options,
         )
-        self.add_callback(_Steps(self))
+        self.add_callback(StepCallback(self.run))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's. Resuming needs the gate's state in the checkpoint."""
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         finally:
-            for controller in self.controllers:
-                controller.end()
+            self.run.end()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -93,51 +91,27 @@ class SLoRATrainer(GatedTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
-            checkpoint.save_seams(self, folder)
+            checkpoint.save_seams(self.run, folder)
             torch.save(self.ledger.state_dict(), folder / checkpoint.LEDGER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint.load_seams(self, folder)
+        checkpoint.load_seams(self.run, folder)
         if not (folder / checkpoint.LEDGER).is_file():
             raise CheckpointError(f"{folder}: no {checkpoint.LEDGER}: not a complete checkpoint of SLoRATrainer")
         self.ledger.load_state_dict(torch.load(folder / checkpoint.LEDGER, weights_only=True))
         checkpoint.load_weights(self.model, folder)
 
 
-class _Steps(TrainerCallback):
-    """Keeps the ledger and what acts between steps going, as the plain Trainer counts them."""
-
-    def __init__(self, trainer: SLoRATrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **_):
-        for controller in self.trainer.controllers:
-            controller.begin()
-        self.trainer.gate_log.begin(state.max_steps)
-        self.trainer.ledger.restart_clock()
-
-    def on_step_begin(self, args, state, control, **_):
-        for controller in self.trainer.controllers:
-            controller.begin_step(state.global_step / state.max_steps)
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
-        self.trainer.ledger.commit(self.trainer.total_over_ranks)
-        for controller in self.trainer.controllers:
-            controller.after_step((state.global_step + 1) / state.max_steps, optimizer)
-
-
-def kind_of(model: torch.nn.Module) -> str:
-    """ "classify", "masked" or "causal", from the class of the model (under PEFT's wrapper).
+def known_kind(model: torch.nn.Module) -> str:
+    """ "classify", "masked" or "causal".
 
     Raises:
-        LorakitError: none of them.
+        LorakitError: the class of `model` says none of them.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    for ending, kind in _KINDS.items():
-        if ending in type(base).__name__:
-            return kind
-    raise LorakitError(f"{type(base).__name__}: gates know classifiers, masked and causal language models")
+    if kind := kind_of(model):
+        return kind
+    raise LorakitError(f"{type(model).__name__}: gates know classifiers, masked and causal language models")
 
 
 def _gate(config: Mapping[str, Any] | None, model: torch.nn.Module, kind: str) -> Gate:

@@ -17,8 +17,8 @@ from lorakit.training.budget import Budget, Schedule
 from lorakit.training.callback import RunCallback
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
+from lorakit.training.loss import example_statistics
 from lorakit.training.progress import Progress
-from lorakit.training.statistics import example_statistics
 
 
 class BudgetTrainer(GatedTrainer):
@@ -57,12 +57,13 @@ class BudgetTrainer(GatedTrainer):
         super().__init__(kind=kind, **trainer_arguments)
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
-        self.identity, self.save_steps = dict(identity or {}), save_steps
-        self.curve = Curve(keep_best=keep_best)
+        self.save_steps = save_steps
+        self.run.identity, self.run.curve = dict(identity or {}), Curve(keep_best=keep_best)
+        self.curve = self.run.curve
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
             self.remove_callback(shown_twice)
         self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
-        self.add_callback(RunCallback(self, evaluations=evaluations, save_steps=save_steps))
+        self.add_callback(RunCallback(self.run, budget, self.progress, evaluations, save_steps))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train to the end of the budget; True resumes from the newest complete checkpoint in the output folder.
@@ -78,15 +79,14 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
-                checkpoint.load_run(self, resume_from_checkpoint)
+                checkpoint.load_run(self.run, resume_from_checkpoint)
                 if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                     checkpoint.load_weights(self.model, resume_from_checkpoint)
                     return None
                 resume_from_checkpoint = str(resume_from_checkpoint)
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
         finally:
-            for controller in self.controllers:
-                controller.end()
+            self.run.end()
 
     # schedule and data ---------------------------------------------------------------------------------
 
@@ -136,11 +136,11 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.begin(folder)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            checkpoint.save_run(self, folder)
-            checkpoint.rotate(self.args.output_dir, self.identity)
+            checkpoint.save_run(self.run, folder)
+            checkpoint.rotate(self.args.output_dir, self.run.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        checkpoint.load_run(self, resume_from_checkpoint)
+        checkpoint.load_run(self.run, resume_from_checkpoint)
         checkpoint.load_weights(self.model, resume_from_checkpoint)
 
 

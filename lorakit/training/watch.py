@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.adapters.targets import adapter_parameters
 from lorakit.gates.log import GateLog
+from lorakit.modules import adapter_parameters
 
 STALLED = 2000  # batches in a row without a backward after which the run is ended
 GRADIENTS_BY = 3  # accepted batches after which an adapter must have had a gradient

@@ -1,0 +1,173 @@
+"""What is attached to a model: one interface, whoever's code it is, to take off, merge and read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.errors import CheckpointError, LorakitError
+from lorakit.modules import replace_modules
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` did to a model, names only; kept on the model as `lorakit_attachment`.
+
+    This is lorakit's own kind, adapter layers in the model's place; PEFT's wrapper is another (`peft.method`).
+    """
+
+    method: str
+    settings: AdapterSettings
+    targets: Mapping[str, AdapterSettings]  # path of each adapted linear layer -> its own settings
+    trained: Sequence[str]  # paths of the modules trained in full; "" is the whole model
+    required_grad: Mapping[str, bool] = field(repr=False)  # of every parameter, before
+    foreign: ClassVar[bool] = False  # whether the adapter's code and files are PEFT's own
+
+    def merge(self, model: nn.Module) -> None:
+        for layer in adapter_layers(model).values():
+            layer.merge()
+
+    def unmerge(self, model: nn.Module) -> None:
+        for layer in adapter_layers(model).values():
+            layer.unmerge()
+
+    def is_merged(self, model: nn.Module) -> bool:
+        return any(layer.is_merged for layer in adapter_layers(model).values())
+
+    def merge_obstacle(self, model: nn.Module) -> str:
+        """Why there is nothing to merge, or why it cannot be; empty where it can."""
+        return "" if adapter_layers(model) else "no adapter"
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """The model as it was, but for the modules trained in full; what is merged is unmerged before."""
+        replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
+        del model.lorakit_attachment
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
+        return model
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The live tensors that were trained: `<path>.lora_A.weight`, …, then those of modules trained in full.
+
+        A tensor with two names (tied) is listed once.
+        """
+        found = {
+            f"{path}.{name}.weight": parameter
+            for path, layer in adapter_layers(model).items()
+            for name, parameter in layer.adapter_parameters().items()
+        }
+        for path in self.trained:
+            prefix = f"{path}." if path else ""
+            found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
+        once: dict[int, str] = {}
+        for name, tensor in found.items():
+            once.setdefault(id(tensor), name)
+        return {name: found[name] for name in once.values()}
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors that an adapter file holds."""
+        return self.tensors(model)
+
+    def idle_numel(self, model: nn.Module) -> int:
+        """Parameters that lie in the model without taking part."""
+        return 0
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Of a foreign kind: write its own files into `folder`."""
+
+    def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Of a foreign kind: take in what `write` wrote."""
+        return model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """What was attached to `model`.
+
+    Raises:
+        LorakitError: nothing was.
+    """
+    attachment = getattr(model, "lorakit_attachment", None)
+    if attachment is None:
+        raise LorakitError(f"this {type(model).__name__} has no adapter; call attach(model) first")
+    return attachment
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """See `Attachment.tensors`."""
+    return attachment_of(model).tensors(model)
+
+
+def is_merged(model: nn.Module) -> bool:
+    attachment = getattr(model, "lorakit_attachment", None)
+    return attachment is not None and attachment.is_merged(model)
+
+
+def require_unmerged(model: nn.Module) -> None:
+    if is_merged(model):
+        raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the adapter off: the original modules and `requires_grad` flags are back, merged weights are unmerged.
+
+    Modules trained in full keep their trained values.
+    """
+    return attachment_of(unmerge(model)).detach(model)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its base weight, for inference without the adapter's cost.
+
+    Costs a second copy of the adapted weights while merged, which is what makes `unmerge` exact. Merging twice is
+    merging once; "head" and "full" have nothing to merge.
+
+    Raises:
+        LorakitError: a type of PEFT that cannot be merged (see `can_merge`).
+    """
+    attachment_of(model).merge(model)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`: the base weights are back bit for bit."""
+    attachment_of(model).unmerge(model)
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """`with merged(model):` runs merged and leaves the model as it found it."""
+    before = is_merged(model)
+    try:
+        yield merge(model)
+    finally:
+        if not before:
+            unmerge(model)
+
+
+def can_merge(model: nn.Module) -> bool:
+    """Whether `merge` has something to fold into the weights and can; a prompt, say, is no weight."""
+    return not attachment_of(model).merge_obstacle(model)
+
+
+def check_state(here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` naming the tensors of `state` that do not fit `here`."""
+    for problem, names in (("missing", here.keys() - state.keys()), ("unexpected", state.keys() - here.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
+            raise CheckpointError(f"the adapter does not fit this model: {len(names)} {problem} tensors: {listed}")
+    for name, tensor in here.items():
+        if tensor.shape != state[name].shape:
+            given, own = tuple(state[name].shape), tuple(tensor.shape)
+            raise CheckpointError(f"the adapter is for another base: {name} is {given}, this model has {own}")

@@ -1,0 +1,231 @@
+"""PEFT's config of a type from lorakit's parameters: what the type calls rank, alpha and dropout, and where it goes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from lorakit.adapters.layer import AdapterSettings
+from lorakit.adapters.peft.types import model_type, refusal, resolve_type
+from lorakit.errors import ParameterError, require
+from lorakit.head import kind_of
+from lorakit.modules import ALL_LINEAR, is_conv1d, resolve_targets
+
+VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
+
+# The field that is the rank of an update, where it is not `r`; "": the type has an `r` that means something else.
+_RANK = {"ADALORA": "target_r", "OFT": "", "ADAMSS": "", "SUPERTUNING": ""}
+_ALPHA = {
+    **dict.fromkeys(("LORA", "ADALORA"), "lora_alpha"),
+    **dict.fromkeys(("LOHA", "LOKR", "GRALORA", "DEFT"), "alpha"),
+    "PSOFT": "psoft_alpha",
+    "RANDLORA": "randlora_alpha",
+}
+# Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
+_CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
+_SAFE_INITS = (True, False, None, "gaussian", "orthogonal")
+_IA3_DISTILBERT = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
+
+_BOOKKEEPING = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    "inference_mode",
+)
+
+
+# What PEFT says about itself, not about what the user asked for.
+_NOISE = (
+    "`is_gradient_checkpointing` is deprecated",
+    "fan_in_fan_out is set to",
+    "Failed to load the CUDA extension",
+    "Setting boft_n_butterfly_factor",
+    "Sparse invariant checks",
+    "Unsupported layer type",
+    "Detected that the base layer has no bias",
+    "`tie_word_embeddings=True` and ",  # merging is into copies
+    "LoRA tensor.* have invalid shape",  # AdaLoRA: a layer may lose all its ranks
+    "rank_pattern keys did not match",  # AdaLoRA's are no names of layers
+    "Unmerge result can be inaccurate",  # not here: the weights from before merging are put back
+)
+
+
+def build_config(
+    model: nn.Module,
+    peft_type: str,
+    options: Mapping[str, Any],
+    settings: AdapterSettings,
+    target_modules: str | Sequence[str],
+    trained: Sequence[str],
+    total_steps: int | None,
+) -> Any:
+    """The config of PEFT for `peft_type`; `options` win over everything that lorakit would choose.
+
+    Raises:
+        ParameterError: an unknown type or option, a parameter the type does not have, or a type that cannot run here.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind, flags = resolve_type(peft_type)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    allowed = {field.name for field in fields(config_class) if field.init and field.name not in _BOOKKEEPING}
+    _check_options(kind, options, allowed)
+    values = {"task_type": _task_type(model, trained)} | flags
+    if "target_modules" in allowed:
+        values |= _targets(model, kind, target_modules, trained)
+    if "modules_to_save" in allowed:
+        values["modules_to_save"] = list(trained) or None
+    values |= _settings(kind, allowed, settings)
+    values |= _own_defaults(model, kind, allowed, settings, total_steps)
+    values |= options
+    _refuse(model, kind, values.get("target_modules"), trained)
+    _require_known_needs(kind, values)
+    return _made(config_class, kind, values, options)
+
+
+def _made(config_class: type, kind: str, values: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    try:
+        with quiet():
+            return config_class(**values)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ParameterError("peft_options", dict(options), f"PEFT's {kind}: {error}") from error
+
+
+def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
+    require(isinstance(options, Mapping), "peft_options", options, "must be a mapping of names to values")
+    for name, value in options.items():
+        fits = f"unknown option {name!r} of {kind}; known are {', '.join(sorted(allowed))}"
+        require(name in allowed, "peft_options", dict(options), fits)
+        if name in _CHANGE_THE_BASE and value and value != "none":
+            raise ParameterError("peft_options", dict(options), f"{name!r} changes the base, which stays frozen here")
+    init = options.get("init_lora_weights")
+    changes = f"init_lora_weights={init!r} changes the base, which stays frozen here"
+    require(init in _SAFE_INITS, "peft_options", dict(options), changes)
+    if options.get("use_asa"):
+        wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
+        raise ParameterError("peft_options", dict(options), wrong)
+    if kind == "SHADOW" and options.get("auxiliary_loss_weight"):
+        wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
+        raise ParameterError("peft_options", dict(options), wrong)
+
+
+def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
+    """PEFT's name of the model's task; it trains the head of a sequence classifier, so without one none is named.
+
+    With no name PEFT calls the model past its own code, which leaves virtual tokens and task ids out: for a masked
+    language model it has no better name than that of a model whose outputs it does not look at.
+    """
+    task = kind_of(model)
+    if task == "classify":
+        return "SEQ_CLS" if trained else None
+    return {"masked": "FEATURE_EXTRACTION", "causal": "CAUSAL_LM"}.get(task)
+
+
+def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: Sequence[str]) -> dict[str, Any]:
+    """Where the adapters go: linear layers, except for the types that act on something else."""
+    if kind in ("ADAPTION_PROMPT", "XLORA"):
+        return {}
+    if not (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+        if kind in ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW"):
+            return {"target_modules": wanted if isinstance(wanted, str) else list(wanted)}
+        found = {"target_modules": resolve_targets(model, wanted, trained)}
+        return found | ({"feedforward_modules": []} if kind == "IA3" else {})
+    if kind == "IA3":
+        return dict(_IA3_DISTILBERT) if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
+    if special := {"LN_TUNING": _norms, "TRAINABLE_TOKENS": _embeddings, "SHADOW": _blocks}.get(kind):
+        return {"target_modules": special(model)}
+    found = resolve_targets(model, ALL_LINEAR, trained)
+    if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
+        found = [path for path in found if "pooler" not in path]
+    return {"target_modules": found}
+
+
+def _norms(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer blocks: the list as long as the model has layers."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return next(([f"{path}.{i}" for i in range(count)] for path, module in lists if len(module) == count), [])
+
+
+def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[str, Any]:
+    """lorakit's parameters under the type's names; one it does not have may only have its default value."""
+    dropout = next((name for name in (f"{kind.lower()}_dropout", "lora_dropout") if name in allowed), "")
+    names = {
+        "rank": _RANK.get(kind, "r" if "r" in allowed else ""),
+        "alpha": _ALPHA.get(kind, ""),
+        "dropout": "" if kind == "SUPERTUNING" else dropout,
+        "init": "init_lora_weights" if kind == "LORA" else "",
+        "rslora": "use_rslora" if kind == "LORA" else "",
+    }
+    found = {}
+    for own, theirs in names.items():
+        value = getattr(settings, own)
+        if theirs:
+            found[theirs] = value
+        else:
+            require(value == getattr(AdapterSettings(), own), own, value, f"PEFT's {kind} has no {own}")
+    if kind == "LORA":
+        found["init_lora_weights"] = "gaussian" if settings.init == "gaussian" else True
+        if not settings.rslora:
+            del found["use_rslora"]  # a variant may have set it
+    return found
+
+
+_SIZES = {"token_dim": "hidden_size", "num_attention_heads": "num_attention_heads"}
+
+
+def _own_defaults(
+    model: nn.Module, kind: str, allowed: set[str], settings: AdapterSettings, total_steps: int | None
+) -> dict[str, Any]:
+    """What PEFT leaves open, asks of the model, or would ask on the terminal."""
+    config = getattr(model, "config", None)
+    values: dict[str, Any] = {}
+    if "num_virtual_tokens" in allowed:  # DistilBERT names its sizes as PEFT does not look for them
+        values = {name: getattr(config, of, None) for name, of in _SIZES.items()}
+        values["num_virtual_tokens"] = VIRTUAL_TOKENS
+    if "fan_in_fan_out" in allowed:
+        values["fan_in_fan_out"] = any(is_conv1d(module) for module in model.modules())
+    if kind == "ADALORA":
+        values |= {"init_r": -(-3 * settings.rank // 2), "total_step": total_steps}  # PEFT's own ratio, 12 to 8
+    own = {
+        "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": getattr(config, "num_hidden_layers", None)},
+        "FROD": {"progressbar": False},
+        "SHADOW": {"auxiliary_loss_weight": 0.0},
+    }
+    return values | own.get(kind, {})
+
+
+def _refuse(model: nn.Module, kind: str, target_modules: Any, trained: Sequence[str]) -> None:
+    if reason := refusal(model, kind, target_modules, trained):
+        raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
+
+
+def _require_known_needs(kind: str, values: Mapping[str, Any]) -> None:
+    """What only the user can say."""
+    needs = {
+        "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
+        "TRAINABLE_TOKENS": ("token_indices", "must list the ids of the tokens to train"),
+        "CPT": ("cpt_token_ids", "must list the ids of the context's tokens"),
+    }
+    name, allowed = needs.get(kind, ("", ""))
+    require(not name or bool(values.get(name)), f"peft_options.{name}", values.get(name), allowed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what PEFT warns of that a user can do nothing about."""
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
+        yield

@@ -1,0 +1,139 @@
+"""Files of any PEFT method: PEFT's own, written and read by PEFT, checked by what is in the model afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attachment import check_state
+from lorakit.adapters.peft.config import quiet
+from lorakit.adapters.peft.forward import ADAPTER, config_of
+from lorakit.errors import CheckpointError
+
+# of where and when a file was written, not of what it does
+_BOOKKEEPING = ("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type")
+_SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
+
+
+def is_peft_file(config: Mapping[str, Any], native: set[str]) -> bool:
+    """Whether an `adapter_config.json` is of a type that PEFT has and lorakit, with its `native` types, has not."""
+    kind = config.get("peft_type")
+    if kind in native:
+        return kind == "LORA" and bool(config.get("use_dora"))
+    from peft import PeftType
+
+    return kind in [known.value for known in PeftType]
+
+
+def stored_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
+    """What PEFT writes for the adapter, by the names in its file."""
+    from peft import get_peft_model_state_dict
+
+    with quiet(), _exact_ranks(wrapper):
+        return get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+
+
+def save_peft(wrapper: nn.Module, folder: Path) -> None:
+    """PEFT's `save_pretrained`, without its model card."""
+    with quiet(), _exact_ranks(wrapper):
+        wrapper.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+@contextmanager
+def _exact_ranks(wrapper: nn.Module) -> Iterator[None]:
+    """Let AdaLoRA leave out only singular values that are zero.
+
+    Its last pattern may be newer than the weights, where those of an earlier step were chosen.
+    """
+    config = config_of(wrapper)
+    before = getattr(config, "rank_pattern", None)
+    if config.peft_type != "ADALORA" or before is None:
+        yield
+        return
+    values = {name: p for name, p in wrapper.base_model.model.named_parameters() if ".lora_E." in name}
+    config.rank_pattern = {name: _kept(before, name, p) for name, p in values.items()}
+    try:
+        yield
+    finally:
+        config.rank_pattern = before
+
+
+def _kept(pattern: Mapping[str, list[bool]], name: str, values: Tensor) -> list[bool]:
+    """Which singular values of a layer go into the file."""
+    kept = pattern.get(name, pattern.get(name.replace(f".{ADAPTER}", "")))
+    if len(kept) != len(values):  # loaded from a file that left some out already
+        return kept
+    return [keep or bool(value) for keep, value in zip(kept, values.detach().flatten() != 0, strict=True)]
+
+
+def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put what PEFT stored in `folder` in place of what is attached.
+
+    Raises:
+        CheckpointError: another type, other settings or another base, or a file that does not hold the trained weights.
+    """
+    here, given = config_of(wrapper), read_config(folder)
+    _require_same(here, given)
+    if not holds_weights(here):
+        raise CheckpointError(f"{_kind(here)} stores what its encoder gives, not its weights: detach(model) first")
+    check_state(stored_tensors(wrapper), tensors)
+    put(wrapper, tensors)
+    return wrapper
+
+
+def read_config(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    try:
+        with quiet():
+            return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"PEFT cannot read its config: {error}") from None
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def holds_weights(config: Any) -> bool:
+    """Prompt methods with an encoder store the prompt it makes."""
+    return config.peft_type != "P_TUNING" and not getattr(config, "prefix_projection", False)
+
+
+def _require_same(here: Any, given: Any) -> None:
+    if _kind(here) != _kind(given):
+        raise CheckpointError(f"holds PEFT's {_kind(given)}, but {_kind(here)} is attached")
+    mine, theirs = here.to_dict(), given.to_dict()
+    skipped = {*_BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if _kind(here) == "ADALORA" else ""}
+    for name in sorted(mine.keys() - skipped):
+        if _plain(mine[name]) != _plain(theirs.get(name)):
+            raise CheckpointError(f"{name}={theirs.get(name)!r}, attached is {mine[name]!r}; detach(model) first")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (list, set, tuple)) else value
+
+
+def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give PEFT the tensors, and look whether they are what the model then has."""
+    from peft import set_peft_model_state_dict
+
+    config = config_of(wrapper)
+    if _kind(config) != "ADALORA":  # it takes up the ranks of its file first
+        check_state(stored_tensors(wrapper), tensors)
+    try:
+        with quiet():
+            set_peft_model_state_dict(wrapper, dict(tensors))
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from None
+    after = stored_tensors(wrapper)
+    check_state(after, tensors)
+    for name, tensor in after.items():
+        if not torch.equal(tensor.cpu(), tensors[name].to(tensor.dtype).cpu()):
+            raise CheckpointError(f"PEFT did not take {name} from the file")

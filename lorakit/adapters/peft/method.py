@@ -1,0 +1,224 @@
+"""Any PEFT method: y = PEFT's model (x), wrapped around ours, and taken off again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attachment import Attachment, detach
+from lorakit.adapters.layer import AdapterSettings
+from lorakit.adapters.peft import files
+from lorakit.adapters.peft.config import build_config, quiet
+from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
+from lorakit.base.mending import prepare_four_bit
+from lorakit.base.nf4 import is_four_bit
+from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.modules import name_matches
+
+_NO_WEIGHT = "it acts on the input or between the layers, on no weight"
+CANNOT_MERGE = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _NO_WEIGHT
+    ),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _NO_WEIGHT),
+    "POLY": "its weights depend on the task",
+    "LILY": "its weights depend on the input",
+    "OSF": "PEFT cannot take its merge back",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was before PEFT changed it: references, no copies."""
+
+    children: Mapping[nn.Module, Mapping[str, nn.Module]]
+    required_grad: Mapping[str, bool]
+
+    @staticmethod
+    def of(model: nn.Module) -> Base:
+        return Base(
+            {module: dict(module._modules) for module in model.modules()},
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        for module, children in self.children.items():
+            module._modules.clear()
+            module._modules.update(children)
+        vars(model).pop("peft_config", None)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.required_grad[name])
+
+
+@dataclass(frozen=True)
+class PeftAttachment(Attachment):
+    """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `lorakit_unmerged`."""
+
+    foreign = True
+
+    def merge_obstacle(self, model: nn.Module) -> str:
+        kind = config_of(model).peft_type.value
+        if kind == "BEFT" and any(layer.bias is None for layer in _base_layers(model)):
+            return "a layer without a bias has no place for it"
+        if any(map(is_four_bit, _base_layers(model))):
+            return "PEFT would round the sum to 4 bits again"
+        return CANNOT_MERGE.get(kind, "")
+
+    def is_merged(self, model: nn.Module) -> bool:
+        return bool(model.lorakit_unmerged)
+
+    def merge(self, model: nn.Module) -> None:
+        if model.lorakit_unmerged:
+            return
+        if obstacle := self.merge_obstacle(model):
+            raise LorakitError(f"{config_of(model).peft_type.value} cannot be merged: {obstacle}")
+        for layer in _base_layers(model):
+            for name, parameter in layer.named_parameters(recurse=False):
+                model.lorakit_unmerged.append((layer, name, parameter))
+                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        with quiet():
+            model.base_model.merge_adapter()
+
+    def unmerge(self, model: nn.Module) -> None:
+        if not model.lorakit_unmerged:
+            return
+        with quiet():
+            model.base_model.unmerge_adapter()
+        for layer, name, parameter in model.lorakit_unmerged:
+            merged = layer._parameters[name]
+            parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
+            layer._parameters[name] = parameter
+        model.lorakit_unmerged = []
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        base: Base = model.lorakit_base
+        with torch.no_grad():
+            for head in _heads(model):
+                head.original_module.load_state_dict(head.modules_to_save[ADAPTER].state_dict())
+        inner = model.get_base_model()
+        base.restore(inner)
+        return inner.train(model.training)
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained parameters by their names in the model, which PEFT's file may hold in another form."""
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
+        return files.stored_tensors(model)
+
+    def idle_numel(self, model: nn.Module) -> int:
+        """The untrained originals that PEFT keeps beside modules trained in full."""
+        return sum(p.numel() for head in _heads(model) for p in head.original_module.parameters())
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        files.save_peft(model, folder)
+
+    def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+        return files.load_peft(model, folder, tensors)
+
+
+def attach_peft(
+    model: nn.Module,
+    peft_type: str,
+    options: Mapping[str, Any],
+    settings: AdapterSettings,
+    target_modules: str | Sequence[str],
+    trained: Sequence[str],
+    seed: int | None = None,
+    total_steps: int | None = None,
+) -> nn.Module:
+    """Wrap `model` as PEFT does for `peft_type`; returns the wrapper.
+
+    Raises:
+        ParameterError: an unknown type or option, a parameter the type does not have, a type that cannot run here, or
+            what PEFT itself refuses. The model is then as it was.
+    """
+    config = build_config(model, peft_type, options, settings, target_modules, trained, total_steps)
+    return wrap(model, config, settings, trained, seed)
+
+
+def wrap(
+    model: nn.Module, config: Any, settings: AdapterSettings, trained: Sequence[str], seed: int | None = None
+) -> nn.Module:
+    """PEFT's model of `config` around `model`; all of it or, on an error, nothing."""
+    from peft import get_peft_model
+
+    prepare_four_bit(model, trained)
+    base = Base.of(model)
+    try:
+        with quiet(), _seeded(model, seed):
+            wrapper = get_peft_model(model, config)
+        _require_trainable(wrapper, config)
+    except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
+        base.restore(model)
+        raise ParameterError("peft_type", str(config.peft_type.value), f"PEFT refuses: {_one_line(error)}") from error
+    wrapper.train(model.training)
+    wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
+    wrapper.register_forward_hook(after_forward, with_kwargs=True)
+    wrapper.lorakit_base = base
+    wrapper.lorakit_unmerged = []
+    wrapper.lorakit_attachment = PeftAttachment("peft", settings, {}, tuple(trained), base.required_grad)
+    return wrapper
+
+
+def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Attach to the bare `model` what PEFT stored in `folder`; returns the wrapper.
+
+    Raises:
+        CheckpointError: it does not fit; the model is then as it was.
+        ParameterError: PEFT refuses it.
+    """
+    config = files.read_config(folder)
+    config.inference_mode = not files.holds_weights(config)
+    named = getattr(config, "modules_to_save", None) or []
+    trained = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in named)]
+    wrapper = wrap(model, config, AdapterSettings(), trained, seed=0)
+    try:
+        files.put(wrapper, tensors)
+    except CheckpointError:
+        detach(wrapper)
+        raise
+    return wrapper
+
+
+def _require_trainable(wrapper: nn.Module, config: Any) -> None:
+    """PEFT does not mind a type that found nothing to act on."""
+    heads = {id(p) for head in _heads(wrapper) for p in head.parameters()}
+    own = sum(p.numel() for p in wrapper.parameters() if p.requires_grad and id(p) not in heads)
+    if not own and not config.inference_mode:
+        raise ValueError("nothing in this model would be trained")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Draw from `seed` and leave the global generators as they are; PEFT takes no generator."""
+    if seed is None:
+        yield
+        return
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _heads(wrapper: nn.Module) -> list[Any]:
+    """The modules trained in full, each beside its original."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return [module for module in wrapper.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _base_layers(wrapper: nn.Module) -> list[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module.get_base_layer() for module in wrapper.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,232 @@
+"""Zeros while training: after each optimizer step p ← prox(p, lr·λ) or p ← p ⊙ mask, with the mask on ∂p as well."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.lora import LoRALayer
+from lorakit.adapters.sparse import (
+    FACTORS,
+    SparseSettings,
+    best_path,
+    has_path,
+    lora_layers,
+    prox,
+    prune_smallest,
+    rank_scores,
+    require_something_left,
+    zeros_due,
+)
+from lorakit.adapters.zeros import sparsity_report
+from lorakit.seams import Controller
+
+__all__ = ["SparseSettings", "Sparsifier"]
+
+STRIDE = 0.01  # masks are chosen anew when the target has risen by this share of its end value, or has reached it
+
+
+class Sparsifier(Controller):
+    """Puts zeros into the LoRA factors of `model`, as `settings` say, and keeps them there.
+
+    What is pruned stays pruned: its gradient is zeroed before clipping and Adam see it, and after each step its weight
+    and its moments are zeroed. Moments that cannot be masked (8-bit states are stored in another type) keep what they
+    had, which without a gradient decays; the weight is zeroed all the same.
+
+    "l1" takes one proximal step after each optimizer step between `start` and `end`, with threshold λ times the
+    learning rate of that step; zeros may leave again. (Under Adam this is not the exact proximal step of loss + λ‖p‖₁,
+    whose threshold would be divided by √v as the step is.) With λ to be found, each matrix gets at each step the
+    smallest λ that makes as many entries zero as are due. At `end` zeros are frozen and the penalty stops: the rest of
+    the budget trains what is left without shrinkage.
+
+    Every layer keeps one rank with a living entry in both factors: one without has no gradient and is dead for ever.
+    A step that trained nothing (a rejected batch, an overflow) prunes nothing; the next one catches up. An adapter
+    without a gradient (skipped) is not shrunk, but is pruned when its time has come. After `end()` the gradients are
+    free again: who trains on would see zeros come back.
+
+    Raises:
+        LorakitError: `model` has no LoRA.
+        ParameterError: the sparsity leaves nothing of a matrix.
+    """
+
+    name = "sparsity"
+
+    def __init__(self, model: nn.Module, settings: SparseSettings):
+        self.model, self.settings = model, settings
+        self.layers = lora_layers(model)
+        require_something_left(settings, self.layers)
+        self.pruned: dict[str, Tensor] = {}  # masks by parameter, True where pruned; empty before the first pruning
+        self.share = self.due = self.penalty = 0.0
+        self.history: list[list[float | None]] = []
+        self._hooks: list[Any] = []
+
+    # between the steps ---------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self.end()
+        self.pruned = {name: self.pruned[name].to(p.device) for name, p in self._factors() if name in self.pruned}
+        for name, parameter in self._factors():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(functools.partial(self._masked, name)))
+
+    def end(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @torch.no_grad()
+    def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
+        self.share = share
+        if self._trained(optimizer):
+            if self.settings.kind == "l1":
+                self._shrink_or_freeze(share, optimizer)
+            elif self._is_time(share):
+                self.prune_to(self.settings.target(share))
+            self._hold(optimizer)
+
+    def at_point(self, step: int) -> None:
+        target = None if self.settings.fixed_penalty else self.settings.target(self.share)
+        self.history.append([step, target, self.reached()])
+
+    def _trained(self, optimizer: torch.optim.Optimizer) -> bool:
+        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
+        return not skipped and any(p.grad is not None for _, p in self._factors())
+
+    def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in self.layers.items():
+            for factor in FACTORS[self.settings.factors]:
+                yield f"{path}.{factor}", getattr(layer, factor)
+
+    # pruning -------------------------------------------------------------------------------------------
+
+    def _is_time(self, share: float) -> bool:
+        target = self.settings.target(share)
+        final = share >= self.settings.end and target > self.due
+        return final or target - self.due >= STRIDE * self.settings.sparsity > 0
+
+    @torch.no_grad()
+    def prune_to(self, target: float) -> None:
+        """Prune each matrix (structured: the ranks of each layer) to the share `target` of zeros."""
+        for path, layer in self.layers.items():
+            grown = self._ranks_pruned if self.settings.kind == "structured" else self._entries_pruned
+            self.pruned |= grown(path, layer, target)
+        self.due = target
+        for name, parameter in self._factors():
+            parameter.masked_fill_(self.pruned[name], 0)
+
+    def _mask(self, path: str, layer: LoRALayer, factor: str) -> Tensor:
+        parameter = getattr(layer, factor)
+        known = self.pruned.get(f"{path}.{factor}")
+        return torch.zeros_like(parameter, dtype=torch.bool) if known is None else known
+
+    def _entries_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
+        masks = {factor: self._mask(path, layer, factor) for factor in FACTORS["both"]}
+        last = best_path(layer.lora_A, layer.lora_B, *masks.values())
+        grown = {}
+        for factor in FACTORS[self.settings.factors]:
+            scores = getattr(layer, factor).abs()
+            scores.view(-1).index_fill_(0, last[factor], torch.inf)
+            grown[f"{path}.{factor}"] = prune_smallest(scores, masks[factor], zeros_due(target, scores.numel()))
+        return grown
+
+    def _ranks_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
+        A, B = layer.lora_A, layer.lora_B
+        known = self._mask(path, layer, "lora_A")[:, 0]
+        ranks = prune_smallest(rank_scores(A, B), known, zeros_due(target, len(known)))
+        return {
+            f"{path}.lora_A": ranks[:, None].expand_as(A).contiguous(),
+            f"{path}.lora_B": ranks[None, :].expand_as(B).contiguous(),
+        }
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor | None:
+        return gradient.masked_fill(self.pruned[name], 0) if name in self.pruned else None
+
+    def _hold(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the weights that are pruned, and every state of theirs that is a plain tensor of the same shape."""
+        if not self.pruned:
+            return
+        for name, parameter in self._factors():
+            states = optimizer.state.get(parameter, {}).values()
+            for tensor in (parameter, *filter(torch.is_tensor, states)):
+                if tensor.shape == parameter.shape and tensor.is_floating_point():
+                    tensor.masked_fill_(self.pruned[name], 0)
+
+    # shrinking -----------------------------------------------------------------------------------------
+
+    def _shrink_or_freeze(self, share: float, optimizer: torch.optim.Optimizer) -> None:
+        if share < self.settings.start or self.pruned:
+            return
+        rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        penalties = [found for layer in self.layers.values() for found in self._shrink(layer, rates, share)]
+        if penalties:
+            self.penalty = float(torch.stack(penalties).mean())
+        if share >= self.settings.end:
+            self._freeze()
+
+    def _shrink(self, layer: LoRALayer, rates: dict[nn.Parameter, float], share: float) -> list[Tensor]:
+        """One proximal step on a layer's factors; the λ of each."""
+        A, B = layer.lora_A, layer.lora_B
+        alive, last = has_path(A, B), best_path(A, B, A == 0, B == 0)
+        factors = {factor: getattr(layer, factor) for factor in FACTORS[self.settings.factors]}
+        kept = {factor: parameter.view(-1)[last[factor]] for factor, parameter in factors.items()}
+        found = []
+        for parameter in factors.values():
+            rate = rates.get(parameter, 0.0)
+            if parameter.grad is not None and rate > 0:
+                threshold = self._threshold(parameter, rate, share)
+                parameter.copy_(prox(parameter, threshold))
+                found.append(threshold / rate)
+        lost = alive & ~has_path(A, B)
+        # a layer that has lost its last rank gets the entries of its best one back
+        for factor, parameter in factors.items():
+            entry = parameter.view(-1)[last[factor]]
+            parameter.view(-1).index_copy_(0, last[factor], torch.where(lost, kept[factor], entry))
+        return found
+
+    def _threshold(self, parameter: Tensor, rate: float, share: float) -> Tensor:
+        """Learning rate times λ, 0-dim: λ as given, or the smallest that leaves as many zeros as are due."""
+        if self.settings.fixed_penalty:
+            return parameter.new_tensor(rate * self.settings.l1)
+        count = zeros_due(self.settings.target(share), parameter.numel())
+        return parameter.abs().flatten().kthvalue(count).values if count else parameter.new_zeros(())
+
+    def _freeze(self) -> None:
+        """What is zero now stays so, except in a layer that has no rank alive: its B was never trained."""
+        for path, layer in self.layers.items():
+            alive = has_path(layer.lora_A, layer.lora_B)
+            for factor in FACTORS[self.settings.factors]:
+                self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
+
+    # what is known -------------------------------------------------------------------------------------
+
+    def reached(self) -> float:
+        """The share of zeros now, over all matrices chosen; structured: of ranks zero in both factors."""
+        if self.settings.kind == "structured":
+            zero = [(la.lora_A == 0).all(1) & (la.lora_B == 0).all(0) for la in self.layers.values()]
+        else:
+            zero = [parameter == 0 for _, parameter in self._factors()]
+        return float(torch.stack([mask.sum() for mask in zero]).sum()) / sum(mask.numel() for mask in zero)
+
+    def report(self) -> dict[str, Any]:
+        """The model's zeros as they are now (before `compact`, which removes them), and how they came."""
+        settings = self.settings
+        return {
+            "kind": settings.kind,
+            "factors": settings.factors,
+            "target": None if settings.fixed_penalty else settings.sparsity,
+            "reached": self.reached(),
+            "l1": settings.l1 or self.penalty,
+            "history": self.history,
+            **sparsity_report(self.model),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("share", "due", "penalty")}
+        return plain | {"pruned": dict(self.pruned), "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,228 @@
+"""Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.adapters import peft_format
+from lorakit.adapters.attach import attach_to
+from lorakit.adapters.attachment import (
+    Attachment,
+    attachment_of,
+    check_state,
+    detach,
+    require_unmerged,
+    trained_tensors,
+)
+from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.adapters.packed import PACKED_FILE, pack, unpack
+from lorakit.adapters.peft_format import StoredAdapter
+from lorakit.adapters.state import load_adapter_state
+from lorakit.errors import CheckpointError, ParameterError, require
+
+OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
+
+
+def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
+    """Write what was trained, task head included, to `folder`: whole, or nothing.
+
+    An adapter is written as PEFT does (`PeftModel.from_pretrained` reads it); "head" and "full" as
+    `lorakit_config.json` and `lorakit_trained.safetensors`. Other files in `folder` stay.
+
+    Args:
+        packed: store the tensors of an adapter in `lorakit_packed.safetensors`, those with enough zeros as a bitmap and
+            their non-zero values: smaller, exact, and read by `load_adapter` alone; PEFT cannot read it.
+
+    Raises:
+        CheckpointError: the adapter is merged.
+        LorakitError: nothing is attached.
+        ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
+    """
+    from safetensors.torch import save_file
+
+    attachment, folder = attachment_of(model), Path(folder)
+    require_unmerged(model)
+    require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
+    adapter = attachment.method in ADAPTERS
+    require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
+    if attachment.foreign:
+        with _written_whole(folder) as temporary:
+            attachment.write(model, temporary)
+        return folder
+    config, config_file, tensors_file, in_file = _layout(model, attachment)
+    tensors = {in_file(name): tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
+    metadata = {"format": "pt"}
+    if packed:
+        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
+    with _written_whole(folder) as temporary:
+        save_file(tensors, temporary / tensors_file, metadata=metadata)
+        (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder
+
+
+def _layout(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Any], str, str, Callable[[str], str]]:
+    """Config, names of the two files, and the name of a tensor in the second."""
+    if attachment.method in ADAPTERS:
+        config = peft_format.to_config(model, attachment)
+        in_file = partial(peft_format.name_in_file, attachment.method)
+        return config, peft_format.CONFIG_FILE, peft_format.TENSORS_FILE, in_file
+    config = {"format": "lorakit", "version": 1, "method": attachment.method, "trained": list(attachment.trained)}
+    return config, OWN_CONFIG_FILE, OWN_TENSORS_FILE, str
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` at the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            _move_over(temporary, folder)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_over(source: Path, folder: Path) -> None:
+    for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
+        (folder / name).unlink(missing_ok=True)
+    # the config comes last: a folder without one is no adapter, so a crash never leaves a mixed pair
+    for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):
+        os.replace(path, folder / path.name)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Load what `save_adapter` or PEFT wrote: into the adapter `model` has, or attaching one as the file says.
+
+    Raises:
+        CheckpointError: there is no adapter in `folder`, it is another kind than the attached one, uses a PEFT feature
+            lorakit lacks, or does not fit (tensor and both shapes named). The model is then as it was.
+
+    Returns:
+        The model; of a type that lorakit has no layer for, PEFT's wrapper around it (method "peft").
+    """
+    attachment: Attachment | None = getattr(model, "lorakit_attachment", None)
+    try:
+        if _is_for_peft(Path(folder), attachment):
+            return _load_peft(model, Path(folder), attachment)
+        stored = _read(model, Path(folder))
+        if attachment is None:
+            return _attach_stored(model, stored)
+        require_unmerged(model)
+        _require_same(model, attachment, stored)
+        return load_adapter_state(model, stored.tensors)
+    except (CheckpointError, ParameterError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
+    """Whether PEFT's own code must read `folder`: it is attached, or the file is of a type that lorakit lacks."""
+    if attachment is not None:
+        return attachment.foreign
+    if not (folder / peft_format.CONFIG_FILE).is_file():
+        return False
+    from lorakit.adapters.peft.files import is_peft_file
+
+    config = _read_json(folder / peft_format.CONFIG_FILE)
+    return is_peft_file(config, {adapter.peft_type for adapter in ADAPTERS.values()})
+
+
+def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) -> nn.Module:
+    from lorakit.adapters.peft.method import attach_file
+
+    tensors = _read_tensors(folder / peft_format.TENSORS_FILE)
+    if attachment is None:
+        return attach_file(model, folder, tensors)
+    require_unmerged(model)
+    return attachment.read(model, folder, tensors)
+
+
+def _attach_stored(model: nn.Module, stored: StoredAdapter) -> nn.Module:
+    attach_to(model, stored.method, stored.settings, stored.targets, stored.trained, seed=0)
+    try:
+        return load_adapter_state(model, stored.tensors)
+    except CheckpointError:
+        detach(model)
+        raise
+
+
+def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapter) -> None:
+    if _kind(attachment.method) != _kind(stored.method):
+        raise CheckpointError(f"holds method {stored.method!r}, but {attachment.method!r} is attached")
+    check_state(trained_tensors(model), stored.tensors)
+    for path, own in attachment.targets.items():  # the scale, which no tensor shows
+        given = stored.targets[path]
+        if (given.alpha, given.rslora) != (own.alpha, own.rslora):
+            raise CheckpointError(
+                f"{path} has alpha={given.alpha}, rslora={given.rslora}; attached are alpha={own.alpha}, "
+                f"rslora={own.rslora}; detach(model) first, then load_adapter attaches as the file says"
+            )
+
+
+def _kind(method: str) -> str:
+    """What a file can tell a method by: "sparse" is stored as "lora" is."""
+    return ADAPTERS[method].peft_type if method in ADAPTERS else method
+
+
+def _read(model: nn.Module, folder: Path) -> StoredAdapter:
+    if (folder / peft_format.CONFIG_FILE).is_file():
+        config = _read_json(folder / peft_format.CONFIG_FILE)
+        return peft_format.read(model, config, _read_adapter_tensors(folder))
+    if (folder / OWN_CONFIG_FILE).is_file():
+        return _read_own(model, _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE))
+    raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
+
+
+def _read_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
+    method, trained = config.get("method"), config.get("trained", [])
+    if method not in ("head", "full"):
+        raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
+    absent = [path for path in trained if path not in dict(model.named_modules())]
+    if absent:
+        raise CheckpointError(f"the file is for another base: this model has no module {absent[0]}")
+    return StoredAdapter(method, AdapterSettings(), {}, trained, tensors)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path.name} is not a mapping")
+    return config
+
+
+def _read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    if not (folder / PACKED_FILE).is_file():
+        return _read_tensors(folder / peft_format.TENSORS_FILE)
+    from safetensors import safe_open
+
+    stored = _read_tensors(folder / PACKED_FILE)
+    with safe_open(folder / PACKED_FILE, "pt") as file:
+        return unpack(stored, file.metadata() or {})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name} is damaged: {error}") from None

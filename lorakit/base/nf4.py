@@ -1,0 +1,92 @@
+"""NF4: w ≈ a_b · q_i, one of 16 normal quantiles q_i per weight, one scale a_b = max|w| per block b of 64 weights.
+
+QLoRA's storage (Dettmers et al. 2023), as bitsandbytes keeps it: two codes to a byte, and with double quantisation
+the scales themselves in 8 bits, a_b ≈ m + s_c · d_j, with one fp32 scale s_c per 256 of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import ParameterError
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights to a scale, scales to a scale of scales
+
+
+def bitsandbytes() -> ModuleType:
+    """The library, imported where it is first used.
+
+    Raises:
+        ParameterError: it cannot be imported.
+    """
+    try:
+        import bitsandbytes
+    except (ImportError, OSError) as error:
+        raise ParameterError("quantize", "nf4", f"needs bitsandbytes, which cannot be imported: {error}") from None
+    return bitsandbytes
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether `module` is bitsandbytes' 4-bit linear layer."""
+    modules = sys.modules.get("bitsandbytes.nn")  # a model that has one has imported it
+    return modules is not None and isinstance(module, modules.Linear4bit)
+
+
+def dequantise(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """W of a 4-bit layer, a new tensor, (out_features, in_features) in `dtype`, or in that of before it was packed."""
+    return unpack(layer.weight.data, layer.weight.quant_state, dtype)
+
+
+def unpack(packed: Tensor, state: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights that bitsandbytes' `quantize_4bit` packed, in their shape.
+
+    As one row: the library's CPU kernel misreads the scales where several rows are not whole blocks. And of even
+    length: for odd ones it would compile a kernel.
+    """
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes().functional.dequantize_blockwise(scales, state.state2) + state.offset
+    count = state.shape.numel()
+    row = (1, count + count % 2)
+    unpacked = torch.ops.bitsandbytes.dequantize_4bit(
+        packed, scales, state.blocksize, state.quant_type, row, dtype or state.dtype
+    )
+    return unpacked.view(-1)[:count].view(state.shape)
+
+
+def dense_numel(parameter: Tensor) -> int:
+    """Number of weights `parameter` stands for; a packed one has fewer elements."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def scale_tensors(parameter: Tensor) -> list[Tensor]:
+    """What is stored beside a packed weight: scales and codebook, and with double quantisation those of the scales."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [state.absmax, state.code, *nested]
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    """Bytes of `parameter` with everything needed to read it."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (parameter, *scale_tensors(parameter)))
+
+
+def nf4_bytes(weights: int, double_quant: bool = True) -> int:
+    """`stored_bytes` of that many weights in NF4, by formula.
+
+    4 bits a weight, and per weight 32/64 bits of scales, or 8/64 + 32/(64·256) with double quantisation: 4.5 or 4.127
+    bits; then the layer's own codebook (16 fp32), and with double quantisation the scales' (256 fp32) and mean.
+    """
+    blocks = -(-weights // BLOCK)
+    packed, codebook = -(-weights // 2), 16 * 4
+    if not double_quant:
+        return packed + 4 * blocks + codebook
+    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + codebook + 256 * 4 + 4

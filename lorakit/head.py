@@ -1,0 +1,210 @@
+"""A model's head: which layer it is, what it is given, which labels it predicts, and of which kind the model is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError, require
+
+IGNORED = -100  # of a label: nothing is predicted there
+KINDS = ("causal", "masked", "classify")
+# which class of transformers is of which kind
+_CLASSES = {
+    **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"},
+}
+ROWS_CHECKED = 4
+TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004
+
+
+# the kind and the labels -------------------------------------------------------------------------------
+
+
+def kind_of(model: nn.Module) -> str:
+    """ "classify", "masked" or "causal", from the class of `model` (under PEFT's wrapper); empty: none of them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return next((kind for part, kind in _CLASSES.items() if part in type(base).__name__), "")
+
+
+def shifted(labels: Tensor, kind: str) -> Tensor:
+    """Labels (B, T) where they are predicted: for kind "causal" the logits at t predict the label at t + 1."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if kind == "causal" else labels
+
+
+def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Where predictions are made: flat positions (N,) and what is predicted there (N,), labels of -100 dropped.
+
+    Args:
+        labels: (B, T), or (B,) for "classify".
+        kind: "causal": position t predicts label t + 1; "masked" and "classify": its own.
+
+    Raises:
+        ParameterError: `kind` is none of these, or the shape of `labels` does not go with it.
+    """
+    require(kind in KINDS, "kind", kind, f"must be one of {', '.join(KINDS)}")
+    dimensions = 1 if kind == "classify" else 2
+    require(labels.ndim == dimensions, "labels", tuple(labels.shape), f"must have {dimensions} dimension(s)")
+    flat = shifted(labels, kind).reshape(-1)
+    positions = (flat != IGNORED).nonzero().squeeze(1)
+    return positions, flat[positions]
+
+
+# where the head is -------------------------------------------------------------------------------------
+
+
+def output_head(model: nn.Module) -> list[str]:
+    """Path of the output embeddings of a language model; empty for every other model."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return [path for path, module in model.named_modules() if head is not None and module is head]
+
+
+def task_head(model: nn.Module) -> list[str]:
+    """Paths of the task head of a transformers model: what has parameters and stands outside `base_model_prefix`.
+
+    BERT `classifier`; DistilBERT `pre_classifier`, `classifier`; GPT-2 and Gemma `score`. Empty for language models
+    and for modules that are no transformers model.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(base, nn.Module) or output_head(model):
+        return []
+    return [name for name, child in model.named_children() if child is not base and list(child.parameters())]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's last linear layer. d_hidden: H; outputs: V words or C classes; softcap: None or c of c·tanh(x / c)."""
+
+    module: nn.Module
+    d_hidden: int
+    outputs: int
+    softcap: float | None
+
+    def capped(self, raw: Tensor) -> Tensor:
+        """The model's logits, of what its linear layer gives."""
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits (…, V) of hidden states (…, H), float32, by the head itself, adapters and all."""
+        return self.capped(self.module(hidden).float())
+
+
+def find_head(model: nn.Module, kind: str) -> Head:
+    """The output embeddings of a language model, or a classifier's last linear layer.
+
+    Raises:
+        LorakitError: the model has no such layer.
+    """
+    module = _classifier(model) if kind == "classify" else model.get_output_embeddings()
+    if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
+        raise LorakitError(
+            f"{type(model).__name__} has no linear output head to read gradients from ({kind}): a gate that looks at "
+            "the head gradient needs one; gates 'random' and 'loss_floor' do not"
+        )
+    outputs, width = module.weight.shape
+    return Head(module, width, outputs, getattr(model.config, "final_logit_softcapping", None))
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    """The last linear layer with one output per label that takes part in the forward (PEFT keeps a spare copy)."""
+    labels = getattr(model.config, "num_labels", None)
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == labels and "original_module" not in name
+    ]
+    return found[-1] if found else None
+
+
+class HeadCheck:
+    """Recomputes logits from what the head was given: one that does more than a linear map has other gradients."""
+
+    def __init__(self, head: Head):
+        self.head, self.checked = head, False
+
+    @torch.no_grad()
+    def expected(self, hidden: Tensor) -> Tensor:
+        """The linear map of hidden states (…, H), in float32."""
+        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
+        raw = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        return self.head.capped(raw)
+
+    def __call__(self, hidden: Tensor, logits: Tensor) -> None:
+        """Compare the first rows of logits (…, V) with those of hidden (…, H), the first time it is called.
+
+        Raises:
+            LorakitError: they differ.
+        """
+        if self.checked or not hidden.numel():
+            return
+        width, outputs = hidden.shape[-1], logits.shape[-1]
+        if (width, outputs) == (self.head.d_hidden, self.head.outputs):
+            rows = slice(0, ROWS_CHECKED)
+            given = logits.detach().flatten(0, -2)[rows].float()
+            expected = self.expected(hidden.detach().flatten(0, -2)[rows])
+            error = (expected - given).norm() / given.norm().clamp(min=1e-12)
+            if error < TOLERANCE or not torch.isfinite(given).all():
+                self.checked = True
+                return
+        raise LorakitError(
+            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
+            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs})"
+        )
+
+
+class HeadInput:
+    """Keeps what `head` was given in the last forward pass, detached, until `take`n."""
+
+    def __init__(self, head: Head):
+        self.head, self.hidden, self.check = head, None, HeadCheck(head)
+        self.handle = head.module.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, arguments: tuple) -> None:
+        self.hidden = arguments[0].detach()
+
+    def take(self, logits: Tensor) -> Tensor:
+        """h (B, T, H) of logits (B, T, V), or (B, H) of (B, C), of the forward that has just run.
+
+        Raises:
+            LorakitError: the head did not run, or its output is not `logits`.
+        """
+        hidden, self.hidden = self.hidden, None
+        if hidden is None:
+            raise LorakitError("the model's forward did not call its output head: no head gradient to gate by")
+        if hidden.dim() == logits.dim() + 1:  # a classifier that reads one token of each sequence (GPT-2, Gemma)
+            hidden = self._token_read(hidden, logits)
+        self.check(hidden, logits)
+        return hidden
+
+    def _token_read(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """(B, H) out of (B, T, H): of each sequence the token whose outputs are the logits (B, C)."""
+        distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
+        return hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self.handle.remove()
+
+
+@contextlib.contextmanager
+def replaced_input(head: Head, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """While inside, the head is given `replace(hidden)` for its first input; what it was given is collected."""
+    given: list[Tensor] = []
+
+    def hook(_: nn.Module, arguments: tuple) -> tuple | None:
+        if given:
+            return None  # `replace` itself asks the head for logits
+        given.append(arguments[0])
+        given[0] = replace(arguments[0])
+        return (given[0], *arguments[1:])
+
+    handle = head.module.register_forward_pre_hook(hook)
+    try:
+        yield given
+    finally:
+        handle.remove()

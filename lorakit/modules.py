@@ -1,0 +1,139 @@
+"""Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lorakit.errors import ParameterError, require
+from lorakit.head import output_head, task_head
+
+ALL_LINEAR = "all-linear"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' GPT-2 Conv1D: a linear map that stores W transposed, (in, out)."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear map an adapter can wrap."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def name_matches(name: str, path: str) -> bool:
+    """PEFT's rule for a listed name: the whole path or the end of it, at a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def inside(path: str, roots: Sequence[str]) -> bool:
+    """Whether `path` is one of the modules `roots` or lies in one."""
+    return any(not root or path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of the linear layers inside `model` (not `model` itself, which has no parent to hold an adapter)."""
+    return [path for path, module in model.named_modules() if path and is_linear(module)]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What `model`, or the model under PEFT's wrapper, trains outside its task head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = task_head(base)
+    return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
+    """Paths of the modules trained in full: "head", or names matched as PEFT does for `modules_to_save`.
+
+    Raises:
+        ParameterError: a name matches no module that has parameters.
+    """
+    if isinstance(trainable, str):
+        require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
+        return task_head(model)
+    _require_names("trainable", trainable, 'must be "head", a list of module names, or ()')
+    paths = [path for path, module in model.named_modules() if path and _has_parameters(module)]
+    found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
+    for name in trainable:
+        if not any(name_matches(name, path) for path in paths):
+            raise ParameterError("trainable", name, f"matches no module; the model has {_short_names(paths)}")
+    return [path for path in found if not inside(path, [other for other in found if other != path])]
+
+
+def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """Paths of the linear layers that get an adapter, in the model's order.
+
+    Args:
+        target_modules: "all-linear" (all but the output and task heads), a list of names (the path or its end), or a
+            regular expression that must match the whole path.
+        excluded: paths of modules trained in full; nothing in them gets an adapter.
+
+    Raises:
+        ParameterError: a name matches nothing, or something that is not linear; the message lists what there is.
+    """
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        heads = [*excluded, *task_head(model), *output_head(model)]
+        found = [path for path in linear_paths(model) if not inside(path, heads)]
+    else:
+        found = [path for path in _matches(model, target_modules) if not inside(path, excluded)]
+    for path in found:
+        kind = type(model.get_submodule(path)).__name__
+        if not is_linear(model.get_submodule(path)):
+            raise _unknown(model, target_modules, f"{path} is a {kind}, not a linear layer")
+    if not found:
+        hint = "; a string is a regular expression on the whole path, a list holds names" * isinstance(
+            target_modules, str
+        )
+        raise _unknown(model, target_modules, f"matches no linear layer outside the modules trained in full{hint}")
+    return found
+
+
+def _require_names(parameter: str, value: object, allowed: str) -> None:
+    listed = isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
+    require(listed, parameter, value, allowed)
+
+
+def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    paths = [path for path, _ in model.named_modules() if path]
+    if isinstance(target_modules, str):
+        return _regex_matches(paths, target_modules)
+    _require_names("target_modules", target_modules, 'must be "all-linear", a list of names, or a regular expression')
+    for name in target_modules:
+        if not any(name_matches(name, path) for path in paths):
+            raise _unknown(model, target_modules, f"{name!r} matches no module")
+    return [path for path in paths if any(name_matches(name, path) for name in target_modules)]
+
+
+def _regex_matches(paths: list[str], pattern: str) -> list[str]:
+    try:
+        return [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise ParameterError("target_modules", pattern, f"not a regular expression: {error}") from None
+
+
+def _unknown(model: nn.Module, target_modules: object, problem: str) -> ParameterError:
+    names = _short_names(linear_paths(model))
+    return ParameterError("target_modules", target_modules, f"{problem}; the model's linear layers are {names}")
+
+
+def _short_names(paths: Sequence[str]) -> str:
+    """Last parts of the paths, once each; a whole path where the last part is only a number."""
+    names = [path if path.rpartition(".")[2].isdigit() else path.rpartition(".")[2] for path in paths]
+    return ", ".join(dict.fromkeys(names)) or "none"
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[child]` in place of every `child`, under every name it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])

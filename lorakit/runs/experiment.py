@@ -1,0 +1,251 @@
+"""run(params) -> Record: one run from parameters to a record, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit import adapters, records
+from lorakit.errors import CheckpointError
+from lorakit.measure import environment, latency, memory, weights
+from lorakit.measure.optimizers import PREDICTABLE
+from lorakit.params import Params, resolve
+from lorakit.records import Costs, Latency, Record
+from lorakit.rows import row_of
+from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
+
+if TYPE_CHECKING:
+    from lorakit.training import BudgetTrainer
+
+
+def run(given: dict[str, Any]) -> Record:
+    """Train as `given` says and measure it.
+
+    Args:
+        given: names and values of `lorakit.Params`; what is not given keeps its default.
+
+    Returns:
+        The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became
+        NaN or infinite) or "out_of_memory"; the files of the run are kept.
+
+    Raises:
+        LorakitError: bad parameters or data, before anything is written.
+        KeyboardInterrupt: after the record with status "interrupted" was written.
+    """
+    params = resolve(given)
+    record = new_record(params, given)
+    assembled = assemble(params)
+    record.notes += assembled.notes
+    record.fingerprints = fingerprints(assembled)
+    with _output_folder(params.run_dir) as folder, _interruptible():
+        trainer = build_trainer(assembled, record, folder)
+        stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
+        _describe(record, assembled, trainer)
+    if params.record and trainer.is_world_process_zero():
+        records.write(record, params.record)
+    if isinstance(stopped, KeyboardInterrupt):
+        raise stopped
+    return record
+
+
+# the steps of a run --------------------------------------------------------------------------------
+
+
+def new_record(params: Params, given: dict[str, Any]) -> Record:
+    """A record of a run that begins; parameters that contradict each other are refused here."""
+    check(params, given)
+    return Record(
+        setting=params.setting,
+        method=row_of(params),
+        seed=params.seed,
+        status="running",
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        params={name: value for name, value in given.items() if name not in ("record", "run_dir", "data_dir")},
+        resolved=params.model_dump(exclude={"record", "run_dir", "data_dir"}),
+        environment=environment.environment(),
+    )
+
+
+def attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -> BaseException | None:
+    """Do `work` and say in the record how it ended; what stopped it is returned."""
+    from lorakit.training import Diverged
+
+    try:
+        work()
+        record.status = "done"
+        return None
+    except Diverged as error:
+        record.status, record.message = "diverged", str(error)
+        return error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        record.status, record.message = "out_of_memory", " ".join(str(error).split())[:500]
+        return error
+    except KeyboardInterrupt as error:
+        record.status, record.message = "interrupted", f"stopped at step {trainer.ledger.steps}"
+        return error
+    finally:
+        trainer.progress.close()
+
+
+def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
+    """Train to the end of the budget, from the newest checkpoint in the run's folder where there is one."""
+    from lorakit.training import checkpoint
+
+    resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
+    if resumed:
+        record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
+    memory.reset_cuda_peak()
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    finally:  # a run that ran out of memory is the one whose peak is asked for
+        record.costs.peak_memory_bytes = memory.cuda_peak_bytes()
+
+
+def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
+    params, model = assembled.params, assembled.model
+    train(trainer, record, params)
+    if params.select == "best":
+        trainer.curve.restore_best(model)
+    if params.predict_memory and params.optimizer in PREDICTABLE:
+        record.costs.predicted_memory = _predicted_memory(assembled)
+    elif params.predict_memory:
+        record.notes.append(f"memory not predicted: the state of {params.optimizer} is not known")
+    record.details |= {controller.name: controller.report() for controller in trainer.controllers}
+    if params.method == "sparse" and params.sparsify == "structured":
+        adapters.compact(model)
+    _evaluate(record, assembled, trainer)
+    if params.run_dir and trainer.is_world_process_zero():
+        adapters.save_adapter(model, Path(params.run_dir) / "adapter")
+
+
+def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
+    """Curve, costs and sizes: known however the run ended."""
+    model, ledger = assembled.model, trainer.ledger
+    record.curve = trainer.curve.points
+    record.parameters = adapters.parameter_stats(model)
+    record.adapter_bytes = adapters.adapter_bytes(model)
+    for controller in trainer.controllers:
+        if controller.name not in record.details:  # a run that was cut short
+            record.details[controller.name] = controller.report()
+    if trainer.gate.selective:
+        record.details["gate"] = trainer.gate_log.report() | _redundancy(assembled, trainer)
+    if trainer.tokens.selective:
+        record.details["tokens"] = trainer.tokens.report()
+    if assembled.params.quantize != "none":
+        record.details["weights"] = weights.weight_table(model)
+    for name in Costs.model_fields:
+        if hasattr(ledger, name):
+            setattr(record.costs, name, getattr(ledger, name))
+
+
+def _redundancy(assembled: Assembled, trainer: BudgetTrainer) -> dict[str, Any]:
+    """Of the batches seen, how many were redundant by design, and how many of those were accepted."""
+    if assembled.redundant is None:
+        return {}
+    decisions = trainer.gate_log.decisions
+    redundant = [bool(assembled.redundant[step % len(assembled.redundant)]) for step in range(len(decisions))]
+    pairs = list(zip(redundant, decisions, strict=True))
+    return {
+        "redundant_seen": sum(redundant),
+        "redundant_accepted": sum(known and accepted for known, accepted in pairs),
+        "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
+    }
+
+
+def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
+    """Final metrics of the chosen weights; the test split is read here and nowhere before."""
+    from lorakit.training.callback import strip_prefix
+
+    chosen = trainer.curve.chosen()
+    record.final["validation"] = dict(chosen.validation)
+    metrics = trainer.evaluate(assembled.task.test, metric_key_prefix="test")
+    record.final["test"] = strip_prefix(metrics, "test_")
+    trainer.accelerator.unwrap_model(assembled.model, keep_fp32_wrapper=False)  # what follows runs without autocast
+    if assembled.params.exact_match_rows:
+        record.final["test"]["exact_match"] = _exact_match(assembled)
+    if assembled.params.latency_repeats:
+        record.latency = _latency(assembled)
+
+
+def _exact_match(assembled: Assembled) -> float:
+    from lorakit.tasks.exact_match import exact_match
+
+    params = assembled.params
+    rows = assembled.task.answer_rows("test", params.exact_match_rows)
+    return exact_match(
+        assembled.model, assembled.tokenizer, rows, max_new_tokens=128, batch_size=params.eval_batch_size
+    )
+
+
+def _latency(assembled: Assembled) -> Latency:
+    """Median milliseconds for one test batch, with the adapters beside the weights and merged into them."""
+    params, model, test = assembled.params, assembled.model, assembled.task.test
+    count = min(params.eval_batch_size, len(test))
+    batch = assembled.task.eval_collator([test[index] for index in range(count)])
+    batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    unmerged = latency.inference_latency(model, batch, params.latency_repeats)
+    merged = None
+    if adapters.can_merge(model):
+        with adapters.merged(model):
+            merged = latency.inference_latency(model, batch, params.latency_repeats)
+    return Latency(batch_size=count, tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged)
+
+
+def _predicted_memory(assembled: Assembled) -> dict[str, int]:
+    return memory.predict_step_memory(
+        assembled.model,
+        _longest_batch(assembled),
+        optimizer=assembled.params.optimizer,
+        autocast=None if assembled.params.precision == "fp32" else assembled.params.precision,
+        device=assembled.model.device.type,
+        tokens=tokens_of(assembled),
+    )
+
+
+def _longest_batch(assembled: Assembled) -> dict[str, torch.Tensor]:
+    """The batch the peak is predicted for: the longest training rows, as many as a batch holds."""
+    rows = assembled.task.train
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: assembled.params.batch_size]
+    return assembled.task.collator([rows[index] for index in longest])
+
+
+# surroundings --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _output_folder(run_dir: str) -> Iterator[str]:
+    """The run's folder, or one that is gone afterwards."""
+    if run_dir:
+        if Path(run_dir).exists() and not Path(run_dir).is_dir():
+            raise CheckpointError(f"run_dir={run_dir!r}: is a file, must be a folder")
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        yield run_dir
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM (a batch system's stop) end a run as Ctrl-C does: with its record written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,243 @@
+"""Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorakit.base.mending import mend
+from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
+from lorakit.errors import ParameterError, require
+from lorakit.gating import Gating
+from lorakit.measure.live import KINDS
+from lorakit.measure.memory import predict_training_memory
+from lorakit.measure.optimizers import PREDICTABLE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+GIB = 2**30
+GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
+CONTEXT_GIB = 1.0  # assumed: CUDA context, cuBLAS workspaces
+FRAGMENTATION = 0.10  # assumed: the share of the peak that rounding and gaps in the allocator add
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS_OF_MODEL = ("causal", "masked", "classify")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training step to be: names as in a run's parameters; `batch` rows of `seq` tokens each."""
+
+    model: str
+    method: str = "lora"
+    batch: int = 4
+    seq: int = 512
+    dtype: str = "bf16"
+    precision: str = "fp32"
+    quantize: str = "none"
+    rank: int = 8
+    targets: str | list[str] = "all-linear"
+    optimizer: str = "adamw_torch"
+    kind: str | None = None  # None: causal for a decoder, classify for an encoder
+    gradient_checkpointing: bool = False
+    tokens: float = 1.0
+    mode: str = "gather"
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "batch", self.batch, "at least 1")
+        require(self.seq >= 1, "seq", self.seq, "at least 1")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "one of fp32, bf16, fp16")
+        require(self.quantize in ("none", "nf4"), "quantize", self.quantize, "one of none, nf4")
+        nf4 = self.quantize == "nf4"
+        require(not nf4 or self.method != "full", "quantize", "nf4", "4-bit weights cannot be trained: method 'full'")
+        require(not nf4 or self.precision != "fp16", "precision", "fp16", "fp16 diverges on NF4; use bf16 or fp32")
+        require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
+        require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
+        require(0 < self.tokens <= 1, "tokens", self.tokens, "a share inside (0, 1]")
+        require(self.mode in ("gather", "fractional"), "mode", self.mode, "one of gather, fractional")
+        self.gating.check(self.precision, self.gradient_checkpointing, skips=False)
+
+    @property
+    def gating(self) -> Gating:
+        """Which tokens get a backward."""
+        return Gating(method="flora" if self.tokens < 1 else "baseline", topk_tokens=self.tokens, mode=self.mode)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted bytes by kind with their sum "peak", the parameter counts, and where the configuration came from."""
+
+    memory: dict[str, int]
+    trainable: int
+    total: int
+    source: str
+
+
+def predict(plan: Plan) -> Prediction:
+    """Build on the meta device, attach, and run one step on fake tensors: no weights, no download of any.
+
+    Raises:
+        ParameterError: a value out of range, an unknown method or target, a sequence longer than the model takes.
+        AssetError: nothing is known of a model of this name.
+    """
+    from lorakit import adapters, models
+    from lorakit.tokens import build_tokens
+
+    require(plan.method in adapters.METHODS, "method", plan.method, f"one of {', '.join(adapters.METHODS)}")
+    described = models.describe(plan.model)
+    longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
+    require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")
+    kind = plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
+    base = build(described.config, kind, plan.dtype)
+    if plan.quantize == "nf4":
+        quantize_meta(base)
+    model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
+    memory = predict_training_memory(
+        lambda: model,
+        lambda: make_batch(plan.batch, plan.seq, kind),
+        optimizer=plan.optimizer,
+        autocast=None if plan.precision == "fp32" else plan.precision,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        device="cuda",
+        tokens=build_tokens(plan.gating, model, kind),
+    )
+    sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return Prediction(memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source)
+
+
+def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
+    """The model of a configuration on the meta device."""
+    import transformers
+
+    from lorakit.models.loading import KINDS as AUTO_CLASSES
+
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0  # classifiers look for the last token that is not padding
+    auto = getattr(transformers, AUTO_CLASSES[kind])
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=DTYPES[dtype])
+    except ValueError:
+        raise ParameterError("kind", kind, f"not there for a {config.model_type} model") from None
+
+
+def quantize_meta(model: nn.Module) -> None:
+    """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
+    from lorakit.base.quantize import quantisable
+    from lorakit.modules import replace_modules
+
+    linears = {model.get_submodule(path): None for path in quantisable(model)}  # once each, however many paths
+    replace_modules(model, {linear: _four_bit(linear) for linear in linears})
+    model.is_loaded_in_4bit = True
+
+
+def _four_bit(linear: nn.Module) -> nn.Module:
+    from lorakit.modules import is_conv1d
+
+    library, weight, bias = bitsandbytes(), linear.weight, linear.bias
+    shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
+    layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
+    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+    state = _scales(library.functional.QuantState, shape, weight.dtype)
+    layer.weight = library.nn.Params4bit(
+        packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
+    )
+    if bias is not None:
+        layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
+    mend(layer)
+    return layer
+
+
+def _scales(state: type, shape: torch.Size, dtype: torch.dtype) -> Any:
+    """Scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone."""
+    blocks = -(-shape.numel() // BLOCK)
+    scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
+    nested = state(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return state(scales, shape, torch.empty(16), BLOCK, "nf4", dtype, offset=torch.empty(()), state2=nested)
+
+
+def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
+    """Inputs of the right shapes: (batch, seq) ids and mask; labels (batch,) for classify, else (batch, seq)."""
+    ids = torch.zeros(batch, seq, dtype=torch.long)
+    labels = torch.zeros(batch, dtype=torch.long) if kind == "classify" else ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def needed_bytes(peak: int) -> float:
+    """The predicted peak with the assumed margins on top."""
+    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
+
+
+def report(plan: Plan, prediction: Prediction) -> str:
+    """The two tables `lorakit plan` prints."""
+    return "\n\n".join([_head(plan, prediction), _by_kind(prediction.memory), _by_gpu(prediction.memory["peak"])])
+
+
+def _head(plan: Plan, prediction: Prediction) -> str:
+    rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
+    extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
+    autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
+    chosen = "" if plan.tokens == 1 else f", {plan.tokens:.0%} of the tokens ({plan.mode})"
+    base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
+    return (
+        f"{plan.model} ({prediction.source})\n"
+        f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {base}{plan.dtype} weights{autocast}, "
+        f"{plan.optimizer}{extra}{chosen}\n"
+        f"{prediction.trainable:,} of {prediction.total:,} parameters trained"
+    )
+
+
+def _by_kind(memory: Mapping[str, int]) -> str:
+    lines = [f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*KINDS, "peak")]
+    return "\n".join(["predicted, alive at the peak of one training step", *lines])
+
+
+def _by_gpu(peak: int) -> str:
+    needed = needed_bytes(peak)
+    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
+    lines = [f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms]
+    assumed = f"assumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation"
+    return "\n".join([f"{assumed}\npredicted need {needed / GIB:.1f} GiB; room on common GPUs", *lines])
+
+
+def parse(argv: list[str] | None) -> Plan:
+    """The command line; its names are those of `Plan`."""
+    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
+    for name, what in _OPTIONS.items():
+        default = getattr(Plan, name)
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, help=f"{what} (default {default})")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    if "," in given["targets"]:
+        given["targets"] = given["targets"].split(",")
+    return Plan(**given)
+
+
+_OPTIONS = {
+    "method": "what is trained",
+    "batch": "rows in a batch",
+    "seq": "tokens in a row",
+    "dtype": "of the frozen weights: fp32, bf16",
+    "precision": "of autocast: fp32 (none), bf16, fp16",
+    "quantize": "of the frozen linear layers: none, nf4 (4 bits, scales in 8)",
+    "rank": "of the adapters",
+    "targets": 'adapted layers: "all-linear", names with commas between, or a regular expression',
+    "optimizer": f"one of {', '.join(PREDICTABLE)}",
+    "tokens": "that get a backward (FLoRA), a share of those that are predicted",
+    "mode": "of that backward: gather (through the head only), fractional (through the layers)",
+    "kind": "causal, masked or classify; by the model's family where not given",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lorakit plan MODEL …`."""
+    plan = parse(argv)
+    print(report(plan, predict(plan)))
+    return 0

@@ -1,0 +1,85 @@
+"""search(params) -> Record: every learning rate at the same small budget, compared on validation data."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lorakit import records
+from lorakit.errors import require
+from lorakit.params import Params, resolve
+from lorakit.records import Record, SearchPoint
+from lorakit.runs.assembly import assemble, build_trainer, fingerprints
+from lorakit.runs.experiment import attempt, new_record, train
+
+# what a trial does not depend on: it sets its own learning rate, budget and evaluations, and never reads the test split
+_NOT_OF_A_TRIAL = {
+    *("search_rates", "learning_rate", "budget", "evaluations", "max_test", "latency_repeats", "predict_memory"),
+    *("save_steps", "exact_match_rows", "resume", "report_to", "setting", "row"),
+}
+
+
+def search(given: dict[str, Any]) -> Record:
+    """Try each of `params.search_rates` for `params.search_budget`, each fully decayed, and compare on validation data.
+
+    A search that goes on where `params.record` holds an earlier one of the same run tries only the rates it lacks.
+
+    Returns:
+        A record of kind "lr_search"; the test split is never read. `best_rate` picks from it.
+    """
+    params = resolve(given)
+    require(len(params.search_rates) > 0, "search_rates", params.search_rates, "must list the learning rates to try")
+    record = new_record(params, given)
+    record.kind = "lr_search"
+    known = _known(params, record)
+    for rate in params.search_rates:
+        if rate in known:
+            record.search.append(known[rate])
+            continue
+        trial = {"learning_rate": rate, "budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
+        record.search.append(_try_rate(params.model_copy(update=trial), record))
+    record.status = "done"
+    if params.record:
+        records.write(record, params.record)
+    return record
+
+
+def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
+    """Rate -> result of the search at `params.record`, where it was of the same run, in all but its list of rates."""
+    if not params.record or not Path(params.record).is_file():
+        return {}
+    earlier = records.read(params.record)
+    asked_alike = all(
+        record.resolved.get(name) == value for name, value in earlier.resolved.items() if name not in _NOT_OF_A_TRIAL
+    )
+    if earlier.kind != "lr_search" or not asked_alike:
+        return {}
+    record.fingerprints = earlier.fingerprints
+    known = {point.learning_rate: point for point in earlier.search}
+    taken = [f"{rate:g}" for rate in params.search_rates if rate in known]
+    if taken:
+        record.notes.append(f"learning rates {', '.join(taken)} from the search started {earlier.started}")
+    return known
+
+
+def best_rate(record: Record) -> float:
+    """The learning rate with the lowest validation loss among those that did not diverge."""
+    finished = [point for point in record.search if point.status == "done" and point.validation]
+    require(len(finished) > 0, "search_rates", [point.learning_rate for point in record.search], "all of them diverged")
+    return min(finished, key=lambda point: point.validation["loss"]).learning_rate
+
+
+def _try_rate(params: Params, record: Record) -> SearchPoint:
+    trial = new_record(params, {})
+    assembled = assemble(params)
+    record.notes += [note for note in assembled.notes if note not in record.notes]
+    record.fingerprints = fingerprints(assembled)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(assembled, trial, folder)
+        stopped = attempt(trial, trainer, lambda: train(trainer, trial, params))
+    if isinstance(stopped, KeyboardInterrupt):
+        raise stopped
+    chosen = trainer.curve.chosen()
+    validation = chosen.validation if chosen and trial.status == "done" else None
+    return SearchPoint(learning_rate=params.learning_rate, status=trial.status, validation=validation)

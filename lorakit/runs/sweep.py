@@ -1,0 +1,216 @@
+"""A sweep: every method x seed of a setting that has no finished record yet, through Snakemake."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import records
+from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.params import Params, read_files, resolve
+from lorakit.places import PROJECT
+from lorakit.rows import method_of, notebook_of
+from lorakit.runs.notebooks import FINISHED
+
+# where and how a run was made, not what it is
+# what changes nothing about a run's result: where it is kept, and what only a learning-rate search reads
+APART = {"row", "record", "run_dir", "data_dir", "resume", "report_to", "search_rates", "search_budget"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """params/<setting>/<method>.yaml at one seed, and the places that follow from it.
+
+    `method` is the row: the file's name. What is trained, `trains`, is what the file says, or its name.
+    """
+
+    root: Path
+    setting: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.method}/s{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "results" / f"{self.name}.json"
+
+    @property
+    def executed(self) -> Path:
+        return self.record.with_suffix(".ipynb")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / ".runs" / self.name
+
+    @property
+    def notebook(self) -> Path:
+        return self.root / "notebooks" / notebook_of(self.params)
+
+    @property
+    def files(self) -> list[Path]:
+        """The params files, later ones winning."""
+        folder = self.root / "params" / self.setting
+        return [folder / "_setting.yaml", folder / f"{self.method}.yaml"]
+
+    @property
+    def params(self) -> Params:
+        """What the params files ask for."""
+        named = {"setting": self.setting, "row": self.method, "seed": self.seed}
+        return resolve(method_of(self.method) | read_files(self.files) | named)
+
+    @property
+    def trains(self) -> str:
+        return self.params.method
+
+    def status(self) -> str:
+        """Of the record; "missing" where there is none that can be read."""
+        try:
+            return records.read(self.record).status
+        except LorakitError:
+            return "missing"
+
+    def finished(self) -> bool:
+        return self.status() in FINISHED
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Parameter -> (what the record was made with, what the params files say now), where they differ."""
+        resolved = records.read(self.record).resolved
+        was = resolve({name: value for name, value in resolved.items() if name in Params.model_fields})
+        pairs = {name: (getattr(was, name), getattr(self.params, name)) for name in Params.model_fields}
+        return {name: pair for name, pair in pairs.items() if name not in APART and pair[0] != pair[1]}
+
+
+def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> list[Run]:
+    """Every run asked for, finished or not.
+
+    Args:
+        root: has `params/`, `notebooks/` and `results/`.
+        methods: separated by spaces; empty: every method of the setting.
+        seeds: separated by spaces; empty: 0.
+
+    Raises:
+        ParameterError: an unknown setting or method, a seed that is no number, a params file that is not valid.
+    """
+    root = Path(root).resolve()
+    settings = sorted(path.parent.name for path in root.glob("params/*/_setting.yaml"))
+    require(
+        setting in settings, "SETTING", setting, f"must be one of {', '.join(settings) or 'none (no params/ here)'}"
+    )
+    known = sorted(path.stem for path in root.glob(f"params/{setting}/[!_]*.yaml"))
+    chosen = methods.split() or known
+    for method in chosen:
+        require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
+    runs = [Run(root, setting, method, seed) for seed in _numbers(seeds) for method in chosen]
+    for run in runs:
+        _ = run.params  # a bad file is told before any run starts
+    return runs
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(seed) for seed in seeds.split() or ["0"]]
+    except ValueError:
+        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
+
+
+def stale(runs: list[Run]) -> list[str]:
+    """One line for each finished record whose params files have changed since."""
+    lines = []
+    for run in runs:
+        if run.finished() and (changed := run.differences()):
+            shown = ", ".join(f"{name}: {was!r} then, {now!r} now" for name, (was, now) in changed.items())
+            lines.append(f"{_short(run.record)} is kept but its params files changed ({shown}); rm it to run it again")
+    return lines
+
+
+def sweep(runs: list[Run], jobs: int = 1) -> int:
+    """Run what is not finished, `jobs` at once; 0 when every record is finished at the end."""
+    require(jobs >= 1, "JOBS", jobs, "must be at least 1")
+    pending = [run for run in runs if not run.finished()]
+    _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
+    if pending:
+        with _alone(runs[0]):
+            _call(_snakemake(pending, jobs), cwd=runs[0].root)
+    for line in stale(runs):
+        _say(f"warning: {line}")
+    unfinished = [run for run in pending if not run.finished()]
+    for run in unfinished:
+        seen = f"see {_short(run.executed)}" if run.executed.is_file() else "it did not start"
+        _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
+    return 1 if unfinished else 0
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Keep a second sweep of the setting out; unlike Snakemake's, this lock ends with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    path = run.root / ".runs" / f".{run.setting}.lock"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(path, blocking=False):
+            yield
+    except Timeout:
+        raise ParameterError("SETTING", run.setting, "another sweep of it is at work in this folder") from None
+
+
+def _call(command: list[str], cwd: Path) -> None:
+    """Run `command` to its end; Ctrl-C reaches it and its runs directly, which then finish their records."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        subprocess.Popen(command, cwd=cwd).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _snakemake(pending: list[Run], jobs: int) -> list[str]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    settings = {
+        "setting": pending[0].setting,
+        "methods": " ".join(dict.fromkeys(run.method for run in pending)),
+        "seeds": " ".join(dict.fromkeys(str(run.seed) for run in pending)),
+        "threads": threads,
+    }
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile")),
+        *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
+        *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
+    ]
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def _say(text: str) -> None:
+    print(f"sweep: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`make sweep`. Exit status: 0 all finished, 1 some are not, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="lorakit sweep", description=main.__doc__)
+    parser.add_argument("--setting", required=True, help="a folder of params/")
+    parser.add_argument("--methods", default="", help="separated by spaces (default: all of the setting)")
+    parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    arguments = parser.parse_args(argv)
+    try:
+        return sweep(plan(PROJECT, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
+    except LorakitError as error:
+        _say(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,236 @@
+"""Where a method may act on one batch: a page that tells the whole architecture.
+
+    forward ── TokenSelection.select ── Gate.decide ── backward ── Controller.after_step ── step
+
+`training/` runs that line and knows nothing but these classes. A **gate** looks at a batch's one forward pass and says
+whether its backward is worth running; a **token selection** calls the model and says which tokens a backward reaches;
+a **controller** acts between the steps: it prunes, skips layers, or follows a PEFT method's own schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lorakit.head import IGNORED, shifted
+
+# which batches -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a gate may look at: the forward pass of one micro-batch, before its backward. Everything is detached.
+
+    loss: () as it would be backpropagated, so that the losses of a window add up to the window's.
+    logits: (B, T, V), or (B, C) for kind "classify"; labels: (B, T) or (B,), -100 where nothing is predicted.
+    hidden: (B, T, H) or (B, H), what the head was given; only for gates that ask for it (`Gate.needs_hidden`).
+    kind: "classify", "masked" (no shift) or "causal" (the logits at t predict the label at t + 1).
+    softcap: c where the head's logits are c·tanh(logits / c).
+    token_losses: (B·T,) or (B,), the negative log-likelihood at every position, where the loss function kept it.
+    """
+
+    loss: Tensor
+    logits: Tensor | None
+    labels: Tensor | None
+    hidden: Tensor | None = None
+    kind: str = "classify"
+    softcap: float | None = None
+    token_losses: Tensor | None = None
+
+    @property
+    def targets(self) -> int:
+        """Labels the loss is made of."""
+        return int((shifted(self.labels, self.kind) != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Run the backward pass or not, and the score that decided (None where the gate does not score)."""
+
+    accept: bool
+    score: float | None = None
+
+
+class Gate:
+    """Decides once per optimizer step, over its whole window of micro-batches; this one accepts everything.
+
+    The trainer calls `measure` for every micro-batch, adds the results up over the window and over all ranks, and gives
+    the sum to `decide`. A decision is thus about the batch the optimizer would step on, and the same on every rank.
+
+    Attributes:
+        name: key in tables; selective: False where every batch is accepted, in which case nothing is measured and
+            gradients are computed as the plain Trainer computes them.
+        needs_hidden: whether `measure` looks at `Candidate.hidden`.
+        target_rate, burn_in: the share of batches to accept, and how many at the start are accepted unseen.
+    """
+
+    name = "none"
+    selective = False
+    needs_hidden = False
+    target_rate: float = 1.0
+    burn_in: int = 0
+
+    def measure(self, candidate: Candidate) -> Tensor:
+        """What this micro-batch adds to the window's measurement, (n,) float64 with the same n every time."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def decide(self, measured: Tensor) -> Decision:
+        """Accept or reject the window whose measurements add up to `measured` (n,)."""
+        return Decision(accept=True)
+
+    def acceptance_rate(self) -> float:
+        """Share of batches accepted of late, burn-in left out."""
+        return 1.0
+
+    def flops(self, candidate: Candidate) -> float:
+        """FLOPs of one `measure` and its part in `decide`, by formula."""
+        return 0.0
+
+    def report(self) -> dict[str, Any]:
+        """What the record is to know of this gate."""
+        return {"name": self.name, "target_rate": self.target_rate, "burn_in": self.burn_in}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class AlwaysOpen(Gate):
+    """The baseline: every batch gets its backward."""
+
+
+# which tokens ------------------------------------------------------------------------------------------
+
+# (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward
+Look = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass
+class Selected:
+    """What a selection made of one micro-batch.
+
+    finish: the loss to backpropagate, () and summed over the chosen, weighted where they were sampled; what it runs,
+        runs now, so that a rejected batch does not pay for it; to be called once, what was kept for it is given up.
+    predictions: labels the batch has; chosen: those that were kept.
+    loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
+    chosen_sum: as `finish()` will give it, detached, where known.
+    backpropagated: input tokens a backward passes through; None: all of the batch's.
+    key: what the FLOPs of `finish` and of the backward depend on, beside the batch's shape.
+    flops: of scoring, by formula, beyond the matrix products that are counted as they run.
+    """
+
+    finish: Callable[[], Tensor]
+    predictions: int
+    chosen: int
+    backpropagated: int | None
+    key: Hashable
+    loss_sum: Tensor | None = None
+    chosen_sum: Tensor | None = None
+    flops: float = 0.0
+
+
+class TokenSelection(Protocol):
+    """Stands between the trainer and the model: calls the model, and says which tokens a backward reaches.
+
+    selective: False where every token gets its backward: then the trainer runs the model as ever, and asks nothing.
+    two_pass: whether `Selected.finish` runs the model a second time.
+    head: of the model (`lorakit.head.Head`).
+    """
+
+    selective: bool
+    two_pass: bool
+    head: Any
+
+    def select(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
+    ) -> Selected:
+        """Run `model` on `inputs` (without labels) and choose; `look` sees every prediction, in chunks."""
+
+    def verify(self, model: torch.nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Called once, before the first `select`: does the model do what the selection relies on?"""
+
+    def divisor(self, labels: Tensor) -> int:
+        """What the losses of a batch with these labels are divided by, to be summed over a window and all ranks."""
+
+    def signature(self, labels: Tensor) -> Hashable:
+        """What, beside the batch's shape, the FLOPs of `select` depend on."""
+
+    def report(self) -> dict[str, Any]:
+        """What the record is to know."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class AllTokens:
+    """The baseline: every token gets its backward."""
+
+    selective = two_pass = False
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: the selection has no state."""
+
+
+# between the steps -------------------------------------------------------------------------------------
+
+
+class Controller:
+    """Does nothing; a method overrides what it needs.
+
+    The trainer calls `bind` and `begin` once, for every optimizer step `begin_step`, then after `optimizer.step()` and
+    before the gradients are cleared `after_step`, at every point of the curve `at_point`, and `end` when training is
+    over. `share` is the share of the budget spent, 0 before the first step, at least 1 after the last; every rank has
+    the same. `state_dict` goes into checkpoints: with it, resuming is bitwise.
+
+    Attributes:
+        name: key of `report()` in the record's `details`.
+    """
+
+    name = ""
+
+    def bind(self, total_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Learn how to sum a float64 vector over all processes."""
+
+    def begin(self) -> None:
+        """Training starts, or goes on after a resume."""
+
+    def begin_step(self, share: float) -> None:
+        """An optimizer step's first forward comes next."""
+
+    def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
+        """The weights have been updated; gradients are still there."""
+
+    def at_point(self, step: int) -> None:
+        """A point was added to the curve at optimizer step `step`."""
+
+    def end(self) -> None:
+        """Training is over, for whatever reason; the model is to be left ready for inference. May be called twice."""
+
+    def signature(self) -> Hashable:
+        """What, beside the batch's shape, the FLOPs of the coming pass depend on; plain numbers and tuples of them."""
+        return ()
+
+    def report(self) -> dict[str, Any]:
+        """What the record is to know, as JSON values."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, readable with `torch.load(weights_only=True)`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""

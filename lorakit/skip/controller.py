@@ -1,0 +1,254 @@
+"""SkipLoRA between the steps of a run: measure and average M of every adapter, choose which are active, keep books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.layer import AdapterLayer
+from lorakit.adapters.lora import LoRALayer
+from lorakit.adapters.probe import Probe
+from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.seams import Controller
+from lorakit.skip.choice import SkipSettings, block_numbers, choose, threshold
+
+
+class SkipLoRA(Controller):
+    """Skips LoRA adapters, lorakit's or PEFT's, whose update is small; inference stays that of LoRA.
+
+    Without lorakit's trainer: `begin()`, then for each optimizer step `begin_step(share of the run done)`, forward,
+    backward, `optimizer.step()`, `after_step(share, optimizer)`, `zero_grad()`; at last `end()`. On the
+    Hugging Face Trainer: `SLoRATrainer(…, controllers=[skip])`. A decision holds for a whole optimizer step, however
+    many batches it accumulates, and is the same in every process (under DistributedDataParallel with
+    `find_unused_parameters=True`).
+
+    Args:
+        model: has LoRA attached.
+        settings: see `SkipSettings`.
+        seed: of the exploration, the same in every process.
+
+    Raises:
+        ParameterError: no adapter that can be skipped, or fewer than `settings.min_active`.
+    """
+
+    name = "skip"
+
+    def __init__(self, model: nn.Module, settings: SkipSettings, seed: int = 0):
+        self.model, self.settings = model, settings
+        self.probes = probe_model(model)
+        self.paths = [probe.path for probe in self.probes]
+        self.blocks = block_numbers(self.paths)
+        most = len(self.probes)
+        require(settings.min_active <= most, "skip_min_active", settings.min_active, f"the model has {most} adapters")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.metric: list[float] | None = None  # M of each adapter, averaged; None before the first measurement
+        self.steps = 0
+        self.skipped = [0] * most  # steps each adapter was skipped
+        self.history: dict[str, list[Any]] = {"step": [], "metric": [], "active": []}
+        self._since_point = (0, [0] * most)  # steps and skips at the last point of the curve
+        self._handle: Any = None
+        self._sum: Callable[[Tensor], Tensor] = lambda vector: vector
+        self._forced: list[bool] = []
+        self._warm = True
+        remove_probes(model, self.probes)
+
+    # the trainer's calls -------------------------------------------------------------------------------
+
+    def bind(self, total_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self._sum = total_over_ranks
+
+    def begin(self) -> None:
+        if self._handle is None:
+            self.probes = probe_model(self.model)
+            self._handle = self.model.register_forward_pre_hook(self._new_batch, with_kwargs=True)
+        if self.settings.mode == "prefix":
+            keep_the_cut(self.model)
+            for probe in self.probes:
+                probe.refuse_gradient = True
+
+    def begin_step(self, share: float) -> None:
+        in_forward, self._warm = self.settings.decide == "forward", share < self.settings.warmup
+        warm = self._warm
+        measuring = in_forward or warm or self.steps % self.settings.measure_every == 0
+        active = [True] * len(self.probes)
+        if not warm and self.metric is not None and not in_forward:
+            active = choose(self.metric, self.blocks, self.settings, self.generator)
+        if in_forward and not warm:
+            draws = torch.rand(len(self.probes), generator=self.generator).tolist()
+            explored = draws if self.settings.mode == "adapter" else [draws[0]] * len(draws)
+            self._forced = [draw < self.settings.explore for draw in explored]
+        for probe, on in zip(self.probes, active, strict=True):
+            probe.active, probe.measuring, probe.squares = on, measuring, None
+            probe.decide = self._decide if in_forward and not warm else None
+            for parameter in probe.parameters:
+                parameter.grad = None  # a gradient of zeros would still be a step of AdamW
+
+    def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
+        self.steps += 1
+        for place, probe in enumerate(self.probes):
+            self.skipped[place] += not probe.active
+        if self.probes[0].squares is not None:
+            self._average(self._measured(self.probes))
+
+    def at_point(self, step: int) -> None:
+        since, skips = self._since_point
+        steps = max(1, self.steps - since)
+        active = [1 - (now - before) / steps for now, before in zip(self.skipped, skips, strict=True)]
+        self._since_point = (self.steps, list(self.skipped))
+        self.history["step"].append(step)
+        self.history["metric"].append([round(m, 6) for m in self.metric or []])
+        self.history["active"].append([round(a, 4) for a in active])
+
+    def end(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        remove_probes(self.model, self.probes)
+
+    def signature(self) -> Hashable:
+        return ("".join("01"[probe.active] for probe in self.probes), self.probes[0].measuring)
+
+    def report(self) -> dict[str, Any]:
+        share = sum(self.skipped) / max(1, self.steps * len(self.probes))
+        per_adapter = [count / max(1, self.steps) for count in self.skipped]
+        return {
+            "adapters": self.paths,
+            "blocks": self.blocks,
+            "share_skipped": share,
+            "share_skipped_per_adapter": [round(value, 4) for value in per_adapter],
+            "history": self.history,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "history": self.history,
+            "since_point": self._since_point,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metric, self.steps = state["metric"], state["steps"]
+        self.skipped, self.history = list(state["skipped"]), state["history"]
+        self._since_point = tuple(state["since_point"])
+        self.generator.set_state(state["generator"])
+
+    # inside a step -------------------------------------------------------------------------------------
+
+    def _new_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        known = isinstance(mask, Tensor) and mask.ndim == 2
+        valid = mask.reshape(-1).float() if known else None
+        for probe in self.probes:
+            probe.valid, probe.fresh = valid, True
+
+    def _decide(self, probe: Probe) -> bool:
+        """In the forward: whether the adapter just measured is active; later batches of the step keep to it."""
+        probe.decide = None
+        place = self.probes.index(probe)
+        before = [other.active for other in self.probes[:place]]
+        (m,) = self._measured([probe])
+        tau = threshold(self.metric, self.settings) if self.settings.share and self.metric else self.settings.threshold
+        needed = self.settings.min_active - sum(before) >= len(self.probes) - place
+        cut_ended = self.settings.mode == "prefix" and any(before)
+        return m >= tau or needed or cut_ended or self._forced[place]
+
+    def _measured(self, probes: list[Probe]) -> list[float]:
+        """M of each adapter over the batches since the step began, of all processes."""
+        squares = torch.stack([probe.squares for probe in probes]).double().cpu()
+        update, output = self._sum(squares.flatten()).view(-1, 2).T
+        return (update / output.clamp_min(1e-30)).sqrt().tolist()
+
+    def _average(self, measured: list[float]) -> None:
+        # while B still grows from zero an average would lag behind
+        rate = self.settings.ema if self.metric and not self._warm else 1.0
+        before = self.metric or measured
+        self.metric = [old + rate * (new - old) for old, new in zip(before, measured, strict=True)]
+
+
+# probes on a model -------------------------------------------------------------------------------------
+
+
+def probe_model(model: nn.Module) -> list[Probe]:
+    """Give every LoRA adapter of `model`, lorakit's or PEFT's, a probe; in the order of the model's modules.
+
+    Raises:
+        ParameterError: there is none, or one whose update is no term of its own (HiRA, DoRA, …).
+    """
+    probes = []
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            require(isinstance(module, LoRALayer), "skip", path, f"cannot skip a {type(module).__name__}")
+            module.probe = Probe(path, (module.lora_A, module.lora_B))
+            probes.append(module.probe)
+        elif type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "lora_variant"):
+            probes.append(_probe_peft(path, module))
+    if not probes:
+        raise ParameterError("skip", type(model).__name__, "the model has no LoRA adapter")
+    return probes
+
+
+def _probe_peft(path: str, layer: nn.Module) -> Probe:
+    """Hooks on a PEFT LoRA layer: its base gives h, its A the inner values, its B's output is what is detached."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    require(len(names) == 1, "skip", path, f"needs one active PEFT LoRA adapter per layer, has {len(names)}")
+    (name,) = names
+    require(name not in layer.lora_variant, "skip", path, "cannot skip a LoRA variant (DoRA, …)")
+    A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    require(isinstance(A, nn.Linear), "skip", path, "can skip PEFT LoRA on linear layers only")
+    probe, seen = Probe(path, (A.weight, B.weight)), {}
+
+    def base(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if layer.training and torch.is_grad_enabled():
+            seen["h"], seen["x"] = out.detach().reshape(-1, out.shape[-1]), args[0]
+
+    def inner(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        if "h" not in seen:
+            return None
+        probe.see(seen.pop("h"), out.reshape(-1, out.shape[-1]), B.weight, scaling)
+        probe.require_cut(seen.pop("x"))
+        return None if probe.active else out.detach()
+
+    def outer(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        return None if probe.active else out.detach()
+
+    for module, hook in ((layer.base_layer, base), (A, inner), (B, outer)):
+        probe.handles.append(module.register_forward_hook(hook))
+    return probe
+
+
+def keep_the_cut(model: nn.Module) -> None:
+    """Undo what transformers does for gradient checkpointing and what would make a prefix's backward run all the same.
+
+    Enabling checkpointing makes the embeddings' output require a gradient, which only the reentrant kind needs.
+
+    Raises:
+        LorakitError: checkpointing is the reentrant kind.
+    """
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
+            "use_reentrant"
+        ):
+            raise LorakitError(
+                "skip='prefix': reentrant checkpointing undoes the cut; enable it with use_reentrant=False"
+            )
+    for module in model.modules():
+        if getattr(module, "_require_grads_hooks", None):
+            module.disable_input_require_grads()
+
+
+def remove_probes(model: nn.Module, probes: Sequence[Probe]) -> None:
+    """Take the probes off: every adapter is trained again, and inference is that of plain LoRA."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.probe = None
+    for probe in probes:
+        probe.active = True
+        while probe.handles:
+            probe.handles.pop().remove()

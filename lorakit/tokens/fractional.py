@@ -1,0 +1,258 @@
+"""Backpropagate through a fraction of the tokens: record every key and value, then run the chosen tokens alone.
+
+Pass 1 has no graph: it records keys and values of all tokens and scores the predictions. Pass 2 runs the chosen tokens
+with their own positions; they attend to recorded keys and values, at chosen positions to fresh ones. Gradients do not
+flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+
+from lorakit.adapters.layer import AdapterLayer
+from lorakit.errors import LorakitError, require
+from lorakit.gating import Gating
+from lorakit.head import replaced_input
+from lorakit.seams import Look, Selected
+from lorakit.tokens.choice import Chosen, Plan
+from lorakit.tokens.kept_logits import with_gradient
+from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places
+from lorakit.tokens.selection import TokenGate
+
+ATTENTION = ("sdpa", "eager")
+LAYERS = {"full_attention", "sliding_attention"}
+OF_CLASSIFIERS = "summary|classif|seq_classif"  # how rates are called that a language model's head has not
+TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
+
+
+class FreshKeys(Cache):
+    """Gives a layer the recorded keys and values of its sequences, those of the chosen tokens replaced by fresh ones.
+
+    A layer's record is given up, in `recorded` as well, as soon as it is used: its memory is then the graph's.
+    """
+
+    def __init__(self, recorded: DynamicCache, chosen: Places):
+        super().__init__(layers=[])
+        self.chosen, self.recorded = chosen, recorded
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """keys, values: (R, heads, K, d), fresh; returns (R, heads, T, d) of both."""
+        layer = self.recorded.layers[layer_idx]
+        keys, layer.keys = self._replaced(layer.keys, keys), None
+        values, layer.values = self._replaced(layer.values, values), None
+        return keys, values
+
+    def _replaced(self, recorded: Tensor, fresh: Tensor) -> Tensor:
+        at = self.chosen
+        old = recorded if len(at.sequences) == len(recorded) else recorded[at.sequences]
+        new = fresh.transpose(1, 2)[at.row, at.slot].to(old.dtype)  # (k, heads, d)
+        whole = old.transpose(1, 2).index_put((at.of[at.row], at.column), new).transpose(1, 2)  # (S, heads, T, d)
+        return whole if len(at.of) == len(at.sequences) else whole.index_select(0, at.of)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are given
+
+
+class FractionalGate(TokenGate):
+    """A token selection that runs the layers' backward for the chosen tokens only.
+
+    The gradient is that of the chosen predictions' loss along paths that touch chosen tokens only: exact where every
+    token that is attended to is chosen, truncated else.
+
+    Raises:
+        LorakitError: a model it cannot serve: no decoder, or layers, attention or checkpointing it does not know.
+    """
+
+    two_pass = True
+
+    def __init__(self, settings: Gating, model: nn.Module, kind: str, *, seed: int = 0, rank: int = 0):
+        super().__init__(settings, model, kind, seed=seed, rank=rank)
+        require(kind == "causal", "gating.mode", "fractional", "needs a causal language model; encoders: 'gather'")
+        self.config = model.config.get_text_config()
+        self.dtype = model.get_input_embeddings().weight.dtype
+        check_model(model)
+        self._keeps = self._keeps and not drops_out(model)
+
+    def select(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
+    ) -> Selected:
+        chosen, recorded, masks = self._record(model, inputs, labels, look)
+        if not len(chosen.where):
+            zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
+            return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0, ())
+        at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
+        finish = lambda: self._loss(model, inputs, chosen, at, recorded, masks)  # noqa: E731
+        return self._selected(chosen, finish, len(chosen.where), at.shape)
+
+    def _record(
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
+    ) -> tuple[Chosen, DynamicCache, Masks]:
+        """Pass 1: what was chosen, keys and values of every layer, and the masks of all tokens."""
+        require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
+        masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
+        recorded, kept = DynamicCache(), []
+        packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
+
+        def replace(hidden: Tensor) -> Tensor:
+            kept.append(self.choose(hidden, labels, look))
+            return hidden[:, :0]
+
+        before = None if self._dry is not None else _random_state(inputs)
+        with torch.no_grad(), replaced_input(self.head, replace):
+            model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
+        if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
+            kept[0].best = None
+        if len(recorded.layers) != self.config.num_hidden_layers:
+            raise LorakitError(
+                f"{type(model).__name__} recorded keys of {len(recorded.layers)} of its "
+                f"{self.config.num_hidden_layers} layers: mode 'fractional' cannot serve it (use_cache); use 'gather'"
+            )
+        return kept[0], recorded, masks
+
+    def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
+        plan = super()._plan(inputs, labels)
+        plan.masks = attention_masks(self.config, inputs, self.dtype)
+        plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
+        return plan
+
+    def _loss(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
+        """Σ of the chosen losses; where their logits were kept, without the head."""
+        if chosen.best is None:
+            return chosen.total(self.losses(self._run(model, inputs, *recorded), chosen.targets))
+        losses, gradient = chosen.best.take(chosen.targets, self.head)  # before the second pass: its memory is freed
+        states: list[Tensor] = []
+        self._run(model, inputs, *recorded, lambda chosen_states: states.append(chosen_states) or chosen_states[:, :0])
+        return with_gradient(losses.sum(), states[0][0], gradient)
+
+    def _run(
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        at: Places,
+        recorded: DynamicCache,
+        masks: Masks,
+        given: Callable[[Tensor], Tensor] = lambda states: states,
+    ) -> Tensor:
+        """Pass 2: logits (1, k, V) of the chosen, in the order of `Chosen.where`; the head gets `given(states)`."""
+        flat = at.row * at.columns.shape[1] + at.slot
+        with replaced_input(self.head, lambda hidden: given(hidden.flatten(0, 1)[flat][None])):
+            outputs = model(
+                **chosen_inputs(inputs, at),
+                attention_mask=chosen_masks(masks, at),
+                past_key_values=FreshKeys(recorded, at),
+                use_cache=True,
+            )
+        return outputs.logits
+
+    def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Both passes must give the chosen predictions the same losses."""
+        super()._try(model, inputs, labels)
+        if not self.divisor(labels):
+            return
+        try:
+            chosen, recorded, masks = self._record(model, inputs, labels, None)
+            logits = self._run(model, inputs, places(chosen.where, labels.shape[1]), recorded, masks)
+        except LorakitError:
+            raise
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise LorakitError(
+                f"{type(model).__name__}: mode 'fractional' cannot serve this model, it fails on recorded keys or "
+                f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
+            ) from error
+        hidden: list[Tensor] = []
+        with replaced_input(self.head, lambda given: hidden.append(given) or given[:, :0]):
+            model(**inputs)
+        first = self.losses(self.head.logits(hidden[0].flatten(0, 1)[chosen.where]), chosen.targets)
+        error = (self.losses(logits, chosen.targets) - first).norm() / first.norm()
+        if not error < TOLERANCE and bool(torch.isfinite(first).all()):
+            raise LorakitError(
+                f"{type(model).__name__}: the chosen tokens alone have other losses than in their sequence (off by "
+                f"{error:.0%}): mode 'fractional' cannot serve this model; use 'gather'"
+            )
+        self.shares.draws -= 1
+
+    def signature(self, labels: Tensor) -> Hashable:
+        return (self.settings.mode, sum(self.shares.counts(labels)))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse, by name, what `FractionalGate` cannot serve.
+
+    Raises:
+        LorakitError: see there.
+    """
+    config = model.config.get_text_config()
+    name = f"{type(getattr(model, 'get_base_model', lambda: model)()).__name__}: mode 'fractional'"
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "use_bidirectional_attention", False):
+        raise LorakitError(f"{name} needs a causal decoder; use 'gather'")
+    layers = set(getattr(config, "layer_types", None) or {"full_attention"})
+    if not layers <= LAYERS or not hasattr(config, "num_attention_heads") or _recurrent(model):
+        raise LorakitError(f"{name} knows {' and '.join(sorted(LAYERS))}, not {sorted(layers)}; use 'gather'")
+    if config._attn_implementation not in ATTENTION:
+        raise LorakitError(
+            f"{name} needs attention 'sdpa' or 'eager', not {config._attn_implementation!r}; set `attention`"
+        )
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+        raise LorakitError(f"{name} does not go with prompt learning, whose virtual tokens have no place of their own")
+    if getattr(model, "is_activation_checkpointing", False):
+        raise LorakitError(
+            f"{name} does not go with gradient_checkpointing, which drops the recorded keys (its activations are "
+            "those of the chosen tokens only); use 'gather' or leave checkpointing out"
+        )
+
+
+def _recurrent(model: nn.Module) -> bool:
+    """State-space models keep no keys."""
+    return bool(getattr(type(model), "_is_stateful", False))
+
+
+@torch.no_grad()
+def attention_masks(config: Any, inputs: Mapping[str, Any], dtype: torch.dtype) -> Masks:
+    """What each kind of layer may attend to, (B, 1, T, T), as transformers makes it: causal, windows, padding, packing.
+
+    Boolean for "sdpa", additive for "eager"; by layer type where the model has several.
+    """
+    ids = inputs["input_ids"]
+    return create_masks_for_generate(
+        config,
+        inputs_embeds=ids.new_zeros((*ids.shape, 1), dtype=dtype),  # looked at for its shape only
+        attention_mask=inputs.get("attention_mask"),
+        past_key_values=None,
+        position_ids=inputs.get("position_ids"),
+        and_mask_function=lambda *_: torch.ones(
+            (), dtype=torch.bool, device=ids.device
+        ),  # "causal" is not spelt out else
+    )
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether its configuration, or PEFT's, or a layer has a rate of dropout or noise: both passes are never the same.
+
+    Only what can be said beforehand; what a pass does draw is noticed when it runs.
+    """
+    configs = [model.config.get_text_config(), *getattr(model, "peft_config", {}).values()]
+    named = [item for config in configs for item in config.to_dict().items()]
+    rates = [
+        rate for name, rate in named if re.search("drop|jitter|noise", name) and not re.match(OF_CLASSIFIERS, name)
+    ]
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        elif isinstance(module, AdapterLayer):
+            rates.append(module.settings.dropout)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _random_state(inputs: Mapping[str, Any]) -> Tensor:
+    """Changes whenever a model draws a random number where its inputs are."""
+    device = inputs["input_ids"].device
+    state = torch.get_rng_state()
+    return state if device.type != "cuda" else torch.cat([state, torch.cuda.get_rng_state(device)])

@@ -1,0 +1,257 @@
+"""Latency, environment and `lorakit plan`."""
+
+from __future__ import annotations
+
+import copy
+import getpass
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit import models
+from lorakit.adapters import attach, quantize_nf4
+from lorakit.base.nf4 import scale_tensors
+from lorakit.errors import LorakitError, ParameterError
+from lorakit.measure import environment
+from lorakit.measure.latency import inference_latency
+from lorakit.measure.memory import predict_step_memory
+from lorakit.measure.weights import weight_table
+from lorakit.runs import plan
+
+
+class Slow(nn.Module):
+    """Takes n**2 seconds for its n-th call, by a clock of its own; notes the state it was called in."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls, self.clock = nn.Dropout(), [], 0.0
+
+    def forward(self, x):
+        self.calls.append((self.training, self.inner.training, torch.is_inference_mode_enabled()))
+        self.clock += len(self.calls) ** 2
+
+
+def test_latency_is_the_median_after_the_warm_up(monkeypatch):
+    model = Slow()
+    monkeypatch.setattr("time.perf_counter", lambda: model.clock)
+    assert inference_latency(model, {"x": torch.zeros(1)}, repeats=3, warmup=2) == 16_000  # of 9, 16 and 25 s
+    assert len(model.calls) == 5
+
+
+def test_latency_runs_in_evaluation_and_restores_the_modes():
+    model = Slow()
+    model.inner.eval()
+    inference_latency(model, {"x": torch.zeros(1)}, repeats=1)
+    assert set(model.calls) == {(False, False, True)}
+    assert model.training and not model.inner.training
+
+
+def test_latency_restores_the_modes_when_the_model_fails():
+    model = Slow()
+    with pytest.raises(TypeError):
+        inference_latency(model, {"y": torch.zeros(1)}, repeats=1)
+    assert model.training
+
+
+def test_latency_needs_a_repeat():
+    with pytest.raises(ParameterError, match="repeats"):
+        inference_latency(Slow(), {}, repeats=0)
+
+
+def test_environment_says_what_and_not_who():
+    found = environment.environment()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["lorakit"]
+    text = json.dumps(found)
+    assert platform.node() not in text.split() and str(Path.home()) not in text and str(Path.cwd()) not in text
+    assert getpass.getuser() not in text.split()
+
+
+def test_environment_imports_none_of_the_packages_it_reports():
+    code = (
+        "import sys; from lorakit.measure.environment import environment; environment();"
+        "print([name for name in ('transformers', 'peft', 'datasets', 'bitsandbytes') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-here"))
+    assert environment.environment()["versions"]["no-such-package-here"] is None
+
+
+def test_code_fingerprint_follows_the_code_and_not_the_place(tmp_path, monkeypatch):
+    first = environment.code_fingerprint()
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(Path(environment.__file__).parents[1], copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(environment, "__file__", str(copied / "measure" / "environment.py"))
+    assert _fresh() == first
+    file = copied / "errors.py"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert _fresh() == first
+    file.write_bytes(file.read_bytes() + b"# more\n")
+    changed = _fresh()
+    file.rename(copied / "error.py")
+    assert len({first, changed, _fresh()}) == 3
+
+
+def _fresh() -> str:
+    return environment.code_fingerprint.__wrapped__()
+
+
+@pytest.fixture
+def folder(tiny_gpt2, tmp_path):
+    """A local folder with a configuration and nothing else."""
+    tiny_gpt2().config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
+    assert plan.main([folder, "--batch", "2", "--seq", "16", "--rank", "4", "--targets", "c_attn,c_proj"]) == 0
+    out = capsys.readouterr().out
+    predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, targets=["c_attn", "c_proj"]))
+    assert "predicted" in out and "assumed" in out and "measured" not in out
+    assert f"{predicted.trainable:,} of {predicted.total:,} parameters" in out
+    for kind, size in predicted.memory.items():
+        assert f"{kind:12s} {size / 2**30:10.3f} GiB" in out
+    assert out.count(" fits ") == len(plan.GPU_SIZES_GB)
+    # rank 4 on c_attn (32 -> 96) and two c_proj (32 -> 32, 128 -> 32), twice
+    assert predicted.trainable == 2 * 4 * (32 + 96 + 32 + 32 + 128 + 32)
+
+
+def test_plan_margins():
+    assert plan.needed_bytes(10 * plan.GIB) == pytest.approx(12 * plan.GIB)
+    table = plan._by_gpu(20 * plan.GIB).splitlines()  # needs 23 GiB: 24.7 GB
+    assert [line.split()[2] for line in table[2:]] == ["does"] * 4 + ["fits"] * 4
+
+
+@pytest.mark.parametrize("kind", ["causal", "classify"])
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_plan_builds_every_kind_and_method(folder, kind, method):
+    predicted = plan.predict(plan.Plan(folder, method=method, batch=2, seq=16, kind=kind))
+    assert predicted.memory["parameters"] > 0 and predicted.trainable > 0
+
+
+def test_plan_options_change_what_they_should(folder):
+    def memory(**options):
+        return plan.predict(plan.Plan(folder, batch=4, seq=64, **options)).memory
+
+    base, wide = memory(), memory(dtype="fp32", method="full")
+    assert memory(gradient_checkpointing=True)["peak"] < base["peak"]
+    assert wide["parameters"] > 1.7 * memory(method="full")["parameters"]  # the causal masks' buffers stay
+    assert memory(optimizer="sgd")["optimizer"] == 0 < base["optimizer"]
+    assert memory(dtype="fp32", precision="bf16")["activations"] != memory(dtype="fp32")["activations"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "classify"])
+def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder, kind):
+    """Weights by the formula of `weight_table`, and the whole peak as of the real packed layers."""
+    config = models.describe(folder).config
+    dense, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
+    real.tie_weights()
+    for parameter in real.parameters():
+        nn.init.normal_(parameter)
+    real = attach(quantize_nf4(real), rank=4)
+    predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, quantize="nf4", kind=kind))
+    assert predicted.memory == predict_step_memory(real, plan.make_batch(2, 16, kind), device="cuda")
+    adapters = next(row["bytes"] for row in weight_table(real)["rows"] if row["kind"] == "adapters")
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
+    assert predicted.memory["parameters"] == weight_table(dense, "nf4")["base"]["bytes"] + adapters + buffers
+
+
+def test_layers_quantised_without_data_have_the_form_of_real_ones():
+    def form(weight):
+        state, tensors = weight.quant_state, (weight, *scale_tensors(weight))
+        kept = [getattr(state, name) for name in ("shape", "dtype", "blocksize", "quant_type", "nested")]
+        return kept, state.state2.blocksize, [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+    real = nn.Sequential(nn.Linear(96, 50), nn.Linear(7, 3, bias=False)).bfloat16()  # neither in whole blocks
+    empty = copy.deepcopy(real).to("meta")
+    plan.quantize_meta(empty)
+    for layer, other in zip(quantize_nf4(real), empty, strict=True):
+        assert form(layer.weight) == form(other.weight) and type(layer) is type(other)
+        assert (layer.compute_dtype, layer.bias is None) == (other.compute_dtype, other.bias is None)
+    assert real[0].bias.dtype == empty[0].bias.dtype and empty[0].weight.is_meta
+
+
+def test_a_plan_in_4_bits_counts_the_same_parameters_in_less_memory(folder):
+    dense, packed = (plan.predict(plan.Plan(folder, batch=2, seq=16, quantize=kind)) for kind in ("none", "nf4"))
+    assert (packed.trainable, packed.total) == (dense.trainable, dense.total)
+    assert packed.memory["parameters"] < dense.memory["parameters"]
+
+
+def test_plan_in_4_bits_on_the_command_line(folder, capsys):
+    assert plan.main([folder, "--seq", "16", "--quantize", "nf4"]) == 0
+    assert "nf4 linear layers, other bf16 weights" in capsys.readouterr().out
+    plan.main([folder, "--seq", "16"])
+    assert "nf4" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"method": "full"}, "quantize='nf4'.*'full'"), ({"precision": "fp16"}, "precision='fp16'.*NF4")],
+)
+def test_plan_refuses_in_4_bits_what_a_run_would(folder, options, named):
+    with pytest.raises(ParameterError, match=named):
+        plan.Plan(folder, quantize="nf4", **options)
+
+
+def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
+    def planned(**options):
+        return plan.predict(plan.Plan("gemma-3-270m", batch=4, seq=128, **options)).memory
+
+    plain, gather, fractional = planned(), planned(tokens=0.2), planned(tokens=0.2, mode="fractional")
+    assert gather["logits"] < 0.6 * plain["logits"] and gather["activations"] > 0.9 * plain["activations"]
+    assert fractional["activations"] < 0.6 * plain["activations"] and fractional["peak"] < gather["peak"]
+    assert plan.main([folder, "--seq", "16", "--tokens", "0.2", "--mode", "fractional"]) == 0
+    assert "20% of the tokens (fractional)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tokens": 0.0}, "tokens=0.0: a share inside"),
+        ({"mode": "masked"}, "mode='masked'"),
+        ({"tokens": 0.2, "mode": "fractional", "gradient_checkpointing": True}, "gradient_checkpointing=True: drops"),
+        ({"tokens": 0.2, "precision": "fp16"}, "precision='fp16'"),
+    ],
+)
+def test_plan_refuses_of_chosen_tokens_what_a_run_would(folder, options, named):
+    with pytest.raises(ParameterError, match=named):
+        plan.Plan(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--batch", "0", "batch=0"),
+        ("--seq", "0", "seq=0"),
+        ("--seq", "-1", "seq=-1"),
+        ("--seq", "65", "seq=65: at most 64"),
+        ("--dtype", "nf5", "dtype='nf5'"),
+        ("--precision", "int8", "precision='int8'"),
+        ("--quantize", "nf5", "quantize='nf5'"),
+        ("--method", "lara", "method='lara'"),
+        ("--rank", "0", "rank=0"),
+        ("--targets", "q_proj,x", "target_modules"),
+        ("--optimizer", "lion", "optimizer='lion'"),
+        ("--kind", "masked", "kind='masked'"),
+        ("--kind", "image", "kind='image'"),
+    ],
+)
+def test_plan_refuses(folder, option, value, message):
+    with pytest.raises(ParameterError, match=message):
+        plan.main([folder, "--seq", "16", option, value])
+
+
+def test_plan_of_an_unknown_model(tmp_path):
+    with pytest.raises(LorakitError, match="no-such"):
+        plan.main([str(tmp_path / "no-such-model")])

@@ -1,0 +1,222 @@
+"""run(params) -> Record on the toy world: every status, what is written, what resumes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorakit
+from lorakit import records
+from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.runs import experiment
+from lorakit.runs import search as lr_search
+from lorakit.training import BudgetTrainer
+
+QUICK = {
+    **{"budget": 6, "evaluations": 2, "batch_size": 8, "max_train": 64, "max_validation": 32, "max_test": 32},
+    **{"latency_repeats": 0, "predict_memory": False, "rank": 2},
+}
+
+
+def test_a_run_tells_what_it_did(tmp_path):
+    path = tmp_path / "s0.json"
+    record = lorakit.run(QUICK | {"record": str(path), "latency_repeats": 2, "predict_memory": True})
+    assert records.read(path) == record
+    assert (record.status, record.costs.accepted_steps, record.curve[-1].step) == ("done", 6, 6)
+    assert set(record.final) == {"validation", "test"} and set(record.final["test"]) >= {"loss", "accuracy"}
+    assert record.final["validation"] == record.curve[-1].validation
+    assert record.costs.flops == pytest.approx(record.costs.flops_forward + record.costs.flops_backward)
+    assert record.costs.predicted_memory["peak"] > record.costs.predicted_memory["parameters"] > 0
+    assert record.parameters.trainable < record.parameters.total
+    assert record.latency.merged_ms > 0
+    assert record.params == QUICK | {"latency_repeats": 2, "predict_memory": True}
+    assert record.resolved["learning_rate"] == lorakit.Params().learning_rate
+    assert set(record.fingerprints) >= {"data", "model", "code"} and record.environment["versions"]["torch"]
+
+
+def test_same_seed_same_run_other_seed_other_run():
+    losses = [[p.train_loss for p in lorakit.run(QUICK | {"seed": seed}).curve] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_baselines_run_the_same_way(method):
+    record = lorakit.run(QUICK | {"method": method})
+    assert record.status == "done"
+    assert (record.parameters.trainable == record.parameters.total) == (method == "full")
+
+
+@pytest.mark.parametrize(("model", "task"), [("toy-encoder", "toy-stories"), ("toy-decoder", "toy-instruct")])
+def test_language_models_run_the_same_way(model, task):
+    record = lorakit.run(
+        QUICK | {"model": model, "task": task, "batch_size": 4, "max_length": 128, "eval_batch_size": 8}
+    )
+    assert record.status == "done" and record.final["test"]["loss"] > 0
+
+
+def test_chat_answers_are_generated_and_compared():
+    given = {"model": "toy-decoder", "task": "toy-instruct", "exact_match_rows": 2, "budget": 1, "max_length": 160}
+    record = lorakit.run(QUICK | given)
+    assert 0 <= record.final["test"]["exact_match"] <= 1
+
+
+def test_run_dir_keeps_an_adapter_that_gives_the_same_logits(tmp_path):
+    from lorakit import adapters, models
+
+    lorakit.run(QUICK | {"run_dir": str(tmp_path)})
+    saved = load_file(str(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+    model = models.load("toy-encoder", "classify").model
+    adapters.load_adapter(model, tmp_path / "adapter")
+    assert any(torch.equal(tensor, parameter) for tensor in saved.values() for parameter in model.parameters())
+
+
+def test_diverged_run_is_recorded_and_keeps_its_files(tmp_path):
+    given = {"learning_rate": 1.0e30, "max_grad_norm": 1.0e30, "record": str(tmp_path / "r.json"), "budget": 30}
+    record = lorakit.run(QUICK | given | {"method": "full"})
+    assert records.read(tmp_path / "r.json").status == record.status == "diverged"
+    assert "loss is" in record.message and record.final == {} and record.costs.steps > 0
+
+
+def test_out_of_memory_is_recorded(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 12 GiB")
+
+    monkeypatch.setattr(BudgetTrainer, "training_step", full)
+    monkeypatch.setattr(experiment.memory, "cuda_peak_bytes", lambda: 11 * 2**30)
+    record = lorakit.run(QUICK | {"record": str(tmp_path / "r.json")})
+    assert (record.status, record.message) == ("out_of_memory", "tried to allocate 12 GiB")
+    assert record.costs.peak_memory_bytes == 11 * 2**30
+
+
+def test_ctrl_c_is_recorded_and_passed_on(tmp_path, monkeypatch):
+    step = BudgetTrainer.training_step
+
+    def stopping(self, *arguments):
+        if self.ledger.steps == 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(BudgetTrainer, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        lorakit.run(QUICK | {"record": str(tmp_path / "r.json")})
+    record = records.read(tmp_path / "r.json")
+    assert (record.status, record.message, len(record.curve)) == ("interrupted", "stopped at step 3", 3)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_resumes_bitwise(tmp_path, stop):
+    given = QUICK | {"budget": 40, "save_steps": 3, "evaluations": 4, "max_train": 120, "seed": 5}
+    whole = lorakit.run(given | {"run_dir": str(tmp_path / "whole")})
+
+    command = [
+        sys.executable,
+        "-m",
+        "lorakit",
+        "train",
+        "-p",
+        f"record={tmp_path}/r.json",
+        "-p",
+        f"run_dir={tmp_path}/cut",
+    ]
+    for name, value in given.items():
+        command += ["-p", f"{name}={json.dumps(value)}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"CI": "1"}
+    )
+    while not list(tmp_path.glob("cut/checkpoint-*/run.json")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    process.wait()
+    assert not (tmp_path / "cut" / "adapter").exists()  # it was stopped on the way
+    if stop == signal.SIGTERM:
+        assert records.read(tmp_path / "r.json").status == "interrupted"
+
+    resumed = lorakit.run(given | {"run_dir": str(tmp_path / "cut")})
+    assert any(note.startswith("resumed at step") for note in resumed.notes)
+    stored = [load_file(str(tmp_path / name / "adapter" / "adapter_model.safetensors")) for name in ("whole", "cut")]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
+    points = [[point.model_dump(exclude={"seconds"}) for point in record.curve] for record in (whole, resumed)]
+    assert points[0] == points[1] and whole.final == resumed.final
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    lorakit.run(QUICK | {"run_dir": str(tmp_path), "save_steps": 2})
+    with pytest.raises(CheckpointError, match="another run: learning_rate=0.004 there, 0.008 here"):
+        lorakit.run(QUICK | {"run_dir": str(tmp_path), "save_steps": 2, "learning_rate": 0.008})
+
+
+def test_the_test_split_is_read_once_at_the_end(monkeypatch):
+    read = []
+    evaluate = BudgetTrainer.evaluate
+
+    def spy(self, dataset=None, **options):
+        read.append((self.ledger.steps, dataset is None or dataset is self.eval_dataset))
+        return evaluate(self, dataset, **options)
+
+    monkeypatch.setattr(BudgetTrainer, "evaluate", spy)
+    lorakit.run(QUICK | {"select": "best"})
+    assert read == [(3, True), (6, True), (6, False)]
+
+
+def test_search_compares_on_validation_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_evaluate", lambda *_: pytest.fail("the search read the test split"))
+    given = QUICK | {"search_rates": [1.0e-4, 1.0e-2], "search_budget": 12, "record": str(tmp_path / "lr.json")}
+    record = lorakit.search(given)
+    assert records.read(tmp_path / "lr.json").kind == "lr_search"
+    assert [point.learning_rate for point in record.search] == [1.0e-4, 1.0e-2]
+    losses = {point.learning_rate: point.validation["loss"] for point in record.search}
+    assert lr_search.best_rate(record) == min(losses, key=losses.get)
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    given = QUICK | {"search_rates": [1.0e-4], "search_budget": 3, "record": str(tmp_path / "lr.json")}
+    first = lorakit.search(given)
+    tried = []
+    real = lr_search._try_rate
+    monkeypatch.setattr(lr_search, "_try_rate", lambda p, r: (tried.append(p.learning_rate), real(p, r))[1])
+    more = lorakit.search(given | {"search_rates": [1.0e-3, 1.0e-4]})
+    assert tried == [1.0e-3] and more.search[1] == first.search[0]
+    assert any("learning rates 0.0001 from the search started" in note for note in more.notes)
+    lorakit.search(given | {"search_rates": [1.0e-3, 1.0e-4], "search_budget": 4})  # another budget: nothing to keep
+    assert tried == [1.0e-3, 1.0e-3, 1.0e-4]
+
+
+def test_search_passes_over_what_diverged():
+    search = [
+        records.SearchPoint(learning_rate=1.0, status="diverged"),
+        records.SearchPoint(learning_rate=0.1, status="done", validation={"loss": 0.7}),
+    ]
+    record = records.Record(setting="toy", method="lora", seed=0, status="done", kind="lr_search", search=search)
+    assert lr_search.best_rate(record) == 0.1
+    with pytest.raises(ParameterError, match="all of them diverged"):
+        lr_search.best_rate(record.model_copy(update={"search": search[:1]}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"budget": 0}, "budget=0"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4'.*1.0e-04"),
+        ({"ranks": 8}, "ranks=8: unknown parameter"),
+        ({"method": "lra"}, "method='lra'.*lora"),
+        ({"task": "sst3"}, "sst3.*sst2"),
+        ({"model": "no-such/model"}, "no-such/model"),
+        ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"),
+        ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path):
+    with pytest.raises(LorakitError, match=message):
+        lorakit.run(QUICK | {"record": str(tmp_path / "r.json")} | changed)
+    assert list(tmp_path.iterdir()) == []

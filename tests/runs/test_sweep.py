@@ -1,0 +1,187 @@
+"""Sweeps: what is finished is skipped, what failed keeps its notebook and stops nothing, what was cut short goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import light_notebook
+import nbformat
+import pytest
+import yaml
+
+from lorakit import records
+from lorakit.errors import ParameterError
+from lorakit.runs import sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = "import sys; from lorakit import sweep; sys.exit(sweep.sweep(sweep.plan(sys.argv[1], 'toy')))"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A project of one setting with methods lora, head and full, whose notebook takes a second."""
+    light_notebook.write(tmp_path / "notebooks" / "01_lora.ipynb")
+    write_params(tmp_path, _setting="rank: 4", lora="# defaults", head="rank: 2", full="# defaults")
+    return tmp_path
+
+
+def write_params(root: Path, **files: str) -> None:
+    folder = root / "params" / "toy"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text + "\n")
+
+
+def write_record(run: sweep.Run, status: str) -> bytes:
+    record = records.Record(setting=run.setting, method=run.method, seed=run.seed, status=status)
+    record.resolved = run.params.model_dump(exclude=sweep.APART)
+    return records.write(record, run.record).read_bytes()
+
+
+def repair(run: sweep.Run) -> None:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    (run.run_dir / "repaired").touch()
+
+
+def errors(path: Path) -> list[str]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [o.ename for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
+
+
+@pytest.mark.parametrize("status", ["done", "diverged", "interrupted", "out_of_memory", "running"])
+def test_only_unfinished_runs_are_planned(place, status):
+    (run,) = sweep.plan(place, "toy", "lora")
+    assert (run.status(), run.finished()) == ("missing", False)
+    write_record(run, status)
+    assert (run.status(), run.finished()) == (status, status in ("done", "diverged"))
+
+
+def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
+    write_params(place, head="report_to: fail", full="report_to: out_of_memory")
+    runs = sweep.plan(place, "toy", "head full lora") + sweep.plan(place, "toy", "lora", "1")
+    head, full, lora, old = runs
+    before = write_record(old, "done")
+
+    assert sweep.sweep(runs, jobs=2) == 1
+    assert [run.status() for run in runs] == ["missing", "out_of_memory", "done", "done"]
+    assert errors(head.executed) == ["AssertionError"]
+    assert errors(full.executed) == errors(lora.executed) == []
+    told = capfd.readouterr().err
+    assert "4 runs: 1 finished before, 3 to do" in told
+    assert f"toy/head/s0: missing: see {os.path.relpath(head.executed)}" in told
+
+    for run in runs:
+        repair(run)
+    finished = lora.record.read_bytes()
+    assert sweep.sweep(runs, jobs=2) == 0
+    assert {run.status() for run in runs} == {"done"}
+    assert (old.record.read_bytes(), lora.record.read_bytes()) == (before, finished)
+    assert not old.executed.exists()  # never run
+    assert sweep.sweep(runs) == 0
+    assert "4 finished before, 0 to do" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_that_was_stopped_goes_on(place, number):
+    write_params(place, full="report_to: wait")
+    runs = sweep.plan(place, "toy")
+    waiting = runs[0]
+    assert waiting.method == "full"
+    command = [sys.executable, "-c", SWEEP, str(place)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while "working on full" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, number)
+        process.stdout.read()
+    assert process.returncode != 0
+    assert waiting.status() == ("interrupted" if number == signal.SIGINT else "missing")
+    assert waiting.executed.is_file()
+
+    repair(waiting)
+    assert sweep.sweep(runs) == 0
+    assert {run.status() for run in runs} == {"done"}
+
+
+def test_changed_params_are_told_and_the_record_is_kept(place, capsys):
+    runs = sweep.plan(place, "toy", "lora")
+    before = write_record(runs[0], "done")
+    assert sweep.stale(runs) == []
+    write_params(place, lora="rank: 16")
+    assert sweep.sweep(runs) == 0
+    told = capsys.readouterr().err
+    assert "lora/s0.json is kept" in told and "rank: 4 then, 16 now" in told and "rm it" in told
+    assert runs[0].record.read_bytes() == before
+
+
+def test_two_sweeps_of_a_setting_do_not_meet(place):
+    runs = sweep.plan(place, "toy", "lora")
+    with sweep._alone(runs[0]), pytest.raises(ParameterError, match="another sweep"):
+        sweep.sweep(runs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"setting": "tyo"}, "SETTING='tyo': must be one of toy"),
+        ({"setting": "toy", "methods": "lora hed"}, "METHODS='hed': toy has full, head, lora"),
+        ({"setting": "toy", "seeds": "0 x"}, "SEEDS='0 x'"),
+        ({"setting": "toy", "seeds": "-1"}, "seed=-1"),
+    ],
+)
+def test_bad_input_is_told_before_anything_runs(place, asked, complaint):
+    with pytest.raises(ParameterError, match=complaint):
+        sweep.plan(place, **asked)
+    assert not (place / "results").exists()
+
+
+def test_a_bad_params_file_is_told_before_anything_runs(place):
+    write_params(place, head="learning_rate: 1e-4")
+    with pytest.raises(ParameterError, match="learning_rate='1e-4'"):
+        sweep.plan(place, "toy")
+
+
+@pytest.mark.parametrize(("jobs", "threads", "cores"), [(1, 8, 8), (2, 4, 8), (3, 2, 6), (16, 1, 16)])
+def test_runs_at_once_share_the_cores(place, monkeypatch, jobs, threads, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    command = sweep._snakemake(sweep.plan(place, "toy"), jobs)
+    assert f"threads={threads}" in command
+    assert command[command.index("--cores") + 1] == str(cores)
+
+
+@pytest.mark.parametrize("profile", ["default", "slurm"])
+def test_snakemake_by_itself_plans_what_is_unfinished(place, profile):
+    for run in sweep.plan(place, "toy", "head"):
+        write_record(run, "diverged")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
+    command += ["--workflow-profile", str(ROOT / "profiles" / profile), "--dry-run", "--cores", "2"]
+    planned = subprocess.run([*command, "--config", "setting=toy", "seeds=0 1"], capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "fine_tune        5" in planned.stdout + planned.stderr
+    assert not (place / "results/toy/lora").exists()
+
+
+def test_a_python_whose_path_holds_a_space_is_quoted(place, tmp_path):
+    environment = tmp_path / "a space"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    (environment / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = str(environment / "bin" / "python")
+    command = [python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
+    command += ["--dry-run", "--printshellcmds", "--cores", "1", "--config", "setting=toy", "methods=lora"]
+    planned = subprocess.run(command, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert f"'{python}' -m lorakit run" in planned.stdout + planned.stderr
+
+
+def test_slurm_profile_behaves_as_the_local_one():
+    local, slurm = (
+        yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text()) for name in ("default", "slurm")
+    )
+    del local["quiet"]
+    assert slurm["executor"] == "slurm"
+    assert slurm.items() >= local.items()

@@ -1,0 +1,319 @@
+"""Features of a head's gradient against autograd through a real `nn.Linear`, token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import ParameterError
+from lorakit.head import rows
+from lorakit.sketches import (
+    TensorSketch,
+    error_norms,
+    gradient_norms,
+    predicted,
+    sketch_batch,
+    sparse_error,
+    top_indices,
+)
+
+B, T, H, V = 3, 6, 8, 50
+CAP = 4.0
+softcaps = pytest.mark.parametrize("softcap", [None, CAP], ids=["plain", "capped"])
+kinds = pytest.mark.parametrize("kind", ["causal", "masked", "classify"])
+
+
+def batch(kind: str, softcap: float | None = None, dtype: torch.dtype = torch.float64):
+    """A head, what it was given, the logits as the loss sees them, and labels of which some are ignored."""
+    torch.manual_seed(0)
+    head = nn.Linear(H, V, dtype=dtype)
+    shape = (B * T,) if kind == "classify" else (B, T)
+    hidden, labels = torch.randn(*shape, H, dtype=dtype), torch.randint(0, V, shape)
+    labels.view(-1)[[1, 6, 7]] = -100
+    logits = 3 * head(hidden)  # 3: far enough from a uniform softmax
+    return head, hidden, capped(logits, softcap), labels
+
+
+def capped(raw: Tensor, softcap: float | None) -> Tensor:
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+
+def pairs(labels: Tensor, kind: str) -> list[tuple[tuple[int, ...], int]]:
+    """(place of h, label), written as one says it."""
+    if kind == "classify":
+        return [((b,), int(y)) for b, y in enumerate(labels) if y != -100]
+    shift = 1 if kind == "causal" else 0
+    return [
+        ((b, t), int(labels[b, t + shift])) for b in range(B) for t in range(T - shift) if labels[b, t + shift] != -100
+    ]
+
+
+def gradients(kind: str, softcap: float | None) -> Tensor:
+    """d loss_t / d (3 W) of each predicted token by autograd, (N, V, H)."""
+    head, hidden, _, labels = batch(kind, softcap)
+    found = []
+    for place, y in pairs(labels, kind):
+        loss = F.cross_entropy(capped(3 * head(hidden[place]), softcap)[None], torch.tensor([y]))
+        found.append(torch.autograd.grad(loss, head.weight)[0] / 3)
+    return torch.stack(found)
+
+
+def explicit_sketch(sketch: TensorSketch, gradient: Tensor) -> Tensor:
+    """CountSketch of a gradient (V, H) as a vector, with the tensor sketch's hashes and signs."""
+    buckets = (sketch.x.buckets[None] + sketch.y.buckets[:, None]) % sketch.size
+    signed = sketch.x.signs[None] * sketch.y.signs[:, None] * gradient
+    return torch.zeros(sketch.size, dtype=torch.float64).scatter_add_(0, buckets.flatten(), signed.flatten())
+
+
+# rows -----------------------------------------------------------------------------------------------
+
+
+def test_causal_rows_pair_a_position_with_the_next_label():
+    labels = torch.tensor([[10, 11, 12], [20, -100, 22]])
+    positions, targets = rows(labels, "causal")
+    assert positions.tolist() == [0, 1, 4] and targets.tolist() == [11, 12, 22]
+    positions, targets = rows(labels, "masked")
+    assert positions.tolist() == [0, 1, 2, 3, 5] and targets.tolist() == [10, 11, 12, 20, 22]
+    assert [x.tolist() for x in rows(torch.tensor([3, -100, 1]), "classify")] == [[0, 2], [3, 1]]
+
+
+@kinds
+def test_predicted_pairs(kind):
+    _, hidden, logits, labels = batch(kind)
+    h, z, y = predicted(hidden, logits, labels, kind)
+    wanted = pairs(labels, kind)
+    assert torch.equal(h, torch.stack([hidden[place] for place, _ in wanted]))
+    assert torch.equal(z, torch.stack([logits[place] for place, _ in wanted]))
+    assert y.tolist() == [label for _, label in wanted]
+
+
+# exact norms ----------------------------------------------------------------------------------------
+
+
+@softcaps
+@kinds
+def test_gradient_norms_are_those_of_autograd(kind, softcap):
+    _, hidden, logits, labels = batch(kind, softcap)
+    found = gradient_norms(hidden, logits, labels, kind, softcap)
+    torch.testing.assert_close(found, gradients(kind, softcap).flatten(1).norm(dim=1), rtol=1e-10, atol=0)
+
+
+def test_error_norm_is_the_closed_form_and_keeps_its_digits_where_that_cancels():
+    _, _, logits, labels = batch("classify")
+    logits, labels = logits[labels != -100], labels[labels != -100]
+    p = logits.softmax(dim=1)
+    closed = (p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1).sqrt()
+    torch.testing.assert_close(error_norms(logits, labels), closed, rtol=1e-10, atol=0)
+    sure = torch.tensor([[12.0, 0.0]])  # p_y = 1 − 6e-6: the sum in float32 is 0 or 1e-7, its root 50 times too large
+    torch.testing.assert_close(error_norms(sure, torch.tensor([0])), torch.tensor([8.69e-6]), rtol=0.05, atol=0)
+
+
+# sparse error ---------------------------------------------------------------------------------------
+
+
+def dense(indices: Tensor, values: Tensor, words: int) -> Tensor:
+    return torch.zeros(len(values), words, dtype=values.dtype).scatter_add_(1, indices, values)
+
+
+def error(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    e = logits.softmax(dim=1) - F.one_hot(labels, logits.shape[1])
+    return e if softcap is None else e * (1 - (logits / softcap) ** 2)
+
+
+def classified(softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    _, _, logits, labels = batch("classify", softcap)
+    return logits[labels != -100].detach(), labels[labels != -100]
+
+
+@softcaps
+@pytest.mark.parametrize("topk", [V, V + 7])
+def test_sparse_error_of_the_whole_vocabulary_is_exact(softcap, topk):
+    logits, labels = classified(softcap)
+    found = dense(*sparse_error(logits, labels, topk, softcap), V)
+    torch.testing.assert_close(found, error(logits, labels, softcap), rtol=1e-10, atol=1e-12)
+
+
+@softcaps
+@pytest.mark.parametrize("topk", [1, 5])
+def test_sparse_error_has_the_most_probable_and_gold_with_the_softmax_of_all(softcap, topk):
+    logits, labels = classified(softcap)
+    indices, values = sparse_error(logits, labels, topk, softcap)
+    assert indices.shape == values.shape == (len(labels), topk + 1)
+    keep = F.one_hot(labels, V).bool().scatter(1, logits.topk(topk).indices, True)
+    expected = torch.where(keep, error(logits, labels, softcap), 0)
+    torch.testing.assert_close(dense(indices, values, V), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gold_counts_once_inside_the_top_and_is_there_outside_of_it():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2, 1)
+    indices, values = sparse_error(logits, torch.tensor([0, 3]), 2)
+    p = logits[0].softmax(0)
+    inside, outside = dense(indices, values, 4)
+    torch.testing.assert_close(inside, torch.stack([p[0] - 1, p[1], p[2] * 0, p[3] * 0]))
+    torch.testing.assert_close(outside, torch.stack([p[0], p[1], p[2] * 0, p[3] - 1]))
+    assert ((indices[0] == 0) & (values[0] != 0)).sum() == 1  # one entry, the other one is spare
+
+
+def test_a_normaliser_at_hand_is_used():
+    logits, labels = classified()
+    given = sparse_error(logits, labels, 4, log_normaliser=logits.logsumexp(1))
+    assert all(torch.equal(*both) for both in zip(given, sparse_error(logits, labels, 4), strict=True))
+
+
+@pytest.mark.parametrize(("words", "topk"), [(64 * 20, 3), (64 * 20 + 17, 3), (64 * 9 + 1, 4), (5000, 1), (300, 8)])
+def test_grouped_top_k_is_torchs(words, topk):
+    torch.manual_seed(0)
+    for logits in (
+        torch.randn(7, words),
+        torch.randint(0, 9, (7, words)).float(),
+        torch.arange(words).repeat(2, 1).float(),
+    ):
+        found = top_indices(logits, topk)
+        values = logits.gather(1, found).sort(dim=1, descending=True).values
+        assert torch.equal(values, logits.topk(topk, dim=1).values)
+        assert all(len(set(row)) == topk for row in found.tolist())
+
+
+def test_words_that_cannot_come_are_no_error():
+    logits = torch.full((1, 64 * 9 + 1), -math.inf)
+    logits[0, 3] = logits[0, 200] = 0.0
+    indices, values = sparse_error(logits, torch.tensor([64 * 9]), 4)
+    found = dense(indices, values, 64 * 9 + 1)[0]
+    assert found[[3, 200, 64 * 9]].tolist() == [0.5, 0.5, -1.0] and found.abs().sum() == 2
+
+
+# sketches of batches --------------------------------------------------------------------------------
+
+
+def sketch(size: int = 64, seed: int = 0) -> TensorSketch:
+    return TensorSketch(H, V, size, generator=torch.Generator().manual_seed(seed))
+
+
+@softcaps
+@kinds
+def test_batch_sketch_is_the_sketch_of_the_heads_gradient(kind, softcap):
+    _, hidden, logits, labels = batch(kind, softcap)
+    found = sketch_batch(sketch(), hidden, logits, labels, kind, V, softcap)
+    expected = explicit_sketch(sketch(), gradients(kind, softcap).sum(0))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_change_nothing(chunk):
+    _, hidden, logits, labels = batch("causal")
+    norms = gradient_norms(hidden, logits, labels, "causal", chunk=chunk)
+    torch.testing.assert_close(norms, gradient_norms(hidden, logits, labels, "causal"), rtol=1e-12, atol=0)
+    found = sketch_batch(sketch(), hidden, logits, labels, "causal", 5, chunk=chunk)
+    whole = sketch_batch(sketch(), hidden, logits, labels, "causal", 5)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_computed_in_single_precision(dtype):
+    _, hidden, logits, labels = batch("causal")
+    hidden, logits = hidden.detach().to(dtype), logits.detach().to(dtype)
+    for function in (
+        lambda h, z: gradient_norms(h, z, labels, "causal"),
+        lambda h, z: sketch_batch(sketch(), h, z, labels, "causal", 5),
+    ):
+        assert function(hidden, logits).dtype == torch.float32
+        assert torch.equal(function(hidden, logits), function(hidden.float(), logits.float()))
+
+
+def test_padded_positions_do_not_matter_whatever_they_hold():
+    _, hidden, logits, labels = batch("masked")
+    before = sketch_batch(sketch(), hidden, logits, labels, "masked", 5)
+    with torch.no_grad():
+        hidden[labels == -100] = math.nan
+        logits[labels == -100] = math.nan
+    assert torch.equal(sketch_batch(sketch(), hidden, logits, labels, "masked", 5), before)
+
+
+def test_nothing_predicted_is_a_sketch_of_zeros():
+    _, hidden, logits, labels = batch("causal")
+    nothing = torch.full_like(labels, -100)
+    assert torch.equal(sketch_batch(sketch(), hidden, logits, nothing, "causal", 5), torch.zeros(64))
+    assert gradient_norms(hidden, logits, nothing, "causal").shape == (0,)
+    assert predicted(hidden, logits, nothing, "causal")[0].shape == (0, H)
+    assert sketch_batch(sketch(), hidden[:, :1], logits[:, :1], labels[:, :1], "causal", 5).abs().sum() == 0
+
+
+@pytest.mark.parametrize("build", ["tiny_gpt2", "tiny_gemma"])
+def test_a_models_own_loss_has_this_gradient(build, request):
+    """The head's input comes from a pre-hook, the loss from the model; Gemma's caps its logits."""
+    options = {"final_logit_softcapping": CAP} if build == "tiny_gemma" else {}
+    model = request.getfixturevalue(build)(tie_word_embeddings=False, **options).eval()
+    head, seen = model.get_output_embeddings(), []
+    with torch.no_grad():
+        head.weight.mul_(50)  # logits large enough for the cap to matter
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    ids = torch.randint(1, 99, (2, 9))
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    out = model(input_ids=ids, labels=labels)
+    out.loss.backward()
+    count = len(rows(labels, "causal")[0])
+    assert count == 4 + 8
+    whole = TensorSketch(32, 99, 256, generator=torch.Generator().manual_seed(0))
+    found = sketch_batch(
+        whole, seen[0], out.logits, labels, "causal", 99, softcap=options.get("final_logit_softcapping")
+    )
+    expected = explicit_sketch(whole, count * head.weight.grad.double()).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+# bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_without_a_softmax_are_an_error(bad):
+    _, hidden, logits, labels = batch("causal")
+    logits = logits.detach().clone()
+    logits[0, 1, 3] = bad
+    for function in (gradient_norms, lambda *given: sketch_batch(sketch(), *given, 5)):
+        with pytest.raises(ParameterError, match="^logits="):
+            function(hidden, logits, labels, "causal")
+
+
+def test_what_does_not_fit_is_an_error():
+    _, hidden, logits, labels = batch("causal")
+    with pytest.raises(ParameterError, match="^kind="):
+        rows(labels, "sequence")
+    with pytest.raises(ParameterError, match="^labels="):
+        rows(labels, "classify")
+    with pytest.raises(ParameterError, match="^hidden="):
+        gradient_norms(hidden[:, 1:], logits, labels, "causal")
+    with pytest.raises(ParameterError, match="^logits="):
+        gradient_norms(hidden, logits[:, 1:], labels, "causal")
+    for wrong in (V, -7):
+        with pytest.raises(ParameterError, match="^labels="):
+            gradient_norms(hidden, logits, labels.clone().fill_(wrong), "causal")
+    with pytest.raises(ParameterError, match="^topk="):
+        sketch_batch(sketch(), hidden, logits, labels, "causal", 0)
+    with pytest.raises(ParameterError, match="^chunk="):
+        gradient_norms(hidden, logits, labels, "causal", chunk=0)
+    with pytest.raises(ParameterError, match="^softcap="):
+        gradient_norms(hidden, logits, labels, "causal", softcap=0.0)
+    with pytest.raises(ParameterError, match="last dimension must be 8"):
+        sketch_batch(sketch(), hidden[..., 1:], logits, labels, "causal", 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_known_loss_saves_the_normaliser_and_changes_nothing(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, logits = torch.randn(2, 9, 5, generator=generator), 3 * torch.randn(2, 9, 400, generator=generator)
+    logits = logits.to(dtype)
+    labels = torch.randint(0, 400, (2, 9), generator=generator)
+    labels[:, :3] = labels[1, 7] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none")
+    made = TensorSketch(5, 400, 64, generator=torch.Generator().manual_seed(1))
+    plain, quick = (sketch_batch(made, hidden, logits, labels, "causal", 8, losses=given) for given in (None, losses))
+    assert torch.allclose(plain, quick, atol=1e-5 * plain.norm())
+    with pytest.raises(ParameterError, match="^logits="):
+        sketch_batch(made, hidden, logits, labels, "causal", 8, losses=losses * float("nan"))

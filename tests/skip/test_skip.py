@@ -1,0 +1,507 @@
+"""SkipLoRA: M against its definition, exact gradients above the cut, weights and moments of the skipped left alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training_runs as runs
+from torch import nn
+
+from lorakit.adapters import adapter_layers, attach
+from lorakit.adapters.probe import squared_norms
+from lorakit.errors import LorakitError, ParameterError
+from lorakit.measure.flops import FlopCount
+from lorakit.skip.choice import SkipSettings, block_numbers, choose, running_maxima, threshold
+from lorakit.skip.controller import SkipLoRA
+from lorakit.training import Budget, SLoRATrainer
+
+ALWAYS = {"warmup": 0.0, "explore": 0.0, "ema": 1.0, "measure_every": 1}
+
+
+def batch(rows: int = 6, tokens: int = 10) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, 6:] = mask[3, 2:] = 0
+    ids = torch.randint(1, 99, (rows, tokens), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
+
+
+def at_work(model: nn.Module, std: float = 0.05) -> nn.Module:
+    """Give every adapter an update of its own size."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=std, generator=generator)
+    return model
+
+
+def plain_peft(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = ["query", "key", "value", "dense"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=names, exclude_modules=r".*pooler.*", lora_alpha=8))
+
+
+def ours(model: nn.Module) -> nn.Module:
+    return attach(
+        model, "lora", rank=4, alpha=8.0, target_modules=r".*encoder.*(query|key|value|dense)", trainable=(), seed=0
+    )
+
+
+def prepared(build, tiny_bert, **options) -> tuple[nn.Module, SkipLoRA]:
+    """A model in training whose adapters are at work, and its started SkipLoRA."""
+    torch.manual_seed(0)
+    model = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
+    skip = SkipLoRA(model, SkipSettings(**ALWAYS | options))
+    skip.begin()
+    return model, skip
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+both = pytest.mark.parametrize("build", [ours, plain_peft], ids=["ours", "peft"])
+
+
+# the metric -----------------------------------------------------------------------------------------
+
+
+def test_m_is_the_ratio_of_norms_over_valid_rows():
+    inner, B, h = torch.randn(7, 3), torch.randn(5, 3), torch.randn(7, 5)
+    valid = torch.tensor([1.0, 1, 0, 1, 0, 1, 1])
+    keep = valid.bool()
+    update, output = squared_norms(h, inner, B, 0.7, valid)
+    dense = 0.7 * inner @ B.T
+    torch.testing.assert_close(update, dense[keep].norm() ** 2)
+    torch.testing.assert_close(output, h[keep].norm() ** 2)
+    update, output = squared_norms(h, inner, B, 0.7, torch.ones(3))  # pooled rows: the mask is not theirs
+    torch.testing.assert_close(update, dense.norm() ** 2)
+
+
+@both
+def test_m_in_a_model_equals_hooks_on_its_layers(build, tiny_bert):
+    model, skip = prepared(build, tiny_bert, threshold=0.0)
+    inputs, seen = batch(), {}
+    path = skip.paths[4]
+    layer = model.get_submodule(path)
+    reference = copy.deepcopy(layer.base_layer)
+
+    def keep(module, args, out):
+        seen["h"], seen["all"] = reference(args[0].detach()), out.detach()
+
+    handle = layer.register_forward_hook(keep)
+    skip.begin_step(0.5)
+    model(**inputs)
+    handle.remove()
+    skip.after_step(0.6, None)
+    valid = inputs["attention_mask"].bool()
+    h, update = seen["h"][valid], (seen["all"] - seen["h"])[valid]
+    assert skip.metric[4] == pytest.approx(float(update.norm() / h.norm()), rel=1e-4)
+    assert len(set(skip.metric)) == len(skip.metric) == 12
+
+
+@both
+def test_m_accumulates_over_the_batches_of_a_step(build, tiny_bert):
+    whole, parts = batch(), batch()
+    metric = []
+    for split in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
+        model, skip = prepared(build, tiny_bert, threshold=0.0)
+        skip.begin_step(0.5)
+        for rows in split:
+            model(**{name: value[rows] for name, value in parts.items()}).loss.backward()
+        skip.after_step(0.6, None)
+        metric.append(skip.metric)
+    assert metric[0] == pytest.approx(metric[1], rel=1e-5) and whole.keys() == parts.keys()
+
+
+def test_the_average_starts_at_the_first_measurement_and_replaces_while_warm(tiny_bert):
+    model, skip = prepared(ours, tiny_bert, ema=0.25, warmup=0.5)
+    skip._warm, skip.metric = False, [1.0] * 12
+    skip._average([2.0] * 12)
+    assert skip.metric == [1.25] * 12
+    skip._warm = True
+    skip._average([3.0] * 12)
+    assert skip.metric == [3.0] * 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_m_under_autocast_is_measured_in_fp32(dtype):
+    inner, B, h = torch.randn(64, 4), torch.randn(32, 4), torch.randn(64, 32)
+    exact = squared_norms(h, inner, B, 1.0, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = squared_norms(h.to(dtype), inner.to(dtype), B, 1.0, None)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=0)
+
+
+# the choice -----------------------------------------------------------------------------------------
+
+BLOCKS = [0, 0, 1, 1, 2, 2]
+GENERATOR = torch.Generator
+
+
+def pick(metric, **options) -> str:
+    settings = SkipSettings(**ALWAYS | options)
+    return "".join("01"[a] for a in choose(metric, BLOCKS, settings, GENERATOR().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "active"),
+    [
+        ([0.1, 0.01, 0.1, 0.01, 0.1, 0.01], {"mode": "adapter"}, "101010"),
+        ([0.01] * 6, {"mode": "adapter"}, "100000"),  # the floor
+        ([0.01, 0.02, 0.03, 0.04, 0.03, 0.02], {"mode": "adapter", "min_active": 2}, "001100"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], {"mode": "adapter", "share": 0.5}, "000111"),
+        ([0.6, 0.1, 0.5, 0.2, 0.4, 0.3], {"mode": "adapter", "share": 0.5}, "101010"),
+        ([0.01, 0.02, 0.01, 0.06, 0.01, 0.01], {}, "001111"),  # one large adapter keeps its block and all above
+        ([0.01, 0.06, 0.01, 0.01, 0.01, 0.01], {}, "111111"),
+        ([0.01] * 6, {}, "000011"),
+        ([0.01] * 6, {"min_active": 3}, "001111"),
+        ([0.9, 0.8, 0.1, 0.1, 0.2, 0.3], {"share": 0.7}, "000011"),
+        ([0.1, 0.2, 0.3, 0.3, 0.4, 0.5], {"share": 0.3}, "111111"),
+        ([0.05] * 6, {"threshold": 0.05}, "111111"),  # below τ, not at it
+        ([0.0] * 6, {"threshold": 0.0}, "111111"),
+        ([0.01] * 6, {"explore": 1.0}, "111111"),
+        ([0.01] * 6, {"explore": 1.0, "mode": "adapter"}, "111111"),
+    ],
+)
+def test_choice(metric, options, active):
+    assert pick(metric, **options) == active
+
+
+def test_exploration_has_its_rate_and_follows_the_generator():
+    settings = SkipSettings(**ALWAYS | {"mode": "adapter", "explore": 0.2})
+    first, second = GENERATOR().manual_seed(5), GENERATOR().manual_seed(5)
+    picks = [choose([0.01] * 6, BLOCKS, settings, first) for _ in range(2000)]
+    assert picks == [choose([0.01] * 6, BLOCKS, settings, second) for _ in range(2000)]
+    rate = sum(itertools.chain.from_iterable(pick[1:] for pick in picks)) / 10000  # place 0 is the floor's
+    assert abs(rate - 0.2) < 4 * (0.2 * 0.8 / 10000) ** 0.5
+
+
+def test_thresholds_and_running_maxima():
+    assert running_maxima([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], BLOCKS) == [0.3, 0.3, 0.5]
+    assert threshold([0.4, 0.1, 0.3, 0.2], SkipSettings(share=0.5)) == 0.3
+    assert threshold([0.4, 0.1], SkipSettings(threshold=0.07)) == 0.07
+
+
+def test_blocks_follow_the_models_numbers():
+    paths = ["embeddings_project", "encoder.layer.0.query", "encoder.layer.0.out.dense", "encoder.layer.1.query", "top"]
+    assert block_numbers(paths) == [0, 1, 1, 2, 3]
+
+
+# what a skip does -----------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("share", [0.5])
+def test_active_gradients_above_a_skipped_prefix_are_exactly_those_of_full_backprop(build, share, tiny_bert):
+    model, skip = prepared(build, tiny_bert, share=share)
+    reference = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
+    reference.load_state_dict(model.state_dict())
+    skip.metric = [0.01] * 6 + [0.5] * 6
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    reference(**batch()).loss.backward()
+    full, part = gradients(reference), gradients(model)
+    assert {name for name in full if "layer.0." not in name} == part.keys()
+    assert all(torch.equal(part[name], full[name]) for name in part)
+
+
+@both
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_outputs_do_not_change(build, mode, tiny_bert):
+    model, skip = prepared(build, tiny_bert, mode=mode, share=0.5)
+    before = model(**batch()).logits.detach()
+    skip.metric = list(torch.linspace(0.01, 0.9, 12).tolist())
+    skip.begin_step(0.5)
+    torch.testing.assert_close(model(**batch()).logits.detach(), before, rtol=0, atol=1e-6)
+    skip.end()
+    assert torch.equal(model(**batch()).logits.detach(), before)
+    model.eval()
+    assert all(layer.probe is None for layer in adapter_layers(model).values())
+
+
+@both
+def test_a_detached_adapter_passes_no_gradient_to_its_input_either(build, tiny_bert):
+    """The description's meaning: Δh is detached, so the layer's input gets the base layer's gradient alone."""
+    model, skip = prepared(build, tiny_bert, mode="adapter", share=0.9)
+    skip.metric = [0.5 - 0.01 * place for place in range(12)]
+    path = skip.paths[11]
+    layer, seen = model.get_submodule(path), {}
+
+    def keep(module, args):
+        args[0].retain_grad()
+        seen["x"] = args[0]
+
+    handle = layer.register_forward_pre_hook(keep)
+    outputs = []
+    layer.register_forward_hook(lambda m, a, out: outputs.append(out) or out.retain_grad())
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    handle.remove()
+    expected = F.linear(outputs[0].grad, layer.base_layer.weight.T)
+    torch.testing.assert_close(seen["x"].grad, expected, rtol=1e-4, atol=1e-8)
+
+
+@both
+@pytest.mark.parametrize("decide", ["ema", "forward"])
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_a_skipped_step_leaves_weights_and_moments_bitwise_alone(build, decide, mode, tiny_bert):
+    model, skip = prepared(build, tiny_bert, mode=mode, decide=decide, threshold=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+
+    def step():
+        skip.begin_step(0.5)
+        model(**batch()).loss.backward()
+        optimizer.step()
+        skip.after_step(0.5, optimizer)
+
+    for _ in range(3):  # everything has moments
+        step()
+        optimizer.zero_grad()
+    cut = sorted(skip.metric)[6] if mode == "adapter" else max(skip.metric[:6]) + 1e-6
+    skip.settings = SkipSettings(**ALWAYS | {"mode": mode, "decide": decide, "threshold": cut})
+    before = {id(p): (p.detach().clone(), copy.deepcopy(optimizer.state[p])) for p in trained}
+    step()
+    idle = [probe for probe in skip.probes if not probe.active]
+    assert 1 <= len(idle) < 12
+    for probe in skip.probes:
+        for parameter in probe.parameters:
+            value, moments = before[id(parameter)]
+            same = torch.equal(parameter, value) and all(
+                torch.equal(moments[name], optimizer.state[parameter][name]) for name in ("exp_avg", "exp_avg_sq")
+            )
+            assert same == (not probe.active), probe.path
+            assert (parameter.grad is None) == (not probe.active)
+
+
+@both
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_gradients_of_zeros_left_by_the_optimizer_are_no_step_of_the_skipped(build, mode, tiny_bert):
+    """`zero_grad(set_to_none=False)` leaves zeros, with which AdamW would still decay the weights."""
+    model, skip = prepared(build, tiny_bert, mode=mode, share=0.5)
+    skip.metric = [0.01] * 6 + [0.5] * 6
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = [[p.detach().clone() for p in probe.parameters] for probe in skip.probes]
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    moved = [
+        not all(map(torch.equal, probe.parameters, values)) for probe, values in zip(skip.probes, before, strict=True)
+    ]
+    assert moved == [probe.active for probe in skip.probes] == [False] * 6 + [True] * 6
+
+
+@both
+@pytest.mark.parametrize("min_active", [1, 3])
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_decided_in_the_forward_the_last_adapters_stay_active(build, mode, min_active, tiny_bert):
+    """In the forward no one knows which will be the largest: the floor is the last ones reached."""
+    model, skip = prepared(build, tiny_bert, mode=mode, decide="forward", threshold=10.0, min_active=min_active)
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    assert [probe.active for probe in skip.probes] == [False] * (12 - min_active) + [True] * min_active
+
+
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_backward_flops_fall_with_the_prefix_and_hardly_without(mode, tiny_bert):
+    model, skip = prepared(ours, lambda **o: tiny_bert(num_hidden_layers=4, hidden_size=64, **o), mode=mode, share=0.5)
+    counts = {}
+    for name, metric in (("full", None), ("half", [0.01] * 12 + [0.5] * 12 if mode == "prefix" else [0.01, 0.5] * 12)):
+        skip.metric = metric
+        skip.begin_step(0.5)
+        loss = model(**batch(8, 32)).loss
+        with FlopCount() as count:
+            loss.backward()
+        counts[name] = count.total
+    ratio = counts["half"] / counts["full"]
+    assert ratio < 0.52 if mode == "prefix" else 0.8 < ratio < 1
+
+
+def test_learns_from_b_zero(tmp_path, tiny_bert):
+    """Every M is 0 at the start; warm-up, floor and exploration keep training going."""
+    model = attach(tiny_bert(), "lora", rank=4, seed=0)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    for options in ({"warmup": 0.2}, {"warmup": 0.0, "explore": 0.0}, {"warmup": 0.0, "decide": "forward"}):
+        twin = copy.deepcopy(model)
+        skip = SkipLoRA(twin, SkipSettings(threshold=10.0, mode="adapter", **options))
+        trainer = runs.trainer(twin, tmp_path, budget=Budget(30, "steps"), controllers=[skip])
+        trainer.train()
+        norms = [float(layer.lora_B.norm()) for layer in adapter_layers(twin).values()]
+        assert sum(norm > 0 for norm in norms) >= (13 if options["warmup"] else 1)
+        assert 0 < skip.report()["share_skipped"] < 1
+        assert runs.equal(frozen, [p.detach() for p in twin.parameters() if not p.requires_grad])
+
+
+def test_threshold_zero_is_plain_lora_bitwise(tmp_path, tiny_bert):
+    model = attach(tiny_bert(), "lora", rank=4, seed=0)
+    twin = copy.deepcopy(model)
+    runs.trainer(model, tmp_path / "a").train()
+    skip = SkipLoRA(twin, SkipSettings(threshold=0.0))
+    runs.trainer(twin, tmp_path / "b", controllers=[skip]).train()
+    assert runs.equal(runs.weights(model), runs.weights(twin))
+    assert skip.report()["share_skipped"] == 0
+
+
+@pytest.mark.parametrize("decide", ["ema", "forward"])
+@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+def test_resume_is_bitwise(mode, decide, tmp_path, tiny_bert):
+    def made(folder, budget_kill=None):
+        model = attach(tiny_bert(), "lora", rank=4, seed=0)
+        settings = SkipSettings(mode=mode, decide=decide, share=0.5, warmup=0.1, explore=0.3, measure_every=2)
+        skip = SkipLoRA(model, settings, seed=3)
+        trainer = runs.trainer(model, folder, budget=Budget(14, "steps"), controllers=[skip], save_steps=5)
+        return model, skip, trainer
+
+    torch.manual_seed(0)
+    model, skip, trainer = made(tmp_path / "whole")
+    trainer.train()
+    torch.manual_seed(0)
+    _, _, trainer = made(tmp_path / "cut")
+    trainer.budget = Budget(14, "steps")
+    kill_after(trainer, 7)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    torch.manual_seed(0)
+    resumed, again, trainer = made(tmp_path / "cut")
+    trainer.train(resume_from_checkpoint=True)
+    assert runs.equal(runs.weights(model), runs.weights(resumed))
+    assert again.report() == skip.report()
+    assert trainer.ledger.flops_backward > 0
+
+
+def kill_after(trainer, steps: int) -> None:
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == steps:
+                raise KeyboardInterrupt
+
+    trainer.add_callback(Kill())
+
+
+def test_one_decision_for_all_batches_of_a_step(tiny_bert):
+    model, skip = prepared(ours, tiny_bert, decide="forward", mode="adapter", threshold=0.0)
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    skip.after_step(0.5, None)
+    first = sorted(skip.metric)
+    skip.settings = SkipSettings(**ALWAYS | {"decide": "forward", "mode": "adapter", "threshold": first[6]})
+    skip.begin_step(0.5)
+    model(**batch()).loss.backward()
+    decided = [probe.active for probe in skip.probes]
+    for name, parameter in model.named_parameters():  # the next batch would be decided otherwise
+        if "lora_B" in name:
+            parameter.data.mul_(100)
+    model(**batch(4, 7)).loss.backward()
+    assert [probe.active for probe in skip.probes] == decided and not all(decided)
+
+
+@both
+def test_under_bf16_autocast_and_checkpointing(build, tiny_bert):
+    model, skip = prepared(build, tiny_bert, share=0.5)
+    skip.metric = [0.01] * 6 + [0.5] * 6
+    expected = None
+    for checkpointed in (False, True):
+        if checkpointed:
+            bert = next(module for module in model.modules() if type(module).__name__.startswith("BertFor"))
+            bert.activation_checkpointing_enable({"use_reentrant": False})
+            skip.begin()  # what the Trainer does, in this order
+        model.zero_grad()
+        skip.begin_step(0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch()).loss
+        loss.backward()
+        squares = [probe.squares.clone() for probe in skip.probes]
+        expected = expected or (gradients(model), squares)
+        assert gradients(model).keys() == expected[0].keys() and all("layer.1." in name for name in expected[0])
+        for name, value in gradients(model).items():
+            torch.testing.assert_close(value, expected[0][name], rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(squares, expected[1])  # the recomputation is not measured again
+
+
+@both
+def test_a_cut_that_would_be_undone_is_refused(build, tiny_bert):
+    model, skip = prepared(build, tiny_bert, share=0.5)
+    skip.metric = [0.01] * 6 + [0.5] * 6
+    model.enable_input_require_grads()
+    skip.begin_step(0.5)
+    with pytest.raises(LorakitError, match="enable_input_require_grads"):
+        model(**batch())
+
+
+def test_reentrant_checkpointing_is_refused(tiny_bert):
+    model, skip = prepared(ours, tiny_bert, share=0.5)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(LorakitError, match="use_reentrant=False"):
+        skip.begin()
+
+
+def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
+    model = plain_peft(tiny_bert())
+    skip = SkipLoRA(model, SkipSettings(share=0.5, warmup=0.2, explore=0.0))
+    plain = runs.trainer(model, tmp_path)
+    plain.args.max_steps = 10
+    trainer = SLoRATrainer(model, plain.args, runs.rows(), data_collator=runs.collate, controllers=[skip])
+    trainer.train()
+    report = skip.report()
+    assert report["share_skipped_per_adapter"] == [0.8] * 6 + [0.0] * 6
+    assert all(probe.active for probe in skip.probes) and not any(probe.handles for probe in skip.probes)
+
+
+def test_the_ledger_of_a_run(tmp_path, tiny_bert):
+    model = attach(tiny_bert(), "lora", rank=4, seed=0)
+    skip = SkipLoRA(model, SkipSettings(share=0.5, warmup=0.25, explore=0.0))
+    trainer = runs.trainer(model, tmp_path, controllers=[skip], evaluations=2)
+    trainer.train()
+    report = skip.report()
+    assert len(report["history"]["step"]) == len(trainer.curve.points) == len(report["history"]["metric"])
+    assert report["history"]["step"][-1] == 20 and len(report["adapters"]) == len(report["history"]["active"][-1]) == 13
+    assert report["history"]["active"][-1][0] == 0.0 and report["history"]["active"][-1][-1] == 1.0
+    plain = runs.trainer(attach(tiny_bert(), "lora", rank=4, seed=0), tmp_path / "plain")
+    plain.train()
+    assert trainer.ledger.flops_backward < 0.85 * plain.ledger.flops_backward
+    assert trainer.ledger.flops_forward == pytest.approx(plain.ledger.flops_forward, rel=0.02)
+
+
+# bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mode": "suffix"}, "skip='suffix'"),
+        ({"decide": "later"}, "skip_decide='later'"),
+        ({"threshold": -0.1}, "skip_threshold=-0.1"),
+        ({"share": 1.0}, "skip_share=1.0"),
+        ({"warmup": 1.0}, "skip_warmup=1.0"),
+        ({"min_active": 0}, "skip_min_active=0"),
+        ({"explore": 1.5}, "skip_explore=1.5"),
+        ({"ema": 0.0}, "skip_ema=0.0"),
+        ({"measure_every": 0}, "skip_measure_every=0"),
+    ],
+)
+def test_bad_settings(options, named):
+    with pytest.raises(ParameterError, match=named.replace(".", r"\.")):
+        SkipSettings(**options)
+
+
+def test_models_that_cannot_be_skipped(tiny_bert):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ParameterError, match="no LoRA adapter"):
+        SkipLoRA(attach(tiny_bert(), "head"), SkipSettings())
+    with pytest.raises(ParameterError, match="skip_min_active=14.*13 adapters"):
+        SkipLoRA(attach(tiny_bert(), "lora"), SkipSettings(min_active=14))
+    with pytest.raises(ParameterError, match="LoRA variant"):
+        SkipLoRA(get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), SkipSettings())

@@ -1,0 +1,359 @@
+"""The trainer: bitwise the plain Trainer's weights, budgets that end decayed, gates without traces, bitwise resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from training_runs import Alternating, Closed, collate, equal, kill, rows, trainer, weights
+
+from lorakit.errors import CheckpointError, ParameterError
+from lorakit.params import Params
+from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
+from lorakit.training.arguments import training_arguments
+from lorakit.training.loss import MeanLoss, example_statistics
+
+
+@pytest.fixture
+def model(tiny_bert):
+    """The same tiny BERT, with dropout, at every call."""
+
+    def build():
+        torch.manual_seed(0)
+        return tiny_bert(hidden_dropout_prob=0.1)
+
+    return build
+
+
+def test_accepting_everything_is_bitwise_the_plain_trainer(model, tmp_path):
+    from transformers import Trainer
+
+    ours = trainer(model(), tmp_path / "ours", schedule=Schedule("constant"))
+    ours.train()
+    arguments = training_arguments(
+        Params(batch_size=8, gradient_accumulation=2, learning_rate=1e-2, seed=3), str(tmp_path / "plain")
+    )
+    arguments.max_steps, arguments.lr_scheduler_type = 20, "constant"
+    plain = Trainer(
+        model=model(),
+        args=arguments,
+        train_dataset=rows(),
+        data_collator=collate,
+        compute_loss_func=MeanLoss("classify"),
+    )
+    plain.train()
+    assert equal(weights(ours.model), weights(plain.model))
+
+
+def test_loss_is_the_models_own_without_accumulation(model, tmp_path):
+    from transformers import Trainer
+
+    params = {"gradient_accumulation": 1, "optimizer": "sgd", "learning_rate": 0.1}
+    ours = trainer(model(), tmp_path / "ours", schedule=Schedule("constant"), params=params)
+    ours.train()
+    arguments = training_arguments(Params(batch_size=8, seed=3, **params), str(tmp_path / "plain"))
+    arguments.max_steps, arguments.lr_scheduler_type = 20, "constant"
+    plain = Trainer(model=model(), args=arguments, train_dataset=rows(), data_collator=collate)
+    plain.train()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(ours.model), weights(plain.model), strict=True))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_bert, tmp_path):
+    params = {"optimizer": "sgd", "learning_rate": 0.1}
+    made = []
+    for batch_size, accumulation in ((16, 1), (8, 2), (4, 4)):
+        torch.manual_seed(0)
+        still = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        changed = params | {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        run = trainer(still, tmp_path / str(accumulation), budget=Budget(9, "steps"), params=changed)
+        run.train()  # past the end of the epoch: its last step is smaller
+        made.append((weights(run.model), [point.train_loss for point in run.curve.points]))
+    for other, losses in made[1:]:
+        assert losses == pytest.approx(made[0][1], rel=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made[0][0], other, strict=True))
+
+
+def test_rejecting_everything_changes_no_weight_and_no_moment(model, tmp_path):
+    before = weights(model())
+    run = trainer(model(), tmp_path, gate=Closed(), params={"weight_decay": 0.1})
+    run.train()
+    assert equal(before, weights(run.model))
+    assert run.optimizer.state_dict()["state"] == {}
+    assert (run.ledger.steps, run.ledger.accepted_steps, run.ledger.flops_backward) == (20, 0, 0)
+    assert run.ledger.tokens > 0 and run.ledger.tokens_backpropagated == 0
+
+
+@pytest.mark.parametrize("unit", ["steps", "accepted_steps", "tokens", "flops"])
+def test_budget_ends_the_run_with_the_step_that_spends_it(model, tmp_path, unit):
+    amount = {"steps": 12, "accepted_steps": 12, "tokens": 1500, "flops": 2e8}[unit]
+    run = trainer(model(), tmp_path, budget=Budget(amount, unit), evaluations=3)
+    run.train()
+    shares = [getattr(point, unit if unit != "steps" else "step") / amount for point in run.curve.points]
+    assert shares[-1] >= 1 and all(share < 1 for share in shares[:-1])
+    assert sum(point.validation is not None for point in run.curve.points) == 3
+    assert run.curve.points[-1].validation is not None
+
+
+def test_learning_rate_follows_the_share_of_the_budget(model, tmp_path):
+    run = trainer(model(), tmp_path, budget=Budget(20, "steps"), schedule=Schedule("linear", warmup=0.2))
+    run.train()
+    rates = [point.learning_rate / 1e-2 for point in run.curve.points]
+    expected = [0.1 + 0.9 * i / 4 if i < 4 else 1 - (i - 4) / 16 for i in range(20)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+    assert run.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_gate_halves_the_steps_without_accumulation(model, tmp_path):
+    run = trainer(
+        model(), tmp_path, gate=Alternating(), budget=Budget(10, "accepted_steps"), params={"gradient_accumulation": 1}
+    )
+    run.train()
+    assert run.ledger.accepted_steps == 10 and run.ledger.steps == 19
+    assert run.curve.points[-1].gate_score == 18.5  # batches 18 (rejected) and 19, since the last point
+
+
+def test_ledger_counts_what_was_seen(model, tmp_path):
+    run = trainer(
+        model(), tmp_path, budget=Budget(7, "steps"), params={"gradient_accumulation": 1}
+    )  # 100 rows: 13 batches
+    run.train()
+    assert run.ledger.examples == 56
+    order = [row for batch in list(run.get_train_dataloader())[:7] for row in batch["attention_mask"]]
+    assert run.ledger.tokens == sum(int(mask.sum()) for mask in order)
+
+
+def test_evaluation_leaves_training_alone(model, tmp_path):
+    often = trainer(model(), tmp_path / "a", evaluations=10)
+    often.train()
+    once = trainer(model(), tmp_path / "b", evaluations=1)
+    once.train()
+    assert equal(weights(often.model), weights(once.model))
+
+
+@pytest.mark.parametrize(
+    "killed_after", [13, 15, 26, 27, 37]
+)  # micro-batches: inside steps, epochs and past checkpoints
+@pytest.mark.parametrize("grouped", [False, True])
+def test_resume_is_bitwise(model, tmp_path, killed_after, grouped):
+    options = {"gate": Alternating(), "evaluations": 4, "save_steps": 3, "params": {"group_by_length": grouped}}
+    whole = trainer(model(), tmp_path / "whole", **options)
+    whole.train()
+
+    killed = trainer(model(), tmp_path / "killed", **options | {"gate": Alternating()})
+    kill(killed, killed_after)
+    resumed = trainer(model(), tmp_path / "killed", **options | {"gate": Alternating()})
+    resumed.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path / "killed")))
+
+    assert equal(weights(whole.model), weights(resumed.model))
+    moments = [run.optimizer.state_dict()["state"] for run in (whole, resumed)]
+    assert all(equal(list(a.values()), list(b.values())) for a, b in zip(*map(dict.values, moments), strict=True))
+    assert resumed.gate.seen == whole.gate.seen == 20  # one decision a step, over its whole window
+    without_time = [[point.model_dump(exclude={"seconds"}) for point in run.curve.points] for run in (whole, resumed)]
+    assert without_time[0] == without_time[1]
+
+
+def test_resuming_what_had_spent_its_budget_takes_no_further_step(model, tmp_path):
+    first = trainer(model(), tmp_path, save_steps=20)
+    first.train()
+    again = trainer(model(), tmp_path, save_steps=20)
+    again.train(resume_from_checkpoint=True)
+    assert again.ledger.steps == 20 and again.curve.points == first.curve.points
+    assert equal(weights(first.model), weights(again.model))
+
+
+def test_resuming_without_a_checkpoint_is_an_error(model, tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        trainer(model(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_cut_short_is_passed_over(model, tmp_path):
+    run = trainer(model(), tmp_path, save_steps=6)
+    run.train()
+    (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert checkpoint.newest(tmp_path) == checkpoint.folder(tmp_path, 18)
+    assert sorted(tmp_path.rglob("*")) == before
+    again = trainer(model(), tmp_path, save_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).is_file()
+
+
+def test_what_is_not_ours_is_never_deleted(model, tmp_path):
+    """A Hugging Face Trainer's checkpoint, and a file, a link and a folder that are only called like one."""
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "optimizer.pt").write_bytes(b"theirs")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "checkpoint-8").symlink_to(tmp_path / "checkpoint-best")
+    before = sorted(tmp_path.iterdir())
+    assert checkpoint.newest(tmp_path) is None
+    trainer(model(), tmp_path).train()
+    with pytest.raises(ParameterError, match="checkpoint-500, which lorakit did not write"):
+        trainer(model(), tmp_path, save_steps=6).train()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_removes_only_its_own_older_checkpoints(model, tmp_path):
+    trainer(model(), tmp_path, save_steps=20, identity={"seed": 1}).train()
+    (tmp_path / "checkpoint-20").rename(tmp_path / "checkpoint-5")
+    trainer(model(), tmp_path, save_steps=6, identity={"seed": 2}).train()
+    kept = {path.name for path in checkpoint.complete(tmp_path)}
+    assert kept == {"checkpoint-5", "checkpoint-18", "checkpoint-20"}
+
+
+def test_checkpoint_of_another_run_is_refused(model, tmp_path):
+    trainer(model(), tmp_path, save_steps=6, identity={"learning_rate": 0.01, "seed": 3}).train()
+    other = trainer(model(), tmp_path, identity={"learning_rate": 0.02, "seed": 3})
+    with pytest.raises(CheckpointError, match=r"learning_rate=0.01 there, 0.02 here"):
+        other.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path)))
+
+
+def test_checkpoint_of_other_weights_names_both_shapes(model, tiny_bert, tmp_path):
+    trainer(model(), tmp_path, save_steps=20).train()
+    wider = trainer(tiny_bert(intermediate_size=128), tmp_path)
+    with pytest.raises(CheckpointError, match=r"\(64, 32\), here \(128, 32\)"):
+        wider.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path)))
+
+
+def test_checkpoint_without_gate_state_is_an_error(model, tmp_path):
+    trainer(model(), tmp_path, save_steps=20).train()
+    (checkpoint.newest(tmp_path) / checkpoint.STATE).unlink()
+    with pytest.raises(CheckpointError, match="gate.pt"):
+        trainer(model(), tmp_path).train(resume_from_checkpoint=str(checkpoint.folder(tmp_path, 20)))
+
+
+def test_checkpoint_holds_only_what_is_trained(model, tmp_path):
+    from safetensors.torch import load_file
+
+    only_head = model()
+    only_head.bert.requires_grad_(False)
+    trainer(only_head, tmp_path, save_steps=20).train()
+    assert set(load_file(str(checkpoint.newest(tmp_path) / checkpoint.WEIGHTS))) == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_best_weights_are_those_of_the_lowest_validation_loss(model, tmp_path):
+    run = trainer(model(), tmp_path, evaluations=10, keep_best=True, params={"learning_rate": 0.05})
+    run.train()
+    losses = {point.step: point.validation["loss"] for point in run.curve.points if point.validation}
+    run.curve.restore_best(run.model)
+    assert run.curve.chosen().step == min(losses, key=losses.get)
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_nan_loss_is_diverged_not_a_number(model, tmp_path):
+    broken = model()
+    with torch.no_grad():
+        broken.classifier.bias.fill_(math.nan)
+    with pytest.raises(Diverged, match="training loss is nan at step 1"):
+        trainer(broken, tmp_path).train()
+
+
+def test_bf16_autocast_and_gradient_checkpointing_still_learn(model, tmp_path):
+    plain = trainer(model(), tmp_path / "plain", budget=Budget(30, "steps"))
+    plain.train()
+    saving = trainer(
+        model(),
+        tmp_path / "saving",
+        budget=Budget(30, "steps"),
+        params={"precision": "bf16", "gradient_checkpointing": True},
+    )
+    saving.train()
+    assert saving.curve.points[-1].train_loss == pytest.approx(plain.curve.points[-1].train_loss, abs=0.1)
+    assert saving.ledger.flops_backward > plain.ledger.flops_backward  # the recomputation is counted
+
+
+def test_checkpointing_changes_no_gradient(model, tmp_path):
+    params = {"optimizer": "sgd", "learning_rate": 0.1}  # Adam would blow rounding of tiny gradients up to whole steps
+    plain = trainer(model(), tmp_path / "plain", budget=Budget(5, "steps"), params=params)
+    plain.train()
+    saving = trainer(
+        model(), tmp_path / "saving", budget=Budget(5, "steps"), params=params | {"gradient_checkpointing": True}
+    )
+    saving.train()
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain.model), weights(saving.model), strict=True)
+    )
+
+
+def test_report_to_tensorboard(model, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer(model(), tmp_path, params={"report_to": "tensorboard", "run_dir": str(tmp_path)}).train()
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"precision": "fp16"}, "precision='fp16'"),
+        ({"tf32": True}, "tf32=True"),
+        ({"optimizer": "adamm"}, "optimizer='adamm'"),
+        ({"report_to": "tensorboard"}, "run_dir=''"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_by_name(changed, message, tmp_path):
+    if torch.cuda.is_available() and {"precision", "tf32"} & changed.keys():
+        pytest.skip("this machine can")
+    with pytest.raises(ParameterError, match=message):
+        training_arguments(Params(**changed), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Budget(0, "steps"), "budget=0"),
+        (lambda: Budget(5, "hours"), "budget_unit='hours'.*accepted_steps"),
+        (lambda: Schedule("step"), "schedule='step'.*linear"),
+        (lambda: Schedule(warmup=1.0), "warmup=1.0"),
+    ],
+)
+def test_bad_budgets_and_schedules(build, message):
+    with pytest.raises(ParameterError, match=message):
+        build()
+
+
+def test_cosine_schedule_is_the_closed_form():
+    schedule = Schedule("cosine")
+    for share in (0.0, 0.25, 0.5, 1.0, 1.2):
+        assert schedule.factor(share) == pytest.approx(0.5 * (1 + math.cos(math.pi * min(share, 1))))
+
+
+def test_ledger_sums_over_ranks_and_survives_json():
+    ledger = Ledger()
+    ledger.add(tokens=5, accepted=1, loss=2.0)
+    ledger.commit(lambda vector: 2 * vector)  # as two ranks would
+    assert (ledger.tokens, ledger.accepted_steps, ledger.steps) == (10, 1, 1)
+    restored = Ledger()
+    restored.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert restored.state_dict() == ledger.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_statistics_equal_the_models_own_loss(kind, tiny_gemma):
+    torch.manual_seed(1)
+    ids = torch.randint(1, 99, (3, 12))
+    labels = ids.masked_fill(torch.rand(3, 12) < 0.3, -100)
+    model = tiny_gemma()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        expected = model(input_ids=ids, labels=labels).loss
+    if kind == "masked":
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    statistics = example_statistics(logits, labels, kind)
+    assert float(statistics[:, 0].sum() / statistics[:, 1].sum()) == pytest.approx(float(expected), rel=1e-5)
+    shifted = labels[:, 1:] if kind == "causal" else labels
+    assert statistics[:, 1].tolist() == (shifted != -100).sum(1).tolist()
+
+
+def test_classification_statistics():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    statistics = example_statistics(logits, torch.tensor([0, 0]), "classify")
+    expected = [[math.log(1 + math.exp(-2)), 1, 0, 0], [math.log(1 + math.e), 1, 1, 0]]
+    assert torch.allclose(statistics, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
