@@ -32,7 +32,7 @@ def run() -> list[Claim]:
 
 
 def selection(model: nn.Module, fraction: float, mode: str, score: str = "sketch", method: str = "flora") -> Any:
-    from lorakit.gating import Gating
+    from lorakit.settings import Gating
     from lorakit.tokens import build_tokens
 
     return build_tokens(Gating(method=method, topk_tokens=fraction, mode=mode, score=score), model, "causal")

@@ -7,7 +7,7 @@ import os
 import sys
 
 from lorakit import assets, table
-from lorakit.places import PROJECT
+from lorakit.files import PROJECT
 from lorakit.runs import sweep
 
 SETTING = "reviews-minilm"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lorakit import stats, style
-from lorakit.places import RESULTS
+from lorakit.files import RESULTS
 from lorakit.records import Record, read_all
 
 LOSS = "validation loss"

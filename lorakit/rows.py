@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.params import METHODS, Params, method_of
-
-__all__ = ["METHODS", "method_of", "notebook_of", "row_of"]
+from lorakit.params import Params
 
 
 def row_of(params: Params) -> str:

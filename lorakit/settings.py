@@ -241,17 +241,6 @@ class Gating(Settings):
         """Whether the chosen are weighted by their inverse probabilities."""
         return self.method == "flora" and self.policy == "pps"
 
-    def check(self, precision: str, gradient_checkpointing: bool, skips: bool) -> None:
-        """The refusals of `TokenSettings`, for callers that do not call `lorakit.params.check` yet."""
-        from types import SimpleNamespace
-
-        skip = "prefix" if skips else "none"
-        run = SimpleNamespace(
-            gating=self, precision=precision, gradient_checkpointing=gradient_checkpointing, skip=skip, mode=self.mode
-        )
-        for name, why, when in TokenSettings.refuses:
-            require(not when(run), name, getattr(run, name.split(".")[-1]), why)
-
 
 class TokenSettings(Settings):
     """Which tokens get a backward"""

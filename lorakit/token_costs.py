@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from lorakit import stats, style, table
-from lorakit.gating import Gating
 from lorakit.records import Record
+from lorakit.settings import Gating
 from lorakit.token_tables import EVERY, MODES, Batch
 from lorakit.tokens import build_tokens
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.gating import Gating
 from lorakit.head import HeadInput, find_head, rows
+from lorakit.settings import Gating
 from lorakit.sketch_tables import SPARSE, spearman
 from lorakit.sketches import sparse_error
 from lorakit.sketches.head_gradient import predicted

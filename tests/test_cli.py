@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit import cli, places
+from lorakit import cli, params
 from lorakit.errors import ParameterError
 
 
@@ -66,6 +66,6 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
 
 def test_params_of_unknown_settings_and_methods():
     with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
-        places.params_of("sst9", "lora")
+        params.params_of("sst9", "lora")
     with pytest.raises(ParameterError, match="row='hyra': toy has .*full, .*hira, .*slora, sparse"):
-        places.params_of("toy", "hyra")
+        params.params_of("toy", "hyra")

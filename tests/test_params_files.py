@@ -12,8 +12,8 @@ from lorakit import params, records
 from lorakit.errors import ParameterError
 from lorakit.fields import APART, FREE, UNTRIED, flagged
 from lorakit.files import PARAMS, PROJECT, RESULTS
-from lorakit.runs.search import best_rate
 from lorakit.params import Params, doors, files
+from lorakit.runs.search import best_rate
 from lorakit.settings import RATES
 
 SETTINGS = sorted(path.parent.name for path in PARAMS.glob("*/_setting.yaml"))
@@ -153,14 +153,13 @@ def test_a_setting_file_has_parameters_of_its_own_only(place):
 def test_what_a_row_may_do(place):
     write(
         place, "s", q="quantize: nf4\nlabel: Q\noptimizer: paged_adamw_8bit\ndiffers: {optimizer: paged}",
-        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5", flops="compares: equal_flops\nbudget: 3.0e+9\n"
-        "budget_unit: flops", own="rank: 4\nlearning_rate: 2.0e-3", named="rank: 4\nlearning_rate_from: another paper",
+        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5", flops="compares: equal_flops\nbudget: 3.0e+9", own="rank: 4\nlearning_rate: 2.0e-3", named="rank: 4\nlearning_rate_from: another paper",
     )  # fmt: skip
     both = params.resolve({"setting": "s", "row": "both"})
     assert (both.quantize, both.optimizer, both.skip, both.skip_share) == ("nf4", "paged_adamw_8bit", "prefix", 0.5)
     assert (both.label, both.combines, both.learning_rate) == ("", ["q", "skip"], 1e-3)
     flops = params.resolve({"setting": "s", "row": "flops"})
-    assert (flops.budget, flops.budget_unit, flops.compares) == (3e9, "flops", "equal_flops")
+    assert (flops.budget, flops.compares) == (3e9, "equal_flops")
     rates = {row: params.resolve({"setting": "s", "row": row}) for row in ("own", "named")}
     assert (rates["own"].learning_rate, rates["own"].learning_rate_from) == (2e-3, "")
     assert (rates["named"].learning_rate, rates["named"].learning_rate_from) == (1e-3, "another paper")

@@ -6,10 +6,8 @@ import pytest
 
 import lorakit
 from lorakit.errors import ParameterError
-from lorakit.params import check, resolve
-from lorakit.places import params_of
-from lorakit.rows import METHODS, method_of, notebook_of, row_of
-from lorakit.runs.assembly import check
+from lorakit.params import METHODS, check, method_of, params_of, resolve
+from lorakit.rows import notebook_of, row_of
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-<<<<<<< HEAD:tests/test_notebooks.py
-from lorakit import records, sweep
-from lorakit.notebooks import FINISHED, checked, parameters, whole
+from lorakit import records
 from lorakit.params import collect, params_of, resolve
 from lorakit.rows import notebook_of
-=======
-from lorakit import records
-from lorakit.params import Params, read_files, resolve
-from lorakit.places import params_of
-from lorakit.rows import method_of, notebook_of, row_of
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
->>>>>>> main:tests/runs/test_notebooks.py
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"

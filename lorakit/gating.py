@@ -1,3 +1,0 @@
-from lorakit.settings import Gating
-
-__all__ = ["Gating"]
