@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.params import Params, check
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens, fractional
 from lorakit.tokens import positions as rows_of_their_own
@@ -452,6 +453,12 @@ def shifted(at):
     return replace(at, columns=at.columns[:, :1].expand(at.shape))
 
 
+def together(method, mode, precision, checkpointing, skips):
+    skip = "prefix" if skips else "none"
+    gating = Gating(method=method, mode=mode)
+    check(Params(gating=gating, precision=precision, gradient_checkpointing=checkpointing, skip=skip))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -462,7 +469,7 @@ def shifted(at):
 )
 def test_settings_that_contradict_the_run(given, message):
     with pytest.raises(ParameterError, match=message):
-        Gating(method="flora", mode="fractional").check(*given)
-    Gating(method="baseline", mode="fractional").check(*given)
+        together("flora", "fractional", *given)
+    together("baseline", "fractional", *given)
     if given[0] != "fp16":
-        Gating(method="flora", mode="gather").check(*given)
+        together("flora", "gather", *given)
