@@ -10,7 +10,8 @@ import pytest
 
 from lorakit import tasks
 from lorakit.errors import AssetError, DataError, ParameterError
-from lorakit.tasks import metrics, splits
+from lorakit.tasks import corpus
+from lorakit.tasks import task as judged
 from lorakit.tasks.toy import tokenizer as toy
 
 WORDS = (
@@ -156,14 +157,13 @@ def test_mrpc_test_file_is_the_test_split(tmp_path, encoder):
 
 
 def test_pairs_carry_token_types_where_the_tokenizer_gives_them(encoder):
-    from lorakit.tasks import labelled
-    from lorakit.tasks.corpus import Labelled
+    from lorakit.tasks.build import labelled_columns
 
     encoder = toy.encoder_tokenizer()
     encoder.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    assert "token_type_ids" not in labelled.columns([Labelled("a b", None, 1)], encoder, 32)
+    assert "token_type_ids" not in labelled_columns([corpus.Labelled("a b", None, 1)], encoder, 32)
     encoder.backend_tokenizer.post_processor = _pair_template(encoder)
-    pair = labelled.columns([Labelled("ab", "cd", 1)], encoder, 32)
+    pair = labelled_columns([corpus.Labelled("ab", "cd", 1)], encoder, 32)
     assert pair["token_type_ids"] == [[0, 0, 0, 0, 1, 1, 1]]
 
 
@@ -290,8 +290,6 @@ def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeyp
     import pyarrow
     from pyarrow import parquet
 
-    from lorakit.tasks import hub
-
     write_sst2(tmp_path)
     local = tasks.load("sst2", encoder, data_dir=str(tmp_path))
     (tmp_path / "sst2").mkdir()
@@ -299,7 +297,7 @@ def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeyp
         rows = [line.split("\t") for line in (tmp_path / file).read_text().splitlines()[1:]]
         table = pyarrow.table({"sentence": [row[0] for row in rows], "label": [int(row[1]) for row in rows]})
         parquet.write_table(table, tmp_path / "sst2" / f"{name}-00000-of-00001.parquet")
-    monkeypatch.setattr(hub, "_snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.delenv("LORAKIT_DATA", raising=False)
     remote = tasks.load("sst2", encoder)
     assert remote.train["input_ids"] == local.train["input_ids"] and remote.test["labels"] == local.test["labels"]
@@ -324,28 +322,28 @@ def test_f1_and_accuracy_are_scikit_learn_s():
     for _ in range(20):
         predicted, actual = (rng.random(40) < 0.3), (rng.random(40) < 0.6)
         stats = np.stack([rng.random(40), np.ones(40), predicted, actual], axis=1)
-        found = metrics.classification_f1(stats)
+        found = judged.classification_f1(stats)
         assert found["f1"] == pytest.approx(f1_score(actual, predicted), abs=1e-12)
         assert found["accuracy"] == pytest.approx(accuracy_score(actual, predicted), abs=1e-12)
         assert found["loss"] == pytest.approx(stats[:, 0].mean())
-    assert metrics.classification_f1(np.array([[0.1, 1, 0, 0]]))["f1"] == 0.0
+    assert judged.classification_f1(np.array([[0.1, 1, 0, 0]]))["f1"] == 0.0
 
 
 def test_components_join_rows_through_any_shared_key():
-    groups = splits.components([("a", "b"), ("c", "d"), ("e", "b"), ("f", "e"), ("g", "h"), ("d", "g")])
+    groups = corpus.components([("a", "b"), ("c", "d"), ("e", "b"), ("f", "e"), ("g", "h"), ("d", "g")])
     assert groups[0] == groups[2] == groups[3] and groups[1] == groups[4] == groups[5] and groups[0] != groups[1]
 
 
 def test_phrases_belong_to_every_sentence_that_has_them():
-    families = splits.phrase_families(["a b c d", "b c", "C D e", "c d", "b", "ab"])
+    families = corpus.phrase_families(["a b c d", "b c", "C D e", "c d", "b", "ab"])
     assert families["b c"] == ["a b c d"] and families["ab"] == ["ab"] and families["b"] == ["a b c d"]
     assert sorted(families["c d"]) == ["a b c d", "c d e"]
 
 
 def test_cut_keeps_groups_whole_and_its_share():
     rows = [f"{group} {i}" for group in "abcdefghijklmnopqrst" for i in range(5)]
-    first, second, rest = splits.cut(rows, lambda row: row[0], 2)
+    first, second, rest = corpus.cut(rows, lambda row: row[0], 2)
     assert (len(first), len(second), len(rest)) == (10, 10, 80)
     assert not {row[0] for row in first} & {row[0] for row in second + rest}
     with pytest.raises(DataError, match="too few"):
-        splits.cut(["a", "A "], str, 1)
+        corpus.cut(["a", "A "], str, 1)

@@ -9,7 +9,7 @@ import torch
 
 from lorakit import tasks
 from lorakit.errors import DataError, ParameterError
-from lorakit.tasks import chat, packing
+from lorakit.tasks import chat, collate
 from lorakit.tasks.collate import IGNORED
 from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer, matches
 
@@ -36,7 +36,7 @@ def test_turns_and_labels_of_a_hand_made_chat(decoder):
         "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nYo<end_of_turn>\n"
         "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nOk<end_of_turn>\n"
     )
-    assert chat.render(messages) == text
+    assert "".join(text for text, _ in chat.segments(messages)) == text
     [ids], [labels] = chat.encode([messages], decoder, 500)
     assert ids == decoder("<bos>" + text, add_special_tokens=False)["input_ids"]
     assert ids == decoder.apply_chat_template(messages)["input_ids"]
@@ -57,7 +57,7 @@ def test_labels_are_the_template_s_assistant_tokens(decoder):
 def test_prompt_is_everything_before_the_last_answer():
     messages = say("a", "b", "c", "d")
     assert chat.prompt(messages).endswith("c<end_of_turn>\n<start_of_turn>model\n")
-    assert chat.render(messages) == chat.prompt(messages) + "d<end_of_turn>\n"
+    assert "".join(text for text, _ in chat.segments(messages)) == chat.prompt(messages) + "d<end_of_turn>\n"
 
 
 def test_answers_cut_away_are_dropped_and_counted(tmp_path, decoder):
@@ -99,12 +99,12 @@ def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatc
     import pyarrow
     from pyarrow import parquet
 
-    from lorakit.tasks import conversations, hub
+    from lorakit.tasks import conversations
 
     (tmp_path / "data").mkdir()
     chats = [*[say(f"q{i}", "a") for i in range(30)], say("no answer")]
     parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "data" / "train-0.parquet")
-    monkeypatch.setattr(hub, "_snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     corpus = conversations.tulu_from_hub()
     assert len(corpus.train) == 24 and "1 rows dropped: not user and assistant in turn" in corpus.notes
 
@@ -148,7 +148,7 @@ def documents():
 
 
 def test_packing_divides_no_document_and_labels_no_boundary():
-    columns = packing.pack(documents(), documents(), 40)
+    columns = collate.pack(documents(), documents(), 40)
     assert [len(row) for row in columns["input_ids"]] == [37, 26, 30]
     for ids, labels, positions in zip(columns["input_ids"], columns["labels"], columns["position_ids"], strict=True):
         starts = [place for place, position in enumerate(positions) if position == 0]
@@ -165,7 +165,7 @@ def test_packed_logits_and_gradients_are_those_of_separate_rows(attention, famil
     model = {"gemma": tiny_gemma, "gpt2": tiny_gpt2}[family](initializer_range=0.3).eval()
     model.set_attn_implementation(attention)
     model.config.use_cache = False  # as the Trainer sets it
-    batch = packing.PackedCollator(0)(rows_of(packing.pack(documents(), documents(), 40)))
+    batch = collate.PackedCollator(0)(rows_of(collate.pack(documents(), documents(), 40)))
     assert batch["input_ids"].shape == (3, 40) and "attention_mask" not in batch
     packed = model(**batch)
     loss, count = 0.0, 0
