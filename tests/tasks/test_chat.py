@@ -61,10 +61,8 @@ def test_prompt_is_everything_before_the_last_answer():
 
 
 def test_answers_cut_away_are_dropped_and_counted(tmp_path, decoder):
-    write(
-        tmp_path / "train.jsonl",
-        [say("q" * 60, "never seen"), say("q", "a" * 60), *[say(f"q{i}", "a") for i in range(5)]],
-    )
+    chats = [say("q" * 60, "never seen"), say("q", "a" * 60), *[say(f"q{i}", "a") for i in range(5)]]
+    write(tmp_path / "train.jsonl", chats)
     write(tmp_path / "validation.jsonl", [say(f"v{i}", "a") for i in range(6)])
     task = tasks.load("instruct", decoder, data_dir=str(tmp_path), max_length=40)
     assert len(task.train) == 6 and max(map(len, task.train["input_ids"])) == 40
@@ -109,17 +107,15 @@ def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatc
     assert len(corpus.train) == 24 and "1 rows dropped: not user and assistant in turn" in corpus.notes
 
 
-BAD_CHATS = [
-    "not json",
-    '["a list"]',
-    '{"text": "no messages"}',
-    '{"messages": []}',
-    json.dumps({"messages": say("only a question")}),
-    json.dumps({"messages": [{"role": "robot", "content": "hi"}]}),
-    json.dumps({"messages": say("q", "a")[::-1]}),
-    json.dumps({"messages": say("q", "  ")}),
-    json.dumps({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "a"}]}),
+NO_CHATS = [
+    say("only a question"),
+    [{"role": "robot", "content": "hi"}],
+    say("q", "a")[::-1],
+    say("q", "  "),
+    say(3, "a"),
 ]
+BAD_CHATS = ["not json", '["a list"]', '{"text": "no messages"}', '{"messages": []}']
+BAD_CHATS += [json.dumps({"messages": messages}) for messages in NO_CHATS]
 
 
 @pytest.mark.parametrize("line", BAD_CHATS)
@@ -154,9 +150,7 @@ def test_packing_divides_no_document_and_labels_no_boundary():
         starts = [place for place, position in enumerate(positions) if position == 0]
         assert all(labels[start] == IGNORED for start in starts)
         assert sum(label == IGNORED for label in labels) == len(starts) and sum(columns["attention_mask"][0]) == 37
-        assert [i for i, label in zip(ids, labels, strict=True) if label != IGNORED] == [
-            x for x in labels if x != IGNORED
-        ]
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -187,20 +181,9 @@ def test_packing_is_for_training_rows_only(instruct, decoder):
     assert task.eval_collator([task.test[0]])["labels"].shape[1] % 8 == 0
 
 
-PARSED = [
-    ("6 * 3 = 18\n#### 18", "18"),
-    ("#### 1,234,567", "1234567"),
-    ("####-5", "-5"),
-    ("#### $ 3.50", "3.5"),
-    ("#### 12.00 dollars", "12"),
-    ("#### 18.", "18"),
-    ("#### .5", "0.5"),
-    ("#### 1\n#### 2", "1"),
-    ("#### -0", "0"),
-    ("the answer is 18", None),
-    ("#### none", None),
-    ("", None),
-]
+PARSED = [("6 * 3 = 18\n#### 18", "18"), ("#### 1,234,567", "1234567"), ("####-5", "-5"), ("#### $ 3.50", "3.5")]
+PARSED += [("#### 12.00 dollars", "12"), ("#### 18.", "18"), ("#### .5", "0.5"), ("#### 1\n#### 2", "1")]
+PARSED += [("#### -0", "0"), ("the answer is 18", None), ("#### none", None), ("", None)]
 
 
 @pytest.mark.parametrize(("text", "answer"), PARSED)
@@ -209,9 +192,8 @@ def test_gsm8k_answers(text, answer):
 
 
 def test_no_number_matches_nothing():
-    assert (
-        matches("so #### 7.0", "#### 7") and not matches("no number", "no number") and not matches("#### 8", "#### 7")
-    )
+    assert matches("so #### 7.0", "#### 7")
+    assert not matches("no number", "no number") and not matches("#### 8", "#### 7")
 
 
 def test_answer_rows_are_prompts_with_their_answers(instruct, decoder):

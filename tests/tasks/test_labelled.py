@@ -14,7 +14,7 @@ from lorakit.tasks import corpus
 from lorakit.tasks import task as judged
 from lorakit.tasks.toy import tokenizer as toy
 
-WORDS = (
+WORDS = [
     "a",
     "the",
     "film",
@@ -31,7 +31,7 @@ WORDS = (
     "but",
     "with",
     "of",
-)
+]
 
 
 def sentences(count: int, length: int = 9, seed: int = 0) -> list[str]:
@@ -53,6 +53,10 @@ def write_sst2(folder, whole=60):
     dev = [f"{text}\t1" for text in sentences(12, seed=1)]
     (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *dev]), encoding="utf-8")
     return train
+
+
+def sizes(task):
+    return tuple(len(getattr(task, split)) for split in judged.SPLITS)
 
 
 def texts(task, tokenizer, split):
@@ -92,7 +96,7 @@ def test_subsets_are_nested_and_the_same_for_every_seed(tmp_path, encoder):
     write_sst2(tmp_path)
     few = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=10, max_validation=3, max_test=5, seed=1)
     more = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=20, seed=2)
-    assert (len(few.train), len(few.validation), len(few.test)) == (10, 3, 5)
+    assert sizes(few) == (10, 3, 5)
     assert few.train["input_ids"] == more.train["input_ids"][:10]
     assert few.test["input_ids"] == more.test["input_ids"][:5]
 
@@ -113,7 +117,7 @@ def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
     rows = [f'"{text}, ""quoted""\nand more",{index % 2}' for index, text in enumerate(sentences(50))]
     (tmp_path / "reviews-50.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     task = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert (len(task.train), len(task.validation), len(task.test)) == (40, 5, 5)
+    assert sizes(task) == (40, 5, 5)
     assert '"quoted"\nand more' in texts(task, encoder, "train")[0]
     held_out = texts(task, encoder, "validation")[0]
     (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n"{sentences(1)[0]}",0\n')
@@ -153,7 +157,7 @@ def test_mrpc_test_file_is_the_test_split(tmp_path, encoder):
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", zip(sentences(40), sentences(40, seed=1), strict=True))
     write_mrpc(tmp_path / "msr_paraphrase_test.txt", zip(sentences(8, seed=2), sentences(8, seed=3), strict=True))
     task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
-    assert (len(task.train), len(task.validation), len(task.test)) == (36, 4, 8)
+    assert sizes(task) == (36, 4, 8)
 
 
 def test_pairs_carry_token_types_where_the_tokenizer_gives_them(encoder):
@@ -191,12 +195,10 @@ def test_reviews_are_deduplicated_and_labelled_by_sign(tmp_path, encoder):
 @pytest.mark.parametrize("name", ["toy-reviews", "toy-stories"])
 def test_toy_splits_are_disjoint_and_the_same_every_time(name, encoder):
     task, again = (tasks.load(name, encoder, seed=seed, max_length=256) for seed in (0, 1))
-    rows = {
-        split: {tuple(ids) for ids in getattr(task, split)["input_ids"]} for split in ("train", "validation", "test")
-    }
     if name == "toy-reviews":
-        assert (len(task.train), len(task.validation), len(task.test)) == (960, 240, 240)
-        assert not rows["train"] & rows["validation"] and not (rows["train"] | rows["validation"]) & rows["test"]
+        train, validation, test = (set(map(tuple, getattr(task, split)["input_ids"])) for split in judged.SPLITS)
+        assert sizes(task) == (960, 240, 240)
+        assert not train & validation and not (train | validation) & test
     assert task.train["input_ids"] == again.train["input_ids"] and task.test["labels"] == again.test["labels"]
 
 
@@ -219,27 +221,24 @@ def test_a_bad_row_names_file_line_and_what_was_expected(tmp_path, encoder, cont
     assert where in str(error.value)
 
 
-def test_bad_rows_of_the_other_formats(tmp_path, encoder):
-    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",1\nfine,2\n')
-    with pytest.raises(DataError, match=r"a\.csv, line 4: expected label 0 or 1; found '2'"):
-        tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    (tmp_path / "a.csv").write_text('text,label\n"never closed,1\n')
-    with pytest.raises(DataError, match=r"a\.csv, line 2"):
-        tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text("1\tgreat\ta film\n")
-    with pytest.raises(DataError, match="line 1: expected a mean rating"):
-        tasks.load("reviews", encoder, data_dir=str(tmp_path))
-
-
-LAYOUTS = [
-    ("sst2", "train.tsv"),
-    ("imdb", "imdb/"),
-    ("mrpc", "msr_paraphrase_train.txt"),
-    ("reviews", "GroundTruth.txt"),
+BAD_FILES = [
+    ("imdb", "a.csv", 'text,label\n"two\nlines",1\nfine,2\n', r"a\.csv, line 4: expected label 0 or 1; found '2'"),
+    ("imdb", "a.csv", 'text,label\n"never closed,1\n', r"a\.csv, line 2"),
+    ("reviews", "movieReviewSnippets_GroundTruth.txt", "1\tgreat\ta film\n", "line 1: expected a mean rating"),
 ]
 
 
-@pytest.mark.parametrize(("name", "file"), LAYOUTS)
+@pytest.mark.parametrize(("name", "file", "content", "message"), BAD_FILES)
+def test_bad_rows_of_the_other_formats(tmp_path, encoder, name, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        tasks.load(name, encoder, data_dir=str(tmp_path))
+
+
+LAYOUTS = {"sst2": "train.tsv", "imdb": "imdb/", "mrpc": "msr_paraphrase_train.txt", "reviews": "GroundTruth.txt"}
+
+
+@pytest.mark.parametrize(("name", "file"), LAYOUTS.items())
 def test_a_missing_file_names_the_parameter_the_file_and_the_layout(tmp_path, encoder, name, file):
     with pytest.raises(DataError, match=file) as error:
         tasks.load(name, encoder, data_dir=str(tmp_path))
