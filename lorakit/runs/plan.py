@@ -89,7 +89,7 @@ def predict(plan: Plan) -> Prediction:
     from lorakit import adapters, models
     from lorakit.tokens import build_tokens
 
-    require(plan.method in adapters.METHODS, "method", plan.method, f"one of {', '.join(adapters.METHODS)}")
+    require(plan.method in adapters.methods(), "method", plan.method, f"one of {', '.join(adapters.methods())}")
     described = models.describe(plan.model)
     longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
     require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")

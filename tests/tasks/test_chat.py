@@ -9,7 +9,7 @@ import torch
 
 from lorakit import tasks
 from lorakit.errors import DataError, ParameterError
-from lorakit.tasks import chat, packing
+from lorakit.tasks import chat, collate
 from lorakit.tasks.collate import IGNORED
 from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer, matches
 
@@ -36,7 +36,7 @@ def test_turns_and_labels_of_a_hand_made_chat(decoder):
         "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nYo<end_of_turn>\n"
         "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nOk<end_of_turn>\n"
     )
-    assert chat.render(messages) == text
+    assert "".join(text for text, _ in chat.segments(messages)) == text
     [ids], [labels] = chat.encode([messages], decoder, 500)
     assert ids == decoder("<bos>" + text, add_special_tokens=False)["input_ids"]
     assert ids == decoder.apply_chat_template(messages)["input_ids"]
@@ -57,14 +57,12 @@ def test_labels_are_the_template_s_assistant_tokens(decoder):
 def test_prompt_is_everything_before_the_last_answer():
     messages = say("a", "b", "c", "d")
     assert chat.prompt(messages).endswith("c<end_of_turn>\n<start_of_turn>model\n")
-    assert chat.render(messages) == chat.prompt(messages) + "d<end_of_turn>\n"
+    assert "".join(text for text, _ in chat.segments(messages)) == chat.prompt(messages) + "d<end_of_turn>\n"
 
 
 def test_answers_cut_away_are_dropped_and_counted(tmp_path, decoder):
-    write(
-        tmp_path / "train.jsonl",
-        [say("q" * 60, "never seen"), say("q", "a" * 60), *[say(f"q{i}", "a") for i in range(5)]],
-    )
+    chats = [say("q" * 60, "never seen"), say("q", "a" * 60), *[say(f"q{i}", "a") for i in range(5)]]
+    write(tmp_path / "train.jsonl", chats)
     write(tmp_path / "validation.jsonl", [say(f"v{i}", "a") for i in range(6)])
     task = tasks.load("instruct", decoder, data_dir=str(tmp_path), max_length=40)
     assert len(task.train) == 6 and max(map(len, task.train["input_ids"])) == 40
@@ -99,27 +97,25 @@ def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatc
     import pyarrow
     from pyarrow import parquet
 
-    from lorakit.tasks import conversations, hub
+    from lorakit.tasks import conversations
 
     (tmp_path / "data").mkdir()
     chats = [*[say(f"q{i}", "a") for i in range(30)], say("no answer")]
     parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "data" / "train-0.parquet")
-    monkeypatch.setattr(hub, "_snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     corpus = conversations.tulu_from_hub()
     assert len(corpus.train) == 24 and "1 rows dropped: not user and assistant in turn" in corpus.notes
 
 
-BAD_CHATS = [
-    "not json",
-    '["a list"]',
-    '{"text": "no messages"}',
-    '{"messages": []}',
-    json.dumps({"messages": say("only a question")}),
-    json.dumps({"messages": [{"role": "robot", "content": "hi"}]}),
-    json.dumps({"messages": say("q", "a")[::-1]}),
-    json.dumps({"messages": say("q", "  ")}),
-    json.dumps({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "a"}]}),
+NO_CHATS = [
+    say("only a question"),
+    [{"role": "robot", "content": "hi"}],
+    say("q", "a")[::-1],
+    say("q", "  "),
+    say(3, "a"),
 ]
+BAD_CHATS = ["not json", '["a list"]', '{"text": "no messages"}', '{"messages": []}']
+BAD_CHATS += [json.dumps({"messages": messages}) for messages in NO_CHATS]
 
 
 @pytest.mark.parametrize("line", BAD_CHATS)
@@ -148,15 +144,13 @@ def documents():
 
 
 def test_packing_divides_no_document_and_labels_no_boundary():
-    columns = packing.pack(documents(), documents(), 40)
+    columns = collate.pack(documents(), documents(), 40)
     assert [len(row) for row in columns["input_ids"]] == [37, 26, 30]
     for ids, labels, positions in zip(columns["input_ids"], columns["labels"], columns["position_ids"], strict=True):
         starts = [place for place, position in enumerate(positions) if position == 0]
         assert all(labels[start] == IGNORED for start in starts)
         assert sum(label == IGNORED for label in labels) == len(starts) and sum(columns["attention_mask"][0]) == 37
-        assert [i for i, label in zip(ids, labels, strict=True) if label != IGNORED] == [
-            x for x in labels if x != IGNORED
-        ]
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -165,7 +159,7 @@ def test_packed_logits_and_gradients_are_those_of_separate_rows(attention, famil
     model = {"gemma": tiny_gemma, "gpt2": tiny_gpt2}[family](initializer_range=0.3).eval()
     model.set_attn_implementation(attention)
     model.config.use_cache = False  # as the Trainer sets it
-    batch = packing.PackedCollator(0)(rows_of(packing.pack(documents(), documents(), 40)))
+    batch = collate.PackedCollator(0)(rows_of(collate.pack(documents(), documents(), 40)))
     assert batch["input_ids"].shape == (3, 40) and "attention_mask" not in batch
     packed = model(**batch)
     loss, count = 0.0, 0
@@ -187,20 +181,9 @@ def test_packing_is_for_training_rows_only(instruct, decoder):
     assert task.eval_collator([task.test[0]])["labels"].shape[1] % 8 == 0
 
 
-PARSED = [
-    ("6 * 3 = 18\n#### 18", "18"),
-    ("#### 1,234,567", "1234567"),
-    ("####-5", "-5"),
-    ("#### $ 3.50", "3.5"),
-    ("#### 12.00 dollars", "12"),
-    ("#### 18.", "18"),
-    ("#### .5", "0.5"),
-    ("#### 1\n#### 2", "1"),
-    ("#### -0", "0"),
-    ("the answer is 18", None),
-    ("#### none", None),
-    ("", None),
-]
+PARSED = [("6 * 3 = 18\n#### 18", "18"), ("#### 1,234,567", "1234567"), ("####-5", "-5"), ("#### $ 3.50", "3.5")]
+PARSED += [("#### 12.00 dollars", "12"), ("#### 18.", "18"), ("#### .5", "0.5"), ("#### 1\n#### 2", "1")]
+PARSED += [("#### -0", "0"), ("the answer is 18", None), ("#### none", None), ("", None)]
 
 
 @pytest.mark.parametrize(("text", "answer"), PARSED)
@@ -209,9 +192,8 @@ def test_gsm8k_answers(text, answer):
 
 
 def test_no_number_matches_nothing():
-    assert (
-        matches("so #### 7.0", "#### 7") and not matches("no number", "no number") and not matches("#### 8", "#### 7")
-    )
+    assert matches("so #### 7.0", "#### 7")
+    assert not matches("no number", "no number") and not matches("#### 8", "#### 7")
 
 
 def test_answer_rows_are_prompts_with_their_answers(instruct, decoder):

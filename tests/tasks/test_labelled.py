@@ -10,10 +10,11 @@ import pytest
 
 from lorakit import tasks
 from lorakit.errors import AssetError, DataError, ParameterError
-from lorakit.tasks import metrics, splits
+from lorakit.tasks import corpus
+from lorakit.tasks import task as judged
 from lorakit.tasks.toy import tokenizer as toy
 
-WORDS = (
+WORDS = [
     "a",
     "the",
     "film",
@@ -30,7 +31,7 @@ WORDS = (
     "but",
     "with",
     "of",
-)
+]
 
 
 def sentences(count: int, length: int = 9, seed: int = 0) -> list[str]:
@@ -52,6 +53,10 @@ def write_sst2(folder, whole=60):
     dev = [f"{text}\t1" for text in sentences(12, seed=1)]
     (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *dev]), encoding="utf-8")
     return train
+
+
+def sizes(task):
+    return tuple(len(getattr(task, split)) for split in judged.SPLITS)
 
 
 def texts(task, tokenizer, split):
@@ -91,7 +96,7 @@ def test_subsets_are_nested_and_the_same_for_every_seed(tmp_path, encoder):
     write_sst2(tmp_path)
     few = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=10, max_validation=3, max_test=5, seed=1)
     more = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=20, seed=2)
-    assert (len(few.train), len(few.validation), len(few.test)) == (10, 3, 5)
+    assert sizes(few) == (10, 3, 5)
     assert few.train["input_ids"] == more.train["input_ids"][:10]
     assert few.test["input_ids"] == more.test["input_ids"][:5]
 
@@ -112,7 +117,7 @@ def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
     rows = [f'"{text}, ""quoted""\nand more",{index % 2}' for index, text in enumerate(sentences(50))]
     (tmp_path / "reviews-50.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     task = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert (len(task.train), len(task.validation), len(task.test)) == (40, 5, 5)
+    assert sizes(task) == (40, 5, 5)
     assert '"quoted"\nand more' in texts(task, encoder, "train")[0]
     held_out = texts(task, encoder, "validation")[0]
     (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n"{sentences(1)[0]}",0\n')
@@ -152,18 +157,17 @@ def test_mrpc_test_file_is_the_test_split(tmp_path, encoder):
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", zip(sentences(40), sentences(40, seed=1), strict=True))
     write_mrpc(tmp_path / "msr_paraphrase_test.txt", zip(sentences(8, seed=2), sentences(8, seed=3), strict=True))
     task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
-    assert (len(task.train), len(task.validation), len(task.test)) == (36, 4, 8)
+    assert sizes(task) == (36, 4, 8)
 
 
 def test_pairs_carry_token_types_where_the_tokenizer_gives_them(encoder):
-    from lorakit.tasks import labelled
-    from lorakit.tasks.corpus import Labelled
+    from lorakit.tasks.build import labelled_columns
 
     encoder = toy.encoder_tokenizer()
     encoder.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    assert "token_type_ids" not in labelled.columns([Labelled("a b", None, 1)], encoder, 32)
+    assert "token_type_ids" not in labelled_columns([corpus.Labelled("a b", None, 1)], encoder, 32)
     encoder.backend_tokenizer.post_processor = _pair_template(encoder)
-    pair = labelled.columns([Labelled("ab", "cd", 1)], encoder, 32)
+    pair = labelled_columns([corpus.Labelled("ab", "cd", 1)], encoder, 32)
     assert pair["token_type_ids"] == [[0, 0, 0, 0, 1, 1, 1]]
 
 
@@ -191,12 +195,10 @@ def test_reviews_are_deduplicated_and_labelled_by_sign(tmp_path, encoder):
 @pytest.mark.parametrize("name", ["toy-reviews", "toy-stories"])
 def test_toy_splits_are_disjoint_and_the_same_every_time(name, encoder):
     task, again = (tasks.load(name, encoder, seed=seed, max_length=256) for seed in (0, 1))
-    rows = {
-        split: {tuple(ids) for ids in getattr(task, split)["input_ids"]} for split in ("train", "validation", "test")
-    }
     if name == "toy-reviews":
-        assert (len(task.train), len(task.validation), len(task.test)) == (960, 240, 240)
-        assert not rows["train"] & rows["validation"] and not (rows["train"] | rows["validation"]) & rows["test"]
+        train, validation, test = (set(map(tuple, getattr(task, split)["input_ids"])) for split in judged.SPLITS)
+        assert sizes(task) == (960, 240, 240)
+        assert not train & validation and not (train | validation) & test
     assert task.train["input_ids"] == again.train["input_ids"] and task.test["labels"] == again.test["labels"]
 
 
@@ -219,27 +221,24 @@ def test_a_bad_row_names_file_line_and_what_was_expected(tmp_path, encoder, cont
     assert where in str(error.value)
 
 
-def test_bad_rows_of_the_other_formats(tmp_path, encoder):
-    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",1\nfine,2\n')
-    with pytest.raises(DataError, match=r"a\.csv, line 4: expected label 0 or 1; found '2'"):
-        tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    (tmp_path / "a.csv").write_text('text,label\n"never closed,1\n')
-    with pytest.raises(DataError, match=r"a\.csv, line 2"):
-        tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_text("1\tgreat\ta film\n")
-    with pytest.raises(DataError, match="line 1: expected a mean rating"):
-        tasks.load("reviews", encoder, data_dir=str(tmp_path))
-
-
-LAYOUTS = [
-    ("sst2", "train.tsv"),
-    ("imdb", "imdb/"),
-    ("mrpc", "msr_paraphrase_train.txt"),
-    ("reviews", "GroundTruth.txt"),
+BAD_FILES = [
+    ("imdb", "a.csv", 'text,label\n"two\nlines",1\nfine,2\n', r"a\.csv, line 4: expected label 0 or 1; found '2'"),
+    ("imdb", "a.csv", 'text,label\n"never closed,1\n', r"a\.csv, line 2"),
+    ("reviews", "movieReviewSnippets_GroundTruth.txt", "1\tgreat\ta film\n", "line 1: expected a mean rating"),
 ]
 
 
-@pytest.mark.parametrize(("name", "file"), LAYOUTS)
+@pytest.mark.parametrize(("name", "file", "content", "message"), BAD_FILES)
+def test_bad_rows_of_the_other_formats(tmp_path, encoder, name, file, content, message):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        tasks.load(name, encoder, data_dir=str(tmp_path))
+
+
+LAYOUTS = {"sst2": "train.tsv", "imdb": "imdb/", "mrpc": "msr_paraphrase_train.txt", "reviews": "GroundTruth.txt"}
+
+
+@pytest.mark.parametrize(("name", "file"), LAYOUTS.items())
 def test_a_missing_file_names_the_parameter_the_file_and_the_layout(tmp_path, encoder, name, file):
     with pytest.raises(DataError, match=file) as error:
         tasks.load(name, encoder, data_dir=str(tmp_path))
@@ -290,8 +289,6 @@ def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeyp
     import pyarrow
     from pyarrow import parquet
 
-    from lorakit.tasks import hub
-
     write_sst2(tmp_path)
     local = tasks.load("sst2", encoder, data_dir=str(tmp_path))
     (tmp_path / "sst2").mkdir()
@@ -299,7 +296,7 @@ def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeyp
         rows = [line.split("\t") for line in (tmp_path / file).read_text().splitlines()[1:]]
         table = pyarrow.table({"sentence": [row[0] for row in rows], "label": [int(row[1]) for row in rows]})
         parquet.write_table(table, tmp_path / "sst2" / f"{name}-00000-of-00001.parquet")
-    monkeypatch.setattr(hub, "_snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.delenv("LORAKIT_DATA", raising=False)
     remote = tasks.load("sst2", encoder)
     assert remote.train["input_ids"] == local.train["input_ids"] and remote.test["labels"] == local.test["labels"]
@@ -324,28 +321,28 @@ def test_f1_and_accuracy_are_scikit_learn_s():
     for _ in range(20):
         predicted, actual = (rng.random(40) < 0.3), (rng.random(40) < 0.6)
         stats = np.stack([rng.random(40), np.ones(40), predicted, actual], axis=1)
-        found = metrics.classification_f1(stats)
+        found = judged.classification_f1(stats)
         assert found["f1"] == pytest.approx(f1_score(actual, predicted), abs=1e-12)
         assert found["accuracy"] == pytest.approx(accuracy_score(actual, predicted), abs=1e-12)
         assert found["loss"] == pytest.approx(stats[:, 0].mean())
-    assert metrics.classification_f1(np.array([[0.1, 1, 0, 0]]))["f1"] == 0.0
+    assert judged.classification_f1(np.array([[0.1, 1, 0, 0]]))["f1"] == 0.0
 
 
 def test_components_join_rows_through_any_shared_key():
-    groups = splits.components([("a", "b"), ("c", "d"), ("e", "b"), ("f", "e"), ("g", "h"), ("d", "g")])
+    groups = corpus.components([("a", "b"), ("c", "d"), ("e", "b"), ("f", "e"), ("g", "h"), ("d", "g")])
     assert groups[0] == groups[2] == groups[3] and groups[1] == groups[4] == groups[5] and groups[0] != groups[1]
 
 
 def test_phrases_belong_to_every_sentence_that_has_them():
-    families = splits.phrase_families(["a b c d", "b c", "C D e", "c d", "b", "ab"])
+    families = corpus.phrase_families(["a b c d", "b c", "C D e", "c d", "b", "ab"])
     assert families["b c"] == ["a b c d"] and families["ab"] == ["ab"] and families["b"] == ["a b c d"]
     assert sorted(families["c d"]) == ["a b c d", "c d e"]
 
 
 def test_cut_keeps_groups_whole_and_its_share():
     rows = [f"{group} {i}" for group in "abcdefghijklmnopqrst" for i in range(5)]
-    first, second, rest = splits.cut(rows, lambda row: row[0], 2)
+    first, second, rest = corpus.cut(rows, lambda row: row[0], 2)
     assert (len(first), len(second), len(rest)) == (10, 10, 80)
     assert not {row[0] for row in first} & {row[0] for row in second + rest}
     with pytest.raises(DataError, match="too few"):
-        splits.cut(["a", "A "], str, 1)
+        corpus.cut(["a", "A "], str, 1)
