@@ -34,6 +34,7 @@ _PUBLIC = {
     "Record": "records",
     "read": "records",
     "read_all": "records",
+    "frame": "analysis.frame",
     "Params": "params",
     "collect": "params",
     "resolve": "params",
