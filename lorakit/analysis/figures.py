@@ -1,247 +1,343 @@
-"""Figures are functions of records: a `*_table` gives the numbers (`figure_data.py`), the figure only draws them."""
+"""Figures are functions of records: a table gives the numbers, the figure draws them and nothing else."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorakit import stats, style
-from lorakit.figure_data import (
-    FAILED,
-    Curve,
-    Path,
-    Search,
-    curve_table,
-    exit_point,
-    memory_table,
-    run_label,
-    score_table,
-    search_table,
-)
-from lorakit.records import Record
+from lorakit.analysis import names, stats, style
+from lorakit.analysis.frame import frame, require_comparable
+from lorakit.errors import ParameterError, require
+from lorakit.records import AXES, Record
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "logits")  # bottom of the stack first
+FAILED = ("diverged", "out_of_memory")
 BAND = "line: mean; band: lowest to highest seed"
 
 
-def loss_curve(records: Sequence[Record], x: str = "accepted_steps", y: str = "validation loss") -> Figure:
-    """`y` against `x`: a line per method, a band over its seeds, a thin line for a run that did not finish.
+def details(record: Record, name: str) -> dict[str, Any]:
+    """What only the method `name` has in `record`.
+
+    Raises:
+        ParameterError: the record has nothing of the kind.
+    """
+    known = ", ".join(record.details) or "none"
+    require(name in record.details, "record", f"{record.setting}/{record.row}", f"has no {name!r}; it has {known}")
+    return record.details[name]
+
+
+def title(ax: Axes, records: Sequence[Record], mixed: bool = False) -> None:
+    """Name the setting; records of several models, tasks or data are refused, or, if `mixed`, the title says so."""
+    told = require_comparable(records, mixed)
+    ax.set_title(style.wrapped(records[0].setting + (f" ({told})" if told else ""), 95), loc="left")
+
+
+# curves ----------------------------------------------------------------------------------------------
+
+
+def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = stats.LOSS) -> pd.DataFrame:
+    """The finite points of every run: row, seed, status, x ascending, y. Of several at one x the last one counts.
+
+    Raises:
+        ParameterError: `x` is no axis, or `y` is in none of the records while others are.
+    """
+    require(x in AXES, "x", x, f"must be one of {', '.join(AXES)}")
+    table, y = frame(records).curves, _metric(y)
+    known = [name for name in sorted(table) if name == "train loss" or name.startswith("validation ")]
+    known = [name for name in known if table[name].notna().any()]
+    require(not known or y in known, "y", y.removeprefix("validation "), f"must be one of {', '.join(known)}")
+    table = table.assign(x=table[AXES[x].field].astype(float), y=table[y] if known else np.nan)
+    table = table.loc[np.isfinite(table["y"]), ["row", "seed", "status", "x", "y"]]
+    return table.drop_duplicates(["row", "seed", "x"], keep="last").sort_values(["row", "seed", "x"])
+
+
+def _metric(y: str) -> str:
+    return y if y == "train loss" or y.startswith("validation ") else f"validation {y}"
+
+
+def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """A line per row and x: mean, low and high of y over the row's finished runs, and how many they are.
+
+    Runs are put on all their x together, between them in line, within the range every one of them covers.
+
+    Args:
+        points: row, seed, status, x ascending, y.
+    """
+    import pandas as pd
+
+    parts = [pd.DataFrame({"row": [], "x": [], "mean": [], "low": [], "high": [], "seeds": []})]
+    for row, done in points[points["status"] == "done"].groupby("row", sort=False):
+        runs = [(run["x"].to_numpy(), run["y"].to_numpy()) for _, run in done.groupby("seed")]
+        grid = np.unique(done["x"])
+        grid = grid[(grid >= max(x[0] for x, _ in runs)) & (grid <= min(x[-1] for x, _ in runs))]
+        table = np.stack([np.interp(grid, x, y) for x, y in runs])  # (seeds, N)
+        bounds = {"mean": table.mean(0), "low": table.min(0), "high": table.max(0)}
+        parts.append(pd.DataFrame({"row": row, "x": grid, **bounds, "seeds": len(runs)}))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def loss_curve(
+    records: Sequence[Record], x: str = "accepted_steps", y: str = stats.LOSS, mixed: bool = False
+) -> Figure:
+    """`y` against `x`: a line per row, a band over its seeds, a thin line for a run that did not finish.
 
     Args:
         x: accepted_steps, steps, tokens, tokens_backpropagated, flops or seconds.
         y: "validation loss", "train loss" or the name of a validation metric.
+        mixed: show records of several models, tasks or data all the same; the title then says so.
     """
     with style.context():
         drawn = style.figure(3.1)
         ax = drawn.subplots()
-        _draw_curves(ax, records, x, y)
-        ax.set_title(records[0].setting, loc="left")
-        style.legend(drawn, *ax.get_legend_handles_labels(), title=BAND if _has_band(records) else None)
+        title(ax, records, mixed)
+        band = _draw_loss(ax, records, x, y)
+        style.legend(drawn, *ax.get_legend_handles_labels(), title=band)
     return drawn
 
 
-def _has_band(records: Sequence[Record]) -> bool:
-    done = Counter(record.method for record in records if record.status == "done")
-    return max(done.values(), default=0) > 1
-
-
-def _draw_curves(ax: Axes, records: Sequence[Record], x: str, y: str) -> None:
-    draw_table(ax, curve_table(records, x, y), stats.by_method(records))
-    _label_axes(ax, x, y, empty=not ax.has_data() or not any(len(line.get_xdata()) for line in ax.lines))
-
-
-def draw_table(ax: Axes, table: dict[str, Curve], groups: dict[str, list[Record]]) -> None:
-    """A line per method of `table` with its band, named after how many of its runs in `groups` finished."""
-    looks = style.looks(table)
-    top = _limit(ax, table)
-    for method, curve in table.items():
-        look = looks[method]
-        ax.plot(curve.x, curve.mean, color=look.color, marker=look.marker, ls=look.dash,
-                markevery=style.spaced(curve.x), label=run_label(look.label, groups[method]))  # fmt: skip
-        if len(curve.seeds) > 1:
-            ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=min(0.15, 0.9 / len(table)), lw=0)
-        for path in curve.unfinished:
-            _draw_unfinished(ax, path, look, top)
-
-
-def _limit(ax: Axes, table: dict[str, Curve]) -> float:
-    """Fit y to the finished runs, so that a diverging one does not flatten them; return the top edge."""
-    values = np.concatenate([part for curve in table.values() for part in (curve.low, curve.high)])
-    if not len(values):
-        return np.inf
-    margin = 0.06 * (values.max() - values.min()) or 0.05 * abs(values.max()) or 0.05
-    ax.set_ylim(values.min() - margin, values.max() + 2 * margin)
-    return ax.get_ylim()[1]
-
-
-def _draw_unfinished(ax: Axes, path: Path, look: style.Look, top: float) -> None:
-    if not len(path.x):
-        return
-    ax.plot(path.x, path.y, color=look.color, ls=look.dash, lw=0.8)
-    if path.status in FAILED:
-        ax.plot(*exit_point(path, top), color=look.color, marker="x", ms=7, mew=1.8, clip_on=False, zorder=5)
-
-
-def _label_axes(ax: Axes, x: str, y: str, empty: bool) -> None:
+def _draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    ax.set_xlabel(style.X_LABELS[x])
-    ax.set_ylabel(_y_label(y))
+    band, name = draw_curves(ax, curve_points(records, x, y), records), _metric(y)
+    ax.set(xlabel=AXES[x].label, ylabel=name.replace("_", " ") + (" (nats)" if name.endswith(" loss") else ""))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=x not in ("flops", "seconds")))
     if x != "seconds":
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.ticklabel_format(axis="y", useOffset=False)
-    if empty:
+    if not any(len(line.get_xdata()) for line in ax.lines):
         ax.set(xticks=[], yticks=[])
         ax.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=ax.transAxes)
+    return band
 
 
-def _y_label(y: str) -> str:
-    name = y if y == "train loss" or y.startswith("validation ") else f"validation {y}"
-    return name.replace("_", " ") + (" (nats)" if name.endswith(" loss") else "")
+def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> str | None:
+    """A line per row of `records` from its `points`, named after how its runs ended; what the band is, if any."""
+    groups, table = stats.by_row(records), over_seeds(points)
+    looks, top = style.looks(groups), np.inf
+    if not table.empty:  # fit y to the finished runs, so that a diverging one does not flatten them
+        low, high = table["low"].min(), table["high"].max()
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+        _, top = ax.set_ylim(low - margin, high + 2 * margin)
+    style.lines(ax, table, "x", "mean", "row", looks, {row: run_label(row, group) for row, group in groups.items()})
+    for row, line in table[table["seeds"] > 1].groupby("row", sort=False):
+        ax.fill_between("x", "low", "high", data=line, color=looks[row].color, alpha=min(0.15, 0.9 / len(groups)), lw=0)
+    for (row, _, status), run in points[points["status"] != "done"].groupby(["row", "seed", "status"], sort=False):
+        ax.plot(run["x"], run["y"], lw=0.8, label="_", **looks[row].line | {"marker": ""})
+        if status in FAILED:
+            end = exit_point(run["x"].to_numpy(), run["y"].to_numpy(), top)
+            ax.plot(*end, color=looks[row].color, marker="x", ms=7, mew=1.8, clip_on=False, zorder=5)
+    return BAND if (table["seeds"] > 1).any() else None
 
 
-def memory_by_kind(records: Sequence[Record]) -> Figure:
-    """Predicted peak training memory of each method, stacked by kind; CUDA's measured peak as a diamond."""
+def exit_point(x: np.ndarray, y: np.ndarray, top: float) -> tuple[float, float]:
+    """Where a run, x and y (N,), crosses the top edge for the first time, else its last point."""
+    above = int(np.argmax(y > top))
+    if y[above] <= top:
+        return float(x[-1]), float(y[-1])
+    pair = slice(max(above - 1, 0), above + 1)
+    return float(np.interp(top, y[pair], x[pair])), top
+
+
+def run_label(row: str, group: Sequence[Record]) -> str:
+    """How many runs are in the line, and what became of the others: "LoRA (3 seeds, 1 diverged ×)"."""
+    ended = Counter(record.status for record in group)
+    done = ended.pop("done", 0)
+    parts = [f"{done} seed{'s' * (done != 1)}"] if done else []
+    parts += [f"{n} {status.replace('_', ' ')}{' ×' * (status in FAILED)}" for status, n in sorted(ended.items())]
+    return f"{names.label(row, group)} ({', '.join(parts)})"
+
+
+# memory ----------------------------------------------------------------------------------------------
+
+
+def memory_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Bytes by row and kind: those of its run with the largest predicted "peak", and the largest "measured" one."""
+    import pandas as pd
+
+    table = frame(records).memory
+    predicted, measured = table[~table["measured"]], table[table["measured"]]
+    peaks = predicted[predicted["kind"] == "peak"]
+    largest = peaks.loc[peaks.groupby("row")["bytes"].idxmax(), ["row", "seed"]]
+    both = pd.concat([predicted.merge(largest), measured.assign(kind="measured")])
+    kinds = [kind for kind in dict.fromkeys((*MEMORY_KINDS, *sorted(both["kind"]))) if kind in set(both["kind"])]
+    return both.pivot_table("bytes", "row", "kind", "max").reindex(index=names.order(both["row"]), columns=kinds)
+
+
+def memory_by_kind(records: Sequence[Record], mixed: bool = False) -> Figure:
+    """Predicted peak training memory of each row, stacked by kind; CUDA's measured peak as a diamond.
+
+    Args:
+        mixed: as in `loss_curve`.
+    """
     with style.context():
-        drawn = style.figure(1.0 + style.rows_height(stats.by_method(records)))
+        drawn = style.figure(1.0 + style.rows_height(names.labels(records).values()))
         ax = drawn.subplots()
-        _draw_memory(ax, records)
-        ax.set_title(records[0].setting, loc="left")
-        style.legend(drawn, *_memory_key(ax))
+        title(ax, records, mixed)
+        style.legend(drawn, *_draw_memory(ax, records))
     return drawn
 
 
-def _memory_key(ax: Axes) -> tuple[list[Any], list[str]]:
-    """Kinds in the order of the stack, then the measurement, which matplotlib would put first."""
+def _draw_memory(ax: Axes, records: Sequence[Record]) -> tuple[list[Any], list[str]]:
+    """The bars; what their legend holds: kinds in the order of the stack, then the measurement."""
+    table = memory_table(records).rename(index=names.labels(records))
+    largest = 0 if table.empty else table.max(axis=None)
+    unit, size = ("GiB", 2**30) if largest >= 2**32 else ("MiB", 2**20) if largest >= 2**20 else ("KiB", 2**10)
+    table = table / size
+    kinds = table.drop(columns=["peak", "measured"], errors="ignore").fillna(0)
+    peaks = table.reindex(columns=["peak", "measured"]).rename(columns={"peak": "", "measured": "measured "})
+    texts = [", ".join(f"{name}{size:.3g}" for name, size in row.dropna().items()) for _, row in peaks.iterrows()]
+    measured = peaks["measured "]
+    style.stacked(ax, kinds, texts, np.fmax(kinds.sum(axis=1), measured))
+    if measured.notna().any():
+        ax.plot(measured, range(len(table)), "D", color=style.COLORS[2], mec="black", ms=6, label="measured (CUDA)")
+    elif table.empty:
+        ax.text(0.5, 0.5, "no prediction recorded", ha="center", va="center", transform=ax.transAxes)
+    ax.margins(x=0.32 if measured.notna().any() else 0.1)
+    ax.set_xlabel(f"memory at the peak of a training step, predicted ({unit})")
     handles, labels = ax.get_legend_handles_labels()
-    split = sum(label.startswith("measured") for label in labels)
+    split = len(labels) - len(kinds.columns)  # matplotlib puts lines before bars
     return handles[split:] + handles[:split], labels[split:] + labels[:split]
 
 
-def _draw_memory(ax: Axes, records: Sequence[Record]) -> None:
-    table = memory_table(records)
-    unit, size = _unit(table)
-    kinds = [kind for kind in MEMORY_KINDS if any(kind in row for row in table.values())]
-    kinds += sorted({kind for row in table.values() for kind in row} - {*MEMORY_KINDS, "peak", "measured"})
-    left = np.zeros(len(table))
-    for kind, color in zip(kinds, style.shades(len(kinds)), strict=True):
-        width = np.array([row.get(kind, 0) for row in table.values()]) / size
-        ax.barh(range(len(table)), width, 0.62, left, color=color, edgecolor="white", lw=0.6, label=kind)
-        left += width
-    _mark_peaks(ax, table, left, size)
-    style.list_methods(ax, list(table))
-    ax.set_xlabel(f"memory at the peak of a training step, predicted ({unit})")
-    if not table:
-        ax.text(0.5, 0.5, "no prediction recorded", ha="center", va="center", transform=ax.transAxes)
+# scores ----------------------------------------------------------------------------------------------
 
 
-def _unit(table: dict[str, dict[str, int]]) -> tuple[str, float]:
-    largest = max((value for row in table.values() for value in row.values()), default=0)
-    return ("GiB", 2.0**30) if largest >= 2**32 else ("MiB", 2.0**20) if largest >= 2**20 else ("KiB", 2.0**10)
+def search_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Mean validation loss over seeds of each row and learning rate, missing where the rate failed at any seed.
+
+    Raises:
+        ParameterError: a record is not of kind lr_search.
+    """
+    import pandas as pd
+
+    kinds = sorted({record.kind for record in records})
+    if kinds != ["lr_search"]:
+        raise ParameterError("records", kinds, "must be of kind lr_search")
+    tried = [
+        (record.row, point.learning_rate, (point.validation or {}).get("loss") if point.status == "done" else None)
+        for record in records
+        for point in record.search
+    ]
+    table = pd.DataFrame(tried, columns=["row", "learning_rate", "loss"]).astype({"loss": float})
+    return table.groupby(["row", "learning_rate"])["loss"].agg(lambda losses: losses.mean(skipna=False)).reset_index()
 
 
-def _mark_peaks(ax: Axes, table: dict[str, dict[str, int]], ends: np.ndarray, size: float) -> None:
-    measured = {place: row["measured"] / size for place, row in enumerate(table.values()) if "measured" in row}
-    if measured:
-        ax.plot([*measured.values()], [*measured], "D", color="#D55E00", mec="black", ms=6, label="measured (CUDA)")
-    for place, row in enumerate(table.values()):
-        end = (max(ends[place], measured.get(place, 0)), place)
-        ax.annotate(_peak_text(row, size), end, (7, 0), textcoords="offset points", va="center", size=8)
-    ax.margins(x=0.32 if measured else 0.1)
+def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figure:
+    """Validation loss against learning rate at equal budget: the best starred, failed rates at the top edge.
 
-
-def _peak_text(row: dict[str, int], size: float) -> str:
-    names = {"peak": "", "measured": "measured "}
-    return ", ".join(f"{text}{row[key] / size:.3g}" for key, text in names.items() if key in row)
-
-
-def learning_rate_search(records: Sequence[Record]) -> Figure:
-    """Validation loss against learning rate at equal budget: the best starred, failed rates at the top edge."""
-    table = search_table(records)
-    looks = style.looks(table)
+    Args:
+        mixed: as in `loss_curve`.
+    """
+    table, labels = search_table(records), names.labels(records)
+    best = table.loc[table.dropna().groupby("row")["loss"].idxmin()].set_index("row")
+    looks = style.looks(labels)
+    labels |= {row: f"{labels[row]} (best {rate:.1e})" for row, rate in best["learning_rate"].items()}
     with style.context():
         drawn = style.figure(3.1)
         ax = drawn.subplots()
         ax.set_xscale("log")
-        for place, (method, search) in enumerate(table.items()):
-            _draw_search(ax, search, looks[method], 1 - 0.06 * place)
-        ax.margins(y=0.08 + 0.06 * len(table))
+        style.lines(ax, table.dropna(), "learning_rate", "loss", "row", looks, labels)
+        for place, (row, look) in enumerate(looks.items()):
+            if row in best.index:
+                ax.plot(*best.loc[row], "*", color=look.color, ms=13, mec="white", mew=0.6, zorder=5)
+            failed = table.loc[(table["row"] == row) & table["loss"].isna(), "learning_rate"]
+            if len(failed):  # an empty line that is not clipped takes room in the layout all the same
+                ax.plot(failed, [1 - 0.06 * place] * len(failed), "x", color=look.color, ms=7, mew=1.8,
+                        transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
+        ax.margins(y=0.08 + 0.06 * len(looks))
         ax.set(xlabel="learning rate", ylabel="validation loss (nats)")
-        ax.set_title(records[0].setting, loc="left")
+        title(ax, records, mixed)
         style.legend(drawn, *ax.get_legend_handles_labels(), title="star: best; × at the top: diverged or failed")
     return drawn
 
 
-def _draw_search(ax: Axes, search: Search, look: style.Look, height: float) -> None:
-    """Draw one method; `height` (share of the axes) keeps failed rates of several methods apart."""
-    label = look.label if search.best is None else f"{look.label} (best {search.best:.1e})"
-    ax.plot(search.rates, search.losses, color=look.color, marker=look.marker, ls=look.dash, label=label)
-    if search.best is not None:
-        ax.plot(search.best, search.losses.min(), "*", color=look.color, ms=13, mec="white", mew=0.6, zorder=5)
-    if len(search.failed) == 0:
-        return  # an empty line that is not clipped has an extent all the same, and takes room in the layout
-    edge = ax.get_xaxis_transform()  # x in data, y in axes
-    heights = [height] * len(search.failed)
-    ax.plot(search.failed, heights, "x", color=look.color, ms=7, mew=1.8, transform=edge, clip_on=False)
+def score_table(records: Sequence[Record], metric: str | None = None) -> pd.DataFrame:
+    """Row, seed and final value of every finished run.
+
+    Raises:
+        ParameterError: no finished run has the metric.
+    """
+    import pandas as pd
+
+    metric = metric or stats.main_value(records)
+    scores = {row: stats.finished(group, metric) for row, group in stats.by_row(records).items()}
+    known = sorted({f"{split} {name}" for record in records for split, found in record.final.items() for name in found})
+    require(any(scores.values()), "metric", metric, f"must be one of {', '.join(known) or '(no finished run)'}")
+    every = [(row, seed, value) for row, found in scores.items() for seed, value in found.items()]
+    return pd.DataFrame(every, columns=["row", "seed", "value"])
 
 
-def final_scores(records: Sequence[Record], metric: str | None = None) -> Figure:
-    """A final metric of each method: a point per seed, the mean and, from three seeds on, its 95 % interval.
+def final_scores(records: Sequence[Record], metric: str | None = None, mixed: bool = False) -> Figure:
+    """A final metric of each row: a point per seed, the mean and, from three seeds on, its 95 % interval.
 
     Args:
         metric: "test accuracy", "validation loss", … (test if unsaid); by default what the task is judged by.
+        mixed: as in `loss_curve`.
     """
     metric = stats.named(metric or stats.main_value(records))
     table = score_table(records, metric)
-    looks = style.looks(table)
+    rows = [*dict.fromkeys(table["row"])]
+    texts = [names.labels(records)[row] for row in rows]
     with style.context():
-        drawn = style.figure(1.0 + style.rows_height(table))
+        drawn = style.figure(1.0 + style.rows_height(texts))
         ax = drawn.subplots()
-        for place, (method, (seeds, mean)) in enumerate(table.items()):
-            _draw_scores(ax, place, seeds, mean, looks[method])
-        style.list_methods(ax, list(table))
+        for place, (row, look) in enumerate(style.looks(rows).items()):
+            draw_mean(ax, table.loc[table["row"] == row, "value"], place - 0.14, 0.28, look, upright=False)
+        style.list_rows(ax, texts)
         ax.ticklabel_format(axis="x", useOffset=False)
         ax.set_xlabel(metric.replace("_", " ") + (" (nats)" if metric.endswith(" loss") else ""))
-        ax.set_title(records[0].setting, loc="left")
-        style.legend(drawn, *_score_key())
+        title(ax, records, mixed)
+        style.legend(drawn, *mean_key(style.Look("0.3", "o")))
     return drawn
 
 
-def _draw_scores(ax: Axes, place: int, seeds: dict[int, float], mean: stats.Estimate, look: style.Look) -> None:
-    ax.plot([*seeds.values()], [place + 0.14] * len(seeds), look.marker, color=look.color, mfc="none", alpha=0.8)
-    ax.plot(mean.mean, place - 0.14, look.marker, color=look.color, ms=7)
-    if mean.low is not None:
-        ax.plot([mean.low, mean.high], [place - 0.14] * 2, color=look.color, marker="|", ms=7, lw=1.4)
+def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, look: style.Look, upright: bool) -> None:
+    """Filled, the mean of `values` at `place` with its interval; hollow, each of them, `beside` it."""
+    import seaborn as sns
+
+    def interval(sample: Any) -> tuple[float, float]:
+        mean = stats.estimate([*sample])
+        return (np.nan, np.nan) if mean.low is None else (mean.low, mean.high)
+
+    values = np.asarray(values)
+    mean, seeds = {"x": np.full(len(values), place), "y": values}, {"x": [place + beside] * len(values), "y": values}
+    if not upright:
+        mean, seeds = ({"x": points["y"], "y": points["x"]} for points in (mean, seeds))
+    sns.pointplot(**mean, errorbar=interval, color=look.color, marker=look.marker, markersize=7, mew=0.8, err_kws={"lw": 1.4},
+                  orient="x" if upright else "y", native_scale=True, ax=ax)  # fmt: skip
+    sns.scatterplot(**seeds, marker=look.marker, s=20, ax=ax, legend=False, fc="none", ec=look.color, lw=0.9, alpha=0.8)
 
 
-def _score_key() -> tuple[list[Any], list[str]]:
+def mean_key(look: style.Look) -> tuple[list[Any], list[str]]:
+    """The legend of `draw_mean`."""
     from matplotlib.lines import Line2D
 
-    seed = Line2D([], [], color="0.3", ls="", marker="o", mfc="none")
-    mean = Line2D([], [], color="0.3", ls="-", marker="o", ms=7)
+    mean = Line2D([], [], color=look.color, marker=look.marker, ms=7)
+    seed = Line2D([], [], color=look.color, ls="", marker=look.marker, mfc="none")
     return [mean, seed], ["mean, 95 % interval from three seeds on", "one seed"]
 
 
-def overview(records: Sequence[Record]) -> Figure:
-    """What a set of runs bought and cost: validation loss against accepted steps and FLOPs, and memory by kind."""
-    bars = style.rows_height(stats.by_method(records))
+def overview(records: Sequence[Record], mixed: bool = False) -> Figure:
+    """What a set of runs bought and cost: validation loss against accepted steps and FLOPs, and memory by kind.
+
+    Args:
+        mixed: as in `loss_curve`.
+    """
+    bars = style.rows_height(names.labels(records).values())
     with style.context():
         drawn = style.figure(3.7 + bars)
         axes = drawn.subplot_mosaic("ab;cc", height_ratios=[2.4, bars])
-        _draw_curves(axes["a"], records, "accepted_steps", "validation loss")
-        _draw_curves(axes["b"], records, "flops", "validation loss")
+        title(axes["a"], records, mixed)
+        band = [_draw_loss(axes[place], records, x, stats.LOSS) for place, x in (("a", "accepted_steps"), ("b", "flops"))]
         axes["b"].set_ylabel("")
-        _draw_memory(axes["c"], records)
-        axes["a"].set_title(records[0].setting, loc="left")
-        title = BAND if _has_band(records) else None
-        style.legend(drawn, *axes["a"].get_legend_handles_labels(), title=title, at="upper")
-        style.legend(drawn, *_memory_key(axes["c"]))
+        style.legend(drawn, *axes["a"].get_legend_handles_labels(), title=band[0], at="upper")
+        style.legend(drawn, *_draw_memory(axes["c"], records))
     return drawn

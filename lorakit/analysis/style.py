@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorakit.analysis import names
 from lorakit.errors import ParameterError
 from lorakit.files import write_bytes
 
@@ -184,26 +183,37 @@ def lines(ax: Axes, data: DataFrame, x: str, y: str, by: str, looks: Mapping[str
         ax.plot([], [], label=labels.get(name, name), **looks[name].line)
 
 
-def stacked(ax: Axes, data: DataFrame, x: str, y: str, by: str, texts: Sequence[str], kinds: Sequence[str] = ()) -> None:
-    """A bar per `y` of `data`, the first on top, stacked by `by`; each of `texts` stands at the end of its bar.
+def wide_lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, **more: Any) -> None:
+    """A line per column of `table` against its index; looks by place where none are given. See `lines`."""
+    long = table.rename_axis("x").reset_index().melt("x", var_name="series", value_name="y").dropna()
+    lines(ax, long, "x", "y", "series", looks or dict(zip(table, series(table.shape[1]), strict=True)), **more)
+
+
+def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """A cloud of points, (N,) each."""
+    import seaborn as sns
+
+    sns.scatterplot(x=x, y=y, s=9, color=COLORS[1], alpha=0.5, lw=0, ax=ax)
+
+
+def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[float] | None = None) -> None:
+    """A bar per line of `table`, the first on top, its columns stacked from the left; each of `texts` stands behind it.
 
     Args:
-        kinds: values of `by`, the left one first; those that `data` lacks are left out.
+        ends: where the texts begin; None: at the ends of the bars.
     """
     import seaborn as sns
 
-    kinds = [kind for kind in dict.fromkeys((*kinds, *data[by])) if kind in set(data[by])]
-    names = [*dict.fromkeys(data[y])]
-    if names:
-        colors = dict(zip(kinds, shades(len(kinds)), strict=True))
-        sns.histplot(data, y=y, weights=x, hue=by, hue_order=kinds[::-1], palette=colors, multiple="stack", shrink=0.62,
-                     alpha=1, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
+    kinds, colors = [*table], shades(table.shape[1])
+    if kinds:
+        long = table.rename_axis("bar").reset_index().melt("bar", var_name="kind", value_name="size")
+        sns.histplot(long, y="bar", weights="size", hue="kind", hue_order=kinds[::-1], palette=colors[::-1], alpha=1,
+                     multiple="stack", shrink=0.62, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
     for kind, bars in zip(kinds, ax.containers, strict=True):
         bars.set_label(kind)
-    ends = data.groupby(y, sort=False)[x].sum()
-    for place, text in enumerate(texts):
-        ax.annotate(text, (ends.iloc[place], place), (7, 0), textcoords="offset points", va="center", size=8)
-    list_rows(ax, names)
+    for place, (end, text) in enumerate(zip(table.sum(axis=1) if ends is None else ends, texts, strict=True)):
+        ax.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", size=8)
+    list_rows(ax, [*table.index])
 
 
 def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None,
@@ -217,16 +227,16 @@ def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], title: 
     drawn.legend(handles, labels, loc=f"outside {at} center", ncols=columns, title=title)
 
 
-def rows_height(rows: Iterable[str]) -> float:
-    """Inches that a row each takes, when each is as high as the longest name needs."""
-    texts = [wrapped(names.label(row), 28) for row in dict.fromkeys(rows)]
-    return len(texts) * max(0.34, 0.15 * max((text.count("\n") + 1 for text in texts), default=1) + 0.1)
+def rows_height(texts: Iterable[str]) -> float:
+    """Inches that a line per text takes, when each is as high as the longest needs."""
+    counts = [wrapped(text, 28).count("\n") + 1 for text in texts]
+    return len(counts) * max(0.34, 0.15 * max(counts) + 0.1)
 
 
-def list_rows(ax: Axes, rows: Sequence[str]) -> None:
-    """Rows down the y axis, the first on top, long names in several lines."""
-    ax.set_yticks(range(len(rows)), [wrapped(names.label(row), 28) for row in rows])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+def list_rows(ax: Axes, texts: Sequence[str]) -> None:
+    """Names down the y axis, the first on top, long ones in several lines."""
+    ax.set_yticks(range(len(texts)), [wrapped(text, 28) for text in texts])
+    ax.set_ylim(len(texts) - 0.4, -0.6)
     ax.set_ylabel("")
     ax.grid(axis="y", visible=False)
 
@@ -244,7 +254,7 @@ def shades(count: int) -> list[Any]:
     """Dark to light, the lightest 3:1 on white: told apart by lightness alone, in grey print and by every eye."""
     import matplotlib
 
-    return [matplotlib.colormaps["cividis"](0.6 * place / max(1, count - 1)) for place in range(count)]
+    return [matplotlib.colormaps["plasma"](0.6 * place / max(1, count - 1)) for place in range(count)]
 
 
 def mark(ax: Axes, y: float, text: str) -> None:

@@ -31,7 +31,7 @@ def codebook(weights: Any, codes: Sequence[float]) -> Figure:
 
 
 def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
-    """A line per model and kind of weight: the bits that go to it, over all parameters of the model.
+    """Model by kind of weight: the bits that go to it, over all parameters of the model.
 
     Args:
         tables: name of a model -> its `measure.weights.weight_table`.
@@ -41,17 +41,17 @@ def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
     parts = [pd.DataFrame(table["rows"]).assign(model=name) for name, table in tables.items()]
     every = pd.concat(parts, ignore_index=True)
     every["bits"] = 8 * every["bytes"] / every.groupby("model")["parameters"].transform("sum")
-    return every.groupby(["model", "kind"], sort=False)["bits"].sum().reset_index()
+    wide = every.pivot_table("bits", "model", "kind", "sum", fill_value=0)
+    return wide.reindex(index=[*tables], columns=every["kind"].unique())
 
 
 def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
     """`bits_table`: bits a parameter costs, averaged over the whole model, stacked by what kind of weight they go to."""
     table = bits_table(tables)
-    totals = table.groupby("model", sort=False)["bits"].sum()
     with style.context():
-        drawn = style.figure(1.0 + 0.34 * len(tables))
+        drawn = style.figure(1.0 + style.rows_height(tables))
         ax = drawn.subplots()
-        style.stacked(ax, table, "bits", "model", "kind", [f"{total:.1f}" for total in totals])
+        style.stacked(ax, table, [f"{total:.1f}" for total in table.sum(axis=1)])
         ax.margins(x=0.1)
         ax.set_xlabel("bits per parameter of the whole model")
         style.legend(drawn, *ax.get_legend_handles_labels())
