@@ -46,10 +46,10 @@ _PUBLIC = {
     "AssetError": "errors",
     "CheckpointError": "errors",
 }
-_MODULES = (
-    *("adapters", "sketches", "gates", "training", "figures", "stats", "records", "table", "scratch", "measure"),
+_MODULES = {name: name for name in (
+    *("adapters", "sketches", "gates", "training", "figures", "records", "scratch", "measure"),
     *("models", "tasks", "assets"),
-)
+)} | {"stats": "analysis.stats", "table": "analysis.tables"}  # fmt: skip
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f"lorakit.{_PUBLIC[name]}"), name)
     if name in _MODULES:
-        return import_module(f"lorakit.{name}")
+        return import_module(f"lorakit.{_MODULES[name]}")
     raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
 
 
