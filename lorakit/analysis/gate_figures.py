@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lorakit.analysis import names, stats, style
-from lorakit.analysis.figures import draw_curves, draw_mean, mean_key, title
+from lorakit.analysis.curves import draw_curves, title
+from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame
 from lorakit.errors import require
 from lorakit.records import Record
@@ -135,11 +134,13 @@ def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     table = ledger_table(records).rename(index=names.labels(records))
     require(len(table) > 0, "records", sorted({record.status for record in records}), "needs a finished run")
     tera = table[[*PARTS]] / 1e12
-    rates = [f"{total:.3g}, {rate:.0%} accepted" for total, rate in zip(tera.sum(axis=1), table["accepted"], strict=True)]
+    rates = [
+        f"{total:.3g}, {rate:.0%} accepted" for total, rate in zip(tera.sum(axis=1), table["accepted"], strict=True)
+    ]
     with style.context():
         drawn = style.figure(1.0 + style.rows_height(table.index))
         ax = drawn.subplots()
-        style.stacked(ax, tera, [text.replace("%", " %") for text in rates])
+        style.stacked(ax, tera, [f"{total:.3g}, {rate:.0f} % accepted" for total, rate in pairs])
         ax.margins(x=0.24)
         ax.set_xlabel("training compute (TFLOPs)")
         title(ax, records, mixed)

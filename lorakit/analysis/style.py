@@ -260,7 +260,8 @@ def shades(count: int) -> list[Any]:
 def mark(ax: Axes, y: float, text: str) -> None:
     """A thin line across at `y`, named beyond its right end."""
     ax.axhline(y, color="0.35", lw=0.8, zorder=1)
-    ax.annotate(text, (1, y), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", size=8)
+    edge = ("axes fraction", "data")
+    ax.annotate(text, (1, y), (3, 0), xycoords=edge, textcoords="offset points", va="center", size=8)
 
 
 def plain_ticks(axis: Axis, places: Sequence[float], factor: float = 1) -> None:

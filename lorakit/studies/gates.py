@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from lorakit.analysis import names, stats, style
+from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
 from lorakit.places import RESULTS
 from lorakit.records import Record, read_all
@@ -100,12 +100,12 @@ def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch
     return [task.collator([task.train[row] for row in order[size * i : size * (i + 1)]]) for i in range(count)]
 
 
-def agreement(tables: Mapping[str, DataFrame]) -> Figure:
+def agreement(found: Mapping[str, DataFrame]) -> Figure:
     """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
     with style.context():
         drawn = style.figure(3.0)
-        axes = np.atleast_1d(drawn.subplots(1, len(tables)))
-        for ax, (name, table) in zip(axes, tables.items(), strict=True):
+        axes = np.atleast_1d(drawn.subplots(1, len(found)))
+        for ax, (name, table) in zip(axes, found.items(), strict=True):
             style.points(ax, table["truth"], table["proxy"])
             ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it")
             ax.set_title(f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}", loc="left")
@@ -196,8 +196,8 @@ def recorded(setting: str) -> list[Record]:
     return read_all(RESULTS / setting) if (RESULTS / setting).is_dir() else []
 
 
-def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = stats.LOSS) -> DataFrame:
-    """A line per row of `pairs` that has finished runs: `value`, the rate kept, and the paired difference, as text.
+def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = stats.LOSS) -> tables.Table:
+    """A line per row of `pairs` that has finished runs: `value`, the rate kept, and the paired difference.
 
     Args:
         records: of one setting.
@@ -205,16 +205,15 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
     """
     import pandas as pd
 
-    groups, lines = stats.by_row(records), {}
+    groups, lines = stats.by_row(records), []
     for row in (row for row in pairs if row in groups and stats.finished(groups[row], value)):
         ended, other = [*stats.finished(groups[row], value).values()], pairs[row]
         spread = statistics.stdev(ended) if len(ended) > 1 else 0
-        line = {value: f"{statistics.fmean(ended):.3f} ± {spread:.3f}", "accepted": _rate(groups[row])}
+        line = {"row": names.label(row, records), value: f"{statistics.fmean(ended):.3f} ± {spread:.3f}",
+                "accepted": _rate(groups[row])}  # fmt: skip
         gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
-        if gap and gap.estimate:
-            line |= {"minus": names.label(other, records), "difference": told(gap), "verdict": gap.verdict}
-        lines[names.label(row, records)] = line
-    return pd.DataFrame.from_dict(lines, orient="index").fillna("")
+        lines.append(line | (tables.told(gap, records) if gap and gap.estimate else {}))
+    return tables.Table(pd.DataFrame(lines).fillna(tables.NONE))
 
 
 def _rate(group: Sequence[Record]) -> str:
@@ -222,11 +221,11 @@ def _rate(group: Sequence[Record]) -> str:
     return f"{100 * statistics.fmean(rates):.0f} %" if rates else "100 %"
 
 
-def told(gap: stats.Difference) -> str:
-    """A difference in words: "+0.101 [+0.098, +0.104], 3 seeds"."""
-    found = gap.estimate
-    limits = "" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{found.mean:+.3f}{limits}, {found.count} seed{'s' * (found.count != 1)}"
+def in_words(gap: stats.Difference) -> str:
+    """A difference for a sentence: "+0.101 [+0.098, +0.104] (3 seeds: above)"."""
+    mean = gap.estimate
+    seeds = f"({mean.count} seed{'s' * (mean.count != 1)}: {gap.verdict})"
+    return " ".join(filter(None, (f"{mean.mean:+.3f}", mean.interval(), seeds)))
 
 
 def redundant_shares(records: Sequence[Record]) -> DataFrame:
@@ -255,6 +254,6 @@ def verdict(records: Sequence[Record], row: str, others: Sequence[str]) -> str:
     return (
         f"On {records[0].setting}, {label}, accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of "
         f"{statistics.fmean(losses.values()):.3f}, which differs "
-        + "; ".join(f"from {other} by {told(gap)}: {gap.verdict}" for other, gap in gaps)
+        + "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
         + (f"; it is not shown to be better than {unshown}." if unshown else ".")
     )

@@ -46,7 +46,7 @@ def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
 
 
 def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """`bits_table`: bits a parameter costs, averaged over the whole model, stacked by what kind of weight they go to."""
+    """`bits_table`: bits a parameter costs, over the whole model, stacked by the kind of weight they go to."""
     table = bits_table(tables)
     with style.context():
         drawn = style.figure(1.0 + style.rows_height(tables))

@@ -85,7 +85,7 @@ def sketch_error(cosines: Sketched) -> Figure:
     """The error of a sketched cosine against m, under its bound."""
     table = error_table(cosines)
     low, high = table.min(axis=None), table.max(axis=None)
-    looks = dict(zip(table, (style.Look("0.4", "", style.DASHES[1]), style.Look(style.COLORS[1], "o")), strict=True))
+    looks = dict(zip(table, (style.Look("0.4", ".", style.DASHES[1]), style.Look(style.COLORS[1], "o")), strict=True))
     with style.context():
         drawn = style.figure(2.8)
         ax = drawn.subplots()
