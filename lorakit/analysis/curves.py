@@ -93,8 +93,10 @@ def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> st
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         _, top = ax.set_ylim(low - margin, high + 2 * margin)
     style.lines(ax, table, "x", "mean", "row", looks, {row: run_label(row, group) for row, group in groups.items()})
-    for row, line in table[table["seeds"] > 1].groupby("row", sort=False):
-        ax.fill_between("x", "low", "high", data=line, color=looks[row].color, alpha=min(0.15, 0.9 / len(groups)), lw=0)
+    for row, look in looks.items():
+        band = table[(table["row"] == row) & (table["seeds"] > 1)]
+        if len(band):
+            ax.fill_between("x", "low", "high", data=band, color=look.color, alpha=min(0.15, 0.9 / len(looks)), lw=0)
     for (row, _, status), run in points[points["status"] != "done"].groupby(["row", "seed", "status"], sort=False):
         ax.plot(run["x"], run["y"], lw=0.8, label="_", **looks[row].line | {"marker": ""})
         if status in FAILED:

@@ -59,12 +59,13 @@ def memory_table(records: Sequence[Record]) -> pd.DataFrame:
     import pandas as pd
 
     table = frame(records).memory
-    predicted, measured = table[~table["measured"]], table[table["measured"]]
+    told = table["measured"].astype(bool)
+    predicted, measured = table[~told], table[told]
     peaks = predicted[predicted["kind"] == "peak"]
     largest = peaks.loc[peaks.groupby("row")["bytes"].idxmax(), ["row", "seed"]]
     both = pd.concat([predicted.merge(largest), measured.assign(kind="measured")])
     kinds = [kind for kind in dict.fromkeys((*MEMORY_KINDS, *sorted(both["kind"]))) if kind in set(both["kind"])]
-    return both.pivot_table("bytes", "row", "kind", "max").reindex(index=names.order(both["row"]), columns=kinds)
+    return both.groupby(["row", "kind"])["bytes"].max().unstack().reindex(index=names.order(both["row"]), columns=kinds)
 
 
 def memory_by_kind(records: Sequence[Record], mixed: bool = False) -> Figure:
@@ -232,9 +233,8 @@ def overview(records: Sequence[Record], mixed: bool = False) -> Figure:
         drawn = style.figure(3.7 + bars)
         axes = drawn.subplot_mosaic("ab;cc", height_ratios=[2.4, bars])
         title(axes["a"], records, mixed)
-        band = [
-            draw_loss(axes[place], records, x, stats.LOSS) for place, x in (("a", "accepted_steps"), ("b", "flops"))
-        ]
+        band = draw_loss(axes["a"], records, "accepted_steps", stats.LOSS)
+        draw_loss(axes["b"], records, "flops", stats.LOSS)
         axes["b"].set_ylabel("")
         style.legend(drawn, *axes["a"].get_legend_handles_labels(), title=band, at="upper")
         style.legend(drawn, *_draw_memory(axes["c"], records))

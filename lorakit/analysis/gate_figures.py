@@ -134,9 +134,7 @@ def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     table = ledger_table(records).rename(index=names.labels(records))
     require(len(table) > 0, "records", sorted({record.status for record in records}), "needs a finished run")
     tera = table[[*PARTS]] / 1e12
-    rates = [
-        f"{total:.3g}, {rate:.0%} accepted" for total, rate in zip(tera.sum(axis=1), table["accepted"], strict=True)
-    ]
+    pairs = zip(tera.sum(axis=1), 100 * table["accepted"], strict=True)
     with style.context():
         drawn = style.figure(1.0 + style.rows_height(table.index))
         ax = drawn.subplots()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
 SCREEN_DPI, PRINT_DPI = 120, 200
+FEW = 12  # points of a line that all carry a marker
 
 RC: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -242,19 +243,23 @@ def list_rows(ax: Axes, texts: Sequence[str]) -> None:
 
 
 def spaced(x: Sequence[float]) -> list[int]:
-    """Points that carry a marker: none so near to the one before that the two would blot."""
-    marks: list[int] = []
-    for place in range(len(x)):
+    """Points that carry a marker: all of a few; of many, none so near to the one before that the two would blot."""
+    marks: list[int] = [*range(len(x))] if len(x) <= FEW else []
+    for place in range(len(marks), len(x)):
         if not marks or x[place] - x[marks[-1]] >= 0.06 * (x[-1] - x[0]):
             marks.append(place)
     return marks
 
 
 def shades(count: int) -> list[Any]:
-    """Dark to light, the lightest 3:1 on white: told apart by lightness alone, in grey print and by every eye."""
+    """Dark to light in equal steps, the lightest 3:1 on white: told apart by lightness alone, so also in grey print."""
     import matplotlib
+    import numpy as np
 
-    return [matplotlib.colormaps["plasma"](0.6 * place / max(1, count - 1)) for place in range(count)]
+    colors = matplotlib.colormaps["plasma"](np.linspace(0, 0.6, 256))
+    lightness = colors[:, :3] @ [0.2126, 0.7152, 0.0722]
+    steps = np.linspace(lightness[0], lightness[-1], count)
+    return [*map(tuple, colors[np.searchsorted(lightness, steps - 1e-9)])]
 
 
 def mark(ax: Axes, y: float, text: str) -> None:

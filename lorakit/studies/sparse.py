@@ -27,14 +27,14 @@ def zeros_table(records: Sequence[Record]) -> DataFrame:
 
 def zeros_over_time(records: Sequence[Record]) -> Figure:
     """The share of zeros that was asked for (thin) and that was reached, against optimizer steps, a line per run."""
-    table = zeros_table(records)
-    table["run"] = table["row"] + " " + table["seed"].astype(str)
-    rows = dict(zip(table["run"], table["row"], strict=True))
-    looks = {run: style.looks(rows.values())[row] for run, row in rows.items()}
+    table, seeds = zeros_table(records), {record.seed for record in records}
+    runs = {(r.row, r.seed): names.label(r.row, [r]) + f", seed {r.seed}" * (len(seeds) > 1) for r in records}
+    table["run"] = [runs[key] for key in zip(table["row"], table["seed"], strict=True)]
+    looks = {run: style.looks(row for row, _ in runs)[row] for (row, _), run in runs.items()}
     with style.context():
         drawn = style.figure(2.8)
         ax = drawn.subplots()
-        style.lines(ax, table, "step", "reached", "run", looks, {run: names.label(row) for run, row in rows.items()})
+        style.lines(ax, table, "step", "reached", "run", looks)
         for run, asked in table.dropna().groupby("run"):
             ax.plot(asked["step"], asked["asked"], color=looks[run].color, lw=0.8, alpha=0.6)
         ax.set(xlabel="optimizer steps", ylabel="share of zeros", ylim=(-0.02, None))

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from lorakit.sketch_tables import spearman
 from synthetic_records import record
 from torch import nn
 
 import lorakit
 from lorakit import models, style, token_costs, token_figures, token_tables
 from lorakit.errors import ParameterError
-from lorakit.sketch_tables import spearman
 
 V, SHARE = 60, 0.3
 
