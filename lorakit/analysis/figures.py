@@ -208,8 +208,8 @@ def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, lo
     mean, seeds = {"x": np.full(len(values), place), "y": values}, {"x": [place + beside] * len(values), "y": values}
     if not upright:
         mean, seeds = ({"x": points["y"], "y": points["x"]} for points in (mean, seeds))
-    sns.pointplot(**mean, errorbar=interval, color=look.color, marker=look.marker, markersize=7, mew=0.8, err_kws={"lw": 1.4},
-                  orient="x" if upright else "y", native_scale=True, ax=ax)  # fmt: skip
+    sns.pointplot(**mean, errorbar=interval, color=look.color, marker=look.marker, markersize=7, mew=0.8, ax=ax,
+                  err_kws={"lw": 1.4}, orient="x" if upright else "y", native_scale=True)  # fmt: skip
     sns.scatterplot(**seeds, marker=look.marker, s=20, ax=ax, legend=False, fc="none", ec=look.color, lw=0.9, alpha=0.8)
 
 
