@@ -14,7 +14,10 @@ COMMANDS = {
     "sweep": ("lorakit.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
     "search": ("lorakit.commands", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
-    "report": ("lorakit.analysis.report", "rows of one setting at equal cost: lorakit report results/… --output report.md"),
+    "report": (
+        "lorakit.analysis.report",
+        "rows of one setting at equal cost: lorakit report results/… --output report.md",
+    ),
     "plan": ("lorakit.measure.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("lorakit.assets", "download public models and data for offline use: lorakit fetch NAME"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),

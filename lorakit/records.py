@@ -49,19 +49,15 @@ class Axis:
     title: str = ""
 
 
+_STEPS = "accepted steps (batches that got a backward pass)"
+_SECONDS = "training time (depends on the machine and on what else ran there)"
 AXES = {
-    "accepted_steps": Axis(
-        "accepted_steps", "accepted steps", "accepted steps", title="accepted steps (batches that got a backward pass)"
-    ),
+    "accepted_steps": Axis("accepted_steps", "accepted steps", "accepted steps", title=_STEPS),
     "steps": Axis("step", "steps", "steps"),
     "tokens": Axis("tokens", "tokens seen", "tokens"),
     "tokens_backpropagated": Axis("tokens_backpropagated", "tokens backpropagated", "tokens backpropagated"),
     "flops": Axis("flops", "training compute (FLOPs)", "TFLOPs", 1e12, "{:.3g}", "training compute"),
-    "seconds": Axis(
-        "seconds",
-        *("training time (s)", "seconds", 1, "{:,.1f}"),
-        title="training time (depends on the machine and on what else ran there)",
-    ),
+    "seconds": Axis("seconds", "training time (s)", "seconds", 1, "{:,.1f}", _SECONDS),
 }
 
 

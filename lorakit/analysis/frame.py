@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
 
 from lorakit.analysis.names import label
 from lorakit.errors import ParameterError
-from lorakit.records import Costs, Point, Record
+from lorakit.records import Costs, Parameters, Point, Record
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-RUN: dict[str, Callable[[Record], Any]] = {
-    "setting": lambda r: r.setting,
-    "row": lambda r: r.row,
-    "label": lambda r: label(r.row, [r]),
-    "seed": lambda r: r.seed,
-    "status": lambda r: r.status,
-    "model": lambda r: r.resolved.get("model"),
-    "task": lambda r: r.resolved.get("task"),
-    "method": lambda r: r.resolved.get("method"),  # what is trained
-    "budget_unit": lambda r: r.resolved.get("budget_unit"),
-    "gate": lambda r: gate_of([r])[0],
-} | {name: lambda r, name=name: getattr(r.costs, name) for name in Costs.model_fields if "memory" not in name}
-NUMBERS: dict[str, Callable[[Record], float | None]] = {  # of a run that may not have them: NaN
-    "learning_rate": lambda r: r.resolved.get("learning_rate"),
-    "budget": lambda r: r.resolved.get("budget"),
-    "redundancy": lambda r: r.resolved.get("redundancy"),
-    "peak_memory_bytes": lambda r: r.costs.peak_memory_bytes,
-    "predicted_peak": lambda r: (r.costs.predicted_memory or {}).get("peak"),
-    "trainable": lambda r: r.parameters and r.parameters.trainable,
-    "total": lambda r: r.parameters and r.parameters.total,
-    "nonzero": lambda r: r.parameters and r.parameters.nonzero,
-    "reduction_factor": lambda r: r.parameters and r.parameters.reduction_factor,
-    "adapter_bytes": lambda r: r.adapter_bytes,
-    "latency_ms": lambda r: r.latency and r.latency.unmerged_ms,
-    "merged_latency_ms": lambda r: r.latency and r.latency.merged_ms,
-    "target_rate": lambda r: gate_of([r])[1],
-    "acceptance_rate": lambda r: r.details.get("gate", {}).get("acceptance_rate"),  # after the burn-in
-}
-NAMES = ("setting", "row", "seed", "status")
+NAMES = ["setting", "row", "seed", "status"]
 MEASURED = ("train_loss", "learning_rate", "gate_score", "acceptance_rate")  # fields of a point that may be missing
 
 
@@ -48,7 +19,9 @@ class Frames(NamedTuple):
     """Records as three tables; a number that a run does not have is NaN.
 
     Attributes:
-        runs: a line a run: the columns of `RUN` and `NUMBERS`, and final metrics as "test accuracy", ….
+        runs: a line a run: setting, row, label, seed, status; method (what is trained), model, task, learning_rate,
+            budget, budget_unit, redundancy; all of `Costs` and `Parameters`, predicted_peak, adapter_bytes, latency_ms,
+            merged_latency_ms; gate, target_rate, acceptance_rate (after the burn-in); "validation loss", "test f1", ….
         curves: a line a point: setting, row, seed, status, the fields of a `Point`, "train loss", "validation loss", ….
         memory: setting, row, seed, kind, bytes, measured (else predicted); kind "peak" is the sum.
     """
@@ -60,34 +33,46 @@ class Frames(NamedTuple):
 
 def frame(records: Sequence[Record]) -> Frames:
     """The tables of `records`, in their order."""
-    import pandas as pd
+    names = {name: [getattr(record, name) for record in records] for name in NAMES}
+    names["label"] = [label(record.row, [record]) for record in records]
+    asked = [record.resolved for record in records]
+    names |= {name: [given.get(name) for given in asked] for name in ("method", "model", "task", "budget_unit")}
+    gates = [gate_of([record]) for record in records]
+    names["gate"] = [name for name, _ in gates]
+    counts = [name for name in Costs.model_fields if "memory" not in name]
+    names |= {name: [getattr(record.costs, name) for record in records] for name in counts}
 
-    runs = {name: [read(record) for record in records] for name, read in RUN.items()}
-    numbers = {name: [read(record) for record in records] for name, read in NUMBERS.items()}
+    numbers = {name: [given.get(name) for given in asked] for name in ("learning_rate", "budget", "redundancy")}
+    numbers["peak_memory_bytes"] = [record.costs.peak_memory_bytes for record in records]
+    numbers["predicted_peak"] = [(record.costs.predicted_memory or {}).get("peak") for record in records]
+    numbers |= {
+        name: [getattr(record.parameters, name, None) for record in records] for name in Parameters.model_fields
+    }
+    numbers["adapter_bytes"] = [record.adapter_bytes for record in records]
+    numbers["latency_ms"] = [getattr(record.latency, "unmerged_ms", None) for record in records]
+    numbers["merged_latency_ms"] = [getattr(record.latency, "merged_ms", None) for record in records]
+    numbers["target_rate"] = [rate for _, rate in gates]
+    numbers["acceptance_rate"] = [record.details.get("gate", {}).get("acceptance_rate") for record in records]
     for split, metric in dict.fromkeys((s, m) for record in records for s, row in record.final.items() for m in row):
         numbers[f"{split} {metric}"] = [record.final.get(split, {}).get(metric) for record in records]
 
     points = [(record, point) for record in records for point in record.curve]
-    curves: dict[str, list] = {name: [getattr(record, name) for record, _ in points] for name in NAMES}
+    curves = {name: [getattr(record, name) for record, _ in points] for name in NAMES}
     counts = [name for name in Point.model_fields if name not in (*MEASURED, "validation")]
     curves |= {name: [getattr(point, name) for _, point in points] for name in counts}
     measured = {name.replace("_loss", " loss"): [getattr(point, name) for _, point in points] for name in MEASURED}
     for metric in dict.fromkeys(metric for _, point in points for metric in point.validation or {}):
         measured[f"validation {metric}"] = [(point.validation or {}).get(metric) for _, point in points]
 
-    kinds = [
-        (record.setting, record.row, record.seed, kind, size, measured)
-        for record in records
-        for kind, size, measured in (
-            *((kind, size, False) for kind, size in (record.costs.predicted_memory or {}).items()),
-            ("peak", record.costs.peak_memory_bytes, True),
-        )
-        if size is not None
-    ]
+    kinds = []
+    for record in records:
+        predicted = (record.costs.predicted_memory or {}).items()
+        for kind, size, seen in (*((*one, False) for one in predicted), ("peak", record.costs.peak_memory_bytes, True)):
+            kinds += [(record.setting, record.row, record.seed, kind, size, seen)] if size is not None else []
     return Frames(
-        pd.concat([pd.DataFrame(runs), pd.DataFrame(numbers, dtype=float)], axis=1),
+        pd.concat([pd.DataFrame(names), pd.DataFrame(numbers, dtype=float)], axis=1),
         pd.concat([pd.DataFrame(curves), pd.DataFrame(measured, dtype=float)], axis=1),
-        pd.DataFrame(kinds, columns=["setting", "row", "seed", "kind", "bytes", "measured"]),
+        pd.DataFrame(kinds, columns=[*NAMES[:3], "kind", "bytes", "measured"]),
     )
 
 
@@ -119,24 +104,18 @@ def require_comparable(records: Sequence[Record], mixed: bool = False) -> str:
         ParameterError: they differ and `mixed` is False; names two runs and what differs.
     """
     differ = []
-    for what, read in {
-        "model": lambda r: r.resolved.get("model"),
-        "task": lambda r: r.resolved.get("task"),
-        "model fingerprint": lambda r: r.fingerprints.get("model"),
-        "data fingerprint": lambda r: r.fingerprints.get("data"),
+    for what, stated in {
+        "model": [record.resolved.get("model") for record in records],
+        "task": [record.resolved.get("task") for record in records],
+        "model fingerprint": [record.fingerprints.get("model") for record in records],
+        "data fingerprint": [record.fingerprints.get("data") for record in records],
     }.items():
-        stated = [record for record in records if read(record)]
-        other = next((record for record in stated if read(record) != read(stated[0])), None)
-        if other is None:
-            continue
-        if not mixed:
-            one, two = (f"{record.row} seed {record.seed}: {_short(read(record))}" for record in (stated[0], other))
+        runs = [(told, record) for told, record in zip(stated, records, strict=True) if told]
+        others = [run for run in runs if run[0] != runs[0][0]]
+        if others and not mixed:
+            found = "; ".join(f"{record.row} seed {record.seed}: {told}" for told, record in (runs[0], others[0]))
             raise ParameterError(
-                "records", f"{one}; {two}", f"must be of one {what} to be compared (mixed=True, --mixed: all the same)"
+                "records", found, f"must be of one {what}; mixed=True or --mixed shows them all the same"
             )
-        differ.append(what)
+        differ += [what] if others else []
     return f"not comparable: {', '.join(differ)} differ" if differ else ""
-
-
-def _short(stated: Any) -> str:
-    return ", ".join(f"{k} {v[:12]}" for k, v in stated.items()) if isinstance(stated, dict) else str(stated)[:40]

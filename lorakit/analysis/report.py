@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
@@ -17,7 +19,6 @@ from lorakit.files import write_text
 from lorakit.records import AXES, Record, read_all
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 UNFAIR = "†"
@@ -152,32 +153,27 @@ def cost_table(groups: Groups) -> pd.DataFrame:
     return summary(runs, columns).assign(target=[NONE if rate is None else f"{100 * rate:.0f} %" for rate in rates])
 
 
-def equal_table(found: Sequence[stats.Comparison], axis: str) -> pd.DataFrame:
+def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
     """Differences in validation loss at an equal amount of one axis, a line per pair of rows."""
-    import pandas as pd
-
-    unit, size, form = AXES[axis].unit, AXES[axis].size, AXES[axis].form
-    lines = []
+    axis, lines = AXES[found[0].axis], []
     for one in found:
         line = tables.told(one.gap, form="{:+.4f}")
         ends = sorted(one.places.values())
         late = [f"{names.label(row)} at {int(100 * x)} %" for row, x in one.shares.items() if x < stats.DECAYED]
         fair = f"no: {', '.join(late)}" if late else "yes"
-        line[f"at {unit}"] = (
-            " to ".join(dict.fromkeys(form.format(x / size) for x in ends[:: max(1, len(ends) - 1)])) or NONE
+        line[f"at {axis.unit}"] = (
+            " to ".join(dict.fromkeys(axis.form.format(x / axis.size) for x in ends[:: max(1, len(ends) - 1)])) or NONE
         )
         line["decayed"] = NONE if not ends else "constant rate" if one.constant else fair
         line["verdict"] += f" {UNFAIR}" if ends and not one.fair else ""
         lines.append(line)
     return pd.DataFrame(lines)[
-        ["row", "against", f"at {unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
+        ["row", "against", f"at {axis.unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
     ]
 
 
 def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
     """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
-    import pandas as pd
-
     lines = []
     for one in found:
         line = tables.told(one.gap, form="{:+.2%}")
@@ -202,8 +198,8 @@ def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
     text = EQUAL.format(evaluations=times, decayed=f"{100 * stats.DECAYED:.0f} %", mark=UNFAIR)
     parts: list[pd.DataFrame | str] = ["## At equal cost", text]
     for axis in equal_cost.AXES:
-        found = equal_cost.comparisons(groups, axis)
-        parts += [f"### At equal {AXES[axis].title or AXES[axis].label}", equal_table(found, axis)]
+        title = AXES[axis].title or AXES[axis].label
+        parts += [f"### At equal {title}", equal_table(equal_cost.comparisons(groups, axis))]
     lonely = [f"{names.label(row)} (at {100 * rate:.0f} %)" for row, rate in equal_cost.without_random(groups).items()]
     return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
 

@@ -142,8 +142,7 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     from scipy.stats import bootstrap
 
     for how in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # BCa of equal values: it warns and gives NaN
+        with warnings.catch_warnings(action="ignore"):  # BCa of equal values warns and gives NaN
             low, high = bootstrap((sample,), np.mean, method=how, rng=np.random.default_rng(seed)).confidence_interval
         if math.isfinite(low) and math.isfinite(high):
             break
@@ -154,8 +153,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation of two lists (N,), equal values sharing their mean rank; NaN where one is constant."""
     from scipy.stats import spearmanr
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a constant list
+    with warnings.catch_warnings(action="ignore"):  # of a constant list
         return float(spearmanr(a, b).statistic)
 
 
@@ -234,7 +232,8 @@ class Curves(NamedTuple):
     """One row's runs on one axis: seed -> curve of those that finished and have points; every seed."""
 
     row: str
-    what: str
+    x: str
+    y: str
     lines: dict[int, tuple[np.ndarray, np.ndarray]]
     seeds: set[int]
     constant: bool  # the learning rate does not decay
@@ -244,39 +243,35 @@ def curves(records: Sequence[Record], x: str, y: str = LOSS) -> Curves:
     """The curves of one row's records, to be compared `at_equal` x."""
     ((row, group),) = by_row(records).items()
     found = {record.seed: curve(record, x, y) for record in group if record.status == "done"}
-    return Curves(
-        row,
-        f"{y} at equal {x}",
-        {seed: line for seed, line in found.items() if len(line[0])},
-        {record.seed for record in group},
-        all(record.resolved.get("schedule") == "constant" for record in group),
-    )
+    lines = {seed: line for seed, line in found.items() if len(line[0])}
+    constant = all(record.resolved.get("schedule") == "constant" for record in group)
+    return Curves(row, x, y, lines, {record.seed for record in group}, constant)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row's curve minus another's where both had spent as much of an axis.
+    """A row's curve minus another's where both had spent as much of `axis`.
 
     Attributes:
         places: seed -> the x of that pair.
         shares: row -> how much of its own run it had behind it there, the least of the pairs.
-        constant: neither's learning rate decays.
+        over: the same of the row that was less far.
+        fair: both runs of every pair were at the end of their own learning-rate schedule, or have none (`constant`).
     """
 
+    axis: str
     gap: Difference
     places: dict[int, float]
     shares: dict[str, float]
-    constant: bool = False
-
-    @property
-    def fair(self) -> bool:
-        """Both runs of every pair were at the end of their own learning-rate schedule, or have none."""
-        return bool(self.places) and (self.constant or self.over >= DECAYED)
+    constant: bool
 
     @property
     def over(self) -> float:
-        """How much of its own run the row had behind it that was less far."""
         return min(self.shares.values())
+
+    @property
+    def fair(self) -> bool:
+        return bool(self.places) and (self.constant or self.over >= DECAYED)
 
 
 def at_equal(a: Curves, b: Curves) -> Comparison:
@@ -285,16 +280,13 @@ def at_equal(a: Curves, b: Curves) -> Comparison:
     One run of a pair is then at its end, the other perhaps not: see `shares` before calling the pair fair.
     A pair that never leaves x = 0 is left out.
     """
-    ends = {seed: (a.lines[seed][0][-1], b.lines[seed][0][-1]) for seed in a.lines.keys() & b.lines.keys()}
-    places = {seed: float(min(pair)) for seed, pair in ends.items() if min(pair) > 0}
+    ends = {seed: [float(side.lines[seed][0][-1]) for side in (a, b)] for seed in a.lines.keys() & b.lines.keys()}
+    common = {seed: min(pair) for seed, pair in ends.items() if min(pair) > 0}
     sides = []
     for side in (a, b):
-        found = {seed: _interpolated(*side.lines[seed], place) for seed, place in places.items()}
+        found = {seed: _interpolated(*side.lines[seed], place) for seed, place in common.items()}
         sides.append((side.row, {seed: number for seed, number in found.items() if number is not None}, side.seeds))
-    gap = _difference(*sides, a.what)
-    places = {seed: places[seed] for seed in gap.seeds}
-    shares = {
-        side.row: min((place / ends[seed][which] for seed, place in places.items()), default=0.0)
-        for which, side in enumerate((a, b))
-    }
-    return Comparison(gap, places, shares, a.constant and b.constant)
+    gap = _difference(*sides, f"{a.y} at equal {a.x}")
+    places = {seed: common[seed] for seed in gap.seeds}
+    shares = [min((x / ends[seed][side] for seed, x in places.items()), default=0.0) for side in (0, 1)]
+    return Comparison(a.x, gap, places, dict(zip((a.row, b.row), shares, strict=True)), a.constant and b.constant)

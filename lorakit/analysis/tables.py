@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lorakit.analysis import names, stats
 from lorakit.analysis.frame import frame, require_comparable
@@ -16,23 +17,9 @@ from lorakit.errors import DataError, require
 from lorakit.files import write_text
 from lorakit.records import AXES, Record, read_all
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 NONE = "-"
 SCORE = ""  # form of a column that shows the standard deviation over seeds as well
 Column = tuple[str, str, float]  # of `frame(records).runs`: its name, how a number is written, what it is divided by
-
-PARAMETERS: dict[str, Column] = {
-    "trainable": ("trainable", "{:,.0f}", 1),
-    "total/trainable": ("reduction_factor", "{:,.1f}", 1),
-    "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20),
-}
-PEAK: dict[str, Column] = {"predicted peak MiB": ("predicted_peak", "{:,.1f}", 2**20)}
-LATENCY: dict[str, Column] = {
-    "latency ms": ("latency_ms", "{:,.2f}", 1),
-    "merged latency ms": ("merged_latency_ms", "{:,.2f}", 1),
-}
 
 
 class Table:
@@ -46,23 +33,20 @@ class Table:
         self.parts = parts
 
     def __str__(self) -> str:
-        return self._text("simple")
+        return self.text("simple")
 
     __repr__ = __str__
 
     def markdown(self) -> str:
-        return self._text("pipe")
+        return self.text("pipe")
 
-    def _text(self, layout: str) -> str:
+    def text(self, layout: str) -> str:
+        """The parts, empty lines between; `layout` is tabulate's."""
+        words = {"tablefmt": layout, "index": False, "disable_numparse": True}
         return "\n\n".join(
             part
             if isinstance(part, str)
-            else part.to_markdown(
-                tablefmt=layout,
-                index=False,
-                disable_numparse=True,
-                colalign=["left", *["right"] * (part.shape[1] - 1)],
-            )
+            else part.to_markdown(colalign=["left", *["right"] * (len(part.columns) - 1)], **words)
             for part in self.parts
         )
 
@@ -94,11 +78,19 @@ def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool
     warning = require_comparable(records, mixed)
     runs = frame([record for group in groups.values() for record in group]).runs
     scores = {name.replace("_", " "): (name, SCORE, 1) for name in (stats.main_value(records), stats.LOSS)}
-    quality = summary(runs, scores | PARAMETERS)
+    size: dict[str, Column] = {
+        "trainable": ("trainable", "{:,.0f}", 1),
+        "total/trainable": ("reduction_factor", "{:,.1f}", 1),
+        "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20),
+    }
+    quality = summary(runs, scores | size)
     quality.insert(1, "seeds", [str(len(group)) for group in groups.values()])
     quality.insert(2, "status", [statuses(group) for group in groups.values()])
-    cost = axis_columns("accepted_steps", "tokens", "flops") | PEAK
-    cost |= LATENCY | axis_columns("seconds") if timing else {}
+    cost = axis_columns("accepted_steps", "tokens", "flops")
+    cost["predicted peak MiB"] = ("predicted_peak", "{:,.1f}", 2**20)
+    if timing:
+        cost |= {f"{name} ms": (f"{name.replace(' ', '_')}_ms", "{:,.2f}", 1) for name in ("latency", "merged latency")}
+        cost |= axis_columns("seconds")
     return Table(*sentences(warning), quality, summary(runs, cost), *sentences(*remarks(groups)))
 
 
@@ -112,29 +104,24 @@ def summary(runs: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
 
     A caller may add columns to `runs` before; "-" is where no finished run has a number.
     """
-    import pandas as pd
-
     labels = runs.drop_duplicates("row").set_index("row")["label"]
-    done = runs[runs["status"] == "done"].replace([math.inf, -math.inf], math.nan).groupby("row")
+    known = dict.fromkeys(["row", *(name for name, _, _ in columns.values())])  # a metric may be in no run
+    done = runs[runs["status"] == "done"].reindex(columns=[*known]).replace([math.inf, -math.inf], math.nan)
+    means, spreads = (getattr(done.groupby("row"), how)().reindex(labels.index) for how in ("mean", "std"))
     table = {"method": labels.to_list()}
     for heading, (name, form, size) in columns.items():
-        means, spreads = ((found / size).reindex(labels.index) for found in (done[name].mean(), done[name].std()))
         table[heading] = [
             NONE if math.isnan(mean) else form.format(mean) if form else _score(mean, spread)
-            for mean, spread in zip(means, spreads, strict=True)
+            for mean, spread in zip(means[name] / size, spreads[name] / size, strict=True)
         ]
     return pd.DataFrame(table)
 
 
 def _score(mean: float, spread: float) -> str:
     """Three decimals; from 100 on one, from a million on an exponent."""
-    forms = ((100, "{:.3f}"), (1e6, "{:,.1f}"), (math.inf, "{:.2e}"))
-    texts = [
-        next(form for limit, form in forms if abs(number) < limit).format(number)
-        for number in (mean, spread)
-        if not math.isnan(number)
-    ]
-    return " ± ".join(texts)
+    numbers = [number for number in (mean, spread) if not math.isnan(number)]
+    forms = ["{:.3f}" if abs(number) < 100 else "{:,.1f}" if abs(number) < 1e6 else "{:.2e}" for number in numbers]
+    return " ± ".join(form.format(number) for form, number in zip(forms, numbers, strict=True))
 
 
 def statuses(group: Sequence[Record]) -> str:
@@ -175,8 +162,6 @@ def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) 
     Args:
         baseline: a row; empty: full fine-tuning where there is one, else the first row.
     """
-    import pandas as pd
-
     groups = stats.by_row(records)
     warning = require_comparable(records, mixed)
     found = stats.compare(records, baseline or next(iter(groups)))
