@@ -70,42 +70,18 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SPARE_MARKERS = ("<", ">", "p", "*", "h", "d", "8")  # of rows the palette does not know
 
 # A row's colour, marker and the place of its dash in DASHES. A new row takes what is free and changes no other.
-PALETTE = {row: Look(color, marker, DASHES[int(dash)]) for row, color, marker, dash in map(str.split, """
-full            #000000 o 0
-lora            #0072B2 s 1
-head            #D55E00 ^ 2
-sparse          #009E73 D 3
-hira            #CC79A7 v 0
-qlora           #209CE2 P 1
-skip            #C58800 X 2
-slora           #882255 o 3
-flora           #999933 s 0
-random          #777777 ^ 1
-sparse_ranks    #332288 D 2
-sparse_l1       #AA4499 v 3
-skip_adapter    #41A393 P 0
-dora            #7A5230 X 1
-baseline        #222222 o 2
-full_length     #4477AA s 3
-same_flops      #179FCD ^ 0
-loss_floor      #228833 D 1
-gradient_norm   #A4952D v 2
-novelty_loss    #6F4FA8 P 3
-least_novel     #ED7029 X 0
-random50        #949494 o 1
-slora50         #D4709A s 2
-random_tokens   #8C6D31 ^ 3
-random20        #4D4D4D D 0
-flora20         #C4420B v 1
-flora40         #5E3C99 P 2
-pps20           #01665E X 3
-random20_gather #8A8F99 < 0
-flora20_gather  #DD7554 > 1
-flora40_gather  #9E88D4 p 2
-pps20_gather    #3C9F7A * 3
-targets_only    #1F4E8C h 0
-flora_fractional #7F3B08 d 1
-""".strip().splitlines())}  # fmt: skip
+_ROWS = """
+    full #000000 o 0, lora #0072B2 s 1, head #D55E00 ^ 2, sparse #009E73 D 3,
+    hira #CC79A7 v 0, qlora #209CE2 P 1, skip #C58800 X 2, slora #882255 o 3,
+    flora #999933 s 0, random #777777 ^ 1, sparse_ranks #332288 D 2, sparse_l1 #AA4499 v 3,
+    skip_adapter #41A393 P 0, dora #7A5230 X 1, baseline #222222 o 2, full_length #4477AA s 3,
+    same_flops #179FCD ^ 0, loss_floor #228833 D 1, gradient_norm #A4952D v 2, novelty_loss #6F4FA8 P 3,
+    least_novel #ED7029 X 0, random50 #949494 o 1, slora50 #D4709A s 2, random_tokens #8C6D31 ^ 3,
+    random20 #4D4D4D D 0, flora20 #C4420B v 1, flora40 #5E3C99 P 2, pps20 #01665E X 3,
+    random20_gather #8A8F99 < 0, flora20_gather #DD7554 > 1, flora40_gather #9E88D4 p 2, pps20_gather #3C9F7A * 3,
+    targets_only #1F4E8C h 0, flora_fractional #7F3B08 d 1
+"""
+PALETTE = {row: Look(color, marker, DASHES[int(n)]) for row, color, marker, n in map(str.split, _ROWS.split(","))}
 
 
 def looks(rows: Iterable[str]) -> dict[str, Look]:
