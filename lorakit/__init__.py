@@ -47,9 +47,9 @@ _PUBLIC = {
     "CheckpointError": "errors",
 }
 _MODULES = {name: name for name in (
-    *("adapters", "sketches", "gates", "training", "figures", "records", "scratch", "measure"),
-    *("models", "tasks", "assets"),
-)} | {"stats": "analysis.stats", "table": "analysis.tables"}  # fmt: skip
+    *("adapters", "sketches", "gates", "training", "records", "scratch", "measure"),
+    *("models", "tasks", "assets", "analysis", "studies"),
+)} | {name: f"analysis.{name}" for name in ("stats", "style", "figures", "gate_figures")} | {"table": "analysis.tables"}  # fmt: skip
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

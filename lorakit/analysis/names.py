@@ -54,3 +54,8 @@ def label(row: str, records: Sequence[Record] = ()) -> str:
     """The name of a row in tables and figures: its own, where its params file says one, else `LABELS`'."""
     own = (record.resolved.get("label") for record in records if record.row == row)
     return next(filter(None, own), LABELS.get(row, row))
+
+
+def labels(records: Sequence[Record]) -> dict[str, str]:
+    """Row -> its name, in the order of tables."""
+    return {row: label(row, records) for row in order(record.row for record in records)}

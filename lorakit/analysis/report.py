@@ -242,29 +242,32 @@ def _ended(record: Record) -> str:
 # figures and files -----------------------------------------------------------------------------------
 
 
-def figures_of(records: Sequence[Record]) -> dict[str, tuple[str, Figure]]:
+def figures_of(records: Sequence[Record], mixed: bool = False) -> dict[str, tuple[str, Figure]]:
     """File name -> what it shows, and the figure; those about gates only where there are any."""
-    from lorakit import figures, gate_figures
+    from lorakit.analysis import figures, gate_figures
 
     found = {
-        f"loss_by_{axis}.png": (f"Validation loss against {AXES[axis].label}", figures.loss_curve(records, axis))
+        f"loss_by_{axis}.png": (
+            f"Validation loss against {AXES[axis].label}",
+            figures.loss_curve(records, axis, mixed=mixed),
+        )
         for axis in equal_cost.AXES
     }
-    if gate_figures.log_table(records, "gate/acceptance_rate", after_burn_in=True):
-        found["acceptance.png"] = ("Acceptance rate against its target", gate_figures.acceptance(records))
-    if any(gate_figures.gate(record).get("name") in gate_figures.NOVELTY_GATES for record in records):
-        found["novelty.png"] = ("Novelty of the candidate batches", gate_figures.novelty(records))
-    if gate_figures.ledger_table(records):
-        found["ledger.png"] = ("What the compute was spent on", gate_figures.gate_ledger(records))
+    if len(gate_figures.log_points(records, "gate/acceptance_rate", after_burn_in=True)):
+        found["acceptance.png"] = ("Acceptance rate against its target", gate_figures.acceptance(records, mixed))
+    if gate_figures.scored_novelty(records):
+        found["novelty.png"] = ("Novelty of the candidate batches", gate_figures.novelty(records, mixed))
+    if any(record.status == "done" for record in records):
+        found["ledger.png"] = ("What the compute was spent on", gate_figures.ledger(records, mixed))
     return found
 
 
-def _pictures(records: Sequence[Record], folder: Path, beside: Path) -> str:
+def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool) -> str:
     """Write the figures to `folder`; a section that shows them in a report that lies `beside`."""
-    from lorakit import style
+    from lorakit.analysis import style
 
     parts = ["## Figures"]
-    for name, (text, drawn) in figures_of(records).items():
+    for name, (text, drawn) in figures_of(records, mixed).items():
         path = style.save(drawn, folder / name)
         parts += [f"![{text}]({Path(os.path.relpath(path, beside)).as_posix()})", f"{text}."]
     return "\n" + "\n\n".join(parts) + "\n"
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _require_folder("--figures", args.figures, Path(args.figures))
     try:
         if args.figures:
-            text += _pictures(records, Path(args.figures), output.parent)
+            text += _pictures(records, Path(args.figures), output.parent, args.mixed)
         write_text(text, output)
     except OSError as error:
         raise ParameterError("--output", args.output, f"cannot be written: {error}") from None

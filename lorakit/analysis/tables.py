@@ -218,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = (Table(*parts).markdown() if args.markdown else str(Table(*parts))) + "\n"
     print(text, end="")
     if args.figure:
-        from lorakit import figures, style
+        from lorakit.analysis import figures, style
 
-        style.save(figures.overview(next(iter(settings.values()))), args.figure)
+        style.save(figures.overview(next(iter(settings.values())), mixed=args.mixed), args.figure)
     if args.output:
         write_text(text, Path(args.output))
     return 0
