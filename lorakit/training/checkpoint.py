@@ -57,9 +57,7 @@ def require_room(output_dir: str | Path) -> None:
     """
     for path in numbered(output_dir):
         ours = (path / MARK).is_file() or (path / RUN).is_file()
-        require(
-            ours, "run_dir", str(output_dir), f"holds {path.name}, which lorakit did not write; name another folder"
-        )
+        require(ours, "run_dir", str(output_dir), f"holds {path.name}, which lorakit did not write; name another folder")
 
 
 def begin(path: Path) -> None:
