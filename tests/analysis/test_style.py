@@ -124,8 +124,8 @@ def test_the_text_beside_the_png_is_the_same_every_time():
 
 def test_what_draws_is_loaded_when_drawing():
     code = (
-        "import sys; from lorakit import figures, records; loaded = {'matplotlib', 'seaborn', 'pandas', 'torch'};"
-        "assert not loaded & {*sys.modules};"
+        "import sys, lorakit; assert not {'matplotlib', 'seaborn', 'pandas', 'scipy', 'torch'} & {*sys.modules};"
+        "from lorakit import figures, records; assert not {'matplotlib', 'seaborn', 'torch'} & {*sys.modules};"
         "run = records.Record(setting='s', method='lora', seed=0, status='done');"
         "figures.overview([run])._repr_png_(); assert not {'torch'} & {*sys.modules};"
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []"
