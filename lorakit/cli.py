@@ -17,8 +17,11 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
     "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
     "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
-    "table": ("lorakit.table", "compare records: lorakit table results/… --figure out.png"),
-    "report": ("lorakit.report", "rows of one setting at equal cost: lorakit report results/… --output report.md"),
+    "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
+    "report": (
+        "lorakit.analysis.report",
+        "rows of one setting at equal cost: lorakit report results/… --output report.md",
+    ),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "params": ("lorakit.params", "every parameter: meaning, default, range"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
@@ -52,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: Sequence[str]) -> int:
     """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
     given = _given("train", argv)
+    from lorakit.analysis.tables import results_table
     from lorakit.runs.experiment import run
-    from lorakit.table import results_table
 
     record = run(given)
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
@@ -105,7 +108,7 @@ def demo(argv: Sequence[str]) -> int:
     status = sweep.sweep(runs, jobs)
     folder = os.path.relpath(PROJECT / "results" / DEMO["setting"])
     if done := [str(run.record) for run in runs if run.finished()]:
-        table.main([*done, "--figure", f"{folder}/overview.png"])
+        tables.main([*done, "--figure", f"{folder}/overview.png"])
         print(f"\nrecords and executed notebooks: {folder}/*/s0.*\nfigure: {folder}/overview.png", flush=True)
     return status
 

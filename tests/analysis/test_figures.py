@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from synthetic_records import MIB, diverged, memory, record, search
 
-from lorakit import figures, style
+from lorakit.analysis import curves, figures, stats, style
 from lorakit.errors import ParameterError
 from lorakit.records import Costs
 
@@ -23,6 +19,10 @@ MANY = ["full", "lora", "head", "skip", "slora", "a-rather-long-method-name-rank
 
 def runs(methods=("full", "lora", "head"), seeds=4, **changes):
     return [record(m, s, floor=0.3 + 0.05 * i, **changes) for i, m in enumerate(methods) for s in range(seeds)]
+
+
+def over(records, **axes):
+    return curves.over_seeds(curves.curve_points(records, **axes))
 
 
 def searches():
@@ -37,40 +37,45 @@ def costing(method: str, measured: int | None, seed: int = 0, **kinds: int):
 
 
 def test_curve_is_the_mean_and_range_over_seeds():
-    curve = figures.curve_table(runs(["lora"], seeds=3))["lora"]
-    assert curve.seeds == (0, 1, 2)
-    assert curve.x.tolist() == [0, 10, 20, 30, 40, 50, 60]
-    lowest = 0.3 + 0.3 * np.exp(-curve.x / 20)
-    np.testing.assert_allclose(curve.low, lowest)
-    np.testing.assert_allclose(curve.mean, lowest + 0.01)
-    np.testing.assert_allclose(curve.high, lowest + 0.02)
+    curve = over(runs(["lora"], seeds=3))
+    assert set(curve["seeds"]) == {3} and set(curve["row"]) == {"lora"}
+    assert curve["x"].tolist() == [0, 10, 20, 30, 40, 50, 60]
+    lowest = 0.3 + 0.3 * np.exp(-curve["x"] / 20)
+    for name, above in (("low", 0), ("mean", 0.01), ("high", 0.02)):
+        np.testing.assert_allclose(curve[name], lowest + above)
 
 
 def test_seeds_with_other_x_are_interpolated_within_the_common_range():
-    curve = figures.curve_table(runs(["lora"], seeds=2), x="tokens")["lora"]
+    curve = over(runs(["lora"], seeds=2), x="tokens")
     first = np.array([500.0 * step for step in range(0, 61, 10)])
     second = np.array([503.0 * step for step in range(0, 61, 10)])
-    assert set(curve.x) == {x for x in (*first, *second) if x <= first[-1]}
+    assert set(curve["x"]) == {x for x in (*first, *second) if x <= first[-1]}
     losses = 0.3 + 0.3 * np.exp(-np.arange(0, 61, 10) / 20)
-    expected = (np.interp(curve.x, first, losses) + np.interp(curve.x, second, losses + 0.01)) / 2
-    np.testing.assert_allclose(curve.mean, expected)
+    expected = (np.interp(curve["x"], first, losses) + np.interp(curve["x"], second, losses + 0.01)) / 2
+    np.testing.assert_allclose(curve["mean"], expected)
 
 
 def test_runs_that_did_not_finish_stay_out_of_the_mean():
     records = [*runs(["lora"], seeds=2), diverged("lora", 2), record("lora", 3, status="interrupted", points=2)]
-    curve = figures.curve_table(records)["lora"]
-    assert curve.seeds == (0, 1) and curve.high.max() < 1
-    assert [(path.seed, path.status) for path in curve.unfinished] == [(2, "diverged"), (3, "interrupted")]
-    assert curve.unfinished[0].y.max() == 1e9 and len(curve.unfinished[1].x) == 3
+    curve, points = over(records), curves.curve_points(records)
+    assert set(curve["seeds"]) == {2} and curve["high"].max() < 1
+    rest = points[points["status"] != "done"].groupby(["seed", "status"])["y"]
+    assert [*rest.groups] == [(2, "diverged"), (3, "interrupted")]
+    assert rest.max().iloc[0] == 1e9 and rest.count().iloc[1] == 3
 
 
 def test_train_loss_and_metrics_are_curves_too():
     (run,) = records = runs(["lora"], seeds=1)
-    train = figures.curve_table(records, y="train loss")["lora"]
-    assert train.mean.tolist() == [point.train_loss for point in run.curve[1:]]
+    assert over(records, y="train loss")["mean"].tolist() == [point.train_loss for point in run.curve[1:]]
     for y in ("accuracy", "validation accuracy"):
-        found = figures.curve_table(records, y=y)["lora"].mean
-        assert found.tolist() == [point.validation["accuracy"] for point in run.curve]
+        assert over(records, y=y)["mean"].tolist() == [point.validation["accuracy"] for point in run.curve]
+
+
+def test_of_points_at_one_x_the_last_counts():
+    (run,) = records = runs(["lora"], seeds=1)
+    run.curve[3].accepted_steps = run.curve[2].accepted_steps
+    points = curves.curve_points(records)
+    assert points.loc[points["x"] == 20, "y"].tolist() == [run.curve[3].validation["loss"]]
 
 
 def test_unknown_axes_are_errors():
@@ -84,17 +89,30 @@ def test_unknown_axes_are_errors():
         figures.learning_rate_search(runs())
 
 
+DRAWN = (figures.loss_curve, figures.memory_by_kind, figures.final_scores, figures.overview)
+
+
+@pytest.mark.parametrize("figure", DRAWN)
+def test_records_of_several_models_are_refused_or_the_title_says_so(figure):
+    records = [record("lora", resolved={"model": "one"}), record("full", resolved={"model": "two"})]
+    with pytest.raises(ParameterError, match="one.*two.*must be of one model"):
+        figure(records)
+    titles = [ax.get_title(loc="left") for ax in figure(records, mixed=True).axes]
+    assert titles[0] == "made-up (not comparable: model differ)"
+
+
 def test_a_run_leaves_where_it_crosses_the_top_edge():
-    path = figures.Path(np.array([0.0, 10.0, 20.0]), np.array([1.0, 2.0, 100.0]), 0, "diverged")
-    assert figures.exit_point(path, 1.5) == pytest.approx((5.0, 1.5))
-    assert figures.exit_point(path, 0.5) == (0.0, 0.5)
-    assert figures.exit_point(path, math.inf) == (20.0, 100.0)
+    path = np.array([0.0, 10.0, 20.0]), np.array([1.0, 2.0, 100.0])
+    assert curves.exit_point(*path, 1.5) == pytest.approx((5.0, 1.5))
+    assert curves.exit_point(*path, 0.5) == (0.0, 0.5)
+    assert curves.exit_point(*path, math.inf) == (20.0, 100.0)
 
 
 def test_memory_is_the_largest_prediction_and_the_largest_measurement():
     records = [costing("lora", None, 0, parameters=5, peak=7), costing("lora", 11, 1, parameters=6, peak=9)]
     records += [costing("full", 13), record("head", costs=Costs())]
-    assert figures.memory_table(records) == {
+    table = figures.memory_table(records)
+    assert {row: line.dropna().to_dict() for row, line in table.iterrows()} == {
         "full": {"measured": 13},
         "lora": {"parameters": 6, "peak": 9, "measured": 11},
     }
@@ -103,25 +121,22 @@ def test_memory_is_the_largest_prediction_and_the_largest_measurement():
 def test_search_is_the_mean_over_seeds_and_a_rate_fails_with_any_seed():
     one, two = search("lora", 1e-3, seed=0), search("lora", 1e-3, seed=1)
     two.search[3].status = "diverged"  # though its last validation loss was finite
-    found = figures.search_table([one, two])["lora"]
-    assert found.rates.tolist() == [1e-5, 1e-4, 1e-3]
-    assert found.losses == pytest.approx([0.605, 0.455, 0.405])
-    assert found.failed == (1e-2, 1e-1, 1.0) and found.best == 1e-3
+    found = figures.search_table([one, two]).set_index("learning_rate")["loss"]
+    assert found.dropna().to_dict() == pytest.approx({1e-5: 0.605, 1e-4: 0.455, 1e-3: 0.405})
+    assert found[found.isna()].index.tolist() == [1e-2, 1e-1, 1.0]
 
 
 def test_a_search_in_which_all_failed_has_no_best():
     failed = search("lora")
     failed.search = failed.search[4:]
-    assert figures.search_table([failed])["lora"].best is None
-    figures.learning_rate_search([failed])._repr_png_()
+    assert not [line for line in figures.learning_rate_search([failed]).axes[0].lines if line.get_marker() == "*"]
 
 
-def test_scores_are_final_values_and_their_estimate():
+def test_scores_are_final_values():
     table = figures.score_table([*runs(["full", "lora"], seeds=3), diverged("head")], "accuracy")
-    assert list(table) == ["full", "lora"]
-    seeds, mean = table["full"]
-    assert seeds == pytest.approx({0: 0.87, 1: 0.86, 2: 0.85})
-    assert (mean.mean, mean.count, mean.how) == (pytest.approx(0.86), 3, "t")
+    assert [*dict.fromkeys(table["row"])] == ["full", "lora"]
+    full = table[table["row"] == "full"].set_index("seed")["value"]
+    assert full.to_dict() == pytest.approx({0: 0.87, 1: 0.86, 2: 0.85})
 
 
 # the drawing shows the numbers
@@ -129,10 +144,13 @@ def test_scores_are_final_values_and_their_estimate():
 
 def test_lines_and_bands_are_the_table():
     records = runs()
-    ax = figures.loss_curve(records).axes[0]
-    for line, curve in zip(ax.lines, figures.curve_table(records).values(), strict=True):
-        np.testing.assert_array_equal(line.get_ydata(), curve.mean)
-    assert len(ax.collections) == 3
+    ax, table = figures.loss_curve(records).axes[0], over(records)
+    for line, band, row in zip(ax.lines, ax.collections, ("full", "lora", "head"), strict=True):
+        curve = table[table["row"] == row]
+        np.testing.assert_array_equal(line.get_xydata(), curve[["x", "mean"]])
+        assert {*map(tuple, curve[["x", "low"]].to_numpy())} | {*map(tuple, curve[["x", "high"]].to_numpy())} == {
+            *map(tuple, band.get_paths()[0].vertices)
+        }
     assert len(figures.loss_curve(runs(seeds=1)).axes[0].collections) == 0  # one seed: no band
 
 
@@ -149,6 +167,8 @@ def test_bars_are_the_table():
     widths = [[bar.get_width() for bar in container] for container in ax.containers]
     kinds = [container.get_label() for container in ax.containers]
     assert kinds == ["parameters", "gradients", "optimizer", "activations", "logits"]
+    edges = {bar.get_edgecolor()[:3] for container in ax.containers for bar in container}
+    assert edges == {(1, 1, 1)}  # white lines between neighbours
     for place, method in enumerate(["full", "lora"]):
         assert [row[place] * MIB for row in widths] == pytest.approx([memory(method)[kind] for kind in kinds])
 
@@ -172,9 +192,20 @@ def test_the_star_is_at_the_best_rate_and_failures_at_the_top():
 
 def test_intervals_are_drawn_from_three_seeds_on():
     def bars(seeds):
-        return [line for line in figures.final_scores(runs(seeds=seeds)).axes[0].lines if line.get_marker() == "|"]
+        places = [line.get_xdata() for line in figures.final_scores(runs(seeds=seeds)).axes[0].lines]
+        return [x for x in places if len(x) == 2 and np.isfinite(x).all()]
 
     assert len(bars(2)) == 0 and len(bars(3)) == 3
+    found = stats.estimate([0.87, 0.86, 0.85])
+    assert sorted(bars(3)[0]) == pytest.approx([found.low, found.high])
+
+
+def test_points_are_the_seeds_and_the_mean():
+    ax = figures.final_scores(runs(seeds=3)).axes[0]
+    points = ax.collections[0].get_offsets()
+    means = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) == 1]
+    assert sorted(points[:, 0]) == pytest.approx([0.85, 0.86, 0.87]) and len(ax.collections) == 3
+    assert means[0] == pytest.approx([0.86])
 
 
 # whole and readable
@@ -217,118 +248,3 @@ def test_nothing_is_clipped_overlaps_or_is_too_small(name):
         assert ax.get_xlabel()
     sizes = [text.get_fontsize() for text in drawn.findobj(lambda item: hasattr(item, "get_fontsize"))]
     assert min(sizes) >= 8 and drawn.get_figwidth() == style.WIDTH
-
-
-# style
-
-
-def test_looks_are_fixed_and_differ_in_marker_or_dash_for_grey_print():
-    names = [*style.METHODS, *(f"method-{i}" for i in range(12))]
-    found = style.looks(names)
-    assert len({(look.marker, str(look.dash)) for look in found.values()}) == len(names)
-    assert len({look.color for look in style.METHODS.values()}) == len(style.METHODS)
-    assert style.looks(["lora"])["lora"] == style.looks(["zeta", "lora", "full"])["lora"]
-    assert style.looks(["zeta"])["zeta"] == style.looks(["zeta", "lora"])["zeta"]
-
-
-# Machado, Oliveira & Fernandes 2009, severity 1.0, on linear RGB.
-BLINDNESS = {
-    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-}
-
-
-@pytest.mark.parametrize("kind", BLINDNESS)
-def test_the_three_methods_of_every_setting_differ_for_all_kinds_of_colour_vision(kind):
-    from matplotlib.colors import to_rgb
-
-    names = ("full", "lora", "head")
-    linear = np.array([to_rgb(style.METHODS[name].color) for name in names]) ** 2.2
-    seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 0.25
-
-
-def test_memory_shades_are_told_apart_by_lightness_alone():
-    lightness = [np.dot(shade[:3], [0.2126, 0.7152, 0.0722]) for shade in style.shades(5)]
-    assert min(np.diff(lightness)) > 0.08
-
-
-def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
-    import matplotlib
-
-    with matplotlib.rc_context({"font.size": 3, "axes.facecolor": "red", "legend.fontsize": 3}):
-        drawn = figures.loss_curve(runs())
-        assert matplotlib.rcParams["font.size"] == 3
-    assert drawn.axes[0].get_facecolor() == (1, 1, 1, 1)
-    assert drawn._repr_png_() == figures.loss_curve(runs())._repr_png_()
-
-
-def test_the_readers_backend_is_left_alone():
-    import matplotlib
-
-    before = matplotlib.get_backend()
-    try:
-        matplotlib.use("svg")
-        figures.loss_curve(runs())
-        assert matplotlib.get_backend() == "svg"
-    finally:
-        matplotlib.use(before)
-
-
-# in a notebook and on disk
-
-
-def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
-    from IPython.core.formatters import DisplayFormatter
-    from matplotlib.figure import Figure
-
-    drawn = figures.loss_curve(runs())
-    shown, _ = DisplayFormatter().format(drawn)
-    assert set(shown) == {"text/plain", "image/png"}
-    assert shown["image/png"].startswith(b"\x89PNG")
-    inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
-    inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
-    assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
-
-
-def test_the_text_beside_the_png_is_the_same_every_time():
-    assert repr(figures.loss_curve(runs())) == repr(figures.loss_curve(runs()))
-    assert repr(figures.loss_curve(runs())).startswith("<Figure size 780x")  # no address, which would differ
-
-
-def test_pyplot_is_never_loaded_and_matplotlib_only_when_drawing():
-    code = (
-        "import sys; from lorakit import figures, records; assert 'matplotlib' not in sys.modules;"
-        "run = records.Record(setting='s', method='lora', seed=0, status='done');"
-        "figures.overview([run])._repr_png_(); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-W", "error:::lorakit", "-c", code], check=True)
-
-
-def test_the_png_is_780_pixels_wide():
-    from matplotlib.image import imread
-
-    assert imread(io.BytesIO(figures.loss_curve(runs())._repr_png_())).shape[1] == 780
-
-
-def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
-    drawn = figures.loss_curve(runs())
-    target = style.save(drawn, tmp_path / "new" / "figure.png")
-    before = target.read_bytes()
-    assert before.startswith(b"\x89PNG")
-
-    def stop(path, **options):
-        pathlib.Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(drawn, "savefig", stop)
-    with pytest.raises(KeyboardInterrupt):
-        style.save(drawn, target)
-    assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
-
-
-def test_save_names_the_formats_it_knows(tmp_path):
-    with pytest.raises(ParameterError, match="figure=.*must end in one of.*pdf.*png.*svg"):
-        style.save(figures.loss_curve(runs()), tmp_path / "figure.docx")
-    assert not list(tmp_path.iterdir())

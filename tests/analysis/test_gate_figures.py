@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic_records import gated, record
 
-from lorakit import gate_figures, style
+from lorakit.analysis import curves, gate_figures, names, style
 from lorakit.errors import ParameterError
 
 ROWS = {
@@ -38,6 +38,12 @@ def texts(ax):
     return [text.get_text() for text in ax.texts]
 
 
+def bars(ax):
+    """Intervals: lines up at one x."""
+    lines = [line.get_xydata() for line in ax.lines]
+    return [line for line in lines if len(line) == 2 and line[0, 0] == line[1, 0] and np.isfinite(line).all()]
+
+
 # over candidate steps
 
 
@@ -48,11 +54,11 @@ def test_a_log_becomes_its_mean_and_range_over_the_seeds_that_finished():
         logging("slora", 2, "gate/novelty", {10: 0.9}, status="diverged"),
         *runs("baseline"),
     ]
-    table = gate_figures.log_table(records, "gate/novelty")
-    assert list(table) == ["slora"]
-    curve = table["slora"]
-    assert (curve.x.tolist(), curve.low.tolist(), curve.high.tolist()) == ([10, 20], [0.6, 0.2], [0.8, 0.6])
-    assert curve.mean == pytest.approx([0.7, 0.4]) and [path.status for path in curve.unfinished] == ["diverged"]
+    points = gate_figures.log_points(records, "gate/novelty")
+    assert set(points["row"]) == {"slora"} and set(points["status"]) == {"done", "diverged"}
+    curve = curves.over_seeds(points)
+    assert [curve[name].tolist() for name in ("x", "low", "high")] == [[10, 20], [0.6, 0.2], [0.8, 0.6]]
+    assert curve["mean"].tolist() == pytest.approx([0.7, 0.4])
     line = gate_figures.novelty(records).axes[0].lines[0]
     assert line.get_xydata() == pytest.approx(np.array([[10, 0.7], [20, 0.4]]))
 
@@ -60,8 +66,8 @@ def test_a_log_becomes_its_mean_and_range_over_the_seeds_that_finished():
 def test_rates_of_the_burn_in_and_of_few_decisions_are_left_out():
     key = "gate/acceptance_rate"
     run = logging("slora", 0, key, {20: 1.0, 29: 0.9, 30: 0.5, 40: None, 50: 0.3}, burn_in=20)
-    assert gate_figures.log_table([run], key, after_burn_in=True)["slora"].x.tolist() == [30, 50]
-    assert gate_figures.log_table([run], key)["slora"].x.tolist() == [20, 29, 30, 50]
+    assert gate_figures.log_points([run], key, after_burn_in=True)["x"].tolist() == [30, 50]
+    assert gate_figures.log_points([run], key)["x"].tolist() == [20, 29, 30, 50]
 
 
 def test_acceptance_is_drawn_against_every_target():
@@ -94,19 +100,20 @@ def test_the_ledger_is_the_mean_over_finished_runs():
     slora[0].costs.flops_gate, slora[1].costs.flops_gate = 1e9, 3e9
     slora.append(gated("slora", 2, status="diverged", accepted=60))
     table = gate_figures.ledger_table([*slora, *runs("baseline")])
-    assert table["slora"] == {"forward": 3.53e12, "backward": 1.2e12, "gate": 2e9, "accepted": 120 / 353}
-    assert table["baseline"] == {"forward": 1.2e12, "backward": 1.2e12, "gate": 0, "accepted": 1}
+    assert table.loc["slora"].to_dict() == {
+        "forward": 3.53e12, "backward": 1.2e12, "gate": 2e9, "accepted": 120 / 353}  # fmt: skip
+    assert table.loc["baseline"].to_dict() == {"forward": 1.2e12, "backward": 1.2e12, "gate": 0, "accepted": 1}
 
 
 def test_bars_are_the_ledger():
     records = runs("baseline", "slora")
-    ax = gate_figures.gate_ledger(records).axes[0]
+    ax = gate_figures.ledger(records).axes[0]
     widths = [[bar.get_width() for bar in container] for container in ax.containers]
     np.testing.assert_allclose(widths, [[1.2, 3.53], [1.2, 1.2], [0, 0]])
     assert [container.get_label() for container in ax.containers] == ["forward", "backward", "gate"]
     assert texts(ax) == ["2.4, 100 % accepted", "4.73, 34 % accepted"]
     with pytest.raises(ParameterError, match="needs a finished run"):
-        gate_figures.gate_ledger([gated(status="diverged")])
+        gate_figures.ledger([gated(status="diverged")])
 
 
 # when it pays
@@ -118,18 +125,18 @@ def test_the_gain_is_novelty_minus_random_share_by_share():
     assert list(table) == [0.0, 0.8]
     gap = table[0.8]
     assert gap.differences == pytest.approx((-0.03, -0.02, -0.01)) and gap.verdict == "within noise"
-    half = 4.3027 * 0.01 / math.sqrt(3)
+    half = 4.302653 * 0.01 / math.sqrt(3)
     assert (gap.estimate.low, gap.estimate.high) == pytest.approx((-0.02 - half, -0.02 + half))
     ax = gate_figures.gain_by_redundancy(records).axes[0]
-    bars = [line.get_xydata() for line in ax.lines if line.get_marker() == "_"]
-    assert bars[1] == pytest.approx(np.array([[0.8, -0.02 - half], [0.8, -0.02 + half]]))
+    assert bars(ax)[1] == pytest.approx(np.array([[0.8, -0.02 - half], [0.8, -0.02 + half]]))
+    assert ax.collections[1].get_offsets()[:, 1].tolist() == pytest.approx([-0.03, -0.02, -0.01])
     assert ax.lines[-1].get_xydata() == pytest.approx(np.array([[0, 0], [0.8, -0.02]]))
 
 
 def test_two_seeds_have_points_but_no_interval_and_a_share_without_pairs_is_left_out():
     records = redundant(0.5, [-0.02, -0.01]) + [gated("slora", 0, redundancy=0.9, setting="at 0.9")]
     assert list(gate_figures.redundancy_table(records)) == [0.5]
-    assert not [line for line in gate_figures.gain_by_redundancy(records).axes[0].lines if line.get_marker() == "_"]
+    assert not bars(gate_figures.gain_by_redundancy(records).axes[0])
 
 
 def test_other_rows_can_be_compared_and_missing_ones_are_an_error():
@@ -146,7 +153,7 @@ def test_other_rows_can_be_compared_and_missing_ones_are_an_error():
 CASES = {
     "acceptance": lambda: gate_figures.acceptance(runs()),
     "novelty": lambda: gate_figures.novelty(runs()),
-    "ledger": lambda: gate_figures.gate_ledger(runs()),
+    "ledger": lambda: gate_figures.ledger(runs()),
     "one run": lambda: gate_figures.acceptance(runs("slora", seeds=1)),
     "gain": lambda: gate_figures.gain_by_redundancy(redundant(0.0, [0.01, -0.01, 0]) + redundant(0.8, [-0.02] * 3)),
     "one share": lambda: gate_figures.gain_by_redundancy(redundant(0.8, [-0.02])),
@@ -169,5 +176,5 @@ def test_nothing_is_clipped_or_overlaps(name):
 
 def test_the_rows_about_gates_have_looks_and_labels_of_their_own():
     looks = style.looks(ROWS)
-    assert all(name in style.METHODS for name in ROWS)
-    assert len({look.label for look in looks.values()}) == len({look.color for look in looks.values()}) == len(ROWS)
+    assert all(name in style.PALETTE for name in ROWS)
+    assert len({names.label(row) for row in ROWS}) == len({look.color for look in looks.values()}) == len(ROWS)

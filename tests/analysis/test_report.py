@@ -8,7 +8,8 @@ import os
 import pytest
 from synthetic_records import diverged, gated, record
 
-from lorakit import cli, report, report_data, report_tables, style
+from lorakit import cli, style
+from lorakit.analysis import equal_cost, report, stats
 from lorakit.errors import DataError, ParameterError
 from lorakit.records import write
 
@@ -35,13 +36,16 @@ def final(row: str, losses: dict[int, float], accepted: int = 70):
     ]
 
 
-def pairs_of(records, axis: str, baseline: str = "") -> dict[tuple[str, str], report_data.Comparison]:
-    found = report_data.comparisons(report_data.rows_of(records, baseline), axis)
+def pairs_of(records, axis: str, baseline: str = "") -> dict[tuple[str, str], stats.Comparison]:
+    found = equal_cost.comparisons(equal_cost.rows_of(records, baseline), axis)
     assert len({(one.gap.method, one.gap.baseline) for one in found}) == len(found)
     return {(one.gap.method, one.gap.baseline): one for one in found}
 
 
-def cells(table: str) -> list[dict[str, str]]:
+def cells(table) -> list[dict[str, str]]:
+    """Lines of a table, or of one in Markdown."""
+    if not isinstance(table, str):
+        return table.to_dict("records")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
@@ -54,28 +58,28 @@ def section(text: str, title: str) -> str:
 
 
 def test_the_baseline_comes_first_then_ungated_random_and_slora():
-    assert list(report_data.rows_of(runs())) == [
+    assert list(equal_cost.rows_of(runs())) == [
         *("baseline", "full_length", "same_flops", "random", "slora", "loss_floor", "random50", "slora50")
     ]
-    assert list(report_data.rows_of(runs(), "slora"))[:2] == ["slora", "baseline"]
-    assert next(iter(report_data.rows_of([record("full"), record("lora"), record("head")]))) == "lora"
-    assert next(iter(report_data.rows_of([record("full"), record("head")]))) == "full"
+    assert list(equal_cost.rows_of(runs(), "slora"))[:2] == ["slora", "baseline"]
+    assert next(iter(equal_cost.rows_of([record("full"), record("lora"), record("head")]))) == "lora"
+    assert next(iter(equal_cost.rows_of([record("full"), record("head")]))) == "full"
 
 
 def test_random_is_the_one_at_the_same_rate():
-    groups = report_data.rows_of(runs())
-    found = {row: report_data.random_for(groups, row) for row in groups}
-    assert {row: other for row, other in found.items() if other} == {
+    groups = equal_cost.rows_of(runs())
+    found = {row: equal_cost.random_for(groups, row) for row in groups}
+    assert {row: other for row, other in found.items() if other not in (None, row)} == {
         "slora": "random", "loss_floor": "random", "slora50": "random50"
     }  # fmt: skip
     for run in groups["slora50"]:
         run.details = {}  # a run that was cut short: the rate is among its parameters
-    assert report_data.random_for(groups, "slora50") == "random50"
+    assert equal_cost.random_for(groups, "slora50") == "random50"
 
 
 def test_missing_random_is_said():
     records = runs("baseline", "random", "slora", "slora50")
-    assert report_data.without_random(report_data.rows_of(records)) == {"slora50": 0.5}
+    assert equal_cost.without_random(equal_cost.rows_of(records)) == {"slora50": 0.5}
     assert ("slora50", "random") not in pairs_of(records, "tokens")
     assert "No random row at the same rate: SLoRA (50 %) (at 50 %)." in report.report(records)
     assert "No random row" not in report.report(runs())
@@ -88,10 +92,10 @@ def test_chosen_tokens_are_compared_with_random_tokens_of_the_same_share_and_mod
 
     rows = [row("r20", "random"), row("r20f", "random", mode="fractional"), row("f20"), row("f40", share=0.4)]
     records = [*(record("lora", seed) for seed in range(3)), *sum(rows, []), *row("f20f", mode="fractional")]
-    groups = report_data.rows_of(records)
-    found = {name: report_data.random_for(groups, name) for name in groups}
-    assert {name: other for name, other in found.items() if other} == {"f20": "r20", "f20f": "r20f"}
-    assert report_data.without_random(groups) == {"f40": 0.4}
+    groups = equal_cost.rows_of(records)
+    found = {name: equal_cost.random_for(groups, name) for name in groups}
+    assert {name: other for name, other in found.items() if other not in (None, name)} == {"f20": "r20", "f20f": "r20f"}
+    assert equal_cost.without_random(groups) == {"f40": 0.4}
     written = report.report(records)
     assert "The criterion" not in written and "f40 (at 40 %)" in written
     assert "The criterion" in report.report(runs())
@@ -105,9 +109,9 @@ def test_a_difference_and_its_interval_are_those_worked_out_by_hand():
     records += [gated("slora", seed, floor=0.4 + gap) for seed, gap in enumerate((-0.01, -0.02, 0.0))]
     one = pairs_of(records, "accepted_steps")["slora", "random"]
     assert one.gap.differences == pytest.approx((-0.01, -0.02, 0.0)) and one.places == {0: 120, 1: 120, 2: 120}
-    half = 4.3027 * 0.01 / math.sqrt(3)
+    half = 4.302652730 * 0.01 / math.sqrt(3)
     assert (one.gap.estimate.low, one.gap.estimate.high) == pytest.approx((-0.01 - half, -0.01 + half))
-    (row,) = cells(report_tables.equal_table([one]))
+    (row,) = cells(report.equal_table([one]))
     assert row == {
         "row": "SLoRA", "against": "random batches", "at accepted steps": "120", "difference": "-0.0100",
         "95 % interval": "[-0.0348, +0.0148]", "pairs": "3", "decayed": "yes", "verdict": "within noise",
@@ -127,7 +131,7 @@ def test_the_run_that_goes_on_is_interpolated_and_the_pair_marked():
     expected = at[88] + (at[176] - at[88]) * (120 - 88) / (176 - 88) - at[120]
     assert one.gap.differences == pytest.approx([expected] * 3)
     assert one.shares == {"full_length": pytest.approx(120 / FULL), "baseline": 1.0} and not one.fair
-    (row,) = cells(report_tables.equal_table([one]))
+    (row,) = cells(report.equal_table([one]))
     assert row["verdict"] == "above †" and row["decayed"] == "no: LoRA, full length at 33 %"
 
 
@@ -153,14 +157,14 @@ def test_a_constant_learning_rate_has_no_end_to_be_at():
     for run in records:
         run.resolved["schedule"] = "constant"
     one = pairs_of(records, "accepted_steps")["full_length", "baseline"]
-    assert one.fair and cells(report_tables.equal_table([one]))[0]["decayed"] == "constant rate"
+    assert one.fair and cells(report.equal_table([one]))[0]["decayed"] == "constant rate"
 
 
 def test_pairs_share_a_seed_and_the_others_are_named():
     records = runs("baseline", seeds=(0, 1, 2)) + runs("slora", seeds=(4, 2, 1), slora=0.45)
     one = pairs_of(records, "accepted_steps")["slora", "baseline"]
     assert one.gap.seeds == (1, 2) and one.gap.differences == pytest.approx((0.05, 0.05))
-    (row,) = cells(report_tables.equal_table([one]))
+    (row,) = cells(report.equal_table([one]))
     assert (row["pairs"], row["95 % interval"], row["verdict"]) == ("2 (without seed 0, 4)", "-", "too few seeds")
 
 
@@ -169,12 +173,12 @@ def test_pairs_that_end_at_different_x_say_the_range():
     records += [gated("slora", s, accepted=(100, 110, 120)[s]) for s in range(3)]
     one = pairs_of(records, "accepted_steps")["slora", "baseline"]
     assert one.places == {0: 100, 1: 110, 2: 120} and not one.fair
-    assert cells(report_tables.equal_table([one]))[0]["at accepted steps"] == "100 to 120"
+    assert cells(report.equal_table([one]))[0]["at accepted steps"] == "100 to 120"
 
 
 def test_rows_without_a_common_seed_are_a_dash():
     one = pairs_of(runs("baseline", seeds=[0]) + runs("slora", seeds=[1]), "tokens")["slora", "baseline"]
-    (row,) = cells(report_tables.equal_table([one]))
+    (row,) = cells(report.equal_table([one]))
     assert {row[name] for name in ("at tokens", "difference", "95 % interval", "decayed")} == {"-"}
     assert row["verdict"] == "too few seeds" and row["pairs"] == "0 (without seed 0, 1)"
 
@@ -195,16 +199,16 @@ def test_rows_without_a_common_seed_are_a_dash():
 )
 def test_the_criterion(losses, accepted, verdict, reason):
     reference = final("full_length", dict.fromkeys(range(3), 1.0), accepted=100)
-    found = report_data.criterion(final("slora", dict(enumerate(losses)), accepted), reference)
+    found = equal_cost.criterion(final("slora", dict(enumerate(losses)), accepted), reference)
     assert (found.verdict, found.reason) == (verdict, reason)
     assert found.saved == pytest.approx(1 - accepted / 100)
 
 
 def test_the_criterion_is_relative_paired_and_shown_with_its_interval():
     reference = final("full_length", {0: 2.0, 1: 1.0, 2: 0.5}, accepted=100)
-    found = report_data.criterion(final("slora", {2: 0.505, 1: 1.02, 0: 2.0}), reference)
+    found = equal_cost.criterion(final("slora", {2: 0.505, 1: 1.02, 0: 2.0}), reference)
     assert found.gap.differences == pytest.approx((0.0, 0.02, 0.01))
-    (row,) = cells(report_tables.criterion_table([found]))
+    (row,) = cells(report.criterion_table([found]))
     assert row["validation loss, relative"] == "+1.00%" and row["95 % interval"] == "[-1.48%, +3.48%]"
     assert row["fewer accepted steps"] == "30.0 %" and row["verdict"] == "**undecided** (interval holds the limit)"
 
@@ -212,13 +216,13 @@ def test_the_criterion_is_relative_paired_and_shown_with_its_interval():
 def test_the_least_saving_of_the_pairs_counts():
     reference = final("full_length", dict.fromkeys(range(3), 1.0), accepted=100)
     row = final("slora", {0: 0.9, 1: 0.9}, accepted=30) + final("slora", {2: 0.9}, accepted=80)
-    assert report_data.criterion(row, reference).verdict == "failed"
+    assert equal_cost.criterion(row, reference).verdict == "failed"
 
 
 def test_the_criterion_is_about_the_full_length_row_else_the_baseline():
-    assert report_data.reference_of(report_data.rows_of(runs())) == "full_length"
-    assert report_data.reference_of(report_data.rows_of(runs("baseline", "slora"))) == "baseline"
-    unfinished = report_data.criterion([diverged("slora")], [record("full")])
+    assert equal_cost.reference_of(equal_cost.rows_of(runs())) == "full_length"
+    assert equal_cost.reference_of(equal_cost.rows_of(runs("baseline", "slora"))) == "baseline"
+    unfinished = equal_cost.criterion([diverged("slora")], [record("full")])
     assert (unfinished.verdict, unfinished.reason) == ("undecided", "no seed finished in both")
 
 
@@ -328,7 +332,7 @@ def test_main_takes_another_baseline_and_replaces_an_old_report(folder, tmp_path
     [
         (["{results}", "--baseline", "sloar"], "--baseline='sloar': must be one of baseline, random, slora"),
         (["{results}", "{other}"], "records=.*must be of one setting"),
-        (["{results}", "{results}"], "one record per method and seed"),
+        (["{results}", "{results}"], "one record per row and seed"),
         (["{empty}"], "no records there"),
         (["{empty}/missing.json"], "not a record"),
         (["{results}", "--figures", "{file}"], "--figures=.*cannot be written to"),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
 from synthetic_records import record
 from torch import nn
 
 import lorakit
-from lorakit import models, style, token_costs, token_figures, token_tables
+from lorakit import models
+from lorakit.analysis import names, style
 from lorakit.errors import ParameterError
-from lorakit.sketch_tables import spearman
+from lorakit.studies import sketches, token_costs, token_text, tokens
 
 V, SHARE = 60, 0.3
 
@@ -41,7 +44,7 @@ def batch(prompt: int = 0, rows: int = 2, length: int = 10, seed: int = 0) -> di
 
 @pytest.fixture(scope="module")
 def gradients(model) -> torch.Tensor:
-    return token_tables.token_gradients(model, batch())
+    return tokens.token_gradients(model, batch())
 
 
 @pytest.fixture(scope="module")
@@ -82,88 +85,92 @@ def lines(ax) -> dict[str, np.ndarray]:
 def test_scores_are_those_of_the_definition_batch_after_batch(model):
     batches = [batch(), batch(prompt=4, seed=1)]
     expected = np.array([pair for given in batches for pair in by_hand(model, given)])
-    scores = token_tables.token_scores(model, batches, score="gradient_norm")
+    scores = tokens.token_scores(model, batches, score="gradient_norm")
     np.testing.assert_allclose(scores, expected[:, 0], rtol=1e-4)
-    np.testing.assert_allclose(token_tables.token_scores(model, batches, score="loss"), expected[:, 1], rtol=1e-4)
+    np.testing.assert_allclose(tokens.token_scores(model, batches, score="loss"), expected[:, 1], rtol=1e-4)
     assert len(scores) == 2 * 9 + 2 * 6
 
 
 def test_sketched_scores_come_nearer_with_their_size_and_differ_by_seed(model):
-    exact, sketched = token_tables.rank_table(model, [batch()], (16, 1024), seeds=4)
+    scores = tokens.sketched_scores(model, [batch()], (16, 1024), seeds=4)
+    exact, sketched = scores
     assert {m: found.shape for m, found in sketched.items()} == {16: (4, 18), 1024: (4, 18)}
     near, far = (np.abs(sketched[m] / exact - 1).mean() for m in (1024, 16))
     assert near < 0.1 < far and not np.allclose(sketched[16][0], sketched[16][1])
-    ranks = token_tables.correlations(exact, sketched)
-    assert ranks[16][2] == pytest.approx(spearman(sketched[16][2], exact))
-    left, right = token_figures.sketch_ranks(exact, sketched, 16).axes
-    np.testing.assert_allclose(left.lines[-1].get_xydata(), np.stack([exact, sketched[16][0]], axis=1))
-    np.testing.assert_allclose(right.lines[0].get_xydata(), [(m, np.mean(values)) for m, values in ranks.items()])
+    ranks = scores.ranks()
+    of_16 = ranks.loc[ranks["m"] == 16, "Spearman"].tolist()
+    assert of_16[2] == pytest.approx(spearmanr(sketched[16][2], exact).statistic)
+    left, right = sketches.agreement(scores, 16, "score ‖h‖·‖e‖", "a prediction").axes
+    np.testing.assert_allclose(left.collections[0].get_offsets(), np.stack([exact, sketched[16][0]], axis=1))
+    means = ranks.groupby("m")["Spearman"].mean()
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [*means.items()])
 
 
 def test_a_dropped_label_is_seen_in_what_is_chosen(model):
     topks = (1, V)
-    table = token_tables.label_table(model, [batch()], topks, SHARE)
-    whole, dropped, _ = table.values()
-    assert all(values[-1] == 1 for values in table.values()) and dropped[0] < whole[0]
-    drawn = lines(token_figures.label_overlap(table, topks).axes[0])
+    table = tokens.label_table(model, [batch()], topks, SHARE)
+    whole, dropped, _ = (values for _, values in table.items())
+    assert (table.loc[V] == 1).all() and dropped[1] < whole[1]
+    drawn = lines(tokens.label_overlap(table).axes[0])
     for name, values in table.items():
-        np.testing.assert_allclose(drawn[name], list(zip(topks, values, strict=True)))
+        np.testing.assert_allclose(drawn[name], [*values.items()])
 
 
 def test_overlap_by_hand(model):
     given, k = batch(), 5  # 0.3 of 18
-    hidden, logits, labels = token_tables.head_outputs(model, given)
+    hidden, logits, labels = tokens.head_outputs(model, given)
     h, z, y = hidden[:, :-1].flatten(0, 1), logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     error = z.softmax(1)
     error[torch.arange(18), y] -= 1
     best = z.argmax(1, keepdim=True)
     top = torch.zeros_like(error).scatter_(1, best, error.gather(1, best))
     chosen = [set((h.norm(dim=1) * e.norm(dim=1)).topk(k).indices.tolist()) for e in (error, top)]
-    table = token_tables.label_table(model, [given], (1,), SHARE)
-    assert table["without the label"] == [len(chosen[0] & chosen[1]) / k]
+    table = tokens.label_table(model, [given], (1,), SHARE)
+    assert table["without the label"].tolist() == [len(chosen[0] & chosen[1]) / k]
 
 
 # gradients
 
 
 def test_gradients_of_all_tokens_and_of_the_chosen_are_means_of_their_own(model, gradients):
-    torch.testing.assert_close(token_tables.gradient(model, batch()), gradients.mean(0), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(tokens.gradient(model, batch()), gradients.mean(0), rtol=1e-3, atol=1e-6)
     scores = np.array(by_hand(model, batch()))[:, 0]
     top = np.argsort(-scores)[:5].copy()
-    found = token_tables.gradient(
-        model, batch(), method="flora", score="gradient_norm", topk_tokens=SHARE, mode="gather"
-    )
+    found = tokens.gradient(model, batch(), method="flora", score="gradient_norm", topk_tokens=SHARE, mode="gather")
     torch.testing.assert_close(found, gradients[top].mean(0), rtol=1e-3, atol=1e-6)
-    proxies = token_tables.proxy_table(model, batch(), gradients, ("gradient_norm",))
-    assert proxies["gradient_norm"] == pytest.approx(spearman(scores, gradients.norm(dim=1).numpy()))
+    proxies = tokens.proxy_table(model, batch(), gradients, ("gradient_norm",))
+    assert proxies["gradient_norm"] == pytest.approx(spearmanr(scores, gradients.norm(dim=1).numpy()).statistic)
 
 
 def test_estimates_are_those_of_the_vectors_themselves(gradients):
     drawn = torch.rand(7, len(gradients), generator=torch.Generator().manual_seed(0)).double()
     g = gradients.double()
-    found = token_tables._estimate(drawn, g @ g.T)
+    found = tokens.estimate(drawn, g @ g.T)
     vectors, full = drawn @ g, g.mean(0)
     mean = vectors.mean(0)
-    assert found.cosine == pytest.approx(float(torch.cosine_similarity(mean, full, dim=0)))
-    assert found.length == pytest.approx(float(mean.norm() / full.norm()))
-    assert found.bias == pytest.approx(float((mean - full).norm() / full.norm()))
+    assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(mean, full, dim=0)))
+    assert found["length"] == pytest.approx(float(mean.norm() / full.norm()))
+    assert found["bias"] == pytest.approx(float((mean - full).norm() / full.norm()))
     spread = float((vectors - mean).square().sum(1).mean().sqrt() / full.norm())
-    assert (found.spread, found.error) == pytest.approx((spread, spread / 7**0.5))
+    assert (found["spread"], found["error"]) == pytest.approx((spread, spread / 7**0.5))
 
 
 def test_top_k_is_biased_and_sampling_is_not(model, gradients):
-    scores = token_tables.token_scores(model, [batch()], score="gradient_norm")
-    table = {share: token_tables.policy_table(gradients, scores, share, 2000, 0) for share in (SHARE, 1.0)}
+    scores = tokens.token_scores(model, [batch()], score="gradient_norm")
+    table = tokens.policy_table(gradients, scores, (SHARE, 1.0), 2000, 0)
+    some = table[table["share"] == SHARE].set_index("policy")
     top = gradients[np.argsort(-scores)[:5].copy()].mean(0)
     off = float((top - gradients.mean(0)).norm() / gradients.mean(0).norm())
-    assert table[SHARE]["top-k"].bias == pytest.approx(off, rel=1e-3) and table[SHARE]["top-k"].spread < 1e-6
+    assert some["bias"]["top-k"] == pytest.approx(off, rel=1e-3) and some["spread"]["top-k"] < 1e-6
     for name in ("random", "PPS"):
-        assert table[SHARE][name].bias < 3 * table[SHARE][name].error < 0.5 * off
-    for every in table[1.0].values():
-        assert (every.cosine, every.length) == pytest.approx((1, 1)) and max(every.bias, every.spread) < 1e-6
-    left, right = token_figures.policies(table).axes
-    np.testing.assert_allclose(lines(left)["PPS"], [(share, row["PPS"].cosine) for share, row in table.items()])
-    assert lines(right)["_child0"][0, 1] == pytest.approx(off, rel=1e-3)
+        assert some["bias"][name] < 3 * some["error"][name] < 0.5 * off
+    every = table[table["share"] == 1]
+    for columns, value in ((["cosine", "length"], 1), (["bias", "spread"], 0)):
+        assert every[columns].to_numpy() == pytest.approx(np.full((3, 2), value), abs=1e-6)
+    left, right = tokens.policy_errors(table).axes
+    pps = table[table["policy"] == "PPS"]
+    np.testing.assert_allclose(lines(left)["PPS"], pps[["share", "cosine"]])
+    assert lines(right)["top-k"][0, 1] == pytest.approx(off, rel=1e-3)
 
 
 def test_wrong_labels_are_what_top_k_takes_first(toy):
@@ -171,7 +178,7 @@ def test_wrong_labels_are_what_top_k_takes_first(toy):
     with torch.no_grad():
         guess = toy.model(sure["input_ids"]).logits[:, :-1].argmax(-1)
     sure["labels"][:, 1:] = guess  # the model's own words: little to learn, but from what is put wrong
-    found = token_tables.noise_table(toy.model, sure, noise=0.1, share=0.1, draws=50, seed=0)
+    found = tokens.noise_table(toy.model, sure, noise=0.1, share=0.1, draws=50, seed=0)
     k = round(0.1 * guess.numel())
     assert found["all labels"] == pytest.approx(k / guess.numel())
     assert found["top-k"] > found["PPS"] > 2 * found["all labels"]
@@ -180,18 +187,18 @@ def test_wrong_labels_are_what_top_k_takes_first(toy):
 
 def test_truncation_is_none_where_all_are_chosen_and_seen(model):
     fractions = (0.2, 1.0)
-    told, masked = (token_tables.truncation_table(model, [batch(prompt=p)], fractions) for p in (0, 5))
-    assert told[1.0] == pytest.approx((1, 1, 1), abs=1e-4)
-    assert masked[1.0].gather == pytest.approx(1, abs=1e-4)
-    assert masked[1.0].same < 0.999 and masked[1.0].same == pytest.approx(masked[1.0].fractional, abs=1e-4)
+    told, masked = (tokens.truncation_table(model, [batch(prompt=p)], fractions) for p in (0, 5))
+    assert told.loc[1.0].tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+    same, gather, fractional = masked.loc[1.0]
+    assert gather == pytest.approx(1, abs=1e-4)
+    assert same < 0.999 and same == pytest.approx(fractional, abs=1e-4)
     keys = {"method": "flora", "topk_tokens": 0.2}
-    pair = [token_tables.gradient(model, batch(), mode=mode, **keys) for mode in ("gather", "fractional")]
-    assert (
-        told[0.2].same == pytest.approx(float(torch.cosine_similarity(*pair, dim=0)), abs=1e-4) and told[0.2].same < 1
-    )
-    figure = token_figures.truncation({"told": told, "masked": masked})
+    pair = [tokens.gradient(model, batch(), mode=mode, **keys) for mode in ("gather", "fractional")]
+    assert told["same"][0.2] == pytest.approx(float(torch.cosine_similarity(*pair, dim=0)), abs=1e-4)
+    assert told["same"][0.2] < 1
+    figure = tokens.truncation({"told": told, "masked": masked})
     drawn = lines(figure.axes[1])["fractional with all tokens"]
-    np.testing.assert_allclose(drawn, [(f, found.fractional) for f, found in masked.items()])
+    np.testing.assert_allclose(drawn, [*masked["fractional"].items()])
     low, high = figure.axes[1].get_ylim()
     assert low < min(drawn[:, 1]) and max(drawn[:, 1]) < high
 
@@ -202,7 +209,7 @@ def test_truncation_is_none_where_all_are_chosen_and_seen(model):
 def test_a_text_is_coloured_at_the_token_that_is_predicted(toy):
     given = row(toy)
     given["labels"][0, :3] = -100
-    pieces = token_tables.text_table(toy.model, toy.tokenizer, given, SHARE)
+    pieces = token_text.text_table(toy.model, toy.tokenizer, given, SHARE)
     words = "".join(piece.text for piece in pieces)
     assert words.endswith("The·cat↵sat.") and len(pieces) == int(given["attention_mask"].sum())
     scores = [piece.score for piece in pieces]
@@ -210,23 +217,23 @@ def test_a_text_is_coloured_at_the_token_that_is_predicted(toy):
     np.testing.assert_allclose(scores[3:], [score for score, _ in by_hand(toy.model, given)], rtol=1e-3)
     k = round(SHARE * (len(pieces) - 3))
     assert [p.chosen for p in pieces] == [score is not None and score >= sorted(scores[3:])[-k] for score in scores]
-    drawn = token_figures.text({"top-k": pieces})
+    drawn = token_text.text({"top-k": pieces})
     assert "".join(text.get_text() for text in drawn.axes[0].texts) == words
-    framed = [patch for patch in drawn.axes[0].patches if not patch.get_fill() or patch.get_facecolor()[3] == 0]
+    framed = [patch for patch in drawn.axes[0].patches if patch.get_edgecolor()[3] > 0]
     assert len(framed) == k
 
 
 def test_a_long_text_is_wrapped(toy):
-    pieces = [token_tables.Piece("x", 1.0, False)] * 150
-    (ax,) = token_figures.text({"long": pieces}).axes
+    pieces = [token_text.Piece("x", 1.0, False)] * 150
+    (ax,) = token_text.text({"long": pieces}).axes
     assert sorted({text.get_position()[1] for text in ax.texts}) == [0, 1, 2]
-    assert max(text.get_position()[0] for text in ax.texts) < token_figures.LINE
+    assert max(text.get_position()[0] for text in ax.texts) < token_text.LINE
 
 
 def test_share_of_the_chosen(model):
     pairs = np.array(by_hand(model, batch()))
     top = np.argsort(-pairs[:, 0])[:5]
-    found = token_tables.share_of_chosen(model, [batch()], SHARE)
+    found = token_text.share_of_chosen(model, [batch()], SHARE)
     assert list(found.values()) == pytest.approx((pairs[top].sum(0) / pairs.sum(0)).tolist(), rel=1e-4)
 
 
@@ -258,18 +265,19 @@ def test_step_flops_are_those_of_a_real_step(model):
 def test_the_ledger_is_over_the_plain_step_and_fractional_saves():
     model, given = lorakit.attach(models.load("toy-decoder", "causal").model, "lora", rank=2), batch(rows=4, length=64)
     ledger = token_costs.ledger_table(model, given, (0.1, 1.0))
-    assert {mode: [*costs] for mode, costs in ledger.items()} == dict.fromkeys(("gather", "fractional"), [0.1, 1.0])
-    tokens = token_costs.build_tokens(token_costs.Gating(method="flora", topk_tokens=0.1), model, "causal")
-    plain, gather = (token_costs.step_flops(model, given, t) for t in (None, tokens))
-    assert ledger["gather"][0.1].flops == pytest.approx(gather / plain)
-    part, whole = ledger["fractional"].values()
-    assert part.flops < 0.8 < 1 < whole.flops and part.activations < 0.6 and part.peak < whole.peak
-    told = token_costs.ledger_lines("a model", ledger)
-    assert len(told.splitlines()) == 5 and f"{part.flops:.2f}" in told
-    figure = token_figures.ledger({"a": ledger, "b": ledger})
+    assert ledger[["mode", "fraction"]].to_numpy().tolist() == [
+        [m, f] for m in ("gather", "fractional") for f in (0.1, 1)
+    ]
+    chosen = token_costs.build_tokens(token_costs.Gating(method="flora", topk_tokens=0.1), model, "causal")
+    plain, gather = (token_costs.step_flops(model, given, t) for t in (None, chosen))
+    assert ledger["FLOPs"][0] == pytest.approx(gather / plain)
+    part, whole = ledger.loc[2], ledger.loc[3]
+    assert part["FLOPs"] < 0.8 < 1 < whole["FLOPs"] and part["peak"] < whole["peak"]
+    assert part["activations and logits"] < 0.6
+    figure = token_costs.ledger({"a": ledger, "b": ledger})
     drawn = lines(figure.axes[0])["fractional"]
-    np.testing.assert_allclose(drawn, [(0.1, part.flops), (1.0, whole.flops)])
-    assert figure.axes[0].get_ylim()[1] > whole.flops
+    np.testing.assert_allclose(drawn, [(0.1, part["FLOPs"]), (1.0, whole["FLOPs"])])
+    assert figure.axes[0].get_ylim()[1] > whole["FLOPs"]
 
 
 def test_the_picture_of_the_modes_counts_as_they_do():
@@ -278,8 +286,9 @@ def test_the_picture_of_the_modes_counts_as_they_do():
     assert (plain == 2).all() and (first[:3] == 1).all() and plain.shape == (4, 6)
     assert (gather[:3] == 2).all() and gather[3].tolist() == first[3].tolist() == [1, 2, 1, 1, 2, 1]
     assert (second[:3] == [0, 2, 0, 0, 2, 0]).all() and (second[3] == 0).all()
-    figure = token_figures.modes(6, (1, 4), 3)
-    assert [len(ax.patches) for ax in figure.axes] == [24] * 4
+    figure = token_costs.modes(6, (1, 4), 3)
+    for ax, done in zip(figure.axes, table.values(), strict=True):
+        assert ax.collections[0].get_array().reshape(4, 6).tolist() == done.tolist()
 
 
 # records
@@ -301,11 +310,10 @@ def test_the_table_of_costs_and_the_verdict_say_what_the_records_do():
     runs = [record("lora"), record("flora20", floor=0.35), record("random20", floor=0.5)]
     target = token_costs.ended(runs, "lora")
     assert target == runs[0].final["validation"]["loss"] and token_costs.ended(runs, "pps20") is None
-    head, *rows = token_costs.cost_table(runs, target).splitlines()
-    cells = {line[:22].strip(): line[22:].split() for line in rows}
-    assert f"until {target:.3f}" in head and cells["LoRA"][-1] == "6"
-    assert cells["random tokens (20 %)"][-1] == "-" and int(cells["FLoRA (20 %)"][-1]) < 6
-    assert "seconds" not in token_costs.cost_table(runs)
+    (table,) = token_costs.cost_table(runs, target).parts
+    until = table.set_index("method")[f"until {target:.3f}"]
+    assert until["LoRA"] == "6" and until["random tokens (20 %)"] == "-" and int(until["FLoRA (20 %)"]) < 6
+    assert "seconds" not in token_costs.cost_table(runs).parts[0]
     told = token_costs.verdict(runs)
     assert f"LoRA ended at a validation loss of {target:.3f}" in told
     assert '"FLoRA (20 %)" -0.050 (1 seed: too few seeds)' in told and '"random tokens (20 %)" +0.100' in told
@@ -336,23 +344,24 @@ ROWS = ("random_tokens", "targets_only", "random20", "flora20", "flora40", "pps2
 
 def test_the_rows_about_tokens_have_looks_and_labels_of_their_own():
     looks = style.looks(ROWS)
-    assert all(name in style.METHODS for name in ROWS)
-    assert len({look.label for look in looks.values()}) == len({look.color for look in looks.values()}) == len(ROWS)
+    assert all(name in style.PALETTE for name in ROWS)
+    assert len({names.label(row) for row in ROWS}) == len({look.color for look in looks.values()}) == len(ROWS)
 
 
 def test_figures_keep_to_the_page(model, gradients, toy):
-    scores = token_tables.token_scores(model, [batch()], score="gradient_norm")
-    estimates = {share: token_tables.policy_table(gradients, scores, share, 20, 0) for share in (0.1, 0.2, 0.4)}
-    cost = token_costs.Cost(0.6, 0.3, 0.4)
-    ledger = {mode: dict.fromkeys((0.1, 0.2, 0.4), cost) for mode in ("gather", "fractional")}
-    cut = dict.fromkeys((0.1, 0.2, 0.4, 0.7, 1.0), token_tables.Truncation(0.9, 0.8, 0.7))
-    pieces = token_tables.text_table(toy.model, toy.tokenizer, row(toy), SHARE)
+    scores = tokens.token_scores(model, [batch()], score="gradient_norm")
+    estimates = tokens.policy_table(gradients, scores, (0.1, 0.2, 0.4), 20, 0)
+    costs = {"FLOPs": 0.6, "activations and logits": 0.3, "peak": 0.4}
+    ledger = pd.DataFrame([{"mode": m, "fraction": f, **costs} for m in tokens.MODES for f in (0.1, 0.2, 0.4)])
+    fractions = pd.Index((0.1, 0.2, 0.4, 0.7, 1.0), name="fraction")
+    cut = pd.DataFrame({"same": 0.9, "gather": 0.8, "fractional": 0.7}, index=fractions)
+    pieces = token_text.text_table(toy.model, toy.tokenizer, row(toy), SHARE)
     for drawn in (
-        token_figures.modes(),
-        token_figures.policies(estimates),
-        token_figures.truncation({"stories": cut, "conversations": cut}),
-        token_figures.ledger({"toy": ledger, "Gemma": ledger}),
-        token_figures.text({"a": pieces, "b": pieces}),
+        token_costs.modes(),
+        tokens.policy_errors(estimates),
+        tokens.truncation({"stories": cut, "conversations": cut}),
+        token_costs.ledger({"toy": ledger, "Gemma": ledger}),
+        token_text.text({"a": pieces, "b": pieces}),
     ):
         drawn.canvas.draw()
         (legend,), page = drawn.legends, drawn.bbox
