@@ -22,8 +22,8 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
         "lorakit.analysis.report",
         "rows of one setting at equal cost: lorakit report results/… --output report.md",
     ),
+    "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
-    "params": ("lorakit.params", "every parameter: meaning, default, range"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
 }
@@ -92,8 +92,9 @@ def _given(command: str, argv: Sequence[str]) -> dict[str, Any]:
 
 def demo(argv: Sequence[str]) -> int:
     """Every method on a real encoder and real sentences: fetch, run what is not finished, a table and a figure."""
-    from lorakit import assets, table
-    from lorakit.places import PROJECT
+    from lorakit import assets
+    from lorakit.analysis import tables
+    from lorakit.files import PROJECT
     from lorakit.runs import sweep
 
     parser = argparse.ArgumentParser(prog="lorakit demo", description=demo.__doc__)

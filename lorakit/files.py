@@ -1,4 +1,4 @@
-"""A file or a folder is written whole or not at all: under another name first, then renamed; and what a file holds."""
+"""Where the project keeps its files; what a file holds; and one is written whole or not at all: aside, then renamed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+PARAMS = PROJECT / "params"
+RESULTS = PROJECT / "results"
 
 
 @contextmanager

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lorakit.params import Params
-
-METHODS = ("lora", "sparse", "hira", "peft", "head", "full")  # what is trained
 
 
 def row_of(params: Params) -> str:
@@ -26,11 +22,6 @@ def row_of(params: Params) -> str:
     if base == "lora" and len(extras) == 1:
         return "qlora" if extras == ["nf4"] else extras[0]
     return "+".join([base, *extras])
-
-
-def method_of(row: str) -> dict[str, Any]:
-    """What a params file's name says about the method: its own, where it is called after one; else LoRA's default."""
-    return {"method": row} if row in METHODS else {}
 
 
 def notebook_of(params: Params) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit import cli, places
+from lorakit import cli, params
 from lorakit.errors import ParameterError
-from lorakit.params import resolve
 
 
 def test_usage_names_every_command(capsys):
@@ -58,18 +57,8 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(path for path in places.PARAMS.glob("*/[!_]*.yaml") if (path.parent / "_setting.yaml").exists()),
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
-def test_params_of_every_setting_resolve(path):
-    params = resolve(places.params_of(path.parent.name, path.stem))
-    assert (params.setting, params.row) == (path.parent.name, path.stem)
-
-
 def test_params_of_unknown_settings_and_methods():
     with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
-        places.params_of("sst9", "lora")
-    with pytest.raises(ParameterError, match="method='hyra': toy has .*full, .*hira, .*slora, sparse"):
-        places.params_of("toy", "hyra")
+        params.params_of("sst9", "lora")
+    with pytest.raises(ParameterError, match="row='hyra': toy has .*full, .*hira, .*slora, sparse"):
+        params.params_of("toy", "hyra")

@@ -6,10 +6,8 @@ import pytest
 
 import lorakit
 from lorakit.errors import ParameterError
-from lorakit.params import resolve
-from lorakit.places import params_of
-from lorakit.rows import METHODS, method_of, notebook_of, row_of
-from lorakit.runs.assembly import check
+from lorakit.params import METHODS, check, method_of, params_of, resolve
+from lorakit.rows import notebook_of, row_of
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,8 @@ def test_the_methods_are_the_ones_that_can_be_attached():
     [
         ({"method": "galore"}, "method='galore'.*lora, sparse, hira"),
         ({"method": "hira", "alpha": 8.0}, "alpha=8.0: HiRA has no alpha"),
-        ({"peft_type": "DORA"}, "peft_type='DORA': is for method 'peft', not 'lora'"),
+        ({"method": "hira", "rslora": True}, "rslora=True: HiRA has no alpha"),
+        ({"peft_type": "DORA"}, "peft_type='DORA': is for method 'peft'"),
         ({"peft_options": {"r": 2}}, "peft_options=.*is for method 'peft'"),
         ({"method": "peft"}, "peft_type=''"),
         ({"method": "peft", "peft_type": "NOLA"}, "peft_type='NOLA'.*LORA"),
@@ -87,6 +86,7 @@ def test_contradictions_are_refused_before_anything_is_written(given, message, t
     assert not (tmp_path / "r.json").exists() and not list(tmp_path.glob("run/*"))
 
 
-def test_hira_takes_the_default_alpha_for_none():
-    """A notebook's parameters carry every default; HiRA does not read this one."""
-    check(resolve({"method": "hira"}), {"alpha": 16.0})
+@pytest.mark.parametrize("alpha", [16.0, None])
+def test_hira_takes_the_default_alpha_for_none(alpha):
+    """A notebook's parameters may carry every default; HiRA does not read this one."""
+    check(resolve({"method": "hira", "alpha": alpha}))

@@ -21,12 +21,13 @@ from lorakit.adapters.attachment import (
     require_unmerged,
     trained_tensors,
 )
-from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, pack, unpack
 from lorakit.adapters.peft_format import StoredAdapter
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError, require
 from lorakit.files import written
+from lorakit.settings import AdapterSettings
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 

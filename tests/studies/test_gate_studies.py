@@ -10,7 +10,7 @@ import training_runs as runs
 
 from lorakit.adapters import attach
 from lorakit.errors import ParameterError
-from lorakit.gates import GateSettings, ThresholdController, build_gate
+from lorakit.gates import ThresholdController, build_gate
 from lorakit.studies import gates
 
 TINY = {"batch_size": 4, "max_length": 16, "gate_burn_in": 2, "gate_m": 64, "gate_k": 4, "budget": 4}
@@ -35,7 +35,7 @@ def batches(count):
 
 
 def gate(model, k=8):
-    return build_gate(GateSettings("novelty", m=64, k=k, topk=0, refresh=1), model, "classify", seed=0)
+    return build_gate(runs.batch_gate("novelty", m=64, k=k, topk=0, refresh=1), model, "classify", seed=0)
 
 
 def gradient(model, batch):

@@ -241,8 +241,8 @@ def test_share_of_the_chosen(model):
 
 
 def test_step_flops_are_those_of_a_real_step(model):
-    from lorakit.gating import Gating
     from lorakit.measure.flops import FlopCount
+    from lorakit.settings import Gating
     from lorakit.tokens import build_tokens
 
     given = batch()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters import attach
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.gating import Gating
 from lorakit.seams import AllTokens
+from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
 from lorakit.tokens.selection import Chosen, TokenGate

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
 from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, is_conv1d, resolve_targets
 from lorakit.quiet import quiet
+from lorakit.settings import AdapterSettings
 
 VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
-from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import NOISE, build_config
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
@@ -21,6 +20,7 @@ from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.modules import name_matches
 from lorakit.quiet import quiet
+from lorakit.settings import AdapterSettings, AttachSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
 CANNOT_MERGE = {
@@ -126,21 +126,20 @@ class PeftAttachment(Attachment):
 
 def attach_peft(
     model: nn.Module,
-    peft_type: str,
-    options: Mapping[str, Any],
+    asked: AttachSettings,
     settings: AdapterSettings,
-    target_modules: str | Sequence[str],
     trained: Sequence[str],
     seed: int | None = None,
     total_steps: int | None = None,
 ) -> nn.Module:
-    """Wrap `model` as PEFT does for `peft_type`; returns the wrapper.
+    """Wrap `model` as PEFT does for the type that is asked for; returns the wrapper.
 
     Raises:
         ParameterError: an unknown type or option, a parameter the type does not have, a type that cannot run here, or
             what PEFT itself refuses. The model is then as it was.
     """
-    config = build_config(model, peft_type, options, settings, target_modules, trained, total_steps)
+    targets = asked.target_modules
+    config = build_config(model, asked.peft_type, asked.peft_options, settings, targets, trained, total_steps)
     return wrap(model, config, settings, trained, seed)
 
 
