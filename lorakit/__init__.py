@@ -40,6 +40,8 @@ _PUBLIC = {
     "resolve": "params",
     "RESULTS": "files",
     "params_of": "params",
+    "beside": "params",
+    "shown": "params",
     "LorakitError": "errors",
     "ParameterError": "errors",
     "DataError": "errors",

@@ -7,7 +7,7 @@ import pytest
 import lorakit
 from lorakit.errors import ParameterError
 from lorakit.params import METHODS, check, method_of, params_of, resolve
-from lorakit.rows import notebook_of, row_of
+from lorakit.runs.rows import notebook_of, row_of
 
 
 @pytest.mark.parametrize(
