@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorakit import params
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.params import Params, beside
+from lorakit.params import Params, beside, complete
 from lorakit.params.whole import GROUPS
 from lorakit.settings import AdapterSettings, Gating
 
