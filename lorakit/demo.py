@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from lorakit import assets, sweep, table
+from lorakit import assets, sweep
+from lorakit.analysis import tables as table
 from lorakit.places import PROJECT
 
 SETTING = "reviews-minilm"
