@@ -49,7 +49,8 @@ _PUBLIC = {
 _MODULES = {name: name for name in (
     *("adapters", "sketches", "gates", "training", "records", "scratch", "measure"),
     *("models", "tasks", "assets", "analysis", "studies"),
-)} | {name: f"analysis.{name}" for name in ("stats", "style", "figures", "gate_figures")} | {"table": "analysis.tables"}  # fmt: skip
+)} | {name: f"analysis.{name}" for name in ("stats", "style", "figures", "gate_figures")}  # fmt: skip
+_MODULES["table"] = "analysis.tables"
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

@@ -11,8 +11,8 @@ from lorakit import params
 
 def train(argv: list[str]) -> int:
     """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
-    from lorakit.experiment import run
     from lorakit.analysis.tables import results_table
+    from lorakit.experiment import run
 
     record = run(_given("train", argv))
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
