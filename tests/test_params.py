@@ -334,11 +334,12 @@ def test_the_command_line_names_a_key_of_a_mapping(capsys):
 
 def test_what_runs_beside_a_run_is_the_readers_too():
     given = complete({"setting": "sst2-minilm", "row": "slora", "seed": 3, "budget": 40, "run_dir": "kept"})
-    other = resolve(beside(given, "lora"))
+    other = params.resolve(beside(given, "lora"))
     assert (other.row, other.gate, other.run_dir) == ("lora", "none", "")
     assert (other.model, other.seed, other.budget, other.learning_rate) == ("all-MiniLM-L6-v2", 3, 40, 1.0e-3)
-    full = resolve(beside(given, "full"))
-    assert full.learning_rate == resolve({"setting": "sst2-minilm", "row": "full"}).learning_rate != 1.0e-3  # its own
-    assert resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
-    coin = resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
+    full = params.resolve(beside(given, "full"))
+    own = params.resolve({"setting": "sst2-minilm", "row": "full"}).learning_rate
+    assert full.learning_rate == own != 1.0e-3
+    assert params.resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
+    coin = params.resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
     assert (coin.row, coin.gate, coin.gate_rate, coin.budget) == ("a coin", "random", 0.5, 40)

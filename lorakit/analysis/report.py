@@ -6,13 +6,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
+from lorakit.analysis.header import each, header
 from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.files import write_text
@@ -73,54 +74,6 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     return Table(*parts).markdown() + "\n"
 
 
-def header(groups: Groups, sources: Sequence[str]) -> str:
-    """The list a report begins with: what all rows share, and where they differ."""
-    records = [record for group in groups.values() for record in group]
-    read = f" under {', '.join(f'`{name}`' for name in sources)}" if sources else ""
-    tasks = _each(records, lambda r: [r.resolved.get("task")])
-    files = _each(records, lambda r: [_known(n, digest) for n, digest in r.fingerprints.get("data", {}).items()])
-    machines = _each(records, lambda r: [", ".join(r.environment[n] for n in ("cpu", "device") if n in r.environment)])
-    codes = _each(records, lambda r: [(r.fingerprints.get("code") or "")[:12]])
-    versions = _each(records, lambda r: [f"{n} {v}" for n, v in r.environment.get("versions", {}).items() if v])
-    lines = {
-        "Setting": f"`{records[0].setting}`",
-        "Read": f"{len(records)} records{read}",
-        "Model": ", ".join(_each(records, lambda r: [_known(r.resolved.get("model"), r.fingerprints.get("model"))])),
-        "Data": ": ".join(", ".join(found) for found in (tasks, files) if found),
-        "Seeds": _by_row(groups, lambda r: [r.seed]),
-        "Learning rate": _by_row(groups, lambda r: [r.resolved.get("learning_rate")]),
-        "Schedule": _by_row(groups, lambda r: [r.resolved.get("schedule")]),
-        "Budget": _by_row(groups, _budget),
-        "Versions": ", ".join(versions),
-        "Machine": "; ".join(machines) + " (seconds are not comparable)" * (len(machines) > 1),
-        "Code": ", ".join(codes) + " (fingerprints differ)" * (len(codes) > 1),
-    }
-    return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
-
-
-def _each(records: Sequence[Record], values: Callable[[Record], list[Any]]) -> list[str]:
-    """Everything `values` gives over the records, each once."""
-    found = (value for record in records for value in values(record))
-    return [*dict.fromkeys(str(value) for value in found if value not in (None, ""))]
-
-
-def _by_row(groups: Groups, values: Callable[[Record], list[Any]]) -> str:
-    """What all rows share, else each row's own."""
-    texts = {row: ", ".join(_each(group, values)) or "not recorded" for row, group in groups.items()}
-    common = max(texts.values(), key=[*texts.values()].count)
-    others = [f"`{row}` {text}" for row, text in texts.items() if text != common]
-    return f"{common}; but {'; '.join(others)}" if others else common.replace("not recorded", "")
-
-
-def _known(name: str | None, digest: str | None) -> str:
-    return f"{name or ''} ({digest[:12]})".strip() if digest else name or ""
-
-
-def _budget(record: Record) -> list[str]:
-    asked = record.resolved
-    return [f"{asked['budget']:,g} {asked.get('budget_unit', '')}".replace("_", " ")] if "budget" in asked else []
-
-
 # tables ----------------------------------------------------------------------------------------------
 
 
@@ -135,7 +88,7 @@ def quality_table(groups: Groups) -> pd.DataFrame:
     ]
     scores = dict.fromkeys((stats.LOSS, *known))
     table = summary(frame(records).runs, {name.replace("_", " "): (name, SCORE, 1) for name in scores})
-    rates = [_each(group, lambda r: [r.resolved.get("learning_rate")]) for group in groups.values()]
+    rates = [each(group, lambda r: [r.resolved.get("learning_rate")]) for group in groups.values()]
     table.insert(1, "row", [f"`{row}`" for row in groups])
     table.insert(2, "seeds", [", ".join(str(record.seed) for record in group) for group in groups.values()])
     table.insert(3, "runs", [tables.statuses(group) for group in groups.values()])
