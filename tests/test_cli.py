@@ -40,15 +40,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
 
 
 def test_train_prints_a_table_and_says_how_it_ended(capsys):
-    overrides = [
-        "budget=2",
-        "max_train=16",
-        "max_validation=8",
-        "max_test=8",
-        "latency_repeats=0",
-        "predict_memory=false",
-    ]
-    argv = ["train", *(word for override in overrides for word in ("-p", override))]
+    small = "budget=2 max_train=16 max_validation=8 max_test=8 latency_repeats=0 predict_memory=false"
+    argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
     assert "LoRA" in capsys.readouterr().out
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
@@ -59,7 +52,7 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def stop(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorakit.commands.train", stop)
+    monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

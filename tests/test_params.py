@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorakit import params
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.params import Params
+from lorakit.params import Params, beside, complete
 from lorakit.params.whole import GROUPS
 from lorakit.settings import AdapterSettings, Gating
 
@@ -330,3 +330,16 @@ def test_the_command_line_names_a_key_of_a_mapping(capsys):
 
     assert cli.main(["train", "-p", "gating.topk_tokens=2.0"]) == 2
     assert "gating.topk_tokens=2.0: " in capsys.readouterr().err
+
+
+def test_what_runs_beside_a_run_is_the_readers_too():
+    given = complete({"setting": "sst2-minilm", "row": "slora", "seed": 3, "budget": 40, "run_dir": "kept"})
+    other = params.resolve(beside(given, "lora"))
+    assert (other.row, other.gate, other.run_dir) == ("lora", "none", "")
+    assert (other.model, other.seed, other.budget, other.learning_rate) == ("all-MiniLM-L6-v2", 3, 40, 1.0e-3)
+    full = params.resolve(beside(given, "full"))
+    own = params.resolve({"setting": "sst2-minilm", "row": "full"}).learning_rate
+    assert full.learning_rate == own != 1.0e-3
+    assert params.resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
+    coin = params.resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
+    assert (coin.row, coin.gate, coin.gate_rate, coin.budget) == ("a coin", "random", 0.5, 40)

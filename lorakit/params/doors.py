@@ -9,7 +9,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
 from lorakit.params.files import ROW_QUESTIONS, SETTING, merge, of_files, outside, read_files, rows_of
-from lorakit.params.whole import NESTED, QUESTIONS, Params, is_toy, known, rated
+from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
 
 IPYTHON = ("In", "Out", "exit", "quit", "get_ipython", "open")
 
@@ -58,6 +58,24 @@ def params_of(setting: str, row: str) -> dict[str, Any]:
     rows = rows_of(PARAMS / setting)
     require(row in rows, "row", row, f"{setting} has {', '.join(rows)}")
     return complete({"setting": setting, "row": row})
+
+
+def beside(given: dict[str, Any], row: str, **changes: Any) -> dict[str, Any]:
+    """What another row of the same setting is, run beside `given`: on its model, data, seed, budget and rate.
+
+    What the reader set otherwise than the files of `given`'s own row holds for the other row too; a learning rate that
+    was not set is the other row's own, as its file or the setting says. A `row` without a file is the setting's
+    reference with `changes`.
+
+    Args:
+        given: completed, as `collect` gives it; its record and run_dir are its own.
+    """
+    named = {name: given[name] for name in ("setting", "row") if given.get(name)}
+    filed = complete(named) if named else {}
+    own = {name for name, question in QUESTIONS.items() if question in ROW_QUESTIONS} | {*PER_RUN, "method"}
+    said = {name: value for name, value in given.items() if name not in own and value != known(filed, name)}
+    seed = {"seed": given["seed"]} if "seed" in given else {}
+    return complete(merge({"setting": given.get("setting", "toy"), "row": row} | seed | said, changes))
 
 
 def given(files: list[str | Path], overrides: list[str]) -> dict[str, Any]:

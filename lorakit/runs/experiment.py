@@ -19,8 +19,8 @@ from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
 from lorakit.records import Costs, Latency, Record
-from lorakit.rows import row_of
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
+from lorakit.runs.rows import row_of
 
 if TYPE_CHECKING:
     from lorakit.training import BudgetTrainer

@@ -19,8 +19,8 @@ from lorakit.fields import APART, flagged
 from lorakit.files import PROJECT
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
-from lorakit.rows import notebook_of
 from lorakit.runs.notebooks import FINISHED
+from lorakit.runs.rows import notebook_of
 
 
 @dataclass(frozen=True)

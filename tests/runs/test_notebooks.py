@@ -11,9 +11,9 @@ import pytest
 
 from lorakit import records
 from lorakit.params import collect, params_of, resolve
-from lorakit.rows import notebook_of
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
+from lorakit.runs.rows import notebook_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"

@@ -18,7 +18,7 @@ from lorakit.errors import ParameterError
 from lorakit.runs import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
-SWEEP = "import sys; from lorakit import sweep; sys.exit(sweep.sweep(sweep.plan(sys.argv[1], 'toy')))"
+SWEEP = "import sys; from lorakit.runs import sweep; sys.exit(sweep.sweep(sweep.plan(sys.argv[1], 'toy')))"
 
 
 @pytest.fixture

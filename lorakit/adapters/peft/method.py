@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import build_config, quiet
+from lorakit.adapters.peft.config import NOISE, build_config
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.modules import name_matches
+from lorakit.quiet import quiet
 from lorakit.settings import AdapterSettings, AttachSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
@@ -82,13 +83,13 @@ class PeftAttachment(Attachment):
             for name, parameter in layer.named_parameters(recurse=False):
                 model.lorakit_unmerged.append((layer, name, parameter))
                 layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        with quiet():
+        with quiet(*NOISE):
             model.base_model.merge_adapter()
 
     def unmerge(self, model: nn.Module) -> None:
         if not model.lorakit_unmerged:
             return
-        with quiet():
+        with quiet(*NOISE):
             model.base_model.unmerge_adapter()
         for layer, name, parameter in model.lorakit_unmerged:
             merged = layer._parameters[name]
@@ -151,7 +152,7 @@ def wrap(
     prepare_four_bit(model, trained)
     base = Base.of(model)
     try:
-        with quiet(), _seeded(model, seed):
+        with quiet(*NOISE), _seeded(model, seed):
             wrapper = get_peft_model(model, config)
         _require_trainable(wrapper, config)
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
