@@ -159,7 +159,7 @@ class SkipSettings(Settings):
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
     skip_decide: Literal["ema", "forward"] = field(
-        "ema", "before the forward, from an average; or in it, from the step's own M: a synchronisation per adapter"
+        "ema", "from an average; or in the forward, which synchronises a GPU"
     )
     skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
@@ -178,9 +178,7 @@ class GateSettings(Settings):
     """Which batches get a backward; `lorakit.gates.HeadGradientGate` tells what a sketch's settings do"""
 
     question = "gate"
-    gate: str = field(
-        "none", "none | random | loss_floor | gradient_norm | novelty (SLoRA) | novelty_loss | least_novel"
-    )
+    gate: str = field("none", "random, loss_floor, gradient_norm, novelty (SLoRA), novelty_loss, least_novel")
     gate_rate: float = field(0.3, "share of batches to accept", gt=0, lt=1)
     gate_burn_in: int = field(20, "batches at the start that are all accepted", ge=0)
     gate_beta: float = field(10.0, "steepness of the decision, per spread of the score", gt=0)
