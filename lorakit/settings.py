@@ -158,9 +158,7 @@ class SkipSettings(Settings):
 
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
-    skip_decide: Literal["ema", "forward"] = field(
-        "ema", "from an average; or in the forward, which synchronises a GPU"
-    )
+    skip_decide: Literal["ema", "forward"] = field("ema", "from an average; or in the forward, which syncs a GPU")
     skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
     skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
