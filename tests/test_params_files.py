@@ -153,7 +153,9 @@ def test_a_setting_file_has_parameters_of_its_own_only(place):
 def test_what_a_row_may_do(place):
     write(
         place, "s", q="quantize: nf4\nlabel: Q\noptimizer: paged_adamw_8bit\ndiffers: {optimizer: paged}",
-        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5", flops="compares: equal_flops\nbudget: 3.0e+9", own="rank: 4\nlearning_rate: 2.0e-3", named="rank: 4\nlearning_rate_from: another paper",
+        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5",
+        flops="compares: equal_flops\nbudget: 3.0e+9",
+        own="rank: 4\nlearning_rate: 2.0e-3", named="rank: 4\nlearning_rate_from: another paper",
     )  # fmt: skip
     both = params.resolve({"setting": "s", "row": "both"})
     assert (both.quantize, both.optimizer, both.skip, both.skip_share) == ("nf4", "paged_adamw_8bit", "prefix", 0.5)
