@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lorakit.token_costs import step_flops
+from lorakit.studies.token_costs import step_flops
 from torch import nn
 
 from benchmarks._common import Claim, interleave, keep_memory, time_claim
