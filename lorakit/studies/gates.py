@@ -14,7 +14,7 @@ import torch
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
-from lorakit.places import RESULTS
+from lorakit.files import RESULTS
 from lorakit.records import Record, read_all
 
 if TYPE_CHECKING:

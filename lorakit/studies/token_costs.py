@@ -11,8 +11,8 @@ from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.frame import frame
-from lorakit.gating import Gating
 from lorakit.records import Record
+from lorakit.settings import Gating
 from lorakit.studies.gates import in_words
 from lorakit.studies.tokens import EVERY, MODES, Batch, share_axis
 from lorakit.tokens import build_tokens

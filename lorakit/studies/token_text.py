@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lorakit.analysis import style
-from lorakit.gating import Gating
 from lorakit.head import rows
+from lorakit.settings import Gating
 from lorakit.studies.tokens import Batch, head_outputs, token_scores
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies

@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
-from lorakit.gating import Gating
 from lorakit.head import HeadInput, find_head, rows
+from lorakit.settings import Gating
 from lorakit.sketches import sparse_error
 from lorakit.sketches.head_gradient import predicted
 from lorakit.studies.sketches import SPARSE, Sketched
