@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
 SCREEN_DPI, PRINT_DPI = 120, 200
 FEW = 12  # points of a line that all carry a marker
+Key = tuple[Sequence[Any], Sequence[str]]  # handles and labels of a legend
 
 RC: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
     "font.size": 9,
+    "axes.titlelocation": "left",
     "axes.titlesize": 9,
     "axes.titlepad": 9,  # room for a mark on the top edge
     "axes.labelsize": 9,
@@ -122,6 +125,13 @@ def wrapped(text: str, width: int) -> str:
 # drawing ---------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterator[Any]:
+    """Within it holds the style: the axes of an empty `figure`, as `subplots` gives them with the options `grid`."""
+    with context():
+        yield figure(height).subplots(rows, columns, **grid)
+
+
 def figure(height: float) -> Figure:
     """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
 
@@ -193,15 +203,20 @@ def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[flo
     list_rows(ax, [*table.index])
 
 
-def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None,
-           at: str = "lower") -> None:  # fmt: skip
-    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it."""
+def legend(ax: Axes, title: str | None = None, key: Key | None = None, at: str = "lower") -> Figure:
+    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it.
+
+    Args:
+        key: handles and labels; None: those of what is drawn on `ax`.
+    """
+    drawn, (handles, labels) = ax.get_figure(), key or ax.get_legend_handles_labels()
     labels = [wrapped(label, 70) for label in labels]
     longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
     columns = max(1, min(len(labels), 122 // (longest + 13)))
     height = sum(label.count("\n") + 1 for label in labels) / columns + (title is not None)
     drawn.set_figheight(drawn.get_figheight() + 0.17 * math.ceil(height))
     drawn.legend(handles, labels, loc=f"outside {at} center", ncols=columns, title=title)
+    return drawn
 
 
 def rows_height(texts: Iterable[str]) -> float:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from lorakit.analysis import names, stats, style, tables
@@ -67,8 +66,10 @@ def novelty_table(
     for sketch, gradient in pairs[:remembered]:
         gate.update(sketch)
         whole.insert(gradient)
-    bases = (gate.directions.basis(gate.k), whole.basis(gate.k))
-    values = [[_novelty(basis, z) for basis, z in zip(bases, pair, strict=True)] for pair in pairs[remembered:]]
+    bases = (gate.directions.basis(gate.k).double(), whole.basis(gate.k).double())
+    units = [[vector.double() / vector.double().norm().clamp(min=1e-300) for vector in pair] for pair in pairs]
+    values = [[1 - float((basis @ unit).square().sum()) for basis, unit in zip(bases, pair, strict=True)]
+              for pair in units[remembered:]]  # fmt: skip
     return pd.DataFrame(values, columns=["proxy", "truth"])
 
 
@@ -86,12 +87,6 @@ def _sketch_and_gradient(
     return z, gradient / gradient.norm().clamp(min=1e-30)
 
 
-def _novelty(basis: torch.Tensor, vector: torch.Tensor) -> float:
-    """1 − ‖W v̂‖² of a basis (k, n) and a vector (n,)."""
-    unit = vector.double() / vector.double().norm().clamp(min=1e-300)
-    return 1 - float((basis.double() @ unit).square().sum())
-
-
 def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """`count` batches of `size` training rows each, shuffled, and shuffled again when they are used up."""
     generator, order = torch.Generator().manual_seed(seed), []
@@ -102,14 +97,12 @@ def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch
 
 def agreement(found: Mapping[str, DataFrame]) -> Figure:
     """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
-    with style.context():
-        drawn = style.figure(3.0)
-        axes = np.atleast_1d(drawn.subplots(1, len(found)))
-        for ax, (name, table) in zip(axes, found.items(), strict=True):
+    with style.panel(3.0, len(found), squeeze=False) as axes:
+        for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
             style.points(ax, table["truth"], table["proxy"])
-            ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it")
-            ax.set_title(f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}", loc="left")
-    return drawn
+            ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it",
+                   title=f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}")  # fmt: skip
+        return ax.get_figure()
 
 
 # a run, watched ------------------------------------------------------------------------------------

@@ -52,9 +52,7 @@ def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
     """A column per entry of `ledgers`: `ledger_table`, FLOPs above, activations and logits below."""
     parts = {"FLOPs": "step FLOPs", "activations and logits": "activations, logits"}
     highest = {part: max(table[part].max() for table in ledgers.values()) for part in parts}
-    with style.context():
-        drawn = style.figure(3.8)
-        axes = drawn.subplots(len(parts), len(ledgers), sharex="col", sharey="row", squeeze=False)
+    with style.panel(3.8, len(ledgers), len(parts), sharex="col", sharey="row", squeeze=False) as axes:
         for column, (name, table) in zip(axes.T, ledgers.items(), strict=True):
             for ax, (part, what) in zip(column, parts.items(), strict=True):
                 ax.axhline(1, color="0.35", lw=0.8, zorder=1)
@@ -62,10 +60,8 @@ def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
                 ax.set(ylabel=f"{what}\n(plain step = 1)", ylim=(0, 1.08 * max(1, highest[part])))
                 ax.label_outer()
                 share_axis(ax, table["fraction"].unique())
-            column[0].set_xlabel("")
-            column[0].set_title(name, loc="left")
-        style.legend(drawn, *axes[0, 0].get_legend_handles_labels())
-    return drawn
+            column[0].set(xlabel="", title=name)
+        return style.legend(axes[0, 0])
 
 
 def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
@@ -113,19 +109,15 @@ def modes(tokens: int = 12, chosen: Sequence[int] = (3, 7), layers: int = 4) -> 
     from matplotlib.patches import Patch
 
     table = mode_table(tokens, chosen, layers)
-    with style.context():
-        drawn = style.figure(1.3)
-        for ax, (name, done) in zip(drawn.subplots(1, len(table)), table.items(), strict=True):
+    with style.panel(1.3, len(table)) as axes:
+        for ax, (name, done) in zip(axes, table.items(), strict=True):
             sns.heatmap(done, ax=ax, cmap=[*DONE.values()], vmin=0, vmax=len(DONE) - 1, cbar=False, square=True,
                         linewidths=1, linecolor="0.6", xticklabels=False, yticklabels=False)  # fmt: skip
             ax.invert_yaxis()
-            ax.set_title(name, loc="left")
-            ax.set_xlabel("tokens")
-        texts = [*(f"layer {n + 1}" for n in range(layers)), "head"]
-        drawn.axes[0].set_yticks(np.arange(layers + 1) + 0.5, texts)
-        drawn.axes[0].tick_params(length=0)
-        style.legend(drawn, [Patch(fc=fill, ec="0.6") for fill in DONE.values()], [*DONE])
-    return drawn
+            ax.set(title=name, xlabel="tokens")
+        axes[0].set_yticks(np.arange(layers + 1) + 0.5, [*(f"layer {n + 1}" for n in range(layers)), "head"])
+        axes[0].tick_params(length=0)
+        return style.legend(axes[0], key=([Patch(fc=fill, ec="0.6") for fill in DONE.values()], [*DONE]))
 
 
 # records ---------------------------------------------------------------------------------------------
@@ -152,8 +144,8 @@ def cost_table(records: Sequence[Record], target: float | None = None) -> tables
                stats.LOSS: (stats.LOSS, tables.SCORE, 1)}  # fmt: skip
     if target is not None:
         reached = {(record.row, record.seed): first_at(record, "seconds", target) for record in records}
-        runs["reached"] = [reached[key] for key in zip(runs["row"], runs["seed"], strict=True)]
-        runs["reached"] = runs["reached"].astype(float)
+        keys = zip(runs["row"], runs["seed"], strict=True)
+        runs = runs.assign(reached=[reached[key] for key in keys]).astype({"reached": float})
         columns |= {"seconds": ("seconds", "{:,.0f}", 1), f"until {target:.3f}": ("reached", "{:,.0f}", 1)}
     return tables.Table(tables.summary(runs, columns))
 

@@ -56,7 +56,8 @@ def test_a_line_a_kind_of_memory():
     predicted = memory[~memory["measured"]]
     assert dict(zip(predicted["kind"], predicted["bytes"], strict=True)) == run.costs.predicted_memory
     assert memory[memory["measured"]][["kind", "bytes"]].to_numpy().tolist() == [["peak", 12]]
-    assert [len(table) for table in frame([])] == [0, 0, 0]
+    assert [len(table) for table in (frame([]).runs, frame([]).curves, frame([]).memory)] == [0, 0, 0]
+    assert frame(frames := frame([run])) is frames and frames.runs is frames.runs and list(frames) == [run]  # made once
 
 
 @pytest.mark.parametrize(
