@@ -16,7 +16,7 @@ IGNORED = -100  # of a label: nothing is predicted there
 KINDS = ("causal", "masked", "classify")
 # which class of transformers is of which kind
 _CLASSES = {
-    **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"},
+    **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 }
 ROWS_CHECKED = 4
 TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004

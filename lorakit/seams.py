@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit.errors import CheckpointError
 from lorakit.head import IGNORED, shifted
+from lorakit.settings import GateSettings
 
 # which batches -----------------------------------------------------------------------------------------
 
@@ -65,15 +66,21 @@ class Gate:
     Attributes:
         name: key in tables; selective: False where every batch is accepted, in which case nothing is measured and
             gradients are computed as the plain Trainer computes them.
-        needs_hidden: whether `measure` looks at `Candidate.hidden`.
+        needs_hidden: whether `measure` looks at `Candidate.hidden`; scores_novelty: whether the score is a novelty.
         target_rate, burn_in: the share of batches to accept, and how many at the start are accepted unseen.
     """
 
     name = "none"
     selective = False
     needs_hidden = False
+    scores_novelty = False
     target_rate: float = 1.0
     burn_in: int = 0
+
+    @classmethod
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Gate:
+        """The gate of a run for `model`, whose task is "classify", "masked" or "causal"."""
+        return cls()
 
     def measure(self, candidate: Candidate) -> Tensor:
         """What this micro-batch adds to the window's measurement, (n,) float64 with the same n every time."""
@@ -118,6 +125,22 @@ def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> N
 
 class AlwaysOpen(Gate):
     """The baseline: every batch gets its backward."""
+
+
+GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each module, and any user, enters its own
+
+
+def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Refuse the state of another gate.
+
+    Raises:
+        CheckpointError: keys are missing or unknown.
+    """
+    if state.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
+            "without this gate, and starting the gate afresh would silently change the run"
+        )
 
 
 # which tokens ------------------------------------------------------------------------------------------

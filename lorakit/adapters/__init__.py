@@ -6,6 +6,7 @@ from lorakit.adapters.hira import HiRALayer
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.requantise import requantisation_error
+from lorakit.adapters.sparsify import SparseLoRALayer
 from lorakit.adapters.state import adapter_bytes, adapter_state, load_adapter_state, parameter_stats
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.zeros import compact, sparsity_report

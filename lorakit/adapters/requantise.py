@@ -37,10 +37,7 @@ def _squares(layer: AdapterLayer) -> tuple[float, float]:
     """‖Q(W) − W‖² and ‖W‖² of the merged weight, quantised as the base is."""
     state, merged = layer.base_layer.weight.quant_state, layer.merged_weight()
     packed, again = bitsandbytes().functional.quantize_4bit(
-        merged.contiguous(),
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
+        merged.contiguous(), blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type
     )
     error = unpack(packed, again).double() - merged.double()
     return float(error.square().sum()), float(merged.double().square().sum())

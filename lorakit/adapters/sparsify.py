@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.sparse import (
     FACTORS,
@@ -22,6 +23,7 @@ from lorakit.adapters.sparse import (
     zeros_due,
 )
 from lorakit.adapters.zeros import sparsity_report
+from lorakit.fields import Settings
 from lorakit.seams import Controller
 from lorakit.settings import SparseSettings
 
@@ -228,3 +230,14 @@ class Sparsifier(Controller):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class SparseLoRALayer(LoRALayer):
+    """LoRA, whose zeros training puts there."""
+
+    @staticmethod
+    def controllers(model: nn.Module, run: Settings) -> list[Controller]:
+        return [Sparsifier(model, run)]
+
+
+ADAPTERS["sparse"] = SparseLoRALayer

@@ -101,15 +101,7 @@ def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
 
 def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
-    found: list[Controller] = []
-    if params.method == "sparse":
-        from lorakit.adapters.sparsify import Sparsifier
-
-        found.append(Sparsifier(model, params))
-    if params.method == "peft":
-        from lorakit.adapters.peft.schedule import PeftSchedule
-
-        found.append(PeftSchedule(model))
+    found = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
         from lorakit.skip.controller import SkipLoRA
 

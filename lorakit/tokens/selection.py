@@ -186,12 +186,7 @@ class TokenGate:
 
     @torch.no_grad()
     def scored(
-        self,
-        hidden: Tensor,
-        where: Tensor,
-        targets: Tensor,
-        look: Look | None = None,
-        best: BestLogits | None = None,
+        self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None, best: BestLogits | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states.
 

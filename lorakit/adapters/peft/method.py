@@ -15,11 +15,14 @@ from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import NOISE, build_config
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
+from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.fields import Settings
 from lorakit.modules import name_matches
 from lorakit.quiet import quiet
+from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings, AttachSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
@@ -62,6 +65,9 @@ class PeftAttachment(Attachment):
     """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `lorakit_unmerged`."""
 
     foreign = True
+
+    def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
+        return [PeftSchedule(model)]
 
     def merge_obstacle(self, model: nn.Module) -> str:
         kind = config_of(model).peft_type.value
