@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -83,19 +84,74 @@ class Ledger:
 
 
 class FlopMeter:
-    """FLOPs of a pass: counted the first time a shape is seen, looked up after that."""
+    """FLOPs of a pass: counted until they can be computed, since counting takes as long again as a small model's pass.
+
+    Matrix products of the passes of one key cost a + Σ bᵢ·sizeᵢ, where the sizes are what the products' shapes are
+    made of: a pass over (B, T) needs T and, for attention, T². Every count is one equation; a pass whose sizes are a
+    combination of counted ones has the same combination of their FLOPs, exactly. The first that could be computed is
+    counted as well: where the two differ the pass is no such sum, and all its sizes are counted.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, int] = {}
+        self.known: dict[tuple[Hashable, tuple[int, ...]], int] = {}  # (key, sizes) -> what was counted, in order
+        self._equations: dict[Hashable, _Equations] = {}
 
-    def measure(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
-        """Run `function`; return its result and its FLOPs."""
-        if key in self.known:
-            return function(), self.known[key]
+    def measure(self, key: Hashable, sizes: tuple[int, ...], function: Callable[[], Any]) -> tuple[Any, int]:
+        """Run `function`; return its result and its FLOPs.
+
+        Args:
+            key: what they depend on otherwise; sizes: equally many for every pass of the key.
+        """
+        flops = self.known.get((key, sizes))
+        if flops is None and key in self._equations:
+            flops = self._equations[key].solved(sizes)
+        if flops is not None:
+            return function(), flops
         with FlopCount() as count:
             result = function()
-        self.known[key] = int(count.total)
-        return result, self.known[key]
+        self._learn(key, sizes, int(count.total))
+        return result, int(count.total)
+
+    def _learn(self, key: Hashable, sizes: tuple[int, ...], flops: int) -> None:
+        self.known[key, sizes] = flops
+        self._equations.setdefault(key, _Equations()).add(sizes, flops)
+
+    def state_dict(self) -> list[list[Any]]:
+        """[[key, sizes], FLOPs] of every count, in order, for JSON."""
+        return [[[_plain(key), list(sizes)], flops] for (key, sizes), flops in self.known.items()]
+
+    def load_state_dict(self, state: list[list[Any]]) -> None:
+        self.__init__()
+        for (key, sizes), flops in state:
+            self._learn(_frozen(key), tuple(sizes), flops)
+
+
+class _Equations:
+    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in exact fractions."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, list[Fraction]]] = []  # (place of its leading 1, [1, *sizes, flops] reduced)
+        self.holds: bool | None = None  # whether the first that could be computed was as counted; None: not yet known
+
+    def solved(self, sizes: tuple[int, ...]) -> int | None:
+        """FLOPs of these sizes, None where they must be counted."""
+        *rest, flops = self._reduced(sizes, 0)
+        return int(-flops) if self.holds and not any(rest) and flops == int(flops) else None
+
+    def add(self, sizes: tuple[int, ...], flops: int) -> None:
+        *rest, difference = row = self._reduced(sizes, flops)
+        lead = next((place for place, value in enumerate(rest) if value), None)
+        if lead is not None:
+            self.rows.append((lead, [value / row[lead] for value in row]))
+        elif self.holds is not False:
+            self.holds = difference == 0
+
+    def _reduced(self, sizes: tuple[int, ...], flops: int) -> list[Fraction]:
+        row = [Fraction(value) for value in (1, *sizes, flops)]
+        for lead, known in self.rows:
+            if factor := row[lead]:
+                row = [value - factor * other for value, other in zip(row, known, strict=True)]
+        return row
 
 
 def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
@@ -105,3 +161,11 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
         return int(mask.sum())
     ids = inputs["input_ids"]
     return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())
+
+
+def _plain(key: Any) -> Any:
+    return [_plain(item) for item in key] if isinstance(key, tuple) else key
+
+
+def _frozen(key: Any) -> Any:
+    return tuple(_frozen(item) for item in key) if isinstance(key, list) else key

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class Part:
     """A micro-batch between its forward and the decision about its window.
 
-    key: what its backward's FLOPs depend on; tokens: how many a backward passes through; targets: labels it has.
+    cost: key and sizes of its backward, see `FlopMeter.measure`.
+    tokens: how many a backward passes through; targets: labels it has.
     candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
     loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
     finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
     """
 
-    key: Hashable
+    cost: tuple[Hashable, tuple[int, ...]]
     tokens: int
     targets: int
     candidate: Candidate | None = None
