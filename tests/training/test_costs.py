@@ -112,7 +112,7 @@ def test_computed_flops_are_those_of_the_passes_that_ran(tmp_path, name):
 def test_chunks_count_where_the_head_does_something_once_a_call(tmp_path, monkeypatch, mode):
     monkeypatch.setattr("lorakit.tokens.selection.chunk_of", lambda words: 8)
     model = decoders.of("llama", tie_word_embeddings=False)
-    model = decoders.prepared(attach(model, "hira", targets=["lm_head", "q_proj"], rank=4, seed=0))
+    model = decoders.prepared(attach(model, "hira", target_modules=["lm_head", "q_proj"], rank=4, seed=0))
     meter = trained(model, tmp_path, {"method": "flora", "topk_tokens": 0.1, "mode": mode}, steps=40)
     assert all(flops == counted for _, flops, counted, _ in meter.passes)
     assert all(equations.holds is not False for equations in meter._equations.values())
