@@ -63,7 +63,7 @@ def _counting_claim(mode: str) -> Claim:
         at = _steps_with_a_count(counted)
         uncounted.meter.measure = lambda key, sizes, function: (function(), 0)
         ours, theirs = lockstep([counted, uncounted], COUNTED_STEPS)
-    assert len(at) < COUNTED_STEPS / 4 and counted.ledger.flops > 0 == uncounted.ledger.flops
+    assert len(at) < COUNTED_STEPS / 4 and counted.ledger.flops_forward > 0 == uncounted.ledger.flops_forward
     usual = statistics.median(a / b for step, (a, b) in enumerate(zip(ours, theirs, strict=True)) if step not in at)
     typical = statistics.median(theirs)
     extra = statistics.median(ours[step] - theirs[step] for step in at) * len(at)
