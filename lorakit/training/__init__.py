@@ -6,4 +6,4 @@ from lorakit.training.flora import FLoRATrainer
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.slora import SLoRATrainer
 from lorakit.training.trainer import BudgetTrainer
-from lorakit.training.watch import Diverged
+from lorakit.training.window import Diverged

@@ -19,8 +19,7 @@ from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens
 from lorakit.training.loss import MeanLoss
 from lorakit.training.state import RunState
-from lorakit.training.watch import Diverged, Watch
-from lorakit.training.window import Part, average_gradients
+from lorakit.training.window import Diverged, Part, Watch, average_gradients
 
 
 def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
@@ -44,7 +43,7 @@ class GatedTrainer(Trainer):
         Everything else goes to `transformers.Trainer`.
 
     Raises:
-        Diverged: the training loss became NaN or infinite, or `watch.STALLED` batches in a row got no backward.
+        Diverged: the training loss became NaN or infinite, or `window.STALLED` batches in a row got no backward.
     """
 
     def __init__(

@@ -27,7 +27,6 @@ class _Over(Exception):
 
 def trainer(folder, gate: str = "none", mode: str = "") -> BudgetTrainer:
     model = decoders.adapted(decoders.of("gemma"))
-    options = {"budget": 200, "gate_rate": 0.9}
     params = lorakit.params.resolve({"batch_size": 4, "budget": 200})
     chosen = build_tokens(Gating(method="flora", topk_tokens=0.3, mode=mode), model, "causal") if mode else None
     return BudgetTrainer(
@@ -38,8 +37,8 @@ def trainer(folder, gate: str = "none", mode: str = "") -> BudgetTrainer:
         data_collator=runs.collate_language,
         compute_metrics=runs.metrics,
         kind="causal",
-        budget=Budget(options["budget"], "steps"),
-        gate=build_gate(GateSettings(gate=gate), model, "causal") if gate != "none" else None,
+        budget=Budget(200, "steps"),
+        gate=build_gate(GateSettings(name=gate), model, "causal") if gate != "none" else None,
         tokens=chosen,
     )
 
