@@ -66,8 +66,9 @@ class Gated:
     def __init__(self, case: Case):
         from accelerate.utils import convert_outputs_to_fp32
 
-        from lorakit.gates import GateSettings, build_gate
+        from lorakit.gates import build_gate
         from lorakit.head import HeadInput, find_head
+        from lorakit.settings import GateSettings
         from lorakit.training.loss import MeanLoss
 
         torch.manual_seed(0)
@@ -79,7 +80,7 @@ class Gated:
         self.labels = classes if case.kind == "classify" else ids.clone()
         self.labels[..., : round((1 - case.targets) * ids.shape[1])] = -100
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.gate = build_gate(GateSettings("novelty", burn_in=10**9), self.model, case.kind)
+        self.gate = build_gate(GateSettings(gate="novelty", gate_burn_in=10**9), self.model, case.kind)
         self.head = HeadInput(find_head(self.model, case.kind))
         self.loss_of = MeanLoss(case.kind)
         # as accelerate wraps a model for bf16: autocast inside, fp32 logits outside

@@ -20,9 +20,10 @@ MEGABYTE = 1e6
 
 def skipper(model: nn.Module, mode: str, **options):
     """SkipLoRA past its warm-up, half of the adapters below the threshold."""
-    from lorakit.skip.controller import SkipLoRA, SkipSettings
+    from lorakit.settings import SkipSettings
+    from lorakit.skip.controller import SkipLoRA
 
-    settings = SkipSettings(mode=mode, share=0.5, warmup=0.0, explore=0.0, ema=1.0, **options)
+    settings = SkipSettings(skip=mode, skip_share=0.5, skip_warmup=0.0, skip_explore=0.0, skip_ema=1.0, **options)
     skip = SkipLoRA(model, settings)
     count = len(skip.paths)
     # every second adapter is small; for a prefix the order alone counts
@@ -110,7 +111,7 @@ def metric_claims(case: Case) -> list[Claim]:
         return run
 
     timing = interleave(step(measuring), step(plain), rounds=20)
-    every = skip.settings.measure_every
+    every = skip.settings.skip_measure_every
     share = 1 + (timing.ratio - 1) / every
     name = f"{case.name}: step, measured every {every}th time"
     claim = Claim(name, timing.theirs * share * 1e3, timing.theirs * 1e3, 1.01, "ms", share)

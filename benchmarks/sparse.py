@@ -32,12 +32,12 @@ def dense_lora(case: Case) -> nn.Module:
 
 def pruned(model: nn.Module, kind: str) -> nn.Module:
     """`model` with half of its ranks or entries zero: new factors on the same frozen weights in the same memory."""
-    from lorakit.adapters import SparseSettings
     from lorakit.adapters.sparsify import Sparsifier
+    from lorakit.settings import SparseSettings
 
     shared = {id(tensor): tensor for tensor in model.parameters() if not tensor.requires_grad}
     model = copy.deepcopy(model, shared)
-    Sparsifier(model, SparseSettings(kind, SPARSITY)).prune_to(SPARSITY)
+    Sparsifier(model, SparseSettings(sparsify=kind, sparsity=SPARSITY)).prune_to(SPARSITY)
     return model
 
 

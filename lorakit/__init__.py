@@ -29,16 +29,19 @@ _PUBLIC = {
     "search": "runs.search",
     "SLoRATrainer": "training",
     "FLoRATrainer": "training",
-    "Gating": "gating",
+    "Gating": "settings",
     "HeadGradientGate": "gates",
     "Record": "records",
     "read": "records",
     "read_all": "records",
+    "frame": "analysis.frame",
     "Params": "params",
     "collect": "params",
     "resolve": "params",
-    "RESULTS": "places",
-    "params_of": "places",
+    "RESULTS": "files",
+    "params_of": "params",
+    "beside": "params",
+    "shown": "params",
     "LorakitError": "errors",
     "ParameterError": "errors",
     "DataError": "errors",
@@ -46,9 +49,13 @@ _PUBLIC = {
     "CheckpointError": "errors",
 }
 _MODULES = (
-    *("adapters", "sketches", "skip", "tokens", "gates", "training", "figures", "stats", "records", "table", "scratch"),
-    *("measure", "models", "tasks", "assets", "runs"),
+    *("adapters", "analysis", "assets", "gates", "measure", "models", "records", "runs", "scratch", "sketches", "skip"),
+    *("studies", "tasks", "tokens", "training"),
 )
+_MODULES = {name: name for name in _MODULES} | {
+    **{name: f"analysis.{name}" for name in ("figures", "gate_figures", "stats", "style")},
+    "table": "analysis.tables",
+}
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
@@ -57,7 +64,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f"lorakit.{_PUBLIC[name]}"), name)
     if name in _MODULES:
-        return import_module(f"lorakit.{name}")
+        return import_module(f"lorakit.{_MODULES[name]}")
     raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
 
 

@@ -1,52 +1,162 @@
-"""`lorakit COMMAND …`: each command lives beside what it commands and is imported only when called."""
+"""`lorakit COMMAND …`, one command line: what a command needs is imported only when it is called."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import AssetError, LorakitError
 
-COMMANDS = {
-    "demo": ("lorakit.demo", "the README's run: LoRA against head-only and full fine-tuning, with table and figure"),
+COMMANDS = {  # name -> the module whose `main` it is (empty: the function of this name below), what it does
+    "demo": ("", "the README's run: LoRA against head-only and full fine-tuning, with table and figure"),
     "run": ("lorakit.runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
-    "train": ("lorakit.commands", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
+    "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
     "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
-    "search": ("lorakit.commands", "search the learning rate on validation data: lorakit search -f params.yaml"),
-    "table": ("lorakit.table", "compare records: lorakit table results/… --figure out.png"),
-    "report": ("lorakit.report", "rows of one setting at equal cost: lorakit report results/… --output report.md"),
+    "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
+    "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
+    "report": (
+        "lorakit.analysis.report",
+        "rows of one setting at equal cost: lorakit report results/… --output report.md",
+    ),
+    "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
-    "fetch": ("lorakit.assets", "download public models and data for offline use: lorakit fetch NAME"),
+    "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
 }
-
-
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    return "usage: lorakit COMMAND …\n\n" + "\n".join(
-        f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()
-    )
+DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sentences")}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 it failed or was stopped, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        lines = [f"  {name:{max(map(len, COMMANDS))}}  {text}" for name, (_, text) in COMMANDS.items()]
+        print("\n".join(["usage: lorakit COMMAND …", "", *lines]))
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"lorakit: {argv[0]!r} is not a command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"lorakit: {name!r} is not a command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = import_module(COMMANDS[argv[0]][0])
-    command = getattr(module, argv[0], None) if COMMANDS[argv[0]][0] == "lorakit.commands" else module.main
+    module = COMMANDS[name][0]
     try:
-        return command(argv[1:])
+        return (import_module(module).main if module else globals()[name])(rest)
     except LorakitError as error:
-        print(f"lorakit {argv[0]}: {error}", file=sys.stderr)
+        print(f"lorakit {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"lorakit {argv[0]}: interrupted", file=sys.stderr)
+        print(f"lorakit {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
+    given = _given("train", argv)
+    from lorakit.analysis.tables import results_table
+    from lorakit.runs.experiment import run
+
+    record = run(given)
+    if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
+        print(results_table([record]))
+    if record.message:
+        print(f"{record.status}: {record.message}")
+    return 0 if record.status == "done" else 1
+
+
+def search(argv: Sequence[str]) -> int:
+    """Search the learning rate; prints every rate's validation loss and the best."""
+    given = _given("search", argv)
+    from lorakit.runs import search as lr_search
+
+    record = lr_search.search(given)
+    for point in record.search:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in (point.validation or {}).items())
+        print(f"learning rate {point.learning_rate:.1e}  {point.status:9s}  {shown}")
+    print(f"best: learning_rate: {lr_search.best_rate(record):.1e}")
+    return 0
+
+
+def _given(command: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Parameters from files and overrides."""
+    epilog = "`lorakit params` lists every parameter: its default, its range, what it means."
+    parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__, epilog=epilog)
+    option = {"action": "append", "default": []}
+    parser.add_argument("-f", dest="files", metavar="PARAMS.yaml", help="later files win", **option)
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        metavar="NAME=VALUE",
+        help="wins over files; -p setting=sst2-minilm -p row=lora asks for a row",
+        **option,
+    )
+    from lorakit import params
+
+    return params.given(**vars(parser.parse_args(argv)))
+
+
+def demo(argv: Sequence[str]) -> int:
+    """Every method on a real encoder and real sentences: fetch, run what is not finished, a table and a figure."""
+    from lorakit import assets
+    from lorakit.analysis import tables
+    from lorakit.files import PROJECT
+    from lorakit.runs import sweep
+
+    parser = argparse.ArgumentParser(prog="lorakit demo", description=demo.__doc__)
+    cores = min(2, os.cpu_count() or 1)
+    parser.add_argument(
+        "--jobs", type=int, default=cores, help="runs at once; they share the cores (default: %(default)s)"
+    )
+    jobs = parser.parse_args(argv).jobs
+    runs = sweep.plan(PROJECT, DEMO["setting"])
+    for name in DEMO["assets"]:
+        assets.fetch(name)
+    status = sweep.sweep(runs, jobs)
+    folder = os.path.relpath(PROJECT / "results" / DEMO["setting"])
+    if done := [str(run.record) for run in runs if run.finished()]:
+        tables.main([*done, "--figure", f"{folder}/overview.png"])
+        print(f"\nrecords and executed notebooks: {folder}/*/s0.*\nfigure: {folder}/overview.png", flush=True)
+    return status
+
+
+def fetch(argv: Sequence[str]) -> int:
+    """Fetch offline assets into the user's cache, list them or check them.
+
+    Raises:
+        LorakitError: unknown name, failed download, or damage found by --verify.
+    """
+    from lorakit import assets
+
+    parser = argparse.ArgumentParser(prog="lorakit fetch", description="Fetch offline assets into the user's cache.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(assets.ASSETS)}")
+    parser.add_argument("--list", action="store_true", help="what there is, what is cached, under which terms")
+    parser.add_argument("--verify", action="store_true", help="read every byte of what is cached and compare hashes")
+    options = parser.parse_args(argv)
+    found = {name: assets.path(name) for name in options.names or assets.ASSETS}  # an unknown name is an error
+    if options.verify:
+        _verify(options.names or [name for name, folder in found.items() if folder])
+    elif options.list or not options.names:
+        for asset in assets.ASSETS.values():
+            where = assets.path(asset.name) or f"not cached, {asset.size / 1e6:.0f} MB to download"
+            more = [f"{'':18s} {line}" for line in (asset.terms, *asset.notes)]
+            print("\n".join([f"{asset.name:18s} {where}", *more]))
+    else:
+        for name in options.names:
+            print(f"{name}: {assets.fetch(name)}")
+    return 0
+
+
+def _verify(names: Sequence[str]) -> None:
+    from lorakit import assets
+
+    broken = {name: files for name in names if (files := assets.verify(name))}
+    for name in names:
+        print(f"{name}: {'whole' if name not in broken else 'damaged: ' + ', '.join(broken[name])}")
+    if broken:
+        folders = ", ".join(str(assets.cache.root() / name) for name in broken)
+        raise AssetError(f"{', '.join(broken)}: not whole; remove {folders} and run `lorakit fetch` again")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,50 @@ from lorakit.files import write_text
 
 SCHEMA_VERSION = 1
 Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
+
+
+# Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.
+METRICS = {
+    "f1": True,
+    "accuracy": True,
+    "exact_match": True,
+    "perplexity": False,
+    "pseudo_perplexity": False,
+    "loss": False,
+    "masked_perplexity": False,
+    "token_accuracy": True,
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a run spends, to be drawn and compared against.
+
+    Attributes:
+        field: of a `Point`.
+        label: with its unit, on a figure.
+        unit: heading of a table's column; `form` writes a number there after a division by `size`.
+        title: in a report's headings, as far as it is not `label`.
+    """
+
+    field: str
+    label: str
+    unit: str
+    size: float = 1
+    form: str = "{:,.0f}"
+    title: str = ""
+
+
+_STEPS = "accepted steps (batches that got a backward pass)"
+_SECONDS = "training time (depends on the machine and on what else ran there)"
+AXES = {
+    "accepted_steps": Axis("accepted_steps", "accepted steps", "accepted steps", title=_STEPS),
+    "steps": Axis("step", "steps", "steps"),
+    "tokens": Axis("tokens", "tokens seen", "tokens"),
+    "tokens_backpropagated": Axis("tokens_backpropagated", "tokens backpropagated", "tokens backpropagated"),
+    "flops": Axis("flops", "training compute (FLOPs)", "TFLOPs", 1e12, "{:.3g}", "training compute"),
+    "seconds": Axis("seconds", "training time (s)", "seconds", 1, "{:,.1f}", _SECONDS),
+}
 
 
 class _Strict(BaseModel):
@@ -104,6 +149,11 @@ class Record(_Strict):
     search: list[SearchPoint] = Field(default_factory=list)
     details: dict[str, Any] = Field(default_factory=dict)  # what only this method has: "sparse", "skip", "weights"
     notes: list[str] = Field(default_factory=list)  # what a reader must know to read the numbers right
+
+    @property
+    def row(self) -> str:
+        """The line of a table this run belongs to."""
+        return self.method
 
 
 def write(record: Record, path: str | Path) -> Path:

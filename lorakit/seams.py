@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.errors import CheckpointError
 from lorakit.head import IGNORED, shifted
 
 # which batches -----------------------------------------------------------------------------------------
@@ -100,6 +101,19 @@ class Gate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+
+def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Refuse the state of another gate.
+
+    Raises:
+        CheckpointError: keys are missing or unknown.
+    """
+    if state.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
+            "without this gate, and starting the gate afresh would silently change the run"
+        )
 
 
 class AlwaysOpen(Gate):

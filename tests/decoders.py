@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lorakit import models
 from lorakit.adapters import attach
-from lorakit.gating import Gating
+from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 from lorakit.tokens.fractional import FractionalGate
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # a room may import from its own floor and from those above it in this list
 FLOORS = [
-    ("errors", "files", "quiet"),
+    ("errors", "files", "quiet", "fields"),
     ("settings", "params", "records", "seams", "modules", "head", "assets"),
     ("base", "sketches", "tasks", "analysis"),
     ("adapters", "models", "scratch"),
@@ -143,6 +143,16 @@ def test_the_root_is_small_and_files_are_short():
     assert [n for n, path in modules(ROOT).items() if len(path.read_text().splitlines()) > 300] == []
     tests = [path.name for path in (ROOT / "tests").rglob("*.py") if len(path.read_text().splitlines()) > 400]
     assert tests == []
+
+
+def test_the_code_fingerprint_is_of_what_a_run_executes():
+    from lorakit.measure.environment import executed
+
+    graph, known = imports(), modules(ROOT)
+    needed = reached(graph, "lorakit.runs.experiment") | reached(graph, "lorakit.runs.search")
+    hashed = {f"lorakit/{name}" for name in executed(ROOT / "lorakit")}
+    assert {known[name].relative_to(ROOT).as_posix() for name in needed} <= hashed
+    assert not any(name.startswith(("lorakit/analysis", "lorakit/studies", "lorakit/cli")) for name in hashed)
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit import cli, places
+from lorakit import cli, params
 from lorakit.errors import ParameterError
-from lorakit.params import resolve
 
 
 def test_usage_names_every_command(capsys):
@@ -41,15 +40,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
 
 
 def test_train_prints_a_table_and_says_how_it_ended(capsys):
-    overrides = [
-        "budget=2",
-        "max_train=16",
-        "max_validation=8",
-        "max_test=8",
-        "latency_repeats=0",
-        "predict_memory=false",
-    ]
-    argv = ["train", *(word for override in overrides for word in ("-p", override))]
+    small = "budget=2 max_train=16 max_validation=8 max_test=8 latency_repeats=0 predict_memory=false"
+    argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
     assert "LoRA" in capsys.readouterr().out
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
@@ -60,23 +52,13 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def stop(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorakit.commands.train", stop)
+    monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(path for path in places.PARAMS.glob("*/[!_]*.yaml") if (path.parent / "_setting.yaml").exists()),
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
-def test_params_of_every_setting_resolve(path):
-    params = resolve(places.params_of(path.parent.name, path.stem))
-    assert (params.setting, params.row) == (path.parent.name, path.stem)
-
-
 def test_params_of_unknown_settings_and_methods():
     with pytest.raises(ParameterError, match="setting='sst9': must be one of .*toy"):
-        places.params_of("sst9", "lora")
-    with pytest.raises(ParameterError, match="method='hyra': toy has .*full, .*hira, .*slora, sparse"):
-        places.params_of("toy", "hyra")
+        params.params_of("sst9", "lora")
+    with pytest.raises(ParameterError, match="row='hyra': toy has .*full, .*hira, .*slora, sparse"):
+        params.params_of("toy", "hyra")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from lorakit import params
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.params import Params
+from lorakit.params import Params, beside, complete
+from lorakit.params.whole import GROUPS
+from lorakit.settings import AdapterSettings, Gating
 
 
 def test_the_defaults_are_valid_and_are_the_toy_run():
@@ -98,11 +103,11 @@ def test_text_that_is_no_number_is_not_explained_as_one():
     assert "YAML" not in str(caught.value)
 
 
-def test_an_unknown_key_is_named_and_the_known_ones_listed():
-    with pytest.raises(
-        ParameterError, match="^learn_rate=0.1: unknown parameter; known are .*learning_rate.*search_budget"
-    ):
+def test_an_unknown_key_is_named_with_the_nearest_known_or_all():
+    with pytest.raises(ParameterError, match="^learn_rate=0.1: unknown parameter; did you mean 'learning_rate'"):
         params.resolve({"learn_rate": 0.1})
+    with pytest.raises(ParameterError, match="^xyz=0.1: unknown parameter; known are .*learning_rate.*search_budget"):
+        params.resolve({"xyz": 0.1})
 
 
 def test_a_whole_number_may_stand_for_a_float_but_not_the_reverse():
@@ -121,9 +126,90 @@ def test_params_do_not_change_after_the_fact():
         Params().rank = 4
 
 
-def test_collect_takes_only_parameters():
-    namespace = {"rank": 4, "torch": object(), "method": "full", "_": 1}
+def test_collect_takes_parameters_and_refuses_any_other_literal():
+    """papermill only warns of a name it does not know."""
+    namespace = {"rank": 4, "torch": object(), "method": "full", "_": 1, "In": [""], "Out": {}, "exit": object()}
     assert params.collect(namespace) == {"rank": 4, "method": "full"}
+    for value in (1, 0.1, "a", True, None, [1, ["a"]], {"a": [None]}):
+        with pytest.raises(ParameterError, match="learnig_rate=.*: unknown parameter; did you mean 'learning_rate'"):
+            params.collect(namespace | {"learnig_rate": value})
+    assert params.collect(namespace | {"learnig_rate": [object()], "f": len}) == {"rank": 4, "method": "full"}
+
+
+# a group of parameters by itself ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_a_run_holds_every_group_and_serves_as_it(group):
+    run = params.resolve({"rank": 4, "gate": "random", "skip_share": 0.5, "gating": {"method": "flora"}})
+    part = group.of(run)
+    assert dict(part) == {name: getattr(run, name) for name in group.model_fields} and isinstance(run, group)
+    assert group.question and group.__doc__
+    assert all(info.description for info in group.model_fields.values())
+
+
+def test_groups_are_checked_when_made_and_when_changed():
+    with pytest.raises(ParameterError, match="^rank=0: .*greater than or equal to 1"):
+        AdapterSettings(rank=0)
+    settings = AdapterSettings(rank=4)
+    assert settings.but(alpha=None) == AdapterSettings(rank=4, alpha=None) and hash(settings) == hash(settings.but())
+    with pytest.raises(ParameterError, match="^rank=0: "):
+        settings.but(rank=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"gate_m": 100}, "gate_m=100: must be a power of two"), ({"gate_k": 512}, "gate_k=512: must be below gate_m=512"),
+     ({"gate_rows": 64}, "gate_rows=64: must be 0, or above gate_k=64 and at most gate_m=512"),
+     ({"prune_start": 0.8}, "prune_end=0.8: must be after prune_start=0.8"), ({"l1": 0.1}, "l1=0.1: is for spars"),
+     ({"sparsify": "structured", "sparse_factors": "A"}, "sparse_factors='A': .*must be 'both'")],
+)  # fmt: skip
+def test_parameters_of_a_group_that_contradict_each_other(given, says):
+    with pytest.raises(ParameterError, match=f"^{says}"):
+        params.resolve(given)
+
+
+# what is told of them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_the_reference_names_every_parameter_once(markdown):
+    text = params.reference(markdown)
+    names = [name for name in Params.model_fields if name != "gating"] + [f"gating.{n}" for n in Gating.model_fields]
+    for name in names:
+        shown = [line for line in text.split("\n") if line.strip("| `").split(" ")[0].strip("`") == name]
+        assert len(shown) == 1, name
+    assert "whole number, ≥ 1" in text and "ridge-leverage novelty" in text
+
+
+def test_the_table_of_what_goes_together_is_the_check_itself(capsys):
+    from lorakit import cli
+
+    table = params.capabilities()
+    assert table["full"]["4 bits"] == "quantize: 4-bit weights cannot be trained: method 'full'"
+    assert table["hira"]["SkipLoRA"].startswith("skip: needs a method of lora")
+    assert table["tokens, fractional"]["checkpointing"].startswith("gradient_checkpointing: drops the keys")
+    assert table["lora"] == dict.fromkeys(table["lora"], "yes")
+    assert cli.main(["params", "--capabilities"]) == 0
+    assert "| full | no (" in capsys.readouterr().out
+
+
+def test_shown_says_who_says_what():
+    from lorakit.settings import RATES
+
+    given = params.collect({"setting": "sst2-minilm", "row": "full", "batch_size": 8})
+    table = params.shown(given)
+    assert tuple(table.loc["learning_rate"]) == (1e-4, "the row") and tuple(table.loc["batch_size"]) == (8, "given")
+    assert tuple(table.loc["budget"]) == (300, "the setting") and "seed" not in table.index
+    slora = params.shown({"setting": "toy", "row": "slora"})
+    assert tuple(slora.loc["gate_k"]) == (16, "the row") and tuple(slora.loc["gate_m"]) == (512, "default")
+    other = params.shown({"model": "gpt2", "task": "mrpc"})
+    assert tuple(other.loc["learning_rate"]) == (RATES["lora"][0], "the method's default")
+
+
+def test_parameters_import_neither_torch_nor_pandas():
+    code = "import sys, lorakit.params; print({'torch', 'pandas', 'yaml', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 def put(folder, name, text):
@@ -133,8 +219,8 @@ def put(folder, name, text):
 
 
 def test_later_files_win(tmp_path):
-    setting = put(tmp_path, "_setting.yaml", "setting: s\nrank: 4\nsearch_rates: [0.1, 0.2]\n")
-    method = put(tmp_path, "lora.yaml", "rank: 16\nsearch_rates: [0.3]\nmethod: lora\n")
+    setting = put(tmp_path, "first.yaml", "setting: s\nrank: 4\nsearch_rates: [0.1, 0.2]\n")
+    method = put(tmp_path, "second.yaml", "rank: 16\nsearch_rates: [0.3]\nmethod: lora\n")
     merged = params.read_files([setting, str(method)])
     assert merged == {"setting": "s", "rank": 16, "search_rates": [0.3], "method": "lora"}
     assert params.read_files([method, setting])["rank"] == 4
@@ -222,8 +308,8 @@ def test_a_mapping_is_a_mapping(value):
 
 
 def test_mappings_are_merged_key_by_key(tmp_path):
-    setting = put(tmp_path, "_setting.yaml", "rank: 4\ngating:\n  topk_tokens: 0.2\n  mode: fractional\n")
-    method = put(tmp_path, "flora.yaml", "gating: {method: flora, topk_tokens: 0.3}\n")
+    setting = put(tmp_path, "first.yaml", "rank: 4\ngating:\n  topk_tokens: 0.2\n  mode: fractional\n")
+    method = put(tmp_path, "second.yaml", "gating: {method: flora, topk_tokens: 0.3}\n")
     given = params.given([setting, method], ["gating.topk_tokens=0.4", "gating.sketch_dim=64", "rank=8"])
     whole = {"method": "flora", "topk_tokens": 0.4, "mode": "fractional", "sketch_dim": 64}
     assert given == {"rank": 8, "gating": whole}
@@ -244,3 +330,16 @@ def test_the_command_line_names_a_key_of_a_mapping(capsys):
 
     assert cli.main(["train", "-p", "gating.topk_tokens=2.0"]) == 2
     assert "gating.topk_tokens=2.0: " in capsys.readouterr().err
+
+
+def test_what_runs_beside_a_run_is_the_readers_too():
+    given = complete({"setting": "sst2-minilm", "row": "slora", "seed": 3, "budget": 40, "run_dir": "kept"})
+    other = params.resolve(beside(given, "lora"))
+    assert (other.row, other.gate, other.run_dir) == ("lora", "none", "")
+    assert (other.model, other.seed, other.budget, other.learning_rate) == ("all-MiniLM-L6-v2", 3, 40, 1.0e-3)
+    full = params.resolve(beside(given, "full"))
+    own = params.resolve({"setting": "sst2-minilm", "row": "full"}).learning_rate
+    assert full.learning_rate == own != 1.0e-3
+    assert params.resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
+    coin = params.resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
+    assert (coin.row, coin.gate, coin.gate_rate, coin.budget) == ("a coin", "random", 0.5, 40)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lorakit.params import Params
 from lorakit.seams import Decision, Gate
+from lorakit.settings import GateSettings, SkipSettings, SparseSettings
 from lorakit.training import Budget, BudgetTrainer
 from lorakit.training.arguments import training_arguments
 
@@ -166,3 +169,16 @@ def tiny_masked(**options):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertForMaskedLM(BertConfig(**{"vocab_size": 99, "pad_token_id": 0} | sizes | still | options))
+
+
+def skipping(mode: str = "prefix", **options: Any) -> SkipSettings:
+    return SkipSettings(skip=mode, **{f"skip_{name}": value for name, value in options.items()})
+
+
+def batch_gate(name: str, **options: Any) -> GateSettings:
+    return GateSettings(gate=name, **{f"gate_{name}": value for name, value in options.items()})
+
+
+def zeros(kind: str = "magnitude", sparsity: float = 0.5, factors: str = "both", **options: Any) -> SparseSettings:
+    named = {{"start": "prune_start", "end": "prune_end"}.get(name, name): value for name, value in options.items()}
+    return SparseSettings(sparsify=kind, sparsity=sparsity, sparse_factors=factors, **named)

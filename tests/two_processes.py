@@ -14,7 +14,7 @@ import torch
 FOLDER = Path(__file__).parent
 WORKER = """
 import sys, importlib, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 torch.set_num_threads(1)
 result = getattr(importlib.import_module(sys.argv[2]), sys.argv[3])(sys.argv[4])
 torch.save(result, sys.argv[5])
@@ -34,7 +34,13 @@ def run(module: str, function: str, folder: Path, timeout: float = 240) -> list[
         environment = (
             os.environ | place | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
         )
-        arguments = [str(FOLDER), module, function, str(folder), str(folder / f"{function}-{rank}.pt")]
+        arguments = [
+            ":".join(map(str, (FOLDER, FOLDER / "training"))),
+            module,
+            function,
+            str(folder),
+            str(folder / f"{function}-{rank}.pt"),
+        ]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", WORKER, *arguments],

@@ -1,13 +1,13 @@
 """What is trained: attach / detach, merge / unmerge, save / load; LoRA, head only, everything."""
 
-from lorakit.adapters.attach import attach, methods
+from lorakit.adapters.attach import asked_of, attach, methods
 from lorakit.adapters.attachment import Attachment, adapter_layers, can_merge, detach, is_merged, merge, merged, unmerge
 from lorakit.adapters.hira import HiRALayer
-from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.requantise import requantisation_error
-from lorakit.adapters.sparse import SparseSettings
 from lorakit.adapters.state import adapter_bytes, adapter_state, load_adapter_state, parameter_stats
 from lorakit.adapters.storage import load_adapter, save_adapter
 from lorakit.adapters.zeros import compact, sparsity_report
 from lorakit.base.quantize import quantize_nf4
+from lorakit.settings import AdapterSettings, SparseSettings

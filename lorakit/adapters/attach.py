@@ -8,13 +8,19 @@ from typing import Any
 from torch import Generator, nn
 
 from lorakit.adapters.attachment import Attachment
-from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.base.mending import prepare_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head
 from lorakit.modules import inside, replace_modules, resolve_targets, resolve_trainable
+from lorakit.settings import AdapterSettings, AttachSettings
 
-ALPHA = 16.0  # where none is given
+
+class Attaching(AttachSettings, AdapterSettings):
+    """What `attach` may be told of a run's parameters."""
+
+
+ALPHA = AdapterSettings().alpha  # where none is given
 
 
 def methods() -> list[str]:
@@ -26,17 +32,10 @@ def attach(
     model: nn.Module,
     method: str = "lora",
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
     trainable: str | Sequence[str] = "head",
-    init: str = "kaiming",
-    rslora: bool = False,
     seed: int | None = None,
-    peft_type: str = "",
-    peft_options: Mapping[str, Any] | None = None,
     total_steps: int | None = None,
+    **asked: Any,
 ) -> nn.Module:
     """Freeze `model`, give it what `method` trains, and return it (changed in place; "peft": PEFT's wrapper around it).
 
@@ -59,16 +58,24 @@ def attach(
             nothing would be trained. The model is then as it was.
     """
     require(method in methods(), "method", method, f"unknown method; known are {', '.join(methods())}")
-    alpha = _alpha_of(method, alpha, rslora)
-    settings = AdapterSettings(rank=rank, alpha=alpha, dropout=dropout, init=init, rslora=rslora)
+    if not isinstance(asked.get("target_modules", ""), str):
+        asked["target_modules"] = list(asked["target_modules"])
+    whole = Attaching(**{"alpha": None, "method": method} | asked)
+    settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))
     _require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
     if method == "peft":
         from lorakit.adapters.peft.method import attach_peft
 
-        return attach_peft(model, peft_type, peft_options or {}, settings, target_modules, trained, seed, total_steps)
-    targets = resolve_targets(model, target_modules, trained) if method in ADAPTERS else []
+        return attach_peft(model, whole, settings, trained, seed, total_steps)
+    targets = resolve_targets(model, whole.target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
+
+
+def asked_of(run: Attaching) -> dict[str, Any]:
+    """What a run's parameters ask of `attach`; the default alpha is left for the method to say, which may have none."""
+    asked = {name: getattr(run, name) for name in Attaching.model_fields}
+    return {name: value for name, value in asked.items() if name != "alpha" or value != ALPHA}
 
 
 def _alpha_of(method: str, alpha: float | None, rslora: bool) -> float | None:

@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lorakit.adapters.layer import AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.modules import replace_modules
+from lorakit.settings import AdapterSettings
 
 
 @dataclass(frozen=True)

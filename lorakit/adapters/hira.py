@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.adapters.layer import ADAPTERS, AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.adapters.lora import initial_A
 from lorakit.errors import CheckpointError, LorakitError, require
+from lorakit.settings import AdapterSettings
 
 _INITS = (True, False, None, "gaussian")  # none of PEFT's changes the base
 

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lorakit.base.nf4 import dequantise, is_four_bit
-from lorakit.errors import LorakitError, require
+from lorakit.errors import LorakitError
 from lorakit.modules import is_conv1d
-
-INITS = ("kaiming", "gaussian")
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What one adapter layer is told; `alpha` scales the update, `dropout` acts on the adapter's input only.
-
-    A method without a scale (HiRA) has `alpha=None`, and `rslora` False.
-
-    Raises:
-        ParameterError: rank < 1, alpha neither None nor a positive number, dropout outside [0, 1), unknown init.
-    """
-
-    rank: int = 8
-    alpha: float | None = 16.0
-    dropout: float = 0.0
-    init: str = "kaiming"
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        require(whole and self.rank >= 1, "rank", self.rank, "must be a whole number, at least 1")
-        scale = self.alpha is None or (_is_number(self.alpha) and self.alpha > 0)
-        require(scale, "alpha", self.alpha, "must be a number above 0")
-        require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        require(self.init in INITS, "init", self.init, f"must be one of {', '.join(INITS)}")
-        require(isinstance(self.rslora, bool), "rslora", self.rslora, "must be true or false")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+from lorakit.settings import AdapterSettings
 
 
 class AdapterLayer(nn.Module, ABC):

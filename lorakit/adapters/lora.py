@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.layer import ADAPTERS, AdapterLayer, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError
+from lorakit.settings import AdapterSettings
 
 if TYPE_CHECKING:
     from lorakit.adapters.probe import Probe

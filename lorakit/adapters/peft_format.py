@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment
-from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.errors import CheckpointError
 from lorakit.head import kind_of, task_head
 from lorakit.modules import inside, is_conv1d, is_linear, name_matches
+from lorakit.settings import AdapterSettings
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -142,7 +143,7 @@ def _own_settings(
 ) -> AdapterSettings:
     rank = stored_rank or _pattern_value(config.get("rank_pattern"), path, settings.rank)
     alpha = _pattern_value(config.get("alpha_pattern"), path, settings.alpha)
-    return replace(settings, rank=rank, alpha=alpha)
+    return settings.but(rank=rank, alpha=alpha)
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:

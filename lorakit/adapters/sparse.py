@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,64 +10,9 @@ from torch import Tensor, nn
 from lorakit.adapters.attachment import adapter_layers
 from lorakit.adapters.lora import LoRALayer
 from lorakit.errors import LorakitError, require
+from lorakit.settings import SparseSettings
 
-KINDS = ("magnitude", "l1", "structured")
 FACTORS = {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}
-
-
-@dataclass(frozen=True)
-class SparseSettings:
-    """How zeros come into LoRA's factors while it trains; `lorakit.training.sparsify` puts them there.
-
-    Args:
-        kind: "magnitude" zeroes the smallest entries of each matrix; "l1" shrinks by the proximal step and freezes what
-            is zero at `end`; "structured" zeroes whole ranks, which `compact` can remove.
-        sparsity: share of zeros of each matrix (structured: of ranks) from `end` on, rounded to whole entries.
-        factors: "both", "A" or "B"; structured takes both by nature.
-        start, end: shares of the budget between which the zeros appear, by the cubic of Zhu & Gupta (2017).
-        l1: the penalty λ of "l1", fixed; 0: found at each step, for each matrix, so that its zeros follow the cubic.
-            With a fixed λ the share of zeros is an outcome, and `sparsity` is not used.
-
-    Raises:
-        ParameterError: out of range, under the name the parameter has in `lorakit.Params`.
-    """
-
-    kind: str = "magnitude"
-    sparsity: float = 0.5
-    factors: str = "both"
-    start: float = 0.2
-    end: float = 0.8
-    l1: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.kind in KINDS, "sparsify", self.kind, f"must be one of {', '.join(KINDS)}")
-        require(_within(self.sparsity) and self.sparsity < 1, "sparsity", self.sparsity, "must be in [0, 1)")
-        require(self.factors in FACTORS, "sparse_factors", self.factors, f"must be one of {', '.join(FACTORS)}")
-        both = self.kind != "structured" or self.factors == "both"
-        require(both, "sparse_factors", self.factors, "structured pruning takes a rank from both: must be 'both'")
-        require(_within(self.start) and self.start < 1, "prune_start", self.start, "must be in [0, 1)")
-        after = _within(self.end) and self.end > self.start
-        require(after, "prune_end", self.end, f"must be after prune_start={self.start} and at most 1")
-        require(_is_number(self.l1) and self.l1 >= 0, "l1", self.l1, "must be a number, at least 0")
-        require(self.kind == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.kind!r}")
-
-    @property
-    def fixed_penalty(self) -> bool:
-        """Whether λ is given, so that no share of zeros is aimed at."""
-        return self.l1 > 0
-
-    def target(self, share: float) -> float:
-        """s(t): the share of zeros due when `share` of the budget is spent."""
-        passed = min(max((share - self.start) / (self.end - self.start), 0.0), 1.0)
-        return self.sparsity * (1 - (1 - passed) ** 3)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _within(value: object) -> bool:
-    return _is_number(value) and 0 <= value <= 1
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -98,8 +41,8 @@ def require_something_left(settings: SparseSettings, layers: Mapping[str, LoRALa
     if settings.fixed_penalty or settings.sparsity == 0:
         return
     for path, layer in layers.items():
-        sizes = {f"entries of {path}.{name}": getattr(layer, name).numel() for name in FACTORS[settings.factors]}
-        if settings.kind == "structured":
+        sizes = {f"entries of {path}.{name}": getattr(layer, name).numel() for name in FACTORS[settings.sparse_factors]}
+        if settings.sparsify == "structured":
             sizes = {f"ranks of {path}": layer.settings.rank}
         for what, size in sizes.items():
             count = zeros_due(settings.sparsity, size)

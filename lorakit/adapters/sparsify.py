@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.sparse import (
     FACTORS,
-    SparseSettings,
     best_path,
     has_path,
     lora_layers,
@@ -24,8 +23,7 @@ from lorakit.adapters.sparse import (
 )
 from lorakit.adapters.zeros import sparsity_report
 from lorakit.seams import Controller
-
-__all__ = ["SparseSettings", "Sparsifier"]
+from lorakit.settings import SparseSettings
 
 STRIDE = 0.01  # masks are chosen anew when the target has risen by this share of its end value, or has reached it
 
@@ -37,11 +35,11 @@ class Sparsifier(Controller):
     and its moments are zeroed. Moments that cannot be masked (8-bit states are stored in another type) keep what they
     had, which without a gradient decays; the weight is zeroed all the same.
 
-    "l1" takes one proximal step after each optimizer step between `start` and `end`, with threshold λ times the
-    learning rate of that step; zeros may leave again. (Under Adam this is not the exact proximal step of loss + λ‖p‖₁,
-    whose threshold would be divided by √v as the step is.) With λ to be found, each matrix gets at each step the
-    smallest λ that makes as many entries zero as are due. At `end` zeros are frozen and the penalty stops: the rest of
-    the budget trains what is left without shrinkage.
+    "l1" takes one proximal step after each optimizer step between `prune_start` and `prune_end`, with threshold λ times
+    the learning rate of that step; zeros may leave again. (Under Adam this is not the exact proximal step of
+    loss + λ‖p‖₁, whose threshold would be divided by √v as the step is.) With λ to be found, each matrix gets at each
+    step the smallest λ that makes as many entries zero as are due. At `prune_end` zeros are frozen and the penalty
+    stops: the rest of the budget trains what is left without shrinkage.
 
     Every layer keeps one rank with a living entry in both factors: one without has no gradient and is dead for ever.
     A step that trained nothing (a rejected batch, an overflow) prunes nothing; the next one catches up. An adapter
@@ -81,7 +79,7 @@ class Sparsifier(Controller):
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         self.share = share
         if self._trained(optimizer):
-            if self.settings.kind == "l1":
+            if self.settings.sparsify == "l1":
                 self._shrink_or_freeze(share, optimizer)
             elif self._is_time(share):
                 self.prune_to(self.settings.target(share))
@@ -97,21 +95,21 @@ class Sparsifier(Controller):
 
     def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in self.layers.items():
-            for factor in FACTORS[self.settings.factors]:
+            for factor in FACTORS[self.settings.sparse_factors]:
                 yield f"{path}.{factor}", getattr(layer, factor)
 
     # pruning -------------------------------------------------------------------------------------------
 
     def _is_time(self, share: float) -> bool:
         target = self.settings.target(share)
-        final = share >= self.settings.end and target > self.due
+        final = share >= self.settings.prune_end and target > self.due
         return final or target - self.due >= STRIDE * self.settings.sparsity > 0
 
     @torch.no_grad()
     def prune_to(self, target: float) -> None:
         """Prune each matrix (structured: the ranks of each layer) to the share `target` of zeros."""
         for path, layer in self.layers.items():
-            grown = self._ranks_pruned if self.settings.kind == "structured" else self._entries_pruned
+            grown = self._ranks_pruned if self.settings.sparsify == "structured" else self._entries_pruned
             self.pruned |= grown(path, layer, target)
         self.due = target
         for name, parameter in self._factors():
@@ -126,7 +124,7 @@ class Sparsifier(Controller):
         masks = {factor: self._mask(path, layer, factor) for factor in FACTORS["both"]}
         last = best_path(layer.lora_A, layer.lora_B, *masks.values())
         grown = {}
-        for factor in FACTORS[self.settings.factors]:
+        for factor in FACTORS[self.settings.sparse_factors]:
             scores = getattr(layer, factor).abs()
             scores.view(-1).index_fill_(0, last[factor], torch.inf)
             grown[f"{path}.{factor}"] = prune_smallest(scores, masks[factor], zeros_due(target, scores.numel()))
@@ -157,20 +155,20 @@ class Sparsifier(Controller):
     # shrinking -----------------------------------------------------------------------------------------
 
     def _shrink_or_freeze(self, share: float, optimizer: torch.optim.Optimizer) -> None:
-        if share < self.settings.start or self.pruned:
+        if share < self.settings.prune_start or self.pruned:
             return
         rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         penalties = [found for layer in self.layers.values() for found in self._shrink(layer, rates, share)]
         if penalties:
             self.penalty = float(torch.stack(penalties).mean())
-        if share >= self.settings.end:
+        if share >= self.settings.prune_end:
             self._freeze()
 
     def _shrink(self, layer: LoRALayer, rates: dict[nn.Parameter, float], share: float) -> list[Tensor]:
         """One proximal step on a layer's factors; the λ of each."""
         A, B = layer.lora_A, layer.lora_B
         alive, last = has_path(A, B), best_path(A, B, A == 0, B == 0)
-        factors = {factor: getattr(layer, factor) for factor in FACTORS[self.settings.factors]}
+        factors = {factor: getattr(layer, factor) for factor in FACTORS[self.settings.sparse_factors]}
         kept = {factor: parameter.view(-1)[last[factor]] for factor, parameter in factors.items()}
         found = []
         for parameter in factors.values():
@@ -197,14 +195,14 @@ class Sparsifier(Controller):
         """What is zero now stays so, except in a layer that has no rank alive: its B was never trained."""
         for path, layer in self.layers.items():
             alive = has_path(layer.lora_A, layer.lora_B)
-            for factor in FACTORS[self.settings.factors]:
+            for factor in FACTORS[self.settings.sparse_factors]:
                 self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
 
     # what is known -------------------------------------------------------------------------------------
 
     def reached(self) -> float:
         """The share of zeros now, over all matrices chosen; structured: of ranks zero in both factors."""
-        if self.settings.kind == "structured":
+        if self.settings.sparsify == "structured":
             zero = [(la.lora_A == 0).all(1) & (la.lora_B == 0).all(0) for la in self.layers.values()]
         else:
             zero = [parameter == 0 for _, parameter in self._factors()]
@@ -214,8 +212,8 @@ class Sparsifier(Controller):
         """The model's zeros as they are now (before `compact`, which removes them), and how they came."""
         settings = self.settings
         return {
-            "kind": settings.kind,
-            "factors": settings.factors,
+            "kind": settings.sparsify,
+            "factors": settings.sparse_factors,
             "target": None if settings.fixed_penalty else settings.sparsity,
             "reached": self.reached(),
             "l1": settings.l1 or self.penalty,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,11 +21,13 @@ from lorakit.adapters.attachment import (
     require_unmerged,
     trained_tensors,
 )
-from lorakit.adapters.layer import ADAPTERS, AdapterSettings
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, pack, unpack
 from lorakit.adapters.peft_format import StoredAdapter
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError, require
+from lorakit.files import written
+from lorakit.settings import AdapterSettings
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 
@@ -56,7 +55,7 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
     adapter = attachment.method in ADAPTERS
     require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
     if attachment.foreign:
-        with _written_whole(folder) as temporary:
+        with _replaced(folder) as temporary:
             attachment.write(model, temporary)
         return folder
     config, config_file, tensors_file, in_file = _layout(model, attachment)
@@ -64,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
     metadata = {"format": "pt"}
     if packed:
         tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    with _written_whole(folder) as temporary:
+    with _replaced(folder) as temporary:
         save_file(tensors, temporary / tensors_file, metadata=metadata)
         (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
@@ -81,27 +80,12 @@ def _layout(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Any], s
 
 
 @contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of the adapter in `folder`; a crash never leaves a mixed pair."""
+    with written(folder, folder=True) as temporary:
         yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            _move_over(temporary, folder)
-        else:
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_over(source: Path, folder: Path) -> None:
-    for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
-        (folder / name).unlink(missing_ok=True)
-    # the config comes last: a folder without one is no adapter, so a crash never leaves a mixed pair
-    for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):
-        os.replace(path, folder / path.name)
+        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

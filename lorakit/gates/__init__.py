@@ -1,6 +1,6 @@
 """Which batches get a backward pass."""
 
-from lorakit.gates.build import GATES, GateSettings, build_gate
+from lorakit.gates.build import GATES, build_gate
 from lorakit.gates.log import GateWarning
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.gates.simple import LossFloor, RandomGate

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import CheckpointError, require
+from lorakit.errors import require
 from lorakit.gates.threshold import ThresholdController
-from lorakit.seams import Candidate, Decision, Gate
+from lorakit.seams import Candidate, Decision, Gate, check_state
 
 
 class RandomGate(Gate):
@@ -112,19 +112,6 @@ class LossFloor(ScoredGate):
 
     def score(self, measured: torch.Tensor) -> float:
         return measured[0].item()
-
-
-def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
-    """Refuse the state of another gate.
-
-    Raises:
-        CheckpointError: keys are missing or unknown.
-    """
-    if state.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
-            "without this gate, and starting the gate afresh would silently change the run"
-        )
 
 
 def _coin(generator: torch.Generator) -> float:

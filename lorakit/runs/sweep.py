@@ -15,14 +15,12 @@ from typing import Any
 
 from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.params import Params, read_files, resolve
-from lorakit.places import PROJECT
-from lorakit.rows import method_of, notebook_of
+from lorakit.fields import APART, flagged
+from lorakit.files import PROJECT
+from lorakit.params import Params, resolve
+from lorakit.params import given as given_by
 from lorakit.runs.notebooks import FINISHED
-
-# where and how a run was made, not what it is
-# what changes nothing about a run's result: where it is kept, and what only a learning-rate search reads
-APART = {"row", "record", "run_dir", "data_dir", "resume", "report_to", "search_rates", "search_budget"}
+from lorakit.runs.rows import notebook_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Run:
     def params(self) -> Params:
         """What the params files ask for."""
         named = {"setting": self.setting, "row": self.method, "seed": self.seed}
-        return resolve(method_of(self.method) | read_files(self.files) | named)
+        return resolve(given_by(self.files, []) | named)
 
     @property
     def trains(self) -> str:
@@ -85,10 +83,10 @@ class Run:
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Parameter -> (what the record was made with, what the params files say now), where they differ."""
-        resolved = records.read(self.record).resolved
-        was = resolve({name: value for name, value in resolved.items() if name in Params.model_fields})
+        resolved, apart = records.read(self.record).resolved, flagged(Params, APART)
+        was = Params(**{name: value for name, value in resolved.items() if name in Params.model_fields})
         pairs = {name: (getattr(was, name), getattr(self.params, name)) for name in Params.model_fields}
-        return {name: pair for name, pair in pairs.items() if name not in APART and pair[0] != pair[1]}
+        return {name: pair for name, pair in pairs.items() if name not in apart and pair[0] != pair[1]}
 
 
 def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> list[Run]:

@@ -6,7 +6,6 @@ from lorakit.scratch.attention import SelfAttention
 from lorakit.scratch.cli import main
 from lorakit.scratch.compare import Comparison, Settings, compare
 from lorakit.scratch.layer import LoRALinear
-from lorakit.scratch.loop import DivergedError, evaluate, pretrain
-from lorakit.scratch.text import VOCAB_SIZE, byte_loader, byte_rows
+from lorakit.scratch.loop import VOCAB_SIZE, DivergedError, byte_loader, byte_rows, evaluate, pretrain
 from lorakit.scratch.trainer import LoRATrainer
 from lorakit.scratch.transformer import LoRATransformer

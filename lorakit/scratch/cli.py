@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
 from lorakit.errors import LorakitError, require
+from lorakit.files import written
 from lorakit.scratch.compare import Comparison, Settings, compare
 from lorakit.scratch.loop import DivergedError
 from lorakit.scratch.trainer import LoRATrainer
 
 DESCRIPTION = """Pretrain a small byte-level transformer on toy stories, freeze it, and fine-tune LoRA on toy reviews;
 then the same LoRA on the base as it was before pretraining. Prints the validation losses on reviews."""
-HELP = {
-    "lora_r": "rank of the updates",
-    "lora_alpha": "updates are scaled by lora_alpha / lora_r",
-    "epochs": "passes of LoRA over the reviews",
-    "learning_rate": "of LoRA",
-    "batch_size": "rows a step",
-    "pretrain_epochs": "passes over the stories, all weights trained",
-    "pretrain_learning_rate": "of pretraining",
-    "d_model": "width",
-    "num_heads": "attention heads",
-    "num_layers": "layers",
-    "length": "bytes a row",
-    "texts": "stories, and reviews, to train on",
-    "seed": "of weights, text and order",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +31,9 @@ def parser() -> Parser:
     """The options: one for each field of `Settings`, and --output."""
     options = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in fields(Settings):
-        options.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=HELP[field.name])
+        options.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default, help=field.metadata["help"]
+        )
     options.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
     return options
 
@@ -59,12 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(parser().parse_args(argv))
         output = options.pop("output")
         if output:
-            _check_output(output)
+            free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+            require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
         result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
         print(table(result))
         if output:
-            write_folder(output, lambda folder: save(result, folder))
+            with written(output, folder=True) as folder:
+                save(result, folder)
             print(f"\nwritten to {output}")
+    except OSError as error:
+        print(f"lorakit scratch: output={str(output)!r}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except LorakitError as error:
         print(f"lorakit scratch: {error}", file=sys.stderr)
         return 1 if isinstance(error, DivergedError) else 2
@@ -86,52 +76,20 @@ def table(result: Comparison) -> str:
     return "\n".join([*lines, f"{'reduction_factor':26s} {stats['reduction_factor']:.1f}"])
 
 
-def _check_output(output: Path) -> None:
-    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
-
-
-def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `output` with what `fill` writes into it, whole or not at all."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        try:
-            fill(folder)
-            folder.chmod(0o755)
-            if output.exists():
-                output.rmdir()  # fails unless empty
-            os.replace(folder, output)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise LorakitError(f"output={str(output)!r}: cannot be written: {error.strerror}") from None
-
-
 def save(result: Comparison, folder: Path) -> None:
     """Write config.json (arguments of LoRATransformer), base and adapter (its state_dict together), history, figure."""
     from safetensors.torch import save_file
 
-    from lorakit import style
+    from lorakit.analysis import style
 
     model = result.pretrained.model
     save_file(model.base_state_dict(), folder / "base.safetensors")
     save_file(model.lora_state_dict(), folder / "adapter.safetensors")
-    _write_json(folder / "config.json", result.settings.model_arguments())
-    histories = {"pretrained": _history(result.pretrained), "random": _history(result.random)}
-    _write_json(
-        folder / "history.json",
-        {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss, **histories},
-    )
+    history = {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss}
+    for name in ("pretrained", "random"):
+        trainer: LoRATrainer = getattr(result, name)
+        stats = {"initial_val_loss": trainer.initial_val_loss, "parameters": trainer.model.get_parameter_stats()}
+        history[name] = stats | trainer.history
+    for name, content in {"config": result.settings.model_arguments(), "history": history}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     style.save(result.pretrained.plot_training_history(), folder / "history.png")
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors gives its files to their owner only
-
-
-def _history(trainer: LoRATrainer) -> dict[str, object]:
-    stats = trainer.model.get_parameter_stats()
-    return {"initial_val_loss": trainer.initial_val_loss, **trainer.history, "parameters": stats}
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

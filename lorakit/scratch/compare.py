@@ -4,44 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from lorakit.errors import require
-from lorakit.scratch.loop import Loader, check_rate, pretrain
-from lorakit.scratch.text import VOCAB_SIZE, byte_loader
+from lorakit.scratch.loop import VOCAB_SIZE, Loader, byte_loader, check_rate, pretrain
 from lorakit.scratch.trainer import LoRATrainer
 from lorakit.scratch.transformer import LoRATransformer
 from lorakit.tasks.toy.grammar import reviews, split_seed, stories
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the comparison is told; its fields are the options of `lorakit scratch`."""
 
-    lora_r: int = 8
-    lora_alpha: float = 16.0
-    epochs: int = 3  # over the reviews
-    learning_rate: float = 5e-3  # of LoRA
-    batch_size: int = 16
-    pretrain_epochs: int = 2  # over the stories
-    pretrain_learning_rate: float = 3e-3
-    d_model: int = 96
-    num_heads: int = 4
-    num_layers: int = 2
-    length: int = 128  # bytes a row
-    texts: int = 1500  # stories, and reviews, to train on
-    seed: int = 0  # of weights, text and order
+    lora_r: int = _option(8, "rank of the updates")
+    lora_alpha: float = _option(16.0, "updates are scaled by lora_alpha / lora_r")
+    epochs: int = _option(3, "passes of LoRA over the reviews")
+    learning_rate: float = _option(5e-3, "of LoRA")
+    batch_size: int = _option(16, "rows a step")
+    pretrain_epochs: int = _option(2, "passes over the stories, all weights trained")
+    pretrain_learning_rate: float = _option(3e-3, "of pretraining")
+    d_model: int = _option(96, "width")
+    num_heads: int = _option(4, "attention heads")
+    num_layers: int = _option(2, "layers")
+    length: int = _option(128, "bytes a row")
+    texts: int = _option(1500, "stories, and reviews, to train on")
+    seed: int = _option(0, "of weights, text and order")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("learning_rate"):
-                check_rate(value, field.name)
-            elif isinstance(field.default, int) and field.name != "seed":
-                require(value >= 1, field.name, value, "must be >= 1")
-        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        for name, value in asdict(self).items():
+            if name.endswith("learning_rate"):
+                check_rate(value, name)
+            elif name != "lora_alpha":
+                least = 0 if name == "seed" else 1
+                require(value >= least, name, value, f"must be >= {least}")
 
     def model_arguments(self) -> dict[str, float]:
         """Arguments of the `LoRATransformer` that is trained."""

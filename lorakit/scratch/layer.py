@@ -55,17 +55,6 @@ class LoRALinear(nn.Linear):
         self.reset_lora()
         self.freeze_base()
 
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, r: int = 8, lora_alpha: float = 16.0, lora_dropout: float = 0.0
-    ) -> LoRALinear:
-        """A LoRALinear with a copy of `linear`'s weight and bias."""
-        weight, bias = linear.weight, linear.bias is not None
-        sizes = linear.in_features, linear.out_features
-        layer = cls(*sizes, r, lora_alpha, lora_dropout, bias=bias, device=weight.device, dtype=weight.dtype)
-        layer.load_state_dict(linear.state_dict(), strict=False)
-        return layer
-
     @property
     def merged(self) -> bool:
         """Whether `weight` holds W0 + delta (inference at `nn.Linear`'s cost) or W0."""

@@ -1,18 +1,24 @@
-"""One loop trains a base (all its weights) and then LoRA on it (only A and B): AdamW, linear warm-up and decay."""
+"""Text as rows of bytes, and one loop that trains a base (all its weights) and then LoRA on it (only A and B).
+
+The target at each position is the byte that comes next; AdamW, linear warm-up and decay.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lorakit.errors import LorakitError, require
+from lorakit.errors import DataError, LorakitError, require
+from lorakit.head import IGNORED
 from lorakit.scratch.transformer import LoRATransformer
 
+VOCAB_SIZE = 256
 WARMUP = 0.05  # share of the steps
 MAX_GRAD_NORM = 1.0
 
@@ -26,6 +32,38 @@ class Loader(Sized, Iterable[tuple[Tensor, ...]], Protocol):
 
     labels[b, t] is the target of the logits at t (already shifted, for a causal model); -100 is no target.
     """
+
+
+def byte_rows(texts: Sequence[str], length: int) -> Tensor:
+    """The texts, one a line, as rows (N, length + 1) of UTF-8 bytes; what does not fill a last row is dropped.
+
+    Each row begins with the last byte of the row before, so that every byte but the first is a target once.
+
+    Raises:
+        ParameterError: length < 1.
+        DataError: the texts do not fill one row.
+    """
+    require(length >= 1, "length", length, "must be >= 1")
+    data = torch.frombuffer(bytearray("\n".join(texts).encode()) or bytearray(1), dtype=torch.uint8).long()
+    if len(data) <= length:
+        raise DataError(f"the texts have {len(data)} bytes, fewer than a row of {length} + 1")
+    return data.unfold(0, length + 1, length)
+
+
+def byte_loader(
+    texts: Sequence[str], length: int, batch_size: int, shuffle: bool = False, seed: int = 0
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of (input_ids, labels), each (B, length); two loaders of one seed shuffle alike.
+
+    Raises:
+        ParameterError: length or batch_size below 1.
+        DataError: the texts do not fill one row.
+    """
+    require(batch_size >= 1, "batch_size", batch_size, "must be >= 1")
+    rows = byte_rows(texts, length)
+    generator = torch.Generator().manual_seed(seed)
+    dataset = TensorDataset(rows[:, :-1], rows[:, 1:])
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
 
 def rate(step: int, steps: int) -> float:
@@ -42,8 +80,8 @@ def summed_loss(model: LoRATransformer, batch: tuple[Tensor, ...]) -> tuple[Tens
     device = model.embedding.weight.device
     input_ids, labels, *attention_mask = (tensor.to(device) for tensor in batch)
     logits = model(input_ids, *attention_mask)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    return loss, int((labels != -100).sum())
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, int((labels != IGNORED).sum())
 
 
 @torch.no_grad()
@@ -92,19 +130,16 @@ class Loop:
             loss, targets = summed_loss(self.model, batch)
             if not loss.isfinite():
                 raise DivergedError(f"loss is {loss.item()} at step {self.step + 1}: lower learning_rate")
-            self._update(loss / max(targets, 1))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * rate(self.step, self.steps)
+            self.optimizer.zero_grad(set_to_none=True)
+            (loss / max(targets, 1)).backward()
+            nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.step += 1
             total, count = total + loss.item(), count + targets
         require(count > 0, "train_loader", count, "must hold at least one target")
         return total / count, count
-
-    def _update(self, loss: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate(self.step, self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.step += 1
 
 
 def pretrain(

@@ -59,17 +59,14 @@ class LoRATrainer:
         if self.initial_val_loss is None:
             self.initial_val_loss = evaluate(self.model, self.val_loader)
         for epoch in range(epochs):
-            self._epoch(loop)
+            start = perf_counter()
+            train_loss, tokens = loop.epoch()
+            seconds = perf_counter() - start
+            values = train_loss, evaluate(self.model, self.val_loader), tokens, seconds
+            for series, value in zip(self.history.values(), values, strict=True):
+                series.append(value)
             log(f"epoch {epoch + 1} of {epochs}: validation loss {self.history['val_loss'][-1]:.3f}")
         return self.history
-
-    def _epoch(self, loop: Loop) -> None:
-        start = perf_counter()
-        train_loss, tokens = loop.epoch()
-        seconds = perf_counter() - start
-        values = train_loss, evaluate(self.model, self.val_loader), tokens, seconds
-        for series, value in zip(self.history.values(), values, strict=True):
-            series.append(value)
 
     def plot_training_history(self) -> Figure:
         """Training and validation loss against epochs; the dotted line is the validation loss before LoRA.
@@ -77,7 +74,7 @@ class LoRATrainer:
         Raises:
             ParameterError: nothing was trained yet.
         """
-        from lorakit import style
+        from lorakit.analysis import style
 
         require(bool(self.history["val_loss"]), "history", {}, "is empty: call train() first")
         train, validation = self.history["train_loss"], [self.initial_val_loss, *self.history["val_loss"]]
@@ -85,13 +82,8 @@ class LoRATrainer:
             figure = style.figure(3.2)
             axes = figure.subplots()
             # an epoch's training loss is its mean, so it stands in the epoch's middle
-            axes.plot(
-                [n + 0.5 for n in range(len(train))],
-                train,
-                "s--",
-                color=style.COLORS[2],
-                label="training (mean of an epoch)",
-            )
+            middles, label = [n + 0.5 for n in range(len(train))], "training (mean of an epoch)"
+            axes.plot(middles, train, "s--", color=style.COLORS[2], label=label)
             axes.plot(range(len(validation)), validation, "o-", color=style.COLORS[1], label="validation")
             axes.axhline(validation[0], color="0.4", linestyle=":", label="validation before LoRA")
             axes.set(xlabel="epochs", ylabel="loss (nats per token)")

@@ -46,8 +46,15 @@ class LoRATransformer(nn.Module):
         lora_dropout: float = 0.0,
     ):
         super().__init__()
-        _check_sizes(vocab_size, d_model, num_heads, num_layers)
-        _check_targets(adapt_attention, adapt_feedforward, attention_targets)
+        sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, "num_layers": num_layers}
+        for name, size in sizes.items():
+            require(isinstance(size, int) and size >= 1, name, size, "must be an integer >= 1")
+        step = 2 * num_heads  # heads of one even width
+        require(d_model % step == 0, "d_model", d_model, f"must be a multiple of 2 * num_heads = {step}")
+        known = bool(attention_targets) and set(attention_targets) <= set(PROJECTIONS)
+        require(known, "attention_targets", attention_targets, 'must be one or more of the letters "qkvo"')
+        allowed = "must be True where adapt_feedforward is False: nothing to train"
+        require(adapt_attention or adapt_feedforward, "adapt_attention", adapt_attention, allowed)
         lora = partial(LoRALinear, r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
         adapted = set(attention_targets) if adapt_attention else set()
         attention = {name: lora if name in adapted else nn.Linear for name in PROJECTIONS}
@@ -114,7 +121,11 @@ class LoRATransformer(nn.Module):
             CheckpointError: a factor is missing, unknown or of another shape; the model is then unchanged.
         """
         parameters = self._lora_parameters()
-        _check_fits(state, parameters)
+        for name in parameters.keys() ^ state.keys():
+            raise CheckpointError(f"adapter {'lacks' if name in parameters else 'has an unknown'} factor {name}")
+        for name, parameter in parameters.items():
+            if state[name].shape != parameter.shape:
+                raise CheckpointError(f"adapter's {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
         merged = self.merged
         self.unmerge()
         for name, parameter in parameters.items():
@@ -134,11 +145,6 @@ class LoRATransformer(nn.Module):
         """
         require(name in self._adapters, "name", name, f"stored adapters are {', '.join(self._adapters) or 'none'}")
         self.load_lora_state_dict(self._adapters[name])
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:
-        """Names given to `store_adapter`, oldest first."""
-        return tuple(self._adapters)
 
     def reset_lora(self) -> None:
         """Start a new adapter, at zero change; refused while merged."""
@@ -175,26 +181,3 @@ class LoRATransformer(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_((name in adapter) == lora)
         return self
-
-
-def _check_sizes(vocab_size: int, d_model: int, num_heads: int, num_layers: int) -> None:
-    sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, "num_layers": num_layers}
-    for name, size in sizes.items():
-        require(isinstance(size, int) and size >= 1, name, size, "must be an integer >= 1")
-    step = 2 * num_heads  # heads of one even width
-    require(d_model % step == 0, "d_model", d_model, f"must be a multiple of 2 * num_heads = {step}")
-
-
-def _check_targets(adapt_attention: bool, adapt_feedforward: bool, attention_targets: str) -> None:
-    known = bool(attention_targets) and set(attention_targets) <= set(PROJECTIONS)
-    require(known, "attention_targets", attention_targets, 'must be one or more of the letters "qkvo"')
-    allowed = "must be True where adapt_feedforward is False: nothing to train"
-    require(adapt_attention or adapt_feedforward, "adapt_attention", adapt_attention, allowed)
-
-
-def _check_fits(state: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    for name in parameters.keys() ^ state.keys():
-        raise CheckpointError(f"adapter {'lacks' if name in parameters else 'has an unknown'} factor {name}")
-    for name, parameter in parameters.items():
-        if state[name].shape != parameter.shape:
-            raise CheckpointError(f"adapter's {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")

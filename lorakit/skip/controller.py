@@ -13,7 +13,8 @@ from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.probe import Probe
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.seams import Controller
-from lorakit.skip.choice import SkipSettings, block_numbers, choose, threshold
+from lorakit.settings import SkipSettings
+from lorakit.skip.choice import block_numbers, choose, threshold
 
 
 class SkipLoRA(Controller):
@@ -27,11 +28,11 @@ class SkipLoRA(Controller):
 
     Args:
         model: has LoRA attached.
-        settings: see `SkipSettings`.
+        settings: see `SkipSettings`; `skip` is "adapter" or "prefix".
         seed: of the exploration, the same in every process.
 
     Raises:
-        ParameterError: no adapter that can be skipped, or fewer than `settings.min_active`.
+        ParameterError: no adapter that can be skipped, or fewer than `settings.skip_min_active`.
     """
 
     name = "skip"
@@ -42,7 +43,12 @@ class SkipLoRA(Controller):
         self.paths = [probe.path for probe in self.probes]
         self.blocks = block_numbers(self.paths)
         most = len(self.probes)
-        require(settings.min_active <= most, "skip_min_active", settings.min_active, f"the model has {most} adapters")
+        require(
+            settings.skip_min_active <= most,
+            "skip_min_active",
+            settings.skip_min_active,
+            f"the model has {most} adapters",
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.metric: list[float] | None = None  # M of each adapter, averaged; None before the first measurement
         self.steps = 0
@@ -64,22 +70,22 @@ class SkipLoRA(Controller):
         if self._handle is None:
             self.probes = probe_model(self.model)
             self._handle = self.model.register_forward_pre_hook(self._new_batch, with_kwargs=True)
-        if self.settings.mode == "prefix":
+        if self.settings.skip == "prefix":
             keep_the_cut(self.model)
             for probe in self.probes:
                 probe.refuse_gradient = True
 
     def begin_step(self, share: float) -> None:
-        in_forward, self._warm = self.settings.decide == "forward", share < self.settings.warmup
+        in_forward, self._warm = self.settings.skip_decide == "forward", share < self.settings.skip_warmup
         warm = self._warm
-        measuring = in_forward or warm or self.steps % self.settings.measure_every == 0
+        measuring = in_forward or warm or self.steps % self.settings.skip_measure_every == 0
         active = [True] * len(self.probes)
         if not warm and self.metric is not None and not in_forward:
             active = choose(self.metric, self.blocks, self.settings, self.generator)
         if in_forward and not warm:
             draws = torch.rand(len(self.probes), generator=self.generator).tolist()
-            explored = draws if self.settings.mode == "adapter" else [draws[0]] * len(draws)
-            self._forced = [draw < self.settings.explore for draw in explored]
+            explored = draws if self.settings.skip == "adapter" else [draws[0]] * len(draws)
+            self._forced = [draw < self.settings.skip_explore for draw in explored]
         for probe, on in zip(self.probes, active, strict=True):
             probe.active, probe.measuring, probe.squares = on, measuring, None
             probe.decide = self._decide if in_forward and not warm else None
@@ -153,9 +159,13 @@ class SkipLoRA(Controller):
         place = self.probes.index(probe)
         before = [other.active for other in self.probes[:place]]
         (m,) = self._measured([probe])
-        tau = threshold(self.metric, self.settings) if self.settings.share and self.metric else self.settings.threshold
-        needed = self.settings.min_active - sum(before) >= len(self.probes) - place
-        cut_ended = self.settings.mode == "prefix" and any(before)
+        tau = (
+            threshold(self.metric, self.settings)
+            if self.settings.skip_share and self.metric
+            else self.settings.skip_threshold
+        )
+        needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
+        cut_ended = self.settings.skip == "prefix" and any(before)
         return m >= tau or needed or cut_ended or self._forced[place]
 
     def _measured(self, probes: list[Probe]) -> list[float]:
@@ -166,7 +176,7 @@ class SkipLoRA(Controller):
 
     def _average(self, measured: list[float]) -> None:
         # while B still grows from zero an average would lag behind
-        rate = self.settings.ema if self.metric and not self._warm else 1.0
+        rate = self.settings.skip_ema if self.metric and not self._warm else 1.0
         before = self.metric or measured
         self.metric = [old + rate * (new - old) for old, new in zip(before, measured, strict=True)]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.tasks import chat, conversations, labelled, language, masking, packing, splits
-from lorakit.tasks.collate import PadCollator
-from lorakit.tasks.corpus import Corpus
+from lorakit.head import IGNORED
+from lorakit.tasks import chat, collate
+from lorakit.tasks.collate import Columns, PadCollator
+from lorakit.tasks.corpus import Corpus, Labelled, shuffled
 from lorakit.tasks.exact_match import gsm8k_answer
 from lorakit.tasks.task import SPLITS, Kind
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-Columns = dict[str, list]
 Parts = dict[str, Any]  # fields of `Task`
+SHORTEST_BLOCK = 4  # ordinary tokens a block must have
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Options:
     seed: int
     packing: bool
 
-    def chosen(self, rows: list[Any], split: str, text: Callable[[Any], str]) -> list[Any]:
+    def chosen(self, rows: Sequence[Any], split: str) -> list[Any]:
         """Rows in hash order, cut to the split's limit."""
-        return splits.shuffled(rows, text)[: self.limits[split] or None]
+        return shuffled(rows)[: self.limits[split] or None]
 
 
 def dataset(columns: Columns) -> Dataset:
@@ -44,50 +45,76 @@ def dataset(columns: Columns) -> Dataset:
 
 
 def classification(corpus: Corpus, options: Options) -> Parts:
+    """One labelled text, or pair, a row."""
     pad = PadCollator(options.tokenizer.pad_token_id)
     parts: Parts = {"collator": pad, "eval_collator": pad, "notes": corpus.notes}
     for split in SPLITS:
-        rows = options.chosen(getattr(corpus, split), split, lambda row: f"{row.text}\t{row.pair}")
-        parts[split] = dataset(labelled.columns(rows, options.tokenizer, options.max_length))
+        rows = options.chosen(getattr(corpus, split), split)
+        parts[split] = dataset(labelled_columns(rows, options.tokenizer, options.max_length))
     return parts
 
 
+def labelled_columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFast, max_length: int) -> Columns:
+    """`input_ids`, `attention_mask`, `labels` (classes), and `token_type_ids` where they tell a pair's texts apart."""
+    texts, pairs = [row.text for row in rows], [row.pair for row in rows]
+    if any(pairs) and tokenizer.sep_token_id is None:  # a decoder's template would run the two texts together
+        texts, pairs = [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)], []
+    arguments = (texts, pairs) if any(pairs) else (texts,)
+    encoded = tokenizer(*arguments, truncation=True, max_length=max_length, verbose=False)
+    kept = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+    if any(map(any, encoded.get("token_type_ids", []))):
+        kept["token_type_ids"] = encoded["token_type_ids"]
+    return kept | {"labels": [row.label for row in rows]}
+
+
 def language_model(corpus: Corpus, options: Options) -> Parts:
-    tokenizer, pad = options.tokenizer, PadCollator(options.tokenizer.pad_token_id)
-    masked = options.kind == "masked"
-    collator = masking.MaskCollator(pad, masking.masker(tokenizer, options.seed)) if masked else pad
+    """One block of a document a row: every token after its first predicted, or (for an encoder) those masked."""
+    tokenizer, pad, masked = options.tokenizer, PadCollator(options.tokenizer.pad_token_id), options.kind == "masked"
+    collator = collate.MaskCollator(pad, collate.masker(tokenizer, options.seed)) if masked else pad
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": corpus.notes}
     for split in SPLITS:
-        rows = language.blocks(getattr(corpus, split), tokenizer, options.max_length)[: options.limits[split] or None]
+        rows = blocks(getattr(corpus, split), tokenizer, options.max_length)[: options.limits[split] or None]
+        columns = {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
         if not masked:
-            columns = language.causal_columns(rows, tokenizer)
-        elif split == "train":
-            columns = language.masked_train_columns(rows)
-        else:
-            columns = language.masked_eval_columns(rows, tokenizer)
+            columns["labels"] = [[IGNORED, *ids[1:]] for ids in rows]
+        elif split != "train":  # of training rows the collator masks others for every batch
+            columns["input_ids"], columns["labels"] = collate.masked_once(rows, tokenizer)
         parts[split] = dataset(columns)
     return parts
 
 
+def blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
+    """Token ids of all documents in hash order, cut into blocks, each between the tokenizer's own special tokens.
+
+    A block has at most `max_length` tokens and never spans two documents.
+    """
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    before, after = whole[:start], whole[start + len(bare) :]  # [CLS] and [SEP], or <bos> and nothing
+    room = max_length - len(before) - len(after)
+    ordered = shuffled(documents)
+    encoded = tokenizer(ordered, add_special_tokens=False, verbose=False)["input_ids"] if ordered else []
+    pieces = [ids[start : start + room] for ids in encoded for start in range(0, len(ids), room)]
+    return [[*before, *piece, *after] for piece in pieces if len(piece) >= min(SHORTEST_BLOCK, room)]
+
+
 def conversation(corpus: Corpus, options: Options) -> Parts:
+    """One chat a row; with packing, several a training row."""
     pad = PadCollator(options.tokenizer.pad_token_id)
-    collator = packing.PackedCollator(pad.pad_id) if options.packing else pad
+    collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
     for split in SPLITS:
-        chats = options.chosen(getattr(corpus, split), split, conversations.question)
+        chats = options.chosen(getattr(corpus, split), split)
         ids, labels = chat.encode(chats, options.tokenizer, options.max_length)
         if cut := len(chats) - len(ids):
-            parts["notes"].append(
-                f"{split}: {cut} of {len(chats)} chats dropped, no answer within {options.max_length} tokens"
-            )
+            reason = f"no answer within {options.max_length} tokens"
+            parts["notes"].append(f"{split}: {cut} of {len(chats)} chats dropped, {reason}")
+        columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
         packed = options.packing and split == "train"
-        parts[split] = dataset(packing.pack(ids, labels, options.max_length) if packed else packing.apart(ids, labels))
-        parts["answers"][split] = [row for row in map(_answer_row, chats) if gsm8k_answer(row[1]) is not None]
+        parts[split] = dataset(collate.pack(ids, labels, options.max_length) if packed else columns)
+        answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in chats]
+        parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
     return parts
-
-
-def _answer_row(messages: conversations.Chat) -> tuple[str, str]:
-    return chat.prompt(messages), messages[-1]["content"]
 
 
 BUILDERS = {"labelled": classification, "documents": language_model, "chats": conversation}

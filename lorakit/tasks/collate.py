@@ -1,15 +1,32 @@
-"""Rows to one batch: right-padded to the longest row, rounded up to a multiple of 8."""
+"""Rows to one batch: right-padded to a multiple of 8; several conversations a row (packing); tokens hidden (masking).
+
+Packing: positions restart at each conversation, and none attends to or predicts another. Given `position_ids` and no
+`attention_mask`, transformers derives a block-diagonal mask from the restarts (full and sliding layers, sdpa and
+eager), as long as the model keeps no key-value cache: `config.use_cache = False`, as the Trainer sets it.
+
+Masking: 15 % of the tokens are to be predicted; of these 80 % are hidden, 10 % random, 10 % kept (Devlin et al. 2019).
+The draw depends on (seed, token ids) and on nothing else, so a resumed run masks as one that was never interrupted.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-IGNORED = -100  # a label nothing is predicted for
+from lorakit.head import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 MULTIPLE = 8
+PROBABILITY, HIDDEN, RANDOM = 0.15, 0.8, 0.1  # of masking
+EVALUATION_SEED = 0  # the same masks for every run, method and seed
+
+Columns = dict[str, list]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -34,3 +51,91 @@ class PadCollator:
             labels = [row["labels"] for row in rows]
             batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else padded(labels, IGNORED)
         return batch
+
+
+def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int) -> Columns:
+    """Rows of at most `max_length` tokens, filled in the order given; a conversation is never divided.
+
+    The first token of a conversation has no label: it would be predicted from the one before.
+    """
+    columns: Columns = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
+    for tokens, targets in zip(ids, labels, strict=True):
+        if not columns["input_ids"] or len(columns["input_ids"][-1]) + len(tokens) > max_length:
+            for column in columns.values():
+                column.append([])
+        columns["input_ids"][-1] += tokens
+        columns["attention_mask"][-1] += [1] * len(tokens)
+        columns["labels"][-1] += [IGNORED, *targets[1:]]
+        columns["position_ids"][-1] += range(len(tokens))
+    return columns
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Pads packed rows; padding is one more document, so that no real token sees it. No `attention_mask`: see above."""
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = padded([row["input_ids"] for row in rows], self.pad_id)
+        labels = padded([row["labels"] for row in rows], IGNORED)
+        length = ids.shape[1]
+        positions = [[*row["position_ids"], *range(length - len(row["position_ids"]))] for row in rows]
+        return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Hides tokens of a batch.
+
+    Attributes:
+        mask_id: the mask token.
+        vocabulary: number of ids a random token is drawn from.
+        special_ids: never chosen (padding among them).
+        seed: of the draw, together with the ids.
+    """
+
+    mask_id: int
+    vocabulary: int
+    special_ids: tuple[int, ...]
+    seed: int
+
+    def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, T) -> (ids with tokens hidden, labels); a row with any ordinary token has at least one label."""
+        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        chance = torch.rand(ids.shape, generator=generator)
+        ordinary = ~torch.isin(ids, torch.tensor(self.special_ids))
+        chance = chance.masked_fill(~ordinary, 2.0)
+        least = chance == chance.amin(1, keepdim=True)
+        chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
+        action = torch.rand(ids.shape, generator=generator)
+        others = torch.randint(self.vocabulary, ids.shape, generator=generator)
+        hidden = ids.masked_fill(chosen & (action < HIDDEN), self.mask_id)
+        hidden = torch.where(chosen & (action >= HIDDEN) & (action < HIDDEN + RANDOM), others, hidden)
+        return hidden, ids.masked_fill(~chosen, IGNORED)
+
+
+def masker(tokenizer: PreTrainedTokenizerFast, seed: int) -> Masker:
+    special = tuple(sorted({*tokenizer.all_special_ids, tokenizer.pad_token_id}))
+    return Masker(tokenizer.mask_token_id, len(tokenizer), special, seed)
+
+
+@dataclass(frozen=True)
+class MaskCollator:
+    """Pads, then masks: the labels of a batch are a function of its ids and the seed."""
+
+    pad: PadCollator
+    masker: Masker
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.pad(rows)
+        batch["input_ids"], batch["labels"] = self.masker(batch["input_ids"])
+        return batch
+
+
+def masked_once(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[list[int]], list[list[int]]]:
+    """Evaluation ids and labels, masked row by row once and for all."""
+    mask = masker(tokenizer, EVALUATION_SEED)
+    masked = [mask(torch.tensor([ids])) for ids in rows]
+    return [ids[0].tolist() for ids, _ in masked], [labels[0].tolist() for _, labels in masked]

@@ -1,14 +1,25 @@
-"""A corpus is text in three splits that share nothing, with the sha256 of every file it came from."""
+"""A corpus is text in three splits that share nothing.
+
+Which row is where is decided by a salted hash of the text alone: every run of every method sees the same splits, and
+rows whose text is the same never stand on two sides.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from lorakit import files
 from lorakit.errors import DataError
+
+Row = TypeVar("Row")
+SALT = b"lorakit.tasks.splits"  # of all hashes: another one would be other splits
+HELD_OUT = 2000  # rows a validation or test split has at most; a tenth of a small corpus
 
 
 class Labelled(NamedTuple):
@@ -21,7 +32,7 @@ class Labelled(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Rows (`Labelled`, documents as str, or chats as lists of messages) by split."""
+    """Rows (`Labelled`, documents as str, or chats as lists of messages) by split, and sha256 by name of files read."""
 
     train: list[Any]
     validation: list[Any]
@@ -30,14 +41,30 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is read: every task's module says it in its `RECIPES`.
+
+    Attributes:
+        form: of its rows.
+        origin: in words, what `elsewhere` reads.
+        elsewhere: reads the hub, an offline asset or the grammar.
+        layout: the files `data_dir` must hold; empty for a task that is generated.
+        from_folder: reads them.
+        f1: is F1 reported, and the main metric.
+    """
+
+    form: Literal["labelled", "documents", "chats"]
+    origin: str
+    elsewhere: Callable[[], Corpus]
+    layout: str = ""
+    from_folder: Callable[[Path], Corpus] | None = None
+    f1: bool = False
+
+
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
     """sha256 by `folder/file` name."""
-    return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {f"{path.parent.name}/{path.name}": files.sha256(path) for path in paths}
 
 
 def required(folder: Path, name: str, layout: str) -> Path:
@@ -50,3 +77,109 @@ def required(folder: Path, name: str, layout: str) -> Path:
     if not path.is_file():
         raise DataError(f"data_dir: no file {path}; expected layout: {layout}")
     return path
+
+
+def content(row: Any) -> str:
+    """What makes two rows duplicates: both texts of a pair, a document, everything but a chat's last answer."""
+    if isinstance(row, Labelled):
+        return f"{row.text}\t{row.pair}"
+    return row if isinstance(row, str) else json.dumps(row[:-1], ensure_ascii=False)
+
+
+def apart(train: list[Row], validation: list[Row], test: list[Row], paths: Iterable[Path], *notes: str) -> Corpus:
+    """A corpus of the files at `paths`, without rows whose content is in a later split; a note counts them."""
+    in_test = {normal(content(row)) for row in test}
+    named = [(normal(content(row)), row) for row in validation]
+    later = in_test | {name for name, _ in named}
+    kept = (
+        [row for row in train if normal(content(row)) not in later],
+        [row for name, row in named if name not in in_test],
+    )
+    dropped = len(train) - len(kept[0]), len(validation) - len(kept[1])
+    note = f"dropped {dropped[0]} training and {dropped[1]} validation rows whose text is in a later split"
+    return Corpus(*kept, test, fingerprints(paths), [*notes, *[note] * any(dropped)])
+
+
+def normal(text: str) -> str:
+    """Lower case, single spaces: texts that differ only in these are duplicates."""
+    return " ".join(text.lower().split())
+
+
+def place(text: str) -> bytes:
+    """Where `text` stands in the one shuffled order of all texts, 8 bytes."""
+    return hashlib.blake2b(normal(text).encode("utf-8", "surrogatepass"), digest_size=8, key=SALT).digest()
+
+
+def shuffled(rows: Iterable[Row]) -> list[Row]:
+    """Rows in hash order: a prefix is a random subset, and a longer prefix contains a shorter one."""
+    return sorted(rows, key=lambda row: place(content(row)))
+
+
+def held_out_share(rows: int) -> float:
+    """Share of `rows` that goes to one held-out split."""
+    return min(0.1, HELD_OUT / max(rows, 1))
+
+
+def cut(
+    rows: Sequence[Row],
+    group: Callable[[Row], str],
+    parts: int,
+    weight: Callable[[Row], float] = lambda row: 1,
+    share: float | None = None,
+) -> list[list[Row]]:
+    """`parts` held-out lists of `share` each by weight (None: `held_out_share`), then the rest; groups stay whole.
+
+    Raises:
+        DataError: too few groups for every list to have one.
+    """
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[normal(group(row))].append(row)
+    if len(groups) <= parts:
+        raise DataError(f"{len(groups)} different rows are too few to be split into {parts + 1} parts")
+    target = (held_out_share(len(rows)) if share is None else share) * sum(map(weight, rows))
+    order = iter(sorted(groups, key=place))
+    cuts: list[list[Row]] = []
+    for _ in range(parts):
+        taken, full = [], 0.0
+        while (not taken or full < target) and (name := next(order, None)) is not None:
+            taken += groups[name]
+            full += sum(map(weight, groups[name]))
+        cuts.append(taken)
+    rest = [row for name in order for row in groups[name]]
+    if not rest:
+        raise DataError(f"{len(rows)} rows are too few or too uneven to be split into {parts + 1} parts")
+    return [*cuts, rest]
+
+
+def components(keys: Sequence[Sequence[Hashable]]) -> list[int]:
+    """A group number per row, such that rows sharing any key are in one group (union-find)."""
+    parent = list(range(len(keys)))
+    first: dict[Any, int] = {}
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    for row, names in enumerate(keys):
+        for name in names:
+            parent[root(row)] = root(first.setdefault(name, row))
+    return [root(row) for row in range(len(keys))]
+
+
+def phrase_families(texts: Iterable[str]) -> dict[str, list[str]]:
+    """Normalised text -> the whole sentences it is a phrase of (itself, if it is part of no other text).
+
+    A phrase is a contiguous run of words. SST-2's training rows are phrases of the same sentences, so a row-wise split
+    would train on pieces of what it validates on.
+    """
+    known = {normal(text) for text in texts}
+    wholes: dict[str, list[str]] = defaultdict(list)
+    for text in sorted(known, key=lambda text: (-len(text.split()), text)):
+        if text not in wholes:  # a phrase of a longer text brings no new spans
+            words = text.split()
+            spans = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+            for span in spans & known:
+                wholes[span].append(text)
+    return wholes

@@ -21,12 +21,7 @@ def gsm8k_answer(text: str) -> str | None:
     found = ANSWER.search(text)
     if found is None:
         return None
-    number = (found[1] + found[2]).replace(",", "").replace("--", "-")
-    return _plain(number)
-
-
-def _plain(number: str) -> str:
-    """18.00 -> 18, 007 -> 7, -0 -> 0."""
+    number = (found[1] + found[2]).replace(",", "").replace("--", "-")  # next: 18.00 -> 18, 007 -> 7, -0 -> 0
     sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
     whole, _, fraction = digits.partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
@@ -71,8 +66,11 @@ def generate(
     """Greedy continuations of prompts of any lengths, one batch, padded on the left; each ends before <end_of_turn>."""
     encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    inputs = _left_padded([start + ids for ids in encoded], tokenizer.pad_token_id)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    rows = [start + ids for ids in encoded]
+    pads = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [[tokenizer.pad_token_id] * pad + row for pad, row in zip(pads, rows, strict=True)]
+    mask = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
+    inputs = {"input_ids": torch.tensor(ids).to(model.device), "attention_mask": torch.tensor(mask).to(model.device)}
     training = model.training
     model.eval()
     output = model.generate(
@@ -86,7 +84,9 @@ def generate(
     model.train(training)
     new = output[:, inputs["input_ids"].shape[1] :].cpu()
     texts = tokenizer.batch_decode(new, skip_special_tokens=False)
-    return [_ended(text, tokenizer) for text in texts]
+    for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):
+        texts = [text.split(end)[0] for text in texts]
+    return texts
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
@@ -94,16 +94,3 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
     turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
     stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return [*stops, *(turn if len(turn) == 1 else [])] or None
-
-
-def _ended(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    for end in ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token):
-        text = text.split(end)[0] if end else text
-    return text
-
-
-def _left_padded(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}

@@ -1,24 +1,160 @@
-"""Labelled texts and pairs of texts to token ids, in one call of the tokenizer."""
+"""Labelled texts and pairs: rated review sentences, SST-2 and IMDB (1 is positive), MRPC (1 is a paraphrase)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from lorakit.tasks.corpus import Labelled
+from lorakit import assets
+from lorakit.assets import hub
+from lorakit.tasks import corpus, readers
+from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, normal, required
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+REVIEWS_LAYOUT = "reviews/movieReviewSnippets_GroundTruth.txt with columns id⇥mean rating⇥text"
+SST2_LAYOUT = "sst2/train.tsv and sst2/dev.tsv with header sentence⇥label, no quoting"
+IMDB_LAYOUT = "imdb/*.csv with header text,label (a file named test.csv is the test split)"
+MRPC_LAYOUT = (
+    "mrpc/msr_paraphrase_train.txt and, where there is one, mrpc/msr_paraphrase_test.txt, as published by Microsoft"
+)
+NEUTRAL = 0.5  # ratings nearer to 0 than this say nothing clear
 
 
-def columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict[str, list]:
-    """`input_ids`, `attention_mask`, `labels` (classes), and `token_type_ids` where they tell a pair's texts apart."""
-    texts, pairs = [row.text for row in rows], [row.pair for row in rows]
-    if any(pairs) and tokenizer.sep_token_id is None:  # a decoder's template would run the two texts together
-        texts, pairs = [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)], []
-    arguments = (texts, pairs) if any(pairs) else (texts,)
-    encoded = tokenizer(*arguments, truncation=True, max_length=max_length, verbose=False)
-    kept = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-    if any(map(any, encoded.get("token_type_ids", []))):
-        kept["token_type_ids"] = encoded["token_type_ids"]
-    return kept | {"labels": [row.label for row in rows]}
+def _rows(path: Path, rows: Iterable[tuple[int, Sequence[Any]]], strip: bool = True) -> list[Labelled]:
+    """(line, (text, perhaps its pair, class)) -> rows."""
+    found = []
+    for line, (*texts, label) in rows:
+        text, *pair = (text.strip() for text in texts) if strip else texts
+        found.append(Labelled(text, pair[0] if pair else None, readers.class_of(label, path, line)))
+    return found
+
+
+def _hub_rows(paths: list[Path], *columns: str, strip: bool = True) -> list[Labelled]:
+    found: list[Labelled] = []
+    for path in paths:
+        rows = ((line, [row[name] for name in columns]) for line, row in readers.parquet(path, columns))
+        found += _rows(path, rows, strip)
+    return found
+
+
+def _text(row: Labelled) -> str:
+    return row.text
+
+
+def _divided(
+    rows: list[Labelled],
+    test: list[Labelled],
+    paths: list[Path],
+    group: Callable[[Labelled], str] = _text,
+    origin: str = "one file",
+) -> Corpus:
+    """Cut what is not given from `rows`: validation, and test where `test` is empty."""
+    validation, *cut_test, train = corpus.cut(rows, group, 1 if test else 2)
+    note = "validation: cut from train" if test else f"validation and test: cut from {origin}"
+    return apart(train, validation, test or cut_test[0], paths, note)
+
+
+# review sentences with a mean crowd rating -----------------------------------------------------------
+
+
+def reviews_from_folder(folder: Path) -> Corpus:
+    path = required(folder, "movieReviewSnippets_GroundTruth.txt", REVIEWS_LAYOUT)
+    clear: dict[str, Labelled] = {}
+    count = 0
+    for line, (_, value, text) in readers.tsv(path, ("id", "rating", "text"), header=False):
+        try:
+            rating = float(value)
+        except ValueError:
+            raise readers.bad_row(path, line, "a mean rating (a number) in column 2", value) from None
+        count += 1
+        if abs(rating) >= NEUTRAL:
+            clear[normal(text)] = Labelled(text.strip(), None, int(rating > 0))
+    found = _divided(list(clear.values()), [], [path])
+    dropped = f"{count - len(clear)} neutral or duplicate rows dropped"
+    found.notes.append(f"label: sign of the mean crowd rating; {dropped}")
+    return found
+
+
+def reviews_from_asset() -> Corpus:
+    return reviews_from_folder(Path(assets.fetch("review-sentences")))
+
+
+# SST-2 ------------------------------------------------------------------------------------------------
+
+
+def sst2_from_folder(folder: Path) -> Corpus:
+    paths = [required(folder, name, SST2_LAYOUT) for name in ("train.tsv", "dev.tsv")]
+    train, test = (_rows(path, readers.tsv(path, ("sentence", "label"))) for path in paths)
+    return _sst2(train, test, paths)
+
+
+def sst2_from_hub() -> Corpus:
+    train, test = hub.data_files("nyu-mll/glue", "sst2/train-*.parquet", "sst2/validation-*.parquet")
+    return _sst2(*(_hub_rows(paths, "sentence", "label") for paths in (train, test)), [*train, *test])
+
+
+def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corpus:
+    """Validation: whole sentences with all their phrases. A phrase found on both sides goes to neither."""
+    families = corpus.phrase_families(row.text for row in rows)
+    wholes = [name for name, own in families.items() if own == [name]]
+    size = dict.fromkeys(wholes, 0)
+    for row in rows:
+        for whole in families[normal(row.text)][:1]:
+            size[whole] += 1
+    held_out = set(corpus.cut(wholes, str, 1, weight=size.__getitem__, share=corpus.held_out_share(len(rows)))[0])
+    sides = [{whole in held_out for whole in families[normal(row.text)]} for row in rows]
+    train, validation = ([row for row, at in zip(rows, sides, strict=True) if at == {side}] for side in (False, True))
+    neither = len(rows) - len(train) - len(validation)
+    notes = (
+        "test: GLUE's validation split (GLUE's own test labels are not public)",
+        f"validation: {len(validation)} rows cut from train by whole sentences with their phrases; "
+        f"{neither} phrases of sentences on both sides are in neither",
+    )
+    return apart(train, validation, test, paths, *notes)
+
+
+# IMDB -------------------------------------------------------------------------------------------------
+
+
+def imdb_from_folder(folder: Path) -> Corpus:
+    paths = sorted(folder.glob("*.csv")) or [required(folder, "*.csv", IMDB_LAYOUT)]
+    rows: dict[bool, list[Labelled]] = {True: [], False: []}
+    for path in paths:
+        rows[path.name == "test.csv"] += _rows(path, readers.csv_rows(path, ("text", "label")), strip=False)
+    return _divided(rows[False], rows[True], paths)
+
+
+def imdb_from_hub() -> Corpus:
+    train, test = hub.data_files("stanfordnlp/imdb", "plain_text/train-*.parquet", "plain_text/test-*.parquet")
+    return _divided(*(_hub_rows(paths, "text", "label") for paths in (train, test)), [*train, *test])
+
+
+# MRPC -------------------------------------------------------------------------------------------------
+
+
+def mrpc_from_folder(folder: Path) -> Corpus:
+    """Pairs that share a sentence stay in one split; quotes are part of the sentences."""
+    paths = [required(folder, "msr_paraphrase_train.txt", MRPC_LAYOUT), *folder.glob("msr_paraphrase_test.txt")]
+    rows, test, *_ = *map(_mrpc_rows, paths), []
+    groups = corpus.components([(normal(row.text), normal(row.pair or "")) for row in rows])
+    names = {row: rows[group].text for row, group in zip(rows, groups, strict=True)}
+    return _divided(rows, test, paths, names.__getitem__, "the training file")
+
+
+def _mrpc_rows(path: Path) -> list[Labelled]:
+    columns = readers.tsv(path, ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"))
+    return _rows(path, ((line, (first, second, label)) for line, (label, _, _, first, second) in columns))
+
+
+def mrpc_from_hub() -> Corpus:
+    files = hub.data_files("nyu-mll/glue", *(f"mrpc/{split}-*.parquet" for split in ("train", "validation", "test")))
+    parts = (_hub_rows(paths, "sentence1", "sentence2", "label", strip=False) for paths in files)
+    return apart(*parts, sum(files, []))
+
+
+RECIPES = {
+    "reviews": Recipe("labelled", "asset review-sentences", reviews_from_asset, REVIEWS_LAYOUT, reviews_from_folder),
+    "sst2": Recipe("labelled", "hub nyu-mll/glue", sst2_from_hub, SST2_LAYOUT, sst2_from_folder),
+    "imdb": Recipe("labelled", "hub stanfordnlp/imdb", imdb_from_hub, IMDB_LAYOUT, imdb_from_folder),
+    "mrpc": Recipe("labelled", "hub nyu-mll/glue", mrpc_from_hub, MRPC_LAYOUT, mrpc_from_folder, f1=True),
+}

@@ -10,8 +10,6 @@ from typing import Any
 
 from lorakit.errors import DataError
 
-Line = tuple[int, Any]  # line number from 1, content
-
 
 def bad_row(path: Path, line: int, expected: str, found: object) -> DataError:
     shown = repr(found)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorakit.errors import require
-from lorakit.tasks.collate import IGNORED
+from lorakit.head import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorakit.assets import hub
 from lorakit.errors import DataError
-from lorakit.tasks import hub, readers, splits
-from lorakit.tasks.corpus import Corpus, fingerprints
+from lorakit.tasks import readers
+from lorakit.tasks.corpus import Corpus, Recipe, apart, cut, fingerprints
 
 LAYOUT = "wikitext2/{train,valid,test}.txt, or one of them alone, plain text with `= Heading =` lines"
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -22,21 +23,24 @@ def from_folder(folder: Path) -> Corpus:
         if not texts[split]:
             raise readers.bad_row(path, 1, "at least one `= Heading =` line with text below", "none")
     if len(texts) == 3:
-        return _apart(texts, list(paths.values()))
-    if len(texts) == 1:
-        return _cut(*texts.values(), *paths.values())
-    missing = ", ".join(name for split, name in FILES.items() if split not in paths)
-    raise DataError(f"data_dir: {folder} lacks {missing}; expected layout: {LAYOUT}")
+        return apart(*texts.values(), paths.values())
+    if len(texts) != 1:
+        missing = ", ".join(name for split, name in FILES.items() if split not in paths)
+        raise DataError(f"data_dir: {folder} lacks {missing}; expected layout: {LAYOUT}")
+    [path], [articles] = paths.values(), texts.values()
+    validation, test, train = cut(articles, str, 2, weight=len)
+    counts = f"{len(train)} train, {len(validation)} validation, {len(test)} test"
+    note = f"only {path.name} is there, split by articles: {counts}"
+    return Corpus(train, validation, test, fingerprints([path]), [note])
 
 
 def from_hub() -> Corpus:
-    names = [f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES]
-    files = dict(zip(FILES, hub.parquet_files("Salesforce/wikitext", names).values(), strict=True))
-    texts = {
-        split: _articles(row["text"].rstrip("\n") for path in paths for _, row in readers.parquet(path, ("text",)))
-        for split, paths in files.items()
-    }
-    return _apart(texts, sum(files.values(), []))
+    files = hub.data_files("Salesforce/wikitext", *(f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES))
+    texts = (
+        _articles(row["text"].rstrip("\n") for path in paths for _, row in readers.parquet(path, ("text",)))
+        for paths in files
+    )
+    return apart(*texts, sum(files, []))
 
 
 def _articles(lines: Iterable[str]) -> list[str]:
@@ -50,13 +54,4 @@ def _articles(lines: Iterable[str]) -> list[str]:
     return ["\n".join(document) for document in documents]
 
 
-def _apart(texts: dict[str, list[str]], paths: list[Path]) -> Corpus:
-    train, validation, notes = splits.keep_apart(*texts.values(), str)
-    return Corpus(train, validation, texts["test"], fingerprints(paths), notes)
-
-
-def _cut(texts: list[str], path: Path) -> Corpus:
-    validation, test, train = splits.cut(texts, str, 2, weight=len)
-    counts = f"{len(train)} train, {len(validation)} validation, {len(test)} test"
-    note = f"only {path.name} is there, split by articles: {counts}"
-    return Corpus(train, validation, test, fingerprints([path]), [note])
+RECIPES = {"wikitext2": Recipe("documents", "hub Salesforce/wikitext", from_hub, LAYOUT, from_folder)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.errors import require
-from lorakit.gating import Gating
 from lorakit.seams import AllTokens, TokenSelection
+from lorakit.settings import Gating
 from lorakit.tokens.fractional import FractionalGate
 from lorakit.tokens.selection import TokenGate, refused
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lorakit.gating import Gating
 from lorakit.head import IGNORED, rows, shifted
+from lorakit.settings import Gating
 from lorakit.tokens.kept_logits import BestLogits
 
 FLOOR = 0.05  # of the mean score, added to all: a prediction of score 0 must have a chance for weights to exist

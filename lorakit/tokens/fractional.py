@@ -18,9 +18,9 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
-from lorakit.gating import Gating
 from lorakit.head import replaced_input
 from lorakit.seams import Look, Selected
+from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
 from lorakit.tokens.kept_logits import with_gradient
 from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places

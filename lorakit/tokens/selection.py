@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
-from lorakit.gates.simple import check_state
-from lorakit.gating import Gating
 from lorakit.head import ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input
-from lorakit.seams import Look, Selected
+from lorakit.seams import Look, Selected, check_state
+from lorakit.settings import Gating
 from lorakit.sketches.head_gradient import chunk_of
 from lorakit.tokens.choice import Chosen, Plan, Shares, quota
 from lorakit.tokens.kept_logits import BestLogits, with_gradient

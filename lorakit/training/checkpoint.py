@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import CheckpointError, require
+from lorakit.files import write_text
 from lorakit.training.state import RunState
 
 WEIGHTS = "trainable.safetensors"
@@ -113,9 +113,7 @@ def save_run(run: RunState, path: Path) -> None:
         "curve": run.curve.state_dict(),
         "flops": run.meter.state_dict(),
     }
-    temporary = path / f".{RUN}"
-    temporary.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(temporary, path / RUN)
+    write_text(json.dumps(state), path / RUN)
 
 
 def load_run(run: RunState, path: str | Path) -> None:

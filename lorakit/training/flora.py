@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from lorakit.errors import ParameterError
-from lorakit.gating import Gating
+from lorakit.params import Params, check
+from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
 from lorakit.training.slora import SLoRATrainer, known_kind
 
@@ -24,7 +23,7 @@ class FLoRATrainer(SLoRATrainer):
 
     Args:
         model: a causal or masked language model with something to train; args: `TrainingArguments`, not fp16.
-        gating: the keys of `lorakit.gating.Gating`: method ("baseline", "random", "flora"), topk_tokens, sketch_dim,
+        gating: the keys of `lorakit.Gating`: method ("baseline", "random", "flora"), topk_tokens, sketch_dim,
             topk_logits, score, policy, per, mode.
         gate_config, gate: SLoRA's, see there.
         Everything else goes to `SLoRATrainer`.
@@ -45,9 +44,9 @@ class FLoRATrainer(SLoRATrainer):
         gating: Mapping[str, Any] | None = None,
         **options: Any,
     ):
-        settings = read(gating or {})
+        settings = TokenSettings(gating=dict(gating or {})).gating
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        settings.check(precision, args.gradient_checkpointing, skips=False)
+        check(Params(gating=settings, precision=precision, gradient_checkpointing=args.gradient_checkpointing))
         super().__init__(
             model,
             args,
@@ -57,19 +56,3 @@ class FLoRATrainer(SLoRATrainer):
             tokens=build_tokens(settings, model, known_kind(model), seed=args.seed, rank=args.process_index),
             **options,
         )
-
-
-def read(gating: Mapping[str, Any]) -> Gating:
-    """The settings of these keys.
-
-    Raises:
-        ParameterError: naming the first that is unknown or out of range.
-    """
-    try:
-        return Gating(**gating)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0])
-        unknown = problem["type"] == "extra_forbidden"
-        allowed = f"unknown key; known are {', '.join(Gating.model_fields)}" if unknown else problem["msg"]
-        raise ParameterError(f"gating.{name}", gating[name], allowed) from None

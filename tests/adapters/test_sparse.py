@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+import training_runs as runs
 from torch import nn
 from training_runs import Alternating, Closed, equal, kill, trainer, weights
 
 from lorakit.adapters import (
     LoRALayer,
-    SparseSettings,
     adapter_layers,
     attach,
     detach,
@@ -62,7 +62,7 @@ def moved(model):
 
 def pruned(built, target=0.5, **settings):
     """`built`, pruned at once."""
-    Sparsifier(built, SparseSettings(**settings | {"sparsity": target})).prune_to(target)
+    Sparsifier(built, runs.zeros(**settings | {"sparsity": target})).prune_to(target)
     return built
 
 
@@ -121,7 +121,7 @@ def test_prox_makes_zeros_whose_bits_are_zero():
 def test_the_penalty_is_applied_once_a_step_times_the_learning_rate(moved, micro_batches):
     built, twin = moved(), moved()
     optimizers = [sgd(built, momentum=0), sgd(twin, momentum=0)]
-    sparsifier = Sparsifier(built, SparseSettings("l1", l1=0.7, start=0.0, end=1.0))
+    sparsifier = Sparsifier(built, runs.zeros("l1", l1=0.7, start=0.0, end=1.0))
     sparsifier.begin()
     for side, optimizer in zip((built, twin), optimizers, strict=True):
         for index in range(micro_batches):
@@ -137,8 +137,8 @@ def test_the_penalty_is_applied_once_a_step_times_the_learning_rate(moved, micro
 
 def test_the_penalty_found_is_the_smallest_that_zeroes_what_is_due(moved):
     built = moved()
-    before = {name: p.detach().clone() for name, p in Sparsifier(built, SparseSettings("l1"))._factors()}
-    sparsifier = Sparsifier(built, SparseSettings("l1", sparsity=0.4, start=0.0, end=0.5))
+    before = {name: p.detach().clone() for name, p in Sparsifier(built, runs.zeros("l1"))._factors()}
+    sparsifier = Sparsifier(built, runs.zeros("l1", sparsity=0.4, start=0.0, end=0.5))
     for parameter in built.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     sparsifier.after_step(0.25, sgd(built))  # the optimizer itself took no step
@@ -154,7 +154,7 @@ def test_the_penalty_found_is_the_smallest_that_zeroes_what_is_due(moved):
 
 
 def test_schedule_has_its_end_points_and_the_cubic_between():
-    settings = SparseSettings(sparsity=0.6, start=0.2, end=0.7)
+    settings = runs.zeros(sparsity=0.6, start=0.2, end=0.7)
     assert [settings.target(share) for share in (0, 0.1, 0.2)] == [0, 0, 0]
     assert [settings.target(share) for share in (0.7, 0.9, 1.3)] == [0.6, 0.6, 0.6]
     for share in (0.21, 0.3, 0.45, 0.69):  # Zhu & Gupta's form, with s_initial = 0
@@ -164,7 +164,7 @@ def test_schedule_has_its_end_points_and_the_cubic_between():
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_follow_the_schedule_while_training(model, kind):
     built = model()
-    sparsifier = Sparsifier(built, SparseSettings(kind, sparsity=0.5))
+    sparsifier = Sparsifier(built, runs.zeros(kind, sparsity=0.5))
     tolerance = {"magnitude": 0.5 * 0.01 + 0.005, "l1": 0.005, "structured": 0.5 / 8 + 0.005}[kind]
     for step in train(built, sparsifier, 40, adamw(built)):
         sparsifier.at_point(step + 1)
@@ -175,7 +175,7 @@ def test_zeros_follow_the_schedule_while_training(model, kind):
 
 def test_masks_are_chosen_anew_only_when_the_target_has_risen_enough(model, monkeypatch):
     built, asked = model(), []
-    sparsifier = Sparsifier(built, SparseSettings(sparsity=0.5, start=0.0, end=0.9))
+    sparsifier = Sparsifier(built, runs.zeros(sparsity=0.5, start=0.0, end=0.9))
     prune = sparsifier.prune_to
     monkeypatch.setattr(sparsifier, "prune_to", lambda target: (asked.append(target), prune(target)))
     optimizer = sgd(built)
@@ -203,7 +203,7 @@ def test_smallest_are_pruned_exactly_as_many_as_asked_and_stay_so():
 
 def test_ties_of_a_fresh_b_are_pruned_by_number(model):
     built = pruned(model(), 0.5)
-    sparsifier = Sparsifier(built, SparseSettings(sparsity=0.3, start=0.0, end=1.0))
+    sparsifier = Sparsifier(built, runs.zeros(sparsity=0.3, start=0.0, end=1.0))
     sparsifier.prune_to(0.3)  # B is all zeros: every score the same
     for name, parameter in sparsifier._factors():
         assert sparsifier.pruned[name].sum() == round(0.3 * parameter.numel())
@@ -232,7 +232,7 @@ def test_structured_prunes_the_weakest_ranks_of_each_layer(moved):
 @pytest.mark.parametrize("kind", ["magnitude", "l1"])
 def test_one_factor_alone_is_made_sparse(model, kind, factors):
     built = model()
-    sparsifier = Sparsifier(built, SparseSettings(kind, 0.5, factors))
+    sparsifier = Sparsifier(built, runs.zeros(kind, 0.5, factors))
     list(train(built, sparsifier, 15, adamw(built)))
     report = sparsity_report(built)["zeros"]
     other = {"A": "B", "B": "A"}[factors]
@@ -244,7 +244,7 @@ def test_one_factor_alone_is_made_sparse(model, kind, factors):
 def test_zeros_persist_in_weights_and_moments(model, kind, optimizer):
     built = model()
     stepper = optimizer(built)
-    sparsifier = Sparsifier(built, SparseSettings(kind, sparsity=0.6, start=0.05, end=0.2))
+    sparsifier = Sparsifier(built, runs.zeros(kind, sparsity=0.6, start=0.05, end=0.2))
     seen, frozen = {}, None
     for step in train(built, sparsifier, 125, stepper):
         for name, mask in sparsifier.pruned.items():
@@ -265,14 +265,12 @@ def test_zeros_persist_in_weights_and_moments(model, kind, optimizer):
 
 def test_clipping_does_not_see_pruned_entries(moved):
     built, twin = pruned(moved(), 0.5), pruned(moved(), 0.5)
-    sparsifier = Sparsifier(built, SparseSettings(sparsity=0.5))
+    sparsifier = Sparsifier(built, runs.zeros(sparsity=0.5))
     sparsifier.prune_to(0.5)
     sparsifier.begin()
     for side in (built, twin):
         side.train()(**batch()).loss.backward()
-    for (name, own), (_, plain) in zip(
-        sparsifier._factors(), Sparsifier(twin, SparseSettings())._factors(), strict=True
-    ):
+    for (name, own), (_, plain) in zip(sparsifier._factors(), Sparsifier(twin, runs.zeros())._factors(), strict=True):
         mask = sparsifier.pruned[name]
         assert plain.grad[mask].abs().sum() > 0  # without the hook they would be there
         assert own.grad[mask].abs().max() == 0 and torch.equal(own.grad[~mask], plain.grad[~mask])
@@ -298,7 +296,7 @@ def test_the_sparsest_pruning_leaves_every_layer_a_rank(model, moved, fresh):
         for layer in adapter_layers(built).values():
             layer.lora_A[0, :3] += 10
             layer.lora_B[:3, 5] += 0 if fresh else 10
-    sparsifier = Sparsifier(built, SparseSettings(sparsity=0.99, start=0.0, end=0.5))
+    sparsifier = Sparsifier(built, runs.zeros(sparsity=0.99, start=0.0, end=0.5))
     sparsifier.prune_to(0.99)
     for path, layer in adapter_layers(built).items():
         A, B = (~sparsifier.pruned[f"{path}.{name}"] for name in ("lora_A", "lora_B"))
@@ -320,7 +318,7 @@ def test_best_path_is_the_strongest_shared_rank():
 @pytest.mark.parametrize("factors", ["both", "A", "B"])
 def test_a_penalty_beyond_all_bounds_leaves_every_layer_a_rank(model, factors):
     built = model()
-    sparsifier = Sparsifier(built, SparseSettings("l1", factors=factors, l1=1e6))
+    sparsifier = Sparsifier(built, runs.zeros("l1", factors=factors, l1=1e6))
     list(train(built, sparsifier, 20, adamw(built)))
     for layer in adapter_layers(built).values():
         assert alive(layer)
@@ -340,7 +338,7 @@ def test_a_penalty_beyond_all_bounds_leaves_every_layer_a_rank(model, factors):
 )
 def test_pruning_to_nothing_is_refused(model, options, settings, message):
     with pytest.raises(ParameterError, match=message):
-        Sparsifier(model(**options), SparseSettings(**settings))
+        Sparsifier(model(**options), runs.zeros(**settings))
 
 
 @pytest.mark.parametrize(
@@ -363,20 +361,20 @@ def test_pruning_to_nothing_is_refused(model, options, settings, message):
 )
 def test_bad_settings_are_named_as_the_parameters_are(settings, message):
     with pytest.raises(ParameterError, match=message):
-        SparseSettings(**settings)
+        runs.zeros(**settings)
 
 
 def test_sparsity_needs_lora(tiny_bert):
     for built in (tiny_bert(), attach(tiny_bert(), "head")):
         with pytest.raises(LorakitError, match="has no LoRA layers"):
-            Sparsifier(built, SparseSettings())
+            Sparsifier(built, runs.zeros())
 
 
 # --- in the trainer --------------------------------------------------------------------------------------------------
 
 
 def run(built, folder, kind, budget=20, params=None, settings=None, **options):
-    sparsifier = Sparsifier(built, SparseSettings(**{"kind": kind} | (settings or {})))
+    sparsifier = Sparsifier(built, runs.zeros(**{"kind": kind} | (settings or {})))
     made = trainer(built, folder, budget=Budget(budget, "steps"), params=params, controllers=[sparsifier], **options)
     return made, sparsifier
 
@@ -441,7 +439,7 @@ def test_a_fixed_penalty_is_really_applied(model):
     reached = []
     for penalty in (1e-9, 0.3, 0.8):
         built = model()
-        sparsifier = Sparsifier(built, SparseSettings("l1", l1=penalty, start=0.1, end=0.9))
+        sparsifier = Sparsifier(built, runs.zeros("l1", l1=penalty, start=0.1, end=0.9))
         list(train(built, sparsifier, 20, adamw(built)))
         reached.append(sparsifier.reached())
         assert sparsifier.report()["target"] is None and sparsifier.report()["l1"] == penalty

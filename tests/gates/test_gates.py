@@ -8,12 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import training_runs as runs
 from training_runs import tiny_bert, tiny_gemma
 
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import (
     GATES,
-    GateSettings,
     GateWarning,
     HeadGradientGate,
     LossFloor,
@@ -274,7 +274,7 @@ def made(name, **options):
     model = torch.nn.Module()
     model.classifier = torch.nn.Linear(16, 3)
     model.config = type("Config", (), {"num_labels": 3})()
-    settings = GateSettings(name, **{"rate": 0.3, "burn_in": 10, "m": 64, "k": 8, "topk": 0} | options)
+    settings = runs.batch_gate(name, **{"rate": 0.3, "burn_in": 10, "m": 64, "k": 8, "topk": 0} | options)
     return build_gate(settings, model, "classify", seed=5)
 
 

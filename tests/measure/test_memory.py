@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks._profiled import measured_step_peak, training_step
 from lorakit import adapters
 from lorakit.errors import ParameterError
-from lorakit.gating import Gating
 from lorakit.measure.live import KINDS, LiveBytes
 from lorakit.measure.memory import cuda_peak_bytes, predict_step_memory, predict_training_memory, reset_cuda_peak
+from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 
 ROWS, TOKENS = 8, 64

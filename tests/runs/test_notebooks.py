@@ -10,16 +10,14 @@ import nbformat
 import pytest
 
 from lorakit import records
-from lorakit.params import Params, read_files, resolve
-from lorakit.places import params_of
-from lorakit.rows import method_of, notebook_of, row_of
+from lorakit.params import collect, params_of, resolve
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
+from lorakit.runs.rows import notebook_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 SETTINGS = ROOT / "params"
-PER_RUN = {"setting", "seed", "record", "run_dir"}  # decided by the sweep, by no params file
 
 each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 each_params_file = pytest.mark.parametrize(
@@ -96,35 +94,19 @@ def test_no_class_and_no_training_loop(path):
 
 
 @each_notebook
-def test_parameters_are_the_runs_own_with_its_defaults(path):
+def test_a_notebooks_parameters_are_a_runs_own(path):
     # `parameters` itself refuses a missing tag and anything but bare literals
-    given = parameters(path)
-    toy = params_of("toy", row_of(resolve(given))) | {"row": "", "search_rates": []}
-    defaults = {name: field.default for name, field in Params.model_fields.items()} | toy
-    for name, value in given.items():
-        assert name in defaults
-        assert (type(value), value) == (type(defaults[name]), defaults[name]), name
+    assert resolve(parameters(path))
 
 
 @each_params_file
 def test_params_files_fit_the_methods_notebook(path):
-    given = read_files([path.parent / "_setting.yaml", path])
-    assert not PER_RUN & given.keys()
-    assert given.get("row", path.stem) == path.stem
-    given = method_of(path.stem) | given | {"setting": path.parent.name, "row": path.stem}
-    given |= dict.fromkeys(("record", "run_dir"), "x")
+    given = params_of(path.parent.name, path.stem) | dict.fromkeys(("record", "run_dir"), "x")
     notebook = FOLDER / notebook_of(resolve(given))
-    assert checked(notebook, given).keys() == given.keys()
-    assert resolve(whole(notebook, given)) == resolve(given)  # nothing of the notebook's toy run is left
-
-
-@each_params_file
-def test_params_files_say_only_what_differs(path):
-    defaults = {name: field.default for name, field in Params.model_fields.items()}
-    setting = read_files([path.parent / "_setting.yaml"])
-    assert [name for name, value in setting.items() if defaults[name] == value] == []
-    before = defaults | setting | method_of(path.stem)
-    assert [name for name, value in read_files([path]).items() if before[name] == value] == []
+    injected = whole(notebook, given)
+    assert checked(notebook, given) == {name: injected[name] for name in given}
+    # as papermill has it; nothing of the notebook's toy run is left
+    assert resolve(collect(parameters(notebook) | injected)) == resolve(given)
 
 
 @each_record

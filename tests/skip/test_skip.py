@@ -15,7 +15,7 @@ from lorakit.adapters import adapter_layers, attach
 from lorakit.adapters.probe import squared_norms
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
-from lorakit.skip.choice import SkipSettings, block_numbers, choose, running_maxima, threshold
+from lorakit.skip.choice import block_numbers, choose, running_maxima, threshold
 from lorakit.skip.controller import SkipLoRA
 from lorakit.training import Budget, SLoRATrainer
 
@@ -56,7 +56,7 @@ def prepared(build, tiny_bert, **options) -> tuple[nn.Module, SkipLoRA]:
     """A model in training whose adapters are at work, and its started SkipLoRA."""
     torch.manual_seed(0)
     model = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
-    skip = SkipLoRA(model, SkipSettings(**ALWAYS | options))
+    skip = SkipLoRA(model, runs.skipping(**ALWAYS | options))
     skip.begin()
     return model, skip
 
@@ -146,7 +146,7 @@ GENERATOR = torch.Generator
 
 
 def pick(metric, **options) -> str:
-    settings = SkipSettings(**ALWAYS | options)
+    settings = runs.skipping(**ALWAYS | options)
     return "".join("01"[a] for a in choose(metric, BLOCKS, settings, GENERATOR().manual_seed(0)))
 
 
@@ -175,7 +175,7 @@ def test_choice(metric, options, active):
 
 
 def test_exploration_has_its_rate_and_follows_the_generator():
-    settings = SkipSettings(**ALWAYS | {"mode": "adapter", "explore": 0.2})
+    settings = runs.skipping(**ALWAYS | {"mode": "adapter", "explore": 0.2})
     first, second = GENERATOR().manual_seed(5), GENERATOR().manual_seed(5)
     picks = [choose([0.01] * 6, BLOCKS, settings, first) for _ in range(2000)]
     assert picks == [choose([0.01] * 6, BLOCKS, settings, second) for _ in range(2000)]
@@ -185,8 +185,8 @@ def test_exploration_has_its_rate_and_follows_the_generator():
 
 def test_thresholds_and_running_maxima():
     assert running_maxima([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], BLOCKS) == [0.3, 0.3, 0.5]
-    assert threshold([0.4, 0.1, 0.3, 0.2], SkipSettings(share=0.5)) == 0.3
-    assert threshold([0.4, 0.1], SkipSettings(threshold=0.07)) == 0.07
+    assert threshold([0.4, 0.1, 0.3, 0.2], runs.skipping(share=0.5)) == 0.3
+    assert threshold([0.4, 0.1], runs.skipping(threshold=0.07)) == 0.07
 
 
 def test_blocks_follow_the_models_numbers():
@@ -266,7 +266,7 @@ def test_a_skipped_step_leaves_weights_and_moments_bitwise_alone(build, decide, 
         step()
         optimizer.zero_grad()
     cut = sorted(skip.metric)[6] if mode == "adapter" else max(skip.metric[:6]) + 1e-6
-    skip.settings = SkipSettings(**ALWAYS | {"mode": mode, "decide": decide, "threshold": cut})
+    skip.settings = runs.skipping(**ALWAYS | {"mode": mode, "decide": decide, "threshold": cut})
     before = {id(p): (p.detach().clone(), copy.deepcopy(optimizer.state[p])) for p in trained}
     step()
     idle = [probe for probe in skip.probes if not probe.active]
@@ -333,7 +333,7 @@ def test_learns_from_b_zero(tmp_path, tiny_bert):
     frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     for options in ({"warmup": 0.2}, {"warmup": 0.0, "explore": 0.0}, {"warmup": 0.0, "decide": "forward"}):
         twin = copy.deepcopy(model)
-        skip = SkipLoRA(twin, SkipSettings(threshold=10.0, mode="adapter", **options))
+        skip = SkipLoRA(twin, runs.skipping(threshold=10.0, mode="adapter", **options))
         trainer = runs.trainer(twin, tmp_path, budget=Budget(30, "steps"), controllers=[skip])
         trainer.train()
         norms = [float(layer.lora_B.norm()) for layer in adapter_layers(twin).values()]
@@ -346,7 +346,7 @@ def test_threshold_zero_is_plain_lora_bitwise(tmp_path, tiny_bert):
     model = attach(tiny_bert(), "lora", rank=4, seed=0)
     twin = copy.deepcopy(model)
     runs.trainer(model, tmp_path / "a").train()
-    skip = SkipLoRA(twin, SkipSettings(threshold=0.0))
+    skip = SkipLoRA(twin, runs.skipping(threshold=0.0))
     runs.trainer(twin, tmp_path / "b", controllers=[skip]).train()
     assert runs.equal(runs.weights(model), runs.weights(twin))
     assert skip.report()["share_skipped"] == 0
@@ -357,7 +357,7 @@ def test_threshold_zero_is_plain_lora_bitwise(tmp_path, tiny_bert):
 def test_resume_is_bitwise(mode, decide, tmp_path, tiny_bert):
     def made(folder, budget_kill=None):
         model = attach(tiny_bert(), "lora", rank=4, seed=0)
-        settings = SkipSettings(mode=mode, decide=decide, share=0.5, warmup=0.1, explore=0.3, measure_every=2)
+        settings = runs.skipping(mode=mode, decide=decide, share=0.5, warmup=0.1, explore=0.3, measure_every=2)
         skip = SkipLoRA(model, settings, seed=3)
         trainer = runs.trainer(model, folder, budget=Budget(14, "steps"), controllers=[skip], save_steps=5)
         return model, skip, trainer
@@ -396,7 +396,7 @@ def test_one_decision_for_all_batches_of_a_step(tiny_bert):
     model(**batch()).loss.backward()
     skip.after_step(0.5, None)
     first = sorted(skip.metric)
-    skip.settings = SkipSettings(**ALWAYS | {"decide": "forward", "mode": "adapter", "threshold": first[6]})
+    skip.settings = runs.skipping(**ALWAYS | {"decide": "forward", "mode": "adapter", "threshold": first[6]})
     skip.begin_step(0.5)
     model(**batch()).loss.backward()
     decided = [probe.active for probe in skip.probes]
@@ -449,7 +449,7 @@ def test_reentrant_checkpointing_is_refused(tiny_bert):
 
 def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
     model = plain_peft(tiny_bert())
-    skip = SkipLoRA(model, SkipSettings(share=0.5, warmup=0.2, explore=0.0))
+    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.2, explore=0.0))
     plain = runs.trainer(model, tmp_path)
     plain.args.max_steps = 10
     trainer = SLoRATrainer(model, plain.args, runs.rows(), data_collator=runs.collate, controllers=[skip])
@@ -461,7 +461,7 @@ def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
 
 def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     model = attach(tiny_bert(), "lora", rank=4, seed=0)
-    skip = SkipLoRA(model, SkipSettings(share=0.5, warmup=0.25, explore=0.0))
+    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.25, explore=0.0))
     trainer = runs.trainer(model, tmp_path, controllers=[skip], evaluations=2)
     trainer.train()
     report = skip.report()
@@ -493,15 +493,15 @@ def test_the_ledger_of_a_run(tmp_path, tiny_bert):
 )
 def test_bad_settings(options, named):
     with pytest.raises(ParameterError, match=named.replace(".", r"\.")):
-        SkipSettings(**options)
+        runs.skipping(**options)
 
 
 def test_models_that_cannot_be_skipped(tiny_bert):
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(ParameterError, match="no LoRA adapter"):
-        SkipLoRA(attach(tiny_bert(), "head"), SkipSettings())
+        SkipLoRA(attach(tiny_bert(), "head"), runs.skipping())
     with pytest.raises(ParameterError, match="skip_min_active=14.*13 adapters"):
-        SkipLoRA(attach(tiny_bert(), "lora"), SkipSettings(min_active=14))
+        SkipLoRA(attach(tiny_bert(), "lora"), runs.skipping(min_active=14))
     with pytest.raises(ParameterError, match="LoRA variant"):
-        SkipLoRA(get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), SkipSettings())
+        SkipLoRA(get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), runs.skipping())

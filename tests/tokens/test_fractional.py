@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.gating import Gating
+from lorakit.settings import Gating
 from lorakit.tokens import build_tokens, fractional
 from lorakit.tokens import positions as rows_of_their_own
 from lorakit.tokens.fractional import FractionalGate, FreshKeys

@@ -12,8 +12,8 @@ from decoders import adapted, assert_close, batch, gradients, of, prepared, sele
 from torch import Tensor, nn
 
 from lorakit.adapters import attach
-from lorakit.gating import Gating
 from lorakit.head import Head
+from lorakit.settings import Gating
 from lorakit.sketches import head_gradient
 from lorakit.tokens import choice as policies
 from lorakit.tokens.choice import Shares

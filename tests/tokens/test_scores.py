@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.errors import ParameterError
-from lorakit.gating import Gating
 from lorakit.head import Head, rows
+from lorakit.settings import Gating
 from lorakit.sketches import head_gradient
 from lorakit.tokens import build_tokens
 from lorakit.tokens.scores import TokenScore

@@ -12,12 +12,11 @@ import two_processes
 
 from lorakit import records
 from lorakit.adapters import attach
-from lorakit.gates import GateSettings, build_gate
-from lorakit.gating import Gating
+from lorakit.files import PROJECT
+from lorakit.gates import build_gate
 from lorakit.params import Params
-from lorakit.places import PROJECT
 from lorakit.seams import Gate
-from lorakit.skip.choice import SkipSettings
+from lorakit.settings import Gating
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer
@@ -27,7 +26,7 @@ from lorakit.training.arguments import training_arguments
 def skipping(folder: str, **options) -> dict:
     """A short run that skips; what this process ended with."""
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
-    settings = SkipSettings(warmup=0.2, explore=0.2, measure_every=2, **options)
+    settings = runs.skipping(warmup=0.2, explore=0.2, measure_every=2, **options)
     skip = SkipLoRA(model, settings, seed=1)
     decided = []
     after = skip.after_step
@@ -74,7 +73,7 @@ def gating(folder: str) -> dict:
     ended = {}
     for name in ("novelty", "open", "none"):
         model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
-        settings = GateSettings(name, rate=0.4, burn_in=3, m=64, k=8, topk=0, ema=0.1, refresh=2)
+        settings = runs.batch_gate(name, rate=0.4, burn_in=3, m=64, k=8, topk=0, ema=0.1, refresh=2)
         gate = Open() if name == "open" else build_gate(settings, model, "classify")
         trainer = runs.trainer(model, f"{folder}/{name}", budget=Budget(14, "steps"), gate=gate, save_steps=14)
         trainer.train()
@@ -130,7 +129,7 @@ def choosing(folder: str, name: str, batch_size: int) -> BudgetTrainer:
     values = {"batch_size": batch_size, "learning_rate": 0.3, "optimizer": "sgd", "schedule": "constant", "warmup": 0.0}
     args = training_arguments(Params(**values, seed=3), f"{folder}/{name}")
     args.train_sampling_strategy = "sequential"
-    gate = GateSettings("novelty" if name == "gated" else "none", rate=0.5, burn_in=2, m=64, k=8)
+    gate = runs.batch_gate("novelty" if name == "gated" else "none", rate=0.5, burn_in=2, m=64, k=8)
     return BudgetTrainer(
         model=model,
         args=args,

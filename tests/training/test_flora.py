@@ -13,14 +13,13 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.adapters import attach
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
-from lorakit.gates import GateSettings, build_gate
+from lorakit.gates import build_gate
 from lorakit.gates.look import GateLook
-from lorakit.gating import Gating
 from lorakit.head import find_head
 from lorakit.params import Params
 from lorakit.seams import Candidate, Gate
+from lorakit.settings import Gating
 from lorakit.sketches import head_gradient
-from lorakit.skip.choice import SkipSettings
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer, FLoRATrainer, SLoRATrainer
@@ -330,7 +329,7 @@ def half_empty():
 )
 def test_batches_without_a_label_are_skipped_and_counted(tmp_path, mode, method, gate):
     model = decoder()
-    made = build_gate(GateSettings(gate, rate=0.9, burn_in=3, m=64, k=8), model, "causal")
+    made = build_gate(runs.batch_gate(gate, rate=0.9, burn_in=3, m=64, k=8), model, "causal")
     settings = {"method": method, "mode": mode}
     options = {"params": {"gradient_accumulation": 1}, "data": half_empty(), "gate": made, "budget": 8}
     run = budgeted(model, tmp_path, settings, **options)
@@ -484,7 +483,7 @@ def test_looking_on_measures_what_looking_at_the_whole_batch_does(monkeypatch, n
     inputs = runs.collate_language(list(runs.language_rows(4)))
     labels = inputs.pop("labels")
     tokens = build_tokens(Gating(method="random", topk_tokens=0.2), model, "causal")
-    gate = build_gate(GateSettings(name, m=64, k=8, topk=16), model, "causal")
+    gate = build_gate(runs.batch_gate(name, m=64, k=8, topk=16), model, "causal")
     hidden = []
     handle = tokens.head.module.register_forward_pre_hook(lambda _, args: hidden.append(args[0].detach()))
     outputs = model(**inputs)
@@ -628,7 +627,7 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(ParameterError, match="^gating.mode='fractional': needs a causal language model"):
         FLoRATrainer(runs.tiny_masked(), arguments(tmp_path), gating={"method": "flora", "mode": "fractional"})
     model = decoder()
-    skip = SkipLoRA(model, SkipSettings(), seed=0)
+    skip = SkipLoRA(model, runs.skipping(), seed=0)
     with pytest.raises(ParameterError, match="^gating.mode='fractional': .*SkipLoRA"):
         budgeted(model, tmp_path, {"mode": "fractional"}, controllers=[skip])
 

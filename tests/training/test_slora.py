@@ -10,7 +10,7 @@ import training_runs as runs
 
 from lorakit.adapters import attach, quantize_nf4
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
-from lorakit.gates import GateSettings, build_gate
+from lorakit.gates import build_gate
 from lorakit.gates.log import GateWarning
 from lorakit.seams import Decision, Gate
 from lorakit.training import Budget, Diverged, SLoRATrainer, checkpoint, watch
@@ -25,7 +25,7 @@ class Open(Gate):
 
 
 def novelty(model, kind="classify"):
-    settings = GateSettings("novelty", rate=0.4, burn_in=4, m=64, k=8, topk=0, ema=0.1, refresh=2)
+    settings = runs.batch_gate("novelty", rate=0.4, burn_in=4, m=64, k=8, topk=0, ema=0.1, refresh=2)
     return build_gate(settings, model, kind, seed=0)
 
 
@@ -140,7 +140,7 @@ def test_batches_without_a_label_are_skipped_and_counted(tmp_path, gate):
     rows = runs.language_rows(80)
     empty = rows.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 16 < 8 else row, with_indices=True)
     model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
-    settings = GateSettings(gate, rate=0.9, burn_in=3, m=64, k=8)
+    settings = runs.batch_gate(gate, rate=0.9, burn_in=3, m=64, k=8)
     run = runs.trainer(model, tmp_path, budget=Budget(10, "steps"), params={"gradient_accumulation": 1})
     run = type(run)(
         model=model,
@@ -184,7 +184,7 @@ def test_adapters_without_gradient_are_noticed(tmp_path):
 def test_a_budget_run_resumes_bitwise(tmp_path, name):
     def made(folder):
         model = lora()
-        settings = GateSettings(name, rate=0.4, burn_in=4, m=64, k=8, topk=0, ema=0.1, refresh=2)
+        settings = runs.batch_gate(name, rate=0.4, burn_in=4, m=64, k=8, topk=0, ema=0.1, refresh=2)
         return runs.trainer(model, folder, gate=build_gate(settings, model, "classify"), save_steps=4)
 
     whole, killed = made(tmp_path / "whole"), made(tmp_path / "killed")

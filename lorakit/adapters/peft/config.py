@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
 from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, is_conv1d, resolve_targets
+from lorakit.quiet import quiet
+from lorakit.settings import AdapterSettings
 
 VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
@@ -38,7 +37,7 @@ _BOOKKEEPING = (
 
 
 # What PEFT says about itself, not about what the user asked for.
-_NOISE = (
+NOISE = (
     "`is_gradient_checkpointing` is deprecated",
     "fan_in_fan_out is set to",
     "Failed to load the CUDA extension",
@@ -88,7 +87,7 @@ def build_config(
 
 def _made(config_class: type, kind: str, values: dict[str, Any], options: Mapping[str, Any]) -> Any:
     try:
-        with quiet():
+        with quiet(*NOISE):
             return config_class(**values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ParameterError("peft_options", dict(options), f"PEFT's {kind}: {error}") from error
@@ -220,12 +219,3 @@ def _require_known_needs(kind: str, values: Mapping[str, Any]) -> None:
     }
     name, allowed = needs.get(kind, ("", ""))
     require(not name or bool(values.get(name)), f"peft_options.{name}", values.get(name), allowed)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what PEFT warns of that a user can do nothing about."""
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
-        yield

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import check_state
-from lorakit.adapters.peft.config import quiet
+from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, config_of
 from lorakit.errors import CheckpointError
+from lorakit.quiet import quiet
 
 # of where and when a file was written, not of what it does
 _BOOKKEEPING = ("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type")
@@ -34,13 +35,13 @@ def stored_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
     """What PEFT writes for the adapter, by the names in its file."""
     from peft import get_peft_model_state_dict
 
-    with quiet(), _exact_ranks(wrapper):
+    with quiet(*NOISE), _exact_ranks(wrapper):
         return get_peft_model_state_dict(wrapper, save_embedding_layers=False)
 
 
 def save_peft(wrapper: nn.Module, folder: Path) -> None:
     """PEFT's `save_pretrained`, without its model card."""
-    with quiet(), _exact_ranks(wrapper):
+    with quiet(*NOISE), _exact_ranks(wrapper):
         wrapper.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
@@ -91,7 +92,7 @@ def read_config(folder: Path) -> Any:
     from peft import PeftConfig
 
     try:
-        with quiet():
+        with quiet(*NOISE):
             return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"PEFT cannot read its config: {error}") from None
@@ -128,7 +129,7 @@ def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if _kind(config) != "ADALORA":  # it takes up the ranks of its file first
         check_state(stored_tensors(wrapper), tensors)
     try:
-        with quiet():
+        with quiet(*NOISE):
             set_peft_model_state_dict(wrapper, dict(tensors))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from None

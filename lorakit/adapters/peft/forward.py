@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.errors import LorakitError
+from lorakit.head import IGNORED
 
 ADAPTER = "default"  # PEFT's name of a model's only adapter
 
@@ -33,7 +34,7 @@ def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
         kwargs["task_ids"] = ids.new_zeros(len(ids), dtype=torch.long)  # a run has one task
     labels = kwargs.get("labels")
     if labels is not None and _inserts_tokens(config) and config.task_type == "FEATURE_EXTRACTION":
-        kwargs["labels"] = F.pad(labels, (config.num_virtual_tokens, 0), value=-100)
+        kwargs["labels"] = F.pad(labels, (config.num_virtual_tokens, 0), value=IGNORED)
     return args, kwargs
 
 

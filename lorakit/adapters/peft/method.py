@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
-from lorakit.adapters.layer import AdapterSettings
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import build_config, quiet
+from lorakit.adapters.peft.config import NOISE, build_config
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.modules import name_matches
+from lorakit.quiet import quiet
+from lorakit.settings import AdapterSettings, AttachSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
 CANNOT_MERGE = {
@@ -82,13 +83,13 @@ class PeftAttachment(Attachment):
             for name, parameter in layer.named_parameters(recurse=False):
                 model.lorakit_unmerged.append((layer, name, parameter))
                 layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        with quiet():
+        with quiet(*NOISE):
             model.base_model.merge_adapter()
 
     def unmerge(self, model: nn.Module) -> None:
         if not model.lorakit_unmerged:
             return
-        with quiet():
+        with quiet(*NOISE):
             model.base_model.unmerge_adapter()
         for layer, name, parameter in model.lorakit_unmerged:
             merged = layer._parameters[name]
@@ -125,21 +126,20 @@ class PeftAttachment(Attachment):
 
 def attach_peft(
     model: nn.Module,
-    peft_type: str,
-    options: Mapping[str, Any],
+    asked: AttachSettings,
     settings: AdapterSettings,
-    target_modules: str | Sequence[str],
     trained: Sequence[str],
     seed: int | None = None,
     total_steps: int | None = None,
 ) -> nn.Module:
-    """Wrap `model` as PEFT does for `peft_type`; returns the wrapper.
+    """Wrap `model` as PEFT does for the type that is asked for; returns the wrapper.
 
     Raises:
         ParameterError: an unknown type or option, a parameter the type does not have, a type that cannot run here, or
             what PEFT itself refuses. The model is then as it was.
     """
-    config = build_config(model, peft_type, options, settings, target_modules, trained, total_steps)
+    targets = asked.target_modules
+    config = build_config(model, asked.peft_type, asked.peft_options, settings, targets, trained, total_steps)
     return wrap(model, config, settings, trained, seed)
 
 
@@ -152,7 +152,7 @@ def wrap(
     prepare_four_bit(model, trained)
     base = Base.of(model)
     try:
-        with quiet(), _seeded(model, seed):
+        with quiet(*NOISE), _seeded(model, seed):
             wrapper = get_peft_model(model, config)
         _require_trainable(wrapper, config)
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.errors import require
+from lorakit.tasks.toy import tokenizer as tokenizers
 from lorakit.tasks.toy.tokenizer import SPECIALS, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-NAMES = ("toy-encoder", "toy-decoder")
-UNTRAINED = "toy-gpt2"
+PRETRAINED = ("toy-encoder", "toy-decoder")
+NAMES = (*PRETRAINED, "toy-gpt2")
+NOTES = {"toy-gpt2": ("toy-gpt2: GPT-2's architecture at toy size with random weights, not pre-trained",)}
 
 
 def folder(name: str) -> Path:
@@ -25,67 +27,36 @@ def folder(name: str) -> Path:
     Raises:
         ParameterError: no toy model has this name.
     """
-    require(name in (*NAMES, UNTRAINED), "model", name, f"toy models are {', '.join(NAMES)}, {UNTRAINED}")
+    require(name in NAMES, "model", name, f"toy models are {', '.join(NAMES)}")
     return Path(__file__).parent / "weights" / name
 
 
 def config(name: str) -> PreTrainedConfig:
-    """The architecture, as it was pre-trained."""
-    require(name in NAMES, "model", name, f"toy models are {', '.join(NAMES)}")
-    return _encoder_config() if name == "toy-encoder" else _decoder_config()
+    """The architecture, as it was pre-trained (GPT-2's: as it was initialised)."""
+    import transformers
 
-
-def _encoder_config() -> PreTrainedConfig:
-    from transformers import DistilBertConfig
-
-    return DistilBertConfig(
-        vocab_size=VOCAB_SIZE,
-        dim=64,
-        hidden_dim=192,
-        n_layers=4,
-        n_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=SPECIALS.index("[PAD]"),
-        dropout=0.0,
-        attention_dropout=0.0,
-        seq_classif_dropout=0.0,
-        initializer_range=0.125,  # 1 / sqrt(dim); the default 0.02 is for wide models
-    )
-
-
-def gpt2_config() -> PreTrainedConfig:
-    """The architecture of the untrained one."""
-    from transformers import GPT2Config
-
-    return GPT2Config(
-        vocab_size=VOCAB_SIZE,
-        n_embd=48,
-        n_layer=2,
-        n_head=4,
-        n_positions=256,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        pad_token_id=SPECIALS.index("[PAD]"),
-        bos_token_id=SPECIALS.index("<bos>"),
-        eos_token_id=SPECIALS.index("<eos>"),
-    )
-
-
-def build_untrained() -> PreTrainedModel:
-    """The untrained one with its language-modelling head, from seed 0; how its packaged weights were made."""
-    import torch
-    from transformers import GPT2LMHeadModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return GPT2LMHeadModel(gpt2_config())
-
-
-def _decoder_config() -> PreTrainedConfig:
-    from transformers import Gemma3TextConfig
-
-    return Gemma3TextConfig(
+    folder(name)  # refuses unknown names
+    pad, bos, eos, turn = map(SPECIALS.index, ("[PAD]", "<bos>", "<eos>", "<end_of_turn>"))
+    if name == "toy-encoder":
+        return transformers.DistilBertConfig(
+            vocab_size=VOCAB_SIZE,
+            dim=64,
+            hidden_dim=192,
+            n_layers=4,
+            n_heads=4,
+            max_position_embeddings=256,
+            pad_token_id=pad,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+            initializer_range=0.125,  # 1 / sqrt(dim); the default 0.02 is for wide models
+        )
+    if name == "toy-gpt2":
+        sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        tokens = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+        return transformers.GPT2Config(vocab_size=VOCAB_SIZE, **sizes, **no_dropout, **tokens)
+    return transformers.Gemma3TextConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=96,
         intermediate_size=256,
@@ -100,32 +71,24 @@ def _decoder_config() -> PreTrainedConfig:
         tie_word_embeddings=True,
         attention_dropout=0.0,
         initializer_range=0.05,
-        pad_token_id=SPECIALS.index("[PAD]"),
-        bos_token_id=SPECIALS.index("<bos>"),
-        eos_token_id=[SPECIALS.index("<eos>"), SPECIALS.index("<end_of_turn>")],
+        pad_token_id=pad,
+        bos_token_id=bos,
+        eos_token_id=[eos, turn],
     )
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The byte tokenizer this model was pre-trained with."""
-    from lorakit.tasks.toy import tokenizer as tokenizers
-
-    require(name in (*NAMES, UNTRAINED), "model", name, f"toy models are {', '.join(NAMES)}, {UNTRAINED}")
+    folder(name)  # refuses unknown names
     return tokenizers.encoder_tokenizer() if name == "toy-encoder" else tokenizers.decoder_tokenizer()
 
 
 def build(name: str, random: bool = False) -> PreTrainedModel:
-    """The model with its language-modelling head: as pre-trained, or as torch's seed initialises it if `random`.
+    """The model with its language-modelling head: as packaged, or as torch's seed initialises it if `random`.
 
-    Raises:
-        ParameterError: no toy model has this name.
+    The packaged GPT-2 is what seed 0 makes.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    require(name in NAMES, "model", name, f"toy models are {', '.join(NAMES)}")
     auto = AutoModelForMaskedLM if name == "toy-encoder" else AutoModelForCausalLM
-    return _random(auto, name) if random else auto.from_pretrained(folder(name), local_files_only=True)
-
-
-def _random(auto: type, name: str) -> PreTrainedModel:
-    return auto.from_config(config(name))
+    return auto.from_config(config(name)) if random else auto.from_pretrained(folder(name), local_files_only=True)

@@ -1,0 +1,123 @@
+"""Curves over seeds: loss against what a run spends, or anything that a run logs by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorakit.analysis import names, stats, style
+from lorakit.analysis.frame import frame, require_comparable
+from lorakit.errors import require
+from lorakit.records import AXES, Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FAILED = ("diverged", "out_of_memory")
+BAND = "line: mean; band: lowest to highest seed"
+
+
+def title(ax: Axes, records: Sequence[Record], mixed: bool = False) -> None:
+    """Name the setting; records of several models, tasks or data are refused, or, if `mixed`, the title says so."""
+    told = require_comparable(records, mixed)
+    ax.set_title(style.wrapped(records[0].setting + (f" ({told})" if told else ""), 95))
+
+
+def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = stats.LOSS) -> pd.DataFrame:
+    """The finite points of every run: row, seed, status, x ascending, y. Of several at one x the last one counts.
+
+    Raises:
+        ParameterError: `x` is no axis, or `y` is in none of the records while others are.
+    """
+    require(x in AXES, "x", x, f"must be one of {', '.join(AXES)}")
+    table, y = frame(records).curves, _metric(y)
+    known = [name for name in sorted(table) if name == "train loss" or name.startswith("validation ")]
+    known = [name for name in known if table[name].notna().any()]
+    require(not known or y in known, "y", y.removeprefix("validation "), f"must be one of {', '.join(known)}")
+    table = table.assign(x=table[AXES[x].field].astype(float), y=table[y] if known else np.nan)
+    table = table.loc[np.isfinite(table["y"]), ["row", "seed", "status", "x", "y"]]
+    return table.drop_duplicates(["row", "seed", "x"], keep="last").sort_values(["row", "seed", "x"])
+
+
+def _metric(y: str) -> str:
+    return y if y == "train loss" or y.startswith("validation ") else f"validation {y}"
+
+
+def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
+    """A line per row and x: mean, low and high of y over the row's finished runs, and how many they are.
+
+    Runs are put on all their x together, between them in line, within the range every one of them covers.
+
+    Args:
+        points: row, seed, status, x ascending, y.
+    """
+    import pandas as pd
+
+    parts = [pd.DataFrame({"row": [], "x": [], "mean": [], "low": [], "high": [], "seeds": []})]
+    for row, done in points[points["status"] == "done"].groupby("row", sort=False):
+        runs = [(run["x"].to_numpy(), run["y"].to_numpy()) for _, run in done.groupby("seed")]
+        grid = np.unique(done["x"])
+        grid = grid[(grid >= max(x[0] for x, _ in runs)) & (grid <= min(x[-1] for x, _ in runs))]
+        table = np.stack([np.interp(grid, x, y) for x, y in runs])  # (seeds, N)
+        bounds = {"mean": table.mean(0), "low": table.min(0), "high": table.max(0)}
+        parts.append(pd.DataFrame({"row": row, "x": grid, **bounds, "seeds": len(runs)}))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:
+    """`y` against `x` of `records`; what the band is, if there is one."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    band, name = draw_curves(ax, curve_points(records, x, y), records), _metric(y)
+    ax.set(xlabel=AXES[x].label, ylabel=name.replace("_", " ") + (" (nats)" if name.endswith(" loss") else ""))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=x not in ("flops", "seconds")))
+    if x != "seconds":
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    ax.ticklabel_format(axis="y", useOffset=False)
+    if not any(len(line.get_xdata()) for line in ax.lines):
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=ax.transAxes)
+    return band
+
+
+def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> str | None:
+    """A line per row of `records` from its `points`, named after how its runs ended; what the band is, if any."""
+    groups, table = stats.by_row(records), over_seeds(points)
+    looks, top = style.looks(groups), np.inf
+    if not table.empty:  # fit y to the finished runs, so that a diverging one does not flatten them
+        low, high = table["low"].min(), table["high"].max()
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+        _, top = ax.set_ylim(low - margin, high + 2 * margin)
+    style.lines(ax, table, "x", "mean", "row", looks, {row: run_label(row, group) for row, group in groups.items()})
+    for row, look in looks.items():
+        band = table[(table["row"] == row) & (table["seeds"] > 1)]
+        if len(band):
+            ax.fill_between("x", "low", "high", data=band, color=look.color, alpha=min(0.15, 0.9 / len(looks)), lw=0)
+    for (row, _, status), run in points[points["status"] != "done"].groupby(["row", "seed", "status"], sort=False):
+        ax.plot(run["x"], run["y"], lw=0.8, label="_", **looks[row].line | {"marker": ""})
+        if status in FAILED:
+            end = exit_point(run["x"].to_numpy(), run["y"].to_numpy(), top)
+            ax.plot(*end, color=looks[row].color, marker="x", ms=7, mew=1.8, clip_on=False, zorder=5)
+    return BAND if (table["seeds"] > 1).any() else None
+
+
+def exit_point(x: np.ndarray, y: np.ndarray, top: float) -> tuple[float, float]:
+    """Where a run, x and y (N,), crosses the top edge for the first time, else its last point."""
+    above = int(np.argmax(y > top))
+    if y[above] <= top:
+        return float(x[-1]), float(y[-1])
+    pair = slice(max(above - 1, 0), above + 1)
+    return float(np.interp(top, y[pair], x[pair])), top
+
+
+def run_label(row: str, group: Sequence[Record]) -> str:
+    """How many runs are in the line, and what became of the others: "LoRA (3 seeds, 1 diverged ×)"."""
+    ended = Counter(record.status for record in group)
+    done = ended.pop("done", 0)
+    parts = [f"{done} seed{'s' * (done != 1)}"] if done else []
+    parts += [f"{n} {status.replace('_', ' ')}{' ×' * (status in FAILED)}" for status, n in sorted(ended.items())]
+    return f"{names.label(row, group)} ({', '.join(parts)})"

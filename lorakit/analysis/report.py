@@ -1,0 +1,294 @@
+"""`lorakit report RESULTS… --output report.md`: one setting's runs compared at equal cost, in Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lorakit.analysis import equal_cost, names, stats, tables
+from lorakit.analysis.equal_cost import Groups
+from lorakit.analysis.frame import frame, gate_of, require_comparable
+from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
+from lorakit.errors import DataError, ParameterError, require
+from lorakit.files import write_text
+from lorakit.records import AXES, Record, read_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNFAIR = "†"
+READING = """\
+Differences are of validation loss (nats, lower is better), row minus the other, paired by seed, with a 95 % interval of
+the mean over the pairs: Student's t below 8 pairs, a bootstrap (BCa) from 8 on, none below 3. **below** means that the
+row's loss is lower, **above** that it is higher, **within noise** that the interval holds 0, **too few seeds** that
+there is no interval. No correction is made for the number of comparisons: of twenty without any effect, one is expected
+outside the noise."""
+EQUAL = """\
+Each pair of runs is compared at the largest x that both reach. A run's loss is known only where it was evaluated
+({evaluations} times a run); in between it is interpolated on a straight line, which on a falling curve tends to be too
+high. **decayed** says whether both runs were there at the end of their own learning-rate schedule, at least {decayed}
+of the way, and if not, how far the other one was. A verdict marked {mark} is of a finished run and one whose learning
+rate was still high: not a fair comparison, mostly in favour of the finished one. Rows with a gate are also compared
+with a random choice at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
+CRITERION = """\
+The criterion: final validation loss at most {loss} above that of {reference} (`{row}`), at {steps} fewer
+accepted steps or better in every pair. Both are compared at their own end. **passed**: the whole interval is at or
+below the limit; **failed**: it is above, or too few steps were saved; **undecided**: the interval holds the limit, or
+there are too few seeds for one."""
+
+
+def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str] = (), mixed: bool = False) -> str:
+    """The report on the records of one setting, in Markdown.
+
+    Args:
+        baseline: the row all others are compared with; empty: see `equal_cost.rows_of`.
+        sources: where the records were read.
+        mixed: also of runs on different models or data; the title says so.
+
+    Raises:
+        ParameterError: no records, several settings, two records of a row and seed, records that cannot be compared, or
+            no record of the baseline.
+    """
+    groups = equal_cost.rows_of(records, baseline)
+    warning = require_comparable(records, mixed)
+    return Table(
+        f"# {records[0].setting}: {len(groups)} rows compared" + (f" ({warning})" if warning else ""),
+        header(groups, sources),
+        READING,
+        "## What each row reached",
+        f"Means ± standard deviation over the seeds that finished. The baseline is `{next(iter(groups))}`.",
+        quality_table(groups),
+        *tables.sentences(*(f"- {line}" for line in tables.remarks(groups))),
+        "## What it cost",
+        cost_table(groups),
+        *_at_equal_cost(groups),
+        *([] if equal_cost.chooses_tokens(groups) else _criterion(groups)),
+        *_warnings(groups),
+    ).markdown() + "\n"  # fmt: skip
+
+
+def header(groups: Groups, sources: Sequence[str]) -> str:
+    """What the report is about, as far as the records say: what all rows share, and where they differ."""
+
+    def budget(record: Record) -> str | None:
+        asked = {"budget_unit": ""} | record.resolved
+        return "{budget:,g} {budget_unit}".format(**asked).replace("_", " ") if "budget" in asked else None
+
+    records = [*chain(*groups.values())]
+    read = f" under {', '.join(f'`{name}`' for name in sources)}" if sources else ""
+    tasks = each(r.resolved.get("task") for r in records)
+    files = each(_known(*file) for r in records for file in r.fingerprints.get("data", {}).items())
+    machines = each(", ".join(r.environment[n] for n in ("cpu", "device") if n in r.environment) for r in records)
+    codes = each((r.fingerprints.get("code") or "")[:12] for r in records)
+    versions = each(f"{n} {v}" for r in records for n, v in r.environment.get("versions", {}).items() if v)
+    lines = {
+        "Setting": f"`{records[0].setting}`",
+        "Read": f"{len(records)} records{read}",
+        "Model": ", ".join(each(_known(r.resolved.get("model"), r.fingerprints.get("model")) for r in records)),
+        "Data": ": ".join(", ".join(found) for found in (tasks, files) if found),
+        "Seeds": _by_row(groups, lambda r: r.seed),
+        "Learning rate": _by_row(groups, lambda r: r.resolved.get("learning_rate")),
+        "Schedule": _by_row(groups, lambda r: r.resolved.get("schedule")),
+        "Budget": _by_row(groups, budget),
+        "Versions": ", ".join(versions),
+        "Machine": "; ".join(machines) + " (seconds are not comparable)" * (len(machines) > 1),
+        "Code": ", ".join(codes) + " (fingerprints differ)" * (len(codes) > 1),
+    }
+    return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
+
+
+def each(found: Iterable[Any]) -> list[str]:
+    """What is said at all, each once."""
+    return [*dict.fromkeys(str(value) for value in found if value not in (None, ""))]
+
+
+def _by_row(groups: Groups, value: Callable[[Record], Any]) -> str:
+    """What all rows share, else each row's own."""
+    texts = {row: ", ".join(each(map(value, group))) or "not recorded" for row, group in groups.items()}
+    common = max(texts.values(), key=[*texts.values()].count)
+    others = [f"`{row}` {text}" for row, text in texts.items() if text != common]
+    return f"{common}; but {'; '.join(others)}" if others else common.replace("not recorded", "")
+
+
+def _known(name: str | None, digest: str | None) -> str:
+    return f"{name or ''} ({digest[:12]})".strip() if digest else name or ""
+
+
+# tables ----------------------------------------------------------------------------------------------
+
+
+def quality_table(groups: Groups) -> pd.DataFrame:
+    """Runs, learning rate, final validation loss and metric of each row, with the standard deviation over seeds."""
+    records = [*chain(*groups.values())]
+    runs, metric = frame(records).runs, stats.main_value(records).partition(" ")[2]
+    scores = dict.fromkeys([stats.LOSS, *(name for name in (f"validation {metric}", f"test {metric}") if name in runs)])
+    table = summary(runs, {name.replace("_", " "): (name, SCORE, 1) for name in scores})
+    rates = [each(r.resolved.get("learning_rate") for r in group) for group in groups.values()]
+    table.insert(1, "row", [f"`{row}`" for row in groups])
+    table.insert(2, "seeds", [", ".join(str(record.seed) for record in group) for group in groups.values()])
+    table.insert(3, "runs", [tables.statuses(group) for group in groups.values()])
+    table.insert(4, "learning rate", [", ".join(f"{float(rate):.3g}" for rate in found) or NONE for found in rates])
+    return table
+
+
+def cost_table(groups: Groups) -> pd.DataFrame:
+    """What each row cost and accepted, means over the runs that finished."""
+    runs = frame([*chain(*groups.values())]).runs
+    runs = runs.assign(accepted=100 * runs["accepted_steps"] / runs["steps"])
+    columns = axis_columns("accepted_steps", "steps", "tokens", "flops", "seconds")
+    columns |= {"accepted": ("accepted", "{:.0f} %", 1), "after burn-in": ("acceptance_rate", "{:.1f} %", 0.01)}
+    rates = [gate_of(group)[1] for group in groups.values()]
+    return summary(runs, columns).assign(target=[NONE if rate is None else f"{100 * rate:.0f} %" for rate in rates])
+
+
+def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
+    """Differences in validation loss at an equal amount of one axis, a line per pair of rows."""
+    axis, lines = AXES[found[0].axis], []
+    for one in found:
+        line = tables.told(one.gap, form="{:+.4f}")
+        ends = sorted(one.places.values())
+        late = [f"{names.label(row)} at {int(100 * x)} %" for row, x in one.shares.items() if x < stats.DECAYED]
+        fair = f"no: {', '.join(late)}" if late else "yes"
+        reached = dict.fromkeys(axis.form.format(x / axis.size) for x in ends[:: max(1, len(ends) - 1)])
+        line[f"at {axis.unit}"] = " to ".join(reached) or NONE
+        line["decayed"] = NONE if not ends else "constant rate" if one.constant else fair
+        line["verdict"] += f" {UNFAIR}" if ends and not one.fair else ""
+        lines.append(line)
+    columns = ["row", "against", f"at {axis.unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
+    return pd.DataFrame(lines)[columns]
+
+
+def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
+    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
+    lines = []
+    for one in found:
+        line = tables.told(one.gap, form="{:+.2%}")
+        line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
+        line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
+        lines.append(line)
+    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
+    return table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
+
+
+# sections --------------------------------------------------------------------------------------------
+
+
+def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
+    if len(groups) == 1:
+        return ["## At equal cost", "One row: nothing to compare it with."]
+    runs = [record for record in chain(*groups.values()) if record.status == "done"]
+    counts = {len(stats.curve(record, "steps")[0]) for record in runs} or {0}
+    times = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    text = EQUAL.format(evaluations=times, decayed=f"{100 * stats.DECAYED:.0f} %", mark=UNFAIR)
+    parts: list[pd.DataFrame | str] = ["## At equal cost", text]
+    for axis in equal_cost.AXES:
+        title = AXES[axis].title or AXES[axis].label
+        parts += [f"### At equal {title}", equal_table(equal_cost.comparisons(groups, axis))]
+    lonely = [f"{names.label(row)} (at {100 * rate:.0f} %)" for row, rate in equal_cost.without_random(groups).items()]
+    return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
+
+
+def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
+    reference = equal_cost.reference_of(groups)
+    found = [equal_cost.criterion(group, groups[reference]) for row, group in groups.items() if row != reference]
+    limits = {"loss": f"{100 * equal_cost.LOSS_LIMIT:.1f} %", "steps": f"{100 * equal_cost.STEPS_LIMIT:.0f} %"}
+    text = CRITERION.format(**limits, reference=names.label(reference), row=reference)
+    return ["## The criterion", text, criterion_table(found)] if found else []
+
+
+def _warnings(groups: Groups) -> list[str]:
+    """Unfinished runs, what the gates warned of, and what the runs noted: each text once, with the runs it is about."""
+
+    def ended(record: Record) -> str:
+        last = f" after step {record.curve[-1].step}" if record.curve else ""
+        return record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
+
+    records, parts = [*chain(*groups.values())], []
+    sections: dict[str, Callable[[Record], list[str]]] = {
+        "Runs that did not finish": lambda r: [ended(r)] if r.status != "done" else [],
+        "Warnings of the gates": lambda r: r.details.get("gate", {}).get("warnings", []),
+        "Notes of the runs": lambda r: r.notes,
+    }
+    for title, texts in sections.items():
+        runs: dict[str, list[str]] = {}
+        for record in records:
+            for text in texts(record):
+                runs.setdefault(" ".join(text.split()), []).append(f"`{record.row}` seed {record.seed}")
+        lines = [f"- {'all runs' if len(about) == len(records) > 1 else ', '.join(about)}: {text}"
+                 for text, about in runs.items()]  # fmt: skip
+        parts += [f"## {title}", "\n".join(lines) or "None."]
+    return parts
+
+
+# figures and files -----------------------------------------------------------------------------------
+
+
+def figures_of(records: Sequence[Record], mixed: bool = False) -> dict[str, tuple[str, Figure]]:
+    """File name -> what it shows, and the figure; those about gates only where there are any."""
+    from lorakit.analysis import figures, gate_figures
+
+    records = frame(records)  # once for all figures
+    curves = {axis: figures.loss_curve(records, axis, mixed=mixed) for axis in equal_cost.AXES}
+    found = {f"loss_by_{x}.png": (f"Validation loss against {AXES[x].label}", drawn) for x, drawn in curves.items()}
+    if len(gate_figures.log_points(records, "gate/acceptance_rate", after_burn_in=True)):
+        found["acceptance.png"] = ("Acceptance rate against its target", gate_figures.acceptance(records, mixed))
+    if gate_figures.scored_novelty(records):
+        found["novelty.png"] = ("Novelty of the candidate batches", gate_figures.novelty(records, mixed))
+    if any(record.status == "done" for record in records):
+        found["ledger.png"] = ("What the compute was spent on", gate_figures.ledger(records, mixed))
+    return found
+
+
+def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool) -> str:
+    """Write the figures to `folder`; a section that shows them in a report that lies `beside`."""
+    from lorakit.analysis import style
+
+    text = "\n## Figures\n"
+    for name, (what, drawn) in figures_of(records, mixed).items():
+        path = Path(os.path.relpath(style.save(drawn, folder / name), beside)).as_posix()
+        text += f"\n![{what}]({path})\n\n{what}.\n"
+    return text
+
+
+def _require_folder(name: str, given: str, folder: Path) -> None:
+    """`folder` can be written to, or made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(there.is_dir() and os.access(there, os.W_OK), name, given, f"{there} cannot be written to")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report on the records under RESULTS; nothing is written where they cannot be compared.
+
+    Raises:
+        LorakitError: no records, records that cannot be compared, no record of the baseline, or a place that cannot be
+            written to.
+    """
+    parser = argparse.ArgumentParser(prog="lorakit report", description="Compare one setting's rows at equal cost.")
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the report, in Markdown")
+    parser.add_argument("--baseline", default="", metavar="ROW", help="compare with it (default: baseline, else lora)")
+    parser.add_argument("--figures", metavar="DIR", help="draw figures there and show them in the report")
+    parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
+    args = parser.parse_args(argv)
+    records, output = read_all(args.results), Path(args.output)
+    if not records:
+        raise DataError(f"{', '.join(args.results)}: no records there")
+    _require_folder("--output", args.output, output.parent)
+    require(not output.is_dir(), "--output", args.output, "is a folder, must be a file")
+    text = report(records, args.baseline, args.results, args.mixed)  # before anything is written
+    if args.figures:
+        _require_folder("--figures", args.figures, Path(args.figures))
+    try:
+        if args.figures:
+            text += _pictures(records, Path(args.figures), output.parent, args.mixed)
+        write_text(text, output)
+    except OSError as error:
+        raise ParameterError("--output", args.output, f"cannot be written: {error}") from None
+    print(f"{args.output}: {len(records)} runs of {len({record.row for record in records})} rows")
+    return 0

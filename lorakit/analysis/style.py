@@ -1,0 +1,296 @@
+"""One look for every figure: the same size, fonts and, for a row, the same colour, marker and dash everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import textwrap
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lorakit.errors import ParameterError
+from lorakit.files import written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
+SCREEN_DPI, PRINT_DPI = 120, 200
+FEW = 12  # points of a line that all carry a marker
+Key = tuple[Sequence[Any], Sequence[str]]  # handles and labels of a legend
+
+RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.titlepad": 9,  # room for a mark on the top edge
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to tell the dashes apart
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.88",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+class Look(NamedTuple):
+    """How a line is drawn; in grey print `marker` and `dash` (lengths of stroke and gap; "": solid) still name it."""
+
+    color: str
+    marker: str
+    dash: Any = ""
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As matplotlib's options."""
+        return {"color": self.color, "marker": self.marker, "ls": (0, self.dash) if self.dash else "-"}
+
+
+DASHES: tuple[Any, ...] = ("", (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
+# Okabe & Ito's colours for all kinds of colour vision but yellow, the light ones darkened to 3:1 on white.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#209CE2", "#C58800", "#882255", "#777777")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SPARE_MARKERS = ("<", ">", "p", "*", "h", "d", "8")  # of rows the palette does not know
+
+# A row's colour, marker and the place of its dash in DASHES. A new row takes what is free and changes no other.
+_ROWS = """
+    full #000000 o 0, lora #0072B2 s 1, head #D55E00 ^ 2, sparse #009E73 D 3,
+    hira #CC79A7 v 0, qlora #209CE2 P 1, skip #C58800 X 2, slora #882255 o 3,
+    flora #999933 s 0, random #777777 ^ 1, sparse_ranks #332288 D 2, sparse_l1 #AA4499 v 3,
+    skip_adapter #41A393 P 0, dora #7A5230 X 1, baseline #222222 o 2, full_length #4477AA s 3,
+    same_flops #179FCD ^ 0, loss_floor #228833 D 1, gradient_norm #A4952D v 2, novelty_loss #6F4FA8 P 3,
+    least_novel #ED7029 X 0, random50 #949494 o 1, slora50 #D4709A s 2, random_tokens #8C6D31 ^ 3,
+    random20 #4D4D4D D 0, flora20 #C4420B v 1, flora40 #5E3C99 P 2, pps20 #01665E X 3,
+    random20_gather #8A8F99 < 0, flora20_gather #DD7554 > 1, flora40_gather #9E88D4 p 2, pps20_gather #3C9F7A * 3,
+    targets_only #1F4E8C h 0, flora_fractional #7F3B08 d 1
+"""
+PALETTE = {row: Look(color, marker, DASHES[int(n)]) for row, color, marker, n in map(str.split, _ROWS.split(","))}
+
+
+def looks(rows: Iterable[str]) -> dict[str, Look]:
+    """A distinct look for each row, in the order given.
+
+    A row outside the palette takes the place its name's hash points to, or the next whose marker and dash no other
+    row of this figure has, and whose colour none has while there is one. It never changes the look of a known row.
+    """
+    rows = list(dict.fromkeys(rows))
+    chosen = {row: PALETTE[row] for row in rows if row in PALETTE}
+    for row in sorted(set(rows) - chosen.keys()):
+        chosen[row] = _free_look(row, chosen.values())
+    return {row: chosen[row] for row in rows}
+
+
+def _free_look(row: str, taken: Iterable[Look]) -> Look:
+    pairs = {(look.marker, look.dash) for look in taken}
+    colors = {look.color for look in taken}
+    start, count = zlib.crc32(row.encode()), len(SPARE_MARKERS) * len(DASHES)
+    places = [(start + shift) % count for shift in range(count)]
+    every = [Look(COLORS[n % len(COLORS)], SPARE_MARKERS[n % len(SPARE_MARKERS)], DASHES[n % len(DASHES)])
+             for n in places]  # fmt: skip
+    free = [look for look in every if (look.marker, look.dash) not in pairs] or every
+    return next((look for look in free if look.color not in colors), free[0])
+
+
+def series(count: int, first: int = 1) -> list[Look]:
+    """Looks of lines that are no rows, by their place."""
+    places = range(first, first + count)
+    return [Look(COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)], DASHES[n % len(DASHES)]) for n in places]
+
+
+def wrapped(text: str, width: int) -> str:
+    """`text` in lines of at most `width` characters, so that no name runs out of the figure."""
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+# drawing ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterator[Any]:
+    """Within it holds the style: the axes of an empty `figure`, as `subplots` gives them with the options `grid`."""
+    with context():
+        yield figure(height).subplots(rows, columns, **grid)
+
+
+def figure(height: float) -> Figure:
+    """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
+
+    IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    new = Figure(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
+    FigureCanvasAgg(new)
+    new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
+    return new
+
+
+def lines(ax: Axes, data: DataFrame, x: str, y: str, by: str, looks: Mapping[str, Look], labels: Mapping[str, str] = {},
+          **more: Any) -> None:  # fmt: skip
+    """A line of `y` against `x` per entry of `looks`, from the rows of `data` whose `by` it is; markers do not blot.
+
+    Args:
+        labels: entry -> its name in the legend, where it is another; entries without data are named there as well.
+        more: options of every line.
+    """
+    import seaborn as sns
+
+    there = [name for name in looks if name in set(data[by])]
+    start = len(ax.lines)
+    if there:
+        sns.lineplot(data, x=x, y=y, hue=by, style=by, hue_order=there, style_order=there, estimator=None, legend=False,
+                     palette={name: looks[name].color for name in there}, mec=None, ax=ax,
+                     markers={name: looks[name].marker for name in there},
+                     dashes={name: looks[name].dash for name in there}, **more)  # fmt: skip
+    for name, line in zip(there, ax.lines[start:], strict=True):
+        line.set(label=labels.get(name, name), markevery=spaced(line.get_xdata()), markersize=RC["lines.markersize"])
+        line.set_markeredgecolor(looks[name].color)
+    for name in [name for name in looks if name not in there]:
+        ax.plot([], [], label=labels.get(name, name), **looks[name].line)
+
+
+def wide_lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, **more: Any) -> None:
+    """A line per column of `table` against its index; looks by place where none are given. See `lines`."""
+    long = table.rename_axis("x").reset_index().melt("x", var_name="series", value_name="y").dropna()
+    lines(ax, long, "x", "y", "series", looks or dict(zip(table, series(table.shape[1]), strict=True)), **more)
+
+
+def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """A cloud of points, (N,) each."""
+    import seaborn as sns
+
+    sns.scatterplot(x=x, y=y, s=9, color=COLORS[1], alpha=0.5, lw=0, ax=ax)
+
+
+def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[float] | None = None) -> None:
+    """A bar per line of `table`, the first on top, its columns stacked from the left; each of `texts` stands behind it.
+
+    Args:
+        ends: where the texts begin; None: at the ends of the bars.
+    """
+    import seaborn as sns
+
+    kinds, colors = [*table], shades(table.shape[1])
+    if kinds:
+        long = table.rename_axis("bar").reset_index().melt("bar", var_name="kind", value_name="size")
+        sns.histplot(long, y="bar", weights="size", hue="kind", hue_order=kinds[::-1], palette=colors[::-1], alpha=1,
+                     multiple="stack", shrink=0.62, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
+    for kind, bars in zip(kinds, ax.containers, strict=True):
+        bars.set_label(kind)
+    for place, (end, text) in enumerate(zip(table.sum(axis=1) if ends is None else ends, texts, strict=True)):
+        ax.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", size=8)
+    list_rows(ax, [*table.index])
+
+
+def legend(ax: Axes, title: str | None = None, key: Key | None = None, at: str = "lower") -> Figure:
+    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it.
+
+    Args:
+        key: handles and labels; None: those of what is drawn on `ax`.
+    """
+    drawn, (handles, labels) = ax.get_figure(), key or ax.get_legend_handles_labels()
+    labels = [wrapped(label, 70) for label in labels]
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+    columns = max(1, min(len(labels), 122 // (longest + 13)))
+    height = sum(label.count("\n") + 1 for label in labels) / columns + (title is not None)
+    drawn.set_figheight(drawn.get_figheight() + 0.17 * math.ceil(height))
+    drawn.legend(handles, labels, loc=f"outside {at} center", ncols=columns, title=title)
+    return drawn
+
+
+def rows_height(texts: Iterable[str]) -> float:
+    """Inches that a line per text takes, when each is as high as the longest needs."""
+    counts = [wrapped(text, 28).count("\n") + 1 for text in texts]
+    return len(counts) * max(0.34, 0.15 * max(counts) + 0.1)
+
+
+def list_rows(ax: Axes, texts: Sequence[str]) -> None:
+    """Names down the y axis, the first on top, long ones in several lines."""
+    ax.set_yticks(range(len(texts)), [wrapped(text, 28) for text in texts])
+    ax.set_ylim(len(texts) - 0.4, -0.6)
+    ax.set_ylabel("")
+    ax.grid(axis="y", visible=False)
+
+
+def spaced(x: Sequence[float]) -> list[int]:
+    """Points that carry a marker: all of a few; of many, none so near to the one before that the two would blot."""
+    marks: list[int] = [*range(len(x))] if len(x) <= FEW else []
+    for place in range(len(marks), len(x)):
+        if not marks or x[place] - x[marks[-1]] >= 0.06 * (x[-1] - x[0]):
+            marks.append(place)
+    return marks
+
+
+def shades(count: int) -> list[Any]:
+    """Dark to light in equal steps, the lightest 3:1 on white: told apart by lightness alone, so also in grey print."""
+    import matplotlib
+    import numpy as np
+
+    colors = matplotlib.colormaps["plasma"](np.linspace(0, 0.6, 256))
+    lightness = colors[:, :3] @ [0.2126, 0.7152, 0.0722]
+    steps = np.linspace(lightness[0], lightness[-1], count)
+    return [*map(tuple, colors[np.searchsorted(lightness, steps - 1e-9)])]
+
+
+def mark(ax: Axes, y: float, text: str) -> None:
+    """A thin line across at `y`, named beyond its right end."""
+    ax.axhline(y, color="0.35", lw=0.8, zorder=1)
+    edge = ("axes fraction", "data")
+    ax.annotate(text, (1, y), (3, 0), xycoords=edge, textcoords="offset points", va="center", size=8)
+
+
+def plain_ticks(axis: Axis, places: Sequence[float], factor: float = 1) -> None:
+    """Ticks at `places` and nowhere else, written out, `factor` times what they stand for."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_ticks(places, [f"{factor * place:g}" for place in places])
+    axis.set_minor_locator(NullLocator())
+
+
+def context() -> Any:
+    """Apply the style for the duration of a `with` block, leaving the reader's own settings as they are."""
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC})
+
+
+def _drawn(drawn: Figure, form: str, dpi: float) -> bytes:
+    buffer = io.BytesIO()
+    with context():
+        drawn.savefig(buffer, format=form, dpi=dpi)
+    return buffer.getvalue()
+
+
+def save(drawn: Figure, path: str | Path) -> Path:
+    """Write a figure for print, whole or not at all; the format follows the file's ending.
+
+    Raises:
+        ParameterError: the ending is none that can be drawn.
+    """
+    path, known = Path(path), drawn.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise ParameterError("figure", str(path), f"must end in one of {', '.join(sorted(known))}")
+    with written(path) as temporary:
+        temporary.write_bytes(_drawn(drawn, path.suffix[1:], PRINT_DPI))
+    return path

@@ -1,0 +1,226 @@
+"""`lorakit table RESULTS…`: what each row bought and what it cost, as tables, and which gaps are noise."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from lorakit.analysis import names, stats
+from lorakit.analysis.frame import frame, require_comparable
+from lorakit.errors import DataError, require
+from lorakit.files import write_text
+from lorakit.records import AXES, Record, read_all
+
+NONE = "-"
+SCORE = ""  # form of a column that shows the standard deviation over seeds as well
+Column = tuple[str, str, float]  # of `frame(records).runs`: its name, how a number is written, what it is divided by
+
+
+class Table:
+    """Tables of words, and sentences between them, one after the other.
+
+    Jupyter shows HTML, a terminal aligned text, `markdown()` is for files. The same words give the same output, byte
+    by byte, so that a notebook's can be compared.
+    """
+
+    def __init__(self, *parts: pd.DataFrame | str):
+        self.parts = parts
+
+    def __str__(self) -> str:
+        return self.text("simple")
+
+    __repr__ = __str__
+
+    def markdown(self) -> str:
+        return self.text("pipe")
+
+    def text(self, layout: str) -> str:
+        """The parts, empty lines between; `layout` is tabulate's."""
+        words = {"tablefmt": layout, "index": False, "disable_numparse": True}
+        return "\n\n".join(
+            part
+            if isinstance(part, str)
+            else part.to_markdown(colalign=["left", *["right"] * (len(part.columns) - 1)], **words)
+            for part in self.parts
+        )
+
+    def _repr_html_(self) -> str:
+        shown = []
+        for place, part in enumerate(self.parts):
+            if isinstance(part, str):
+                shown.append(f"<p>{escape(part)}</p>".replace("\n", "<br>"))
+                continue
+            styler = part.style.format(escape="html").hide(axis="index").set_uuid(f"lorakit{place}")
+            left = [{"selector": ".col0", "props": "text-align: left"}]
+            shown.append(styler.format_index(escape="html", axis=1).set_table_styles(left).to_html())
+        return "\n".join(shown)
+
+
+def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool = False) -> Table:
+    """Two tables over one setting's records, a line per row: what it bought, and what it cost.
+
+    Numbers are means over the runs that finished, scores with the standard deviation over seeds.
+
+    Args:
+        timing: with latency and seconds; a notebook cell whose output is compared leaves them out.
+        mixed: also of runs on different models or data; a sentence above says so.
+
+    Raises:
+        ParameterError: the records cannot stand in one table.
+    """
+    groups = stats.by_row(records)
+    warning = require_comparable(records, mixed)
+    runs = frame([record for group in groups.values() for record in group]).runs
+    scores = {name.replace("_", " "): (name, SCORE, 1) for name in (stats.main_value(records), stats.LOSS)}
+    size: dict[str, Column] = {
+        "trainable": ("trainable", "{:,.0f}", 1),
+        "total/trainable": ("reduction_factor", "{:,.1f}", 1),
+        "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20),
+    }
+    quality = summary(runs, scores | size)
+    quality.insert(1, "seeds", [str(len(group)) for group in groups.values()])
+    quality.insert(2, "status", [statuses(group) for group in groups.values()])
+    cost = axis_columns("accepted_steps", "tokens", "flops")
+    cost["predicted peak MiB"] = ("predicted_peak", "{:,.1f}", 2**20)
+    if timing:
+        cost |= {f"{name} ms": (f"{name.replace(' ', '_')}_ms", "{:,.2f}", 1) for name in ("latency", "merged latency")}
+        cost |= axis_columns("seconds")
+    return Table(*sentences(warning), quality, summary(runs, cost), *sentences(*remarks(groups)))
+
+
+def axis_columns(*axes: str) -> dict[str, Column]:
+    """What a run spent in all, as columns of `summary`."""
+    return {AXES[name].unit: (name, AXES[name].form, AXES[name].size) for name in axes}
+
+
+def summary(runs: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
+    """Words: a line per row of `frame(records).runs`, in its order, with the mean of each column over finished runs.
+
+    A caller may add columns to `runs` before; "-" is where no finished run has a number.
+    """
+    labels = runs.drop_duplicates("row").set_index("row")["label"]
+    known = dict.fromkeys(["row", *(name for name, _, _ in columns.values())])  # a metric may be in no run
+    done = runs[runs["status"] == "done"].reindex(columns=[*known]).replace([math.inf, -math.inf], math.nan)
+    means, spreads = (getattr(done.groupby("row"), how)().reindex(labels.index) for how in ("mean", "std"))
+    table = {"method": labels.to_list()}
+    for heading, (name, form, size) in columns.items():
+        table[heading] = [
+            NONE if math.isnan(mean) else form.format(mean) if form else _score(mean, spread)
+            for mean, spread in zip(means[name] / size, spreads[name] / size, strict=True)
+        ]
+    return pd.DataFrame(table)
+
+
+def _score(mean: float, spread: float) -> str:
+    """Three decimals; from 100 on one, from a million on an exponent."""
+    numbers = [number for number in (mean, spread) if not math.isnan(number)]
+    forms = ["{:.3f}" if abs(number) < 100 else "{:,.1f}" if abs(number) < 1e6 else "{:.2e}" for number in numbers]
+    return " ± ".join(form.format(number) for form, number in zip(forms, numbers, strict=True))
+
+
+def statuses(group: Sequence[Record]) -> str:
+    """How many of the runs ended how, `done` first: "3 done, 1 diverged"."""
+    counts = Counter(record.status for record in group)
+    ended = sorted(counts, key=lambda status: (status != "done", status))
+    return ", ".join(f"{counts[status]} {status.replace('_', ' ')}" for status in ended)
+
+
+def remarks(groups: Mapping[str, Sequence[Record]]) -> list[str]:
+    """What a reader must know of rows that are more than one change away from the reference, as far as records say.
+
+    A row's `differs` with its reasons; and that nobody searched its learning rate.
+    """
+    found: dict[str, None] = {}
+    for row, group in groups.items():
+        for record in group:
+            name, asked = names.label(row, group), record.resolved
+            for key, reason in (asked.get("differs") or {}).items():
+                found[f"{name}: {key} differs: {reason}"] = None
+            unsaid = "learning_rate_from" in asked and not asked["learning_rate_from"]
+            if unsaid or any("rate not searched" in note for note in record.notes):
+                found[f"{name}: rate not searched"] = None
+    return [*found]
+
+
+def sentences(*lines: str) -> list[str]:
+    """One part of a `Table` that holds the lines that say something, or none."""
+    return ["\n".join(said)] if (said := [line for line in lines if line]) else []
+
+
+# differences -----------------------------------------------------------------------------------------
+
+
+def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) -> Table:
+    """A line per row: its gap to the baseline over common seeds, the 95 % interval, and whether it is noise.
+
+    Args:
+        baseline: a row; empty: full fine-tuning where there is one, else the first row.
+    """
+    groups = stats.by_row(records)
+    warning = require_comparable(records, mixed)
+    found = stats.compare(records, baseline or next(iter(groups)))
+    if not found:
+        return Table("One row: nothing to compare it with.")
+    lines = [told(gap, records) | {"value": gap.value.replace("_", " ")} for gap in found]
+    columns = ["row", "against", "value", "difference", "95 % interval", "pairs", "verdict"]
+    return Table(*sentences(warning), pd.DataFrame(lines)[columns])
+
+
+def told(gap: stats.Difference, records: Iterable[Record] = (), form: str = "{:+.3f}") -> dict[str, str]:
+    """A difference in words, as cells of a table; `records` know labels of their own."""
+    records, mean = [*records], gap.estimate
+    left_out = f" (without seed {', '.join(map(str, gap.left_out))})" if gap.left_out else ""
+    return {
+        "row": names.label(gap.method, records),
+        "against": names.label(gap.baseline, records),
+        "difference": form.format(mean.mean) if mean else NONE,
+        "95 % interval": mean.interval(form) or NONE if mean else NONE,
+        "pairs": f"{len(gap.seeds)}{left_out}",
+        "verdict": gap.verdict,
+    }
+
+
+# the command -----------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables and the gaps of the records under RESULTS, one part per setting.
+
+    Raises:
+        LorakitError: no record, an unreadable one, records that cannot be compared, an unknown baseline, or a figure
+            that cannot be drawn.
+    """
+    parser = argparse.ArgumentParser(prog="lorakit table", description="Tabulate records; say which gaps are noise.")
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
+    parser.add_argument("--baseline", default="", metavar="ROW", help="compare with it (default: full)")
+    parser.add_argument("--figure", metavar="FILE", help="draw loss and memory (png, pdf, svg)")
+    parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    parser.add_argument("--output", metavar="FILE", help="write the text there as well")
+    parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
+    args = parser.parse_args(argv)
+    settings: dict[str, list[Record]] = {}
+    for record in read_all(args.results):
+        settings.setdefault(record.setting, []).append(record)
+    if not settings:
+        raise DataError(f"{', '.join(args.results)}: no records there")
+    require(not args.figure or len(settings) == 1, "--figure", sorted(settings), "draws the records of one setting")
+
+    parts: list[pd.DataFrame | str] = []
+    for name, records in sorted(settings.items()):
+        parts += [f"## {name}" if args.markdown else name, *results_table(records, mixed=args.mixed).parts]
+        parts += gaps(records, args.baseline, mixed=args.mixed).parts
+    text = (Table(*parts).markdown() if args.markdown else str(Table(*parts))) + "\n"
+    print(text, end="")
+    if args.figure:
+        from lorakit.analysis import figures, style
+
+        style.save(figures.overview(next(iter(settings.values())), mixed=args.mixed), args.figure)
+    if args.output:
+        write_text(text, Path(args.output))
+    return 0

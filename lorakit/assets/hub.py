@@ -1,0 +1,95 @@
+"""The model hub: its newest commit, asked for within seconds; files of a data set or a model; else its local cache."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lorakit.errors import AssetError
+
+TIMEOUT = 5.0  # seconds for the one question asked before anything is downloaded
+
+
+def newest_commit(repository: str, kind: Literal["model", "dataset"]) -> str:
+    """The newest commit of a repository.
+
+    Raises:
+        AssetError: with the reason in words, which fit into a sentence.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        return getattr(HfApi(), f"{kind}_info")(repository, timeout=TIMEOUT).sha
+    except GatedRepoError:
+        raise AssetError("on the hub it is gated (accept its terms there, then `hf auth login`)") from None
+    except RepositoryNotFoundError:
+        raise AssetError("not on the hub (or private)") from None
+    except OfflineModeIsEnabled:
+        raise AssetError("the hub is switched off (HF_HUB_OFFLINE) and its local cache does not have it") from None
+    except Exception as error:  # the hub's client raises its transport's own exceptions, which differ by version
+        raise AssetError(f"the hub is unreachable ({_line(error)})") from None
+
+
+def cached_commit(model: str) -> str | None:
+    """The newest commit of a model in the hub's local cache; None where it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def download_model(model: str, commit: str, weights: Sequence[str]) -> None:
+    """Put a model's files into the hub's local cache, progress bars shown; `weights` of the first pattern it has.
+
+    Raises:
+        AssetError: the connection was lost or the disk is full; finished files stay in the cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = HfApi().list_repo_files(model, revision=commit)
+        chosen = next((pattern for pattern in weights if fnmatch.filter(files, pattern)), weights[0])
+        patterns = ["*.json", "*.txt", "*.model", chosen]
+        snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except Exception as error:  # as above
+        raise AssetError(f"model={model!r}: download from the hub failed: {_line(error)}") from None
+
+
+def data_files(repository: str, *patterns: str) -> list[list[Path]]:
+    """A data set's files by pattern (shell style), in order of name: of its newest commit, or from the local cache.
+
+    Raises:
+        AssetError: the hub cannot be reached and the files are not in its cache, or the data set has no such file.
+    """
+    from huggingface_hub import snapshot_download
+
+    commit, why = None, None
+    try:
+        commit = newest_commit(repository, "dataset")
+    except AssetError as error:
+        why = error
+    options = {"revision": commit, "allow_patterns": list(patterns), "local_files_only": commit is None}
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset", **options))
+    except Exception as error:  # as above
+        raise _no_data(repository, why or error) from None
+    found = [sorted(folder.glob(pattern)) for pattern in patterns]
+    if missing := [pattern for pattern, files in zip(patterns, found, strict=True) if not files]:
+        raise _no_data(repository, f"no file {', '.join(missing)}")
+    return found
+
+
+def _no_data(repository: str, why: object) -> AssetError:
+    reason = " ".join(str(why).split())[:200]
+    return AssetError(
+        f"data set {repository} could not be had from the hub ({reason}). Offline: put the task's files in a folder "
+        "and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill the hub's cache (HF_HOME) on a "
+        "machine with a network"
+    )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

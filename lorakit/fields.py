@@ -1,0 +1,82 @@
+"""A parameter: name, default, range, one line of meaning, and what it does not matter for; groups of them that refuse
+what does not go together. `lorakit.settings` holds them all; nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lorakit.errors import ParameterError
+
+# what a parameter does not matter for; see `flagged`
+FREE = "may change between a checkpoint and its resumption without changing a single weight"
+APART = "changes nothing about the result: where and how a run is kept, and what is said of it"
+UNTRIED = "a trial of a learning-rate search does not depend on it: it sets its own, and never reads the test split"
+
+
+class Refusal(NamedTuple):
+    """A combination that does not go: where `when` holds of a run's parameters, `parameter` is refused for `why`."""
+
+    parameter: str
+    why: str
+    when: Callable[[Any], bool]
+
+
+def field(default: Any, meaning: str, *flags: str, **limits: Any) -> Any:
+    """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt)."""
+    return Field(default, description=meaning, json_schema_extra={"flags": list(flags)}, **limits)
+
+
+class Settings(BaseModel):
+    """A group of parameters, checked when made and unchangeable after.
+
+    Raises:
+        ParameterError: naming the first offending parameter, its value and what is allowed.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    question: ClassVar[str] = ""  # the one it answers; a row of a table may answer one differently
+    refuses: ClassVar[tuple[Refusal, ...]] = ()  # what does not go together with the rest of a run
+
+    def __init__(self, **given: Any):
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise _explained(error.errors()[0], given, type(self).model_fields) from None
+
+    @classmethod
+    def of(cls, whole: Settings) -> Self:
+        """The part of `whole` that this class is about."""
+        return cls(**{name: getattr(whole, name) for name in cls.model_fields})
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with `changes`, checked."""
+        return type(self)(**dict(self) | changes)
+
+
+def flagged(settings: type[Settings], flag: str) -> set[str]:
+    """The parameters that carry FREE, APART or UNTRIED."""
+    return {name for name, info in settings.model_fields.items() if flag in info.json_schema_extra["flags"]}
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of `known`."""
+    close = difflib.get_close_matches(name, known := list(known), 1)
+    return "unknown parameter; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}")
+
+
+def _explained(problem: Any, given: dict[str, Any], known: Iterable[str]) -> ParameterError:
+    cause, name = problem.get("ctx", {}).get("error"), ".".join(map(str, problem["loc"][:1]))
+    if isinstance(cause, ParameterError):  # of several parameters together, or of a nested group
+        return ParameterError(f"{name}.{cause.name}".lstrip("."), cause.value, cause.allowed)
+    value, allowed = given.get(name), problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        allowed = unknown(name, known)
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            allowed += f"; it is a string: YAML reads 1e-4 as text, write {float(value):.1e} with a dot and no quotes"
+    return ParameterError(name, value, allowed)

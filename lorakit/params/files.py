@@ -1,0 +1,130 @@
+"""Params files: a setting's file is the reference run, a row's file one change of it, and nothing else is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError, require
+from lorakit.fields import APART, flagged, unknown
+from lorakit.files import PARAMS, PROJECT
+from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, method_of
+
+SETTING = "_setting.yaml"
+ROW_QUESTIONS = ("adapter", "base", "skip", "gate", "tokens")  # a row answers one of them otherwise than its setting
+ROW_MAY = (
+    "a row changes one question (what is trained, the base, layers, batches or tokens), or its budget (compares), or "
+    "makes other rows' changes together (combines); besides, learning_rate and what `differs` gives a reason for"
+)
+
+
+def rows_of(folder: Path) -> list[str]:
+    """The names of the rows that a setting's folder has files of."""
+    return sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+
+
+def of_files(folder: Path, row: str) -> dict[str, Any]:
+    """The setting's file, then the row's: the reference run and its one change."""
+    values = read(folder / SETTING)
+    _refuse_own(folder / SETTING, values)
+    for part in [*row_of_file(folder, row).get("combines", []), row] if row else []:
+        own = row_of_file(folder, part)
+        said = {} if part == row else {"label": "", "learning_rate_from": ""}
+        values = merge(values, method_of(part) | {name: own[name] for name in own if name not in said})
+    return values
+
+
+def row_of_file(folder: Path, row: str) -> dict[str, Any]:
+    """The keys of a row's file, which obey the rule: a row is the reference and one change.
+
+    Raises:
+        ParameterError: naming the file, the key and what is allowed.
+    """
+    path = folder / f"{row}.yaml"
+    values = read(path)
+    _refuse_own(path, values)
+    said = Params(**{name: values[name] for name in ("combines", "differs", "compares") if name in values})
+    for other in said.combines:
+        told = f"{other!r} is no other row of {folder.name}, which has {', '.join(rows_of(folder))}"
+        _require(other in rows_of(folder) and other != row, path, "combines", said.combines, told)
+    for name in said.differs:
+        _require(name in values, path, "differs", said.differs, f"{name} is not set beside its reason")
+    free = flagged(Params, APART) | {"learning_rate", *said.differs}
+    if said.compares:
+        free |= {"budget", "budget_unit"}
+    named = {} if row == "lora" else method_of(row)  # LoRA is the reference
+    questions = {name: QUESTIONS[name] for name in named | values if name not in free}
+    if said.combines:
+        allowed = {QUESTIONS[name] for other in said.combines for name in method_of(other) | row_of_file(folder, other)}
+    else:
+        allowed = set() if said.compares else {question for question in list(questions.values())[:1]}
+    for name, question in questions.items():
+        _require(question in allowed & {*ROW_QUESTIONS}, path, name, values.get(name, row), ROW_MAY)
+    source = str(values.get("learning_rate_from", ""))
+    found = not source.endswith(".json") or (PROJECT / source).is_file()
+    _require(found, path, "learning_rate_from", source, "no such record")
+    return values
+
+
+def _refuse_own(path: Path, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        _require(name in QUESTIONS, path, name, value, unknown(name, QUESTIONS))
+        _require(name not in PER_RUN, path, name, value, "is a run's own: say it when the run is started")
+
+
+def _require(condition: bool, path: Path, name: str, value: Any, allowed: str) -> None:
+    require(condition, name, value, f"in {path.parent.name}/{path.name}: {allowed}")
+
+
+def outside(path: Path) -> bool:
+    """Whether `path` is of a setting's folder that is not the project's."""
+    return (path.parent / SETTING).is_file() and path.resolve().parents[1] != PARAMS
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One YAML file's mapping of names to values."""
+    import yaml
+
+    require(path.is_file(), "-f", str(path), "no such params file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+    require(named, "-f", str(path), "must be a mapping of parameter names to values")
+    return values
+
+
+def merge(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """`first` with the values of `then` where both have one; mappings of NESTED are merged themselves.
+
+    Where a rate comes from is said of that rate only.
+    """
+    joined = first | then
+    for name in NESTED:
+        if isinstance(first.get(name), dict) and isinstance(then.get(name), dict):
+            joined[name] = first[name] | then[name]
+    if "learning_rate_from" not in then and then.get("learning_rate", rate := first.get("learning_rate")) != rate:
+        joined.pop("learning_rate_from", None)
+    return joined
+
+
+def read_files(paths: list[str | Path]) -> dict[str, Any]:
+    """Merge YAML params files, later files winning; a file of a setting's folder names setting and row by its path.
+
+    Raises:
+        ParameterError: a file is missing, is not a mapping of names to values, or breaks the rule of rows.
+    """
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if path.parent.joinpath(SETTING).is_file() and path.is_file():
+            folder, row = path.resolve().parent, "" if path.name == SETTING else path.stem
+            before = merged.get("setting", folder.name)
+            require(
+                before == folder.name, "-f", str(path), f"is of another setting than {before}, which is named before"
+            )
+            merged = merge(merged, {"setting": folder.name} | ({"row": row} if row else {}) | of_files(folder, row))
+        else:
+            merged = merge(merged, read(path))
+    return merged

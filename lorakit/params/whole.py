@@ -1,0 +1,91 @@
+"""All parameters of a run in one object, what of them does not go together, and a rate for who gives none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.errors import ParameterError
+from lorakit.fields import Settings
+from lorakit.settings import (
+    RATES,
+    AdapterSettings,
+    AttachSettings,
+    BaseSettings,
+    DataSettings,
+    EvaluationSettings,
+    GateSettings,
+    Gating,
+    RunSettings,
+    SearchSettings,
+    SkipSettings,
+    SparseSettings,
+    TokenSettings,
+    TrainingSettings,
+)
+
+METHODS = (
+    "lora",
+    "sparse",
+    "hira",
+    "peft",
+    "head",
+    "full",
+)  # what lorakit trains; a params file may be called after it
+NESTED = {"gating": Gating}  # parameters that are mappings with keys of their own, merged key by key
+PER_RUN = ("setting", "row", "seed", "record", "run_dir")  # a run's own, in no params file of a setting
+
+
+class Params(
+    SearchSettings, EvaluationSettings, TrainingSettings, TokenSettings, GateSettings, SkipSettings, SparseSettings,
+    AttachSettings, AdapterSettings, BaseSettings, DataSettings, RunSettings,
+):  # fmt: skip
+    """What a run is told. Notebooks, params files and the command line all speak these names."""
+
+
+GROUPS: tuple[type[Settings], ...] = tuple(reversed(Params.__bases__))
+QUESTIONS = {name: group.question for group in GROUPS for name in group.model_fields}
+
+
+def check(params: Params) -> None:
+    """Refuse what does not go together; each class of `lorakit.settings` says what that is.
+
+    Raises:
+        ParameterError: naming the parameter that would have to change.
+    """
+    for group in GROUPS:
+        for refusal in group.refuses:
+            if refusal.when(params):
+                raise ParameterError(refusal.parameter, _value(params, refusal.parameter), refusal.why)
+
+
+def _value(settings: Any, name: str) -> Any:
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def known(values: dict[str, Any], name: str) -> Any:
+    """The value of a parameter, or its default."""
+    return values.get(name, Params.model_fields[name].default)
+
+
+def is_toy(values: dict[str, Any]) -> bool:
+    """Whether model and task are toys, whose learning rate is the parameters' default."""
+    return all(str(known(values, name)).startswith("toy-") for name in ("model", "task"))
+
+
+def rated(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the method's stated learning rate, where they have none and are not about toys."""
+    if "learning_rate" in values or is_toy(values):
+        return dict(values)
+    return values | {"learning_rate": RATES.get(str(known(values, "method")), RATES["lora"])[0]}
+
+
+def rate_note(params: Params) -> str | None:
+    """What the record of a run says of a learning rate that no search and no source stands behind."""
+    return None if params.learning_rate_from or is_toy(dict(params)) else "learning rate not searched"
+
+
+def method_of(row: str) -> dict[str, Any]:
+    """What a params file's name says about the method: its own, where it is called after one; else LoRA's default."""
+    return {"method": row} if row in METHODS else {}

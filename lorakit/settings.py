@@ -1,0 +1,304 @@
+"""Every default, every range and every quarrel of a run's parameters, once, by the question each class answers.
+
+A field's name is the parameter's name in notebooks, params files and on the command line; `lorakit.params.Params`
+inherits from all classes here, so a `Params` serves wherever one of them is asked for. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lorakit.errors import require
+from lorakit.fields import APART, FREE, UNTRIED, Refusal, Settings, field
+
+# the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
+RATES: dict[str, tuple[float, str]] = {
+    "lora": (2.0e-4, "Hu et al. 2021, GPT-2"),
+    "sparse": (2.0e-4, "as LoRA"),
+    "hira": (4.5e-3, "PEFT's method comparison"),
+    "peft": (1.0e-4, "PEFT's method comparison"),
+    "head": (1.0e-3, "AdamW's default in torch"),
+    "full": (2.0e-5, "Devlin et al. 2019"),
+}
+BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
+SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
+
+
+class RunSettings(Settings):
+    """Which run this is"""
+
+    question = "run"
+    setting: str = field("toy", "folder of params/: the model, the data and the reference run", FREE, UNTRIED)
+    row: str = field("", "the run's name in tables; empty: made from what is switched on", FREE, APART, UNTRIED)
+    label: str = field("", "the row's name as tables print it; empty: by its name", FREE, APART, UNTRIED)
+    seed: int = field(0, "of data order, initial values and every draw", ge=0)
+    record: str = field("", "file the record is written to; empty: none is written", FREE, APART)
+    run_dir: str = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
+    resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
+    compares: Literal["", "equal_steps", "equal_flops", "full_length"] = field(
+        "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED
+    )
+    combines: list[str] = field([], "rows of the setting whose changes this row makes together", FREE, APART, UNTRIED)
+    differs: dict[str, str] = field({}, "parameter: why the row's method needs it so", FREE, APART, UNTRIED)
+
+
+class DataSettings(Settings):
+    """Model and data"""
+
+    question = "data"
+    model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
+    task: str = field("toy-reviews", "a name of lorakit.tasks")
+    data_dir: str = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    max_length: int = field(96, "tokens a sequence may have", ge=2)
+    max_train: int = field(0, "rows; 0: all", ge=0)
+    max_validation: int = field(0, "rows; 0: all", ge=0)
+    max_test: int = field(0, "rows; 0: all", FREE, UNTRIED, ge=0)
+    packing: bool = field(False, "chat tasks: several conversations a row, never attending across them")
+    group_by_length: bool = field(False, "batches of rows of like length")
+    redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
+    redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
+    redundancy_pool: int = field(64, "rows that are repeated", ge=1)
+
+
+class BaseSettings(Settings):
+    """How the frozen base is kept"""
+
+    question = "base"
+    quantize: Literal["none", "nf4"] = field("none", "nf4: linear layers in 4 bits (QLoRA)")
+    double_quant: bool = field(True, "nf4: the blocks' scales in 8 bits")
+    refuses = (
+        Refusal("quantize", "4-bit weights cannot be trained: method 'full'",
+                lambda p: p.quantize != "none" and p.method == "full"),
+        Refusal("precision", "fp16 diverges on NF4; use bf16 or fp32",
+                lambda p: p.quantize != "none" and p.precision == "fp16"),
+    )  # fmt: skip
+
+
+class AdapterSettings(Settings):
+    """What one adapter is told; `alpha` scales the update, and a method without a scale (HiRA) has None"""
+
+    question = "adapter"
+    rank: int = field(8, "of the update", ge=1)
+    alpha: float | None = field(16.0, "the update's scale is alpha / rank; HiRA has none", gt=0)
+    dropout: float = field(0.0, "on the adapter's input only", ge=0, lt=1)
+    init: Literal["kaiming", "gaussian"] = field("kaiming", "of A")
+    rslora: bool = field(False, "scale by alpha / √rank")
+
+
+class AttachSettings(Settings):
+    """What is trained"""
+
+    question = "adapter"
+    method: str = field("lora", "lora | sparse | hira | peft (any, by peft_type) | head (only) | full")
+    target_modules: str | list[str] = field("all-linear", 'names, a regular expression, or "all-linear"')
+    peft_type: str = field("", "method peft: DORA, ADALORA, VERA, …")
+    peft_options: dict[str, Any] = field({}, "method peft: fields of its config")
+    refuses = (
+        Refusal("alpha", "HiRA has no alpha: leave it out",  # a notebook may name every default
+                lambda p: p.method == "hira" and p.alpha not in (None, AdapterSettings.model_fields["alpha"].default)),
+        Refusal("rslora", "HiRA has no alpha, so nothing to rescale", lambda p: p.method == "hira" and p.rslora),
+        Refusal("peft_type", "is for method 'peft'", lambda p: p.peft_type and p.method != "peft"),
+        Refusal("peft_options", "is for method 'peft'", lambda p: p.peft_options and p.method != "peft"),
+    )  # fmt: skip
+
+
+class SparseSettings(Settings):
+    """Method sparse: how zeros come into LoRA's factors while it trains
+
+    "magnitude" zeroes the smallest entries of each matrix; "l1" shrinks by the proximal step and freezes what is zero
+    at `prune_end`; "structured" zeroes whole ranks, which `compact` can remove. Between `prune_start` and `prune_end`
+    the zeros appear by the cubic of Zhu & Gupta (2017). With a fixed λ the share of zeros is an outcome, and
+    `sparsity` is not used; with l1 = 0 λ is found at each step, for each matrix, so that its zeros follow the cubic.
+    """
+
+    question = "adapter"
+    sparsify: Literal["magnitude", "l1", "structured"] = field("magnitude", "what is zeroed")
+    sparsity: float = field(0.5, "share of zeros (structured: of ranks removed) at the end", ge=0, lt=1)
+    sparse_factors: Literal["both", "A", "B"] = field("both", "which of LoRA's factors; structured: both")
+    prune_start: float = field(0.2, "share of the budget at which the zeros begin to appear", ge=0, lt=1)
+    prune_end: float = field(0.8, "share of the budget at which all are there", gt=0, le=1)
+    l1: float = field(0.0, "sparsify l1: the penalty λ; 0: found while training, from `sparsity`", ge=0)
+    refuses = (
+        Refusal("select", "must be 'last' for a method that prunes on the way",  # the best may be from before
+                lambda p: p.method == "sparse" and p.select != "last"),
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _sparse_together(self) -> Self:
+        both = self.sparsify != "structured" or self.sparse_factors == "both"
+        taken = "structured pruning takes a rank from both: must be 'both'"
+        require(both, "sparse_factors", self.sparse_factors, taken)
+        after = f"must be after prune_start={self.prune_start} and at most 1"
+        require(self.prune_end > self.prune_start, "prune_end", self.prune_end, after)
+        of_l1 = f"is for sparsify 'l1', not {self.sparsify!r}"
+        require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, of_l1)
+        return self
+
+    @property
+    def fixed_penalty(self) -> bool:
+        """Whether λ is given, so that no share of zeros is aimed at."""
+        return self.l1 > 0
+
+    def target(self, share: float) -> float:
+        """s(t): the share of zeros due when `share` of the budget is spent."""
+        passed = min(max((share - self.prune_start) / (self.prune_end - self.prune_start), 0.0), 1.0)
+        return self.sparsity * (1 - (1 - passed) ** 3)
+
+
+class SkipSettings(Settings):
+    """Which layers get a backward
+
+    "adapter": each one whose M = ‖Δh‖/‖h‖ is below the threshold is skipped; "prefix": the transformer blocks from the
+    first on as long as every adapter in them is below it, which is what shortens the backward pass. `skip_share` makes
+    the threshold that quantile of the current M; of a prefix it is the share of blocks, the lowest, whatever they
+    measure: no threshold on a running maximum could tell them otherwise.
+    """
+
+    question = "skip"
+    skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
+    skip_decide: Literal["ema", "forward"] = field(
+        "ema", "before the forward, from an average; or in it, from the step's own M: a synchronisation per adapter"
+    )
+    skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
+    skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
+    skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
+    skip_min_active: int = field(1, "adapters that stay active, those with the largest M (prefix: the last)", ge=1)
+    skip_explore: float = field(0.05, "chance of what would be skipped to be trained all the same", ge=0, le=1)
+    skip_ema: float = field(0.2, "weight of the newest measurement", gt=0, le=1)
+    skip_measure_every: int = field(4, "steps between measurements, where decided from the average", ge=1)
+    refuses = (
+        Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
+                lambda p: p.skip != "none" and p.method not in SKIPPABLE),
+    )  # fmt: skip
+
+
+class GateSettings(Settings):
+    """Which batches get a backward; `lorakit.gates.HeadGradientGate` tells what a sketch's settings do"""
+
+    question = "gate"
+    gate: str = field(
+        "none", "none | random | loss_floor | gradient_norm | novelty (SLoRA) | novelty_loss | least_novel"
+    )
+    gate_rate: float = field(0.3, "share of batches to accept", gt=0, lt=1)
+    gate_burn_in: int = field(20, "batches at the start that are all accepted", ge=0)
+    gate_beta: float = field(10.0, "steepness of the decision, per spread of the score", gt=0)
+    gate_ema: float = field(0.05, "weight of the newest batch in the running averages", gt=0, le=1)
+    gate_m: int = field(512, "size of the sketch, a power of two", ge=2)
+    gate_k: int = field(64, "rank of the basis", ge=1)
+    gate_rows: int = field(0, "rows Frequent Directions keeps; 0: twice the rank", ge=0)
+    gate_topk: int = field(64, "logits kept of each error; 0: all", ge=0)
+    gate_refresh: int = field(4, "accepted batches between refreshes of the basis", ge=1)
+    gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
+    gate_leverage: bool = field(False, "ridge-leverage novelty")
+    refuses = (
+        Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or "
+                "fp32", lambda p: p.gate != "none" and p.precision == "fp16"),
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _gate_together(self) -> Self:
+        m, k, rows = self.gate_m, self.gate_k, self.gate_rows
+        require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
+        require(k < m, "gate_k", k, f"must be below gate_m={m}")
+        fits = f"must be 0, or above gate_k={k} and at most gate_m={m}"
+        require(rows == 0 or k < rows <= m, "gate_rows", rows, fits)
+        return self
+
+
+class Gating(Settings):
+    """Which tokens get a backward (FLoRA): the keys of `gating:`, the settings of the room `lorakit.tokens`
+
+    "flora" chooses by `score`: "sketch" ‖TensorSketch(h ⊗ e)‖ from the most probable words; "gradient_norm" ‖h‖·‖e‖,
+    which that estimates; "loss"; "entropy" of the prediction; "hidden_gradient" ‖W_Uᵀe‖, the gradient that reaches the
+    last layer. Policy "topk" takes the largest scores, biased; "pps" draws with probability proportional to the score
+    and weights by its inverse (Horvitz and Thompson 1952), unbiased for the gradient of the mean loss in mode
+    "gather". Mode "gather": the chosen hidden states go through the head, all tokens through the layers; "fractional":
+    only the chosen run through the layers a second time, against the recorded keys and values of all (TokenTune).
+    Where a frozen head's logits of the chosen can be kept while all are scored (top-k), the head runs once.
+    """
+
+    method: Literal["baseline", "random", "flora"] = field("baseline", "all; a share drawn uniformly; by `score`")
+    topk_tokens: float = field(0.2, "share of the predictions that is kept; 1: the baseline", gt=0, le=1)
+    score: Literal["sketch", "gradient_norm", "loss", "entropy", "hidden_gradient"] = field("sketch", "of a prediction")
+    sketch_dim: int = field(512, "size of the sketch", ge=2)
+    topk_logits: int = field(64, "words kept of each error, the label's always among them; 0: all", ge=0)
+    policy: Literal["topk", "pps"] = field("topk", "the largest scores, or drawn in proportion and weighted")
+    per: Literal["batch", "sequence"] = field("batch", "what the share is of: the (micro-)batch, or each sequence")
+    mode: Literal["gather", "fractional"] = field("gather", "how far the backward of the others is saved")
+
+    @property
+    def selective(self) -> bool:
+        return self.method != "baseline" and self.topk_tokens < 1
+
+    @property
+    def fractional(self) -> bool:
+        return self.selective and self.mode == "fractional"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the chosen are weighted by their inverse probabilities."""
+        return self.method == "flora" and self.policy == "pps"
+
+
+class TokenSettings(Settings):
+    """Which tokens get a backward"""
+
+    question = "tokens"
+    gating: Gating = field(Gating(), "FLoRA; a mapping with keys of its own")
+    refuses = (
+        Refusal("precision", "fp16's gradient scaler needs a backward every step, a batch without labels has none; use "
+                "bf16 or fp32", lambda p: p.gating.selective and p.precision == "fp16"),
+        Refusal("gradient_checkpointing", "drops the keys that gating.mode 'fractional' records; leave it out, or use "
+                "'gather'", lambda p: p.gating.fractional and p.gradient_checkpointing),
+        Refusal("gating.mode", "does not go with SkipLoRA; use 'gather' with it",
+                lambda p: p.gating.fractional and p.skip != "none"),
+    )  # fmt: skip
+
+
+class TrainingSettings(Settings):
+    """Training"""
+
+    question = "training"
+    learning_rate: float = field(4.0e-3, "at its highest; the default is toy's: see RATES for others", UNTRIED, gt=0)
+    learning_rate_from: str = field(
+        "", "where the rate is from: the record of its search, or a source; empty: it was not searched",
+        FREE, APART, UNTRIED,
+    )  # fmt: skip
+    batch_size: int = field(16, "rows a forward sees", ge=1)
+    gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
+    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1)
+    budget_unit: BudgetUnit = field("accepted_steps", "what is counted")
+    schedule: Literal["linear", "cosine", "constant"] = field("linear", "of the rate, over the share of budget spent")
+    warmup: float = field(0.05, "share of the budget", ge=0, lt=1)
+    weight_decay: float = field(0.0, "AdamW's", ge=0)
+    max_grad_norm: float = field(1.0, "gradients are clipped to it", gt=0)
+    optimizer: str = field("adamw_torch", "a name of transformers' OptimizerNames")
+    precision: Literal["fp32", "bf16", "fp16"] = field("fp32", "of autocast; weights stay as loaded")
+    dtype: Literal["fp32", "bf16", "auto"] = field("fp32", "of the loaded weights")
+    attention: Literal["sdpa", "eager"] = field("sdpa", "the model's implementation")
+    gradient_checkpointing: bool = field(False, "recompute activations in the backward")
+    tf32: bool = field(False, "CUDA's shorter fp32")
+    report_to: str = field("none", "comma-separated: tensorboard, wandb, trackio, …", FREE, APART, UNTRIED)
+
+
+class EvaluationSettings(Settings):
+    """Evaluation and records"""
+
+    question = "evaluation"
+    evaluations: int = field(6, "on validation data, spread evenly over the budget", UNTRIED, ge=1)
+    eval_batch_size: int = field(64, "rows", ge=1)
+    select: Literal["last", "best"] = field("last", "the final model; best: by validation loss, never by test")
+    exact_match_rows: int = field(0, "chat tasks: GSM8K-style answers generated at the end", FREE, UNTRIED, ge=0)
+    save_steps: int = field(0, "steps between checkpoints; 0: none", FREE, UNTRIED, ge=0)
+    latency_repeats: int = field(10, "inference timings; 0: none", FREE, UNTRIED, ge=0)
+    predict_memory: bool = field(True, "of one step, by a run on tensors without data", FREE, UNTRIED)
+
+
+class SearchSettings(Settings):
+    """Learning-rate search (`lorakit search`)"""
+
+    question = "search"
+    search_rates: list[Annotated[float, Field(gt=0)]] = field([], "rates to try", FREE, APART, UNTRIED)
+    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1)

@@ -1,0 +1,252 @@
+"""Gates: is novelty(head gradient) the novelty of what is trained, does a rejected batch leave a trace, does the rate
+hold, and what do many short runs and recorded ones say of a row and the row it is compared with?"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lorakit.analysis import names, stats, style, tables
+from lorakit.errors import require
+from lorakit.files import RESULTS
+from lorakit.records import Record, read_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from lorakit.gates import HeadGradientGate, ThresholdController
+    from lorakit.runs.assembly import Assembled
+    from lorakit.training import BudgetTrainer
+
+# of a short run, what no table of a study looks at
+QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 16}
+
+
+# the proxy and the truth ----------------------------------------------------------------------------
+
+
+def novelty_table(
+    model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], gate: HeadGradientGate, remembered: int
+) -> DataFrame:
+    """Does what is new to the head tell what is new to the adapters? Every batch gets its backward here, none a step.
+
+    The first `remembered` batches fill two bases of `gate`'s rank: the gate's own, of sketched head gradients, and one
+    of the adapters' whole gradients, (parameters,), unsketched, without the task head's. Both are normalised alike and
+    kept by Frequent Directions with the gate's rows and decay. The other batches' novelty is then measured by both:
+    a line per batch, "proxy" as the gate scores it, "truth" of the gradient of all adapters.
+
+    Args:
+        model: with adapters and a linear head.
+        batches: with labels, on the model's device.
+        gate: of the model's head, without anything learned yet.
+        remembered: how many batches fill the bases.
+
+    Raises:
+        ParameterError: no batch is left to be measured, or the gate has learned already.
+    """
+    import pandas as pd
+
+    from lorakit.head import HeadInput, find_head
+    from lorakit.modules import adapter_parameters
+    from lorakit.sketches import FrequentDirections
+
+    require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
+    require(gate.updates == 0, "gate", gate.updates, "must not have learned from a batch yet")
+    trained, seen = adapter_parameters(model), HeadInput(find_head(model, gate.kind))
+    rows, decay = gate.directions.rows, gate.directions.decay
+    whole = FrequentDirections(sum(p.numel() for p in trained), rows, decay=decay, device=gate.device)
+    pairs = [_sketch_and_gradient(model, batch, gate, seen, trained) for batch in batches]
+    seen.remove()
+    for sketch, gradient in pairs[:remembered]:
+        gate.update(sketch)
+        whole.insert(gradient)
+    bases = (gate.directions.basis(gate.k).double(), whole.basis(gate.k).double())
+    units = [[vector.double() / vector.double().norm().clamp(min=1e-300) for vector in pair] for pair in pairs]
+    values = [[1 - float((basis @ unit).square().sum()) for basis, unit in zip(bases, pair, strict=True)]
+              for pair in units[remembered:]]  # fmt: skip
+    return pd.DataFrame(values, columns=["proxy", "truth"])
+
+
+def _sketch_and_gradient(
+    model: Any, batch: Mapping[str, torch.Tensor], gate: HeadGradientGate, seen: Any, trained: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one batch: z (m,) and the unit gradient of everything in `trained`, (parameters,)."""
+    model.zero_grad()
+    outputs = model(**batch)
+    outputs.loss.backward()
+    logits = outputs.logits.detach()
+    z = gate.embed(seen.take(logits), logits, batch["labels"])
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    model.zero_grad()
+    return z, gradient / gradient.norm().clamp(min=1e-30)
+
+
+def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """`count` batches of `size` training rows each, shuffled, and shuffled again when they are used up."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < size * count:
+        order += torch.randperm(len(task.train), generator=generator).tolist()
+    return [task.collator([task.train[row] for row in order[size * i : size * (i + 1)]]) for i in range(count)]
+
+
+def agreement(found: Mapping[str, DataFrame]) -> Figure:
+    """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
+    with style.panel(3.0, len(found), squeeze=False) as axes:
+        for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
+            style.points(ax, table["truth"], table["proxy"])
+            ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it",
+                   title=f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}")  # fmt: skip
+        return ax.get_figure()
+
+
+# a run, watched ------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What one candidate batch did: accepted, whether a trained weight moved, whether an optimizer's moment did."""
+
+    accepted: bool
+    weights_moved: bool
+    moments_moved: bool
+
+
+def trained(given: Mapping[str, Any]) -> Assembled:
+    """Model and task of a run, after its training and without any of its measurements."""
+    assembled, trainer, folder = _started(given)
+    with folder:
+        trainer.train()
+    assembled.model.eval()
+    return assembled
+
+
+def watched(given: Mapping[str, Any]) -> list[Step]:
+    """Train as `given` says and compare, bit by bit, weights and moments around every batch."""
+    from transformers import TrainerCallback
+
+    assembled, trainer, folder = _started(given)
+    parameters = [p for p in assembled.model.parameters() if p.requires_grad]
+    states, steps = [_state(parameters, None)], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **_):
+            states.append(_state(parameters, optimizer))
+            before, after = states.pop(0), states[0]
+            moved = [len(one) != len(other) or not all(map(torch.equal, one, other))
+                     for one, other in zip(before, after, strict=True)]  # fmt: skip
+            steps.append(Step(trainer.gate_log.decisions[-1], *moved))
+
+    trainer.add_callback(Watch())
+    with folder:
+        trainer.train()
+    return steps
+
+
+def _started(given: Mapping[str, Any]) -> tuple[Assembled, BudgetTrainer, Any]:
+    from lorakit.params import resolve
+    from lorakit.runs.assembly import assemble, build_trainer
+    from lorakit.runs.experiment import new_record
+
+    params = resolve(dict(given))
+    assembled, folder = assemble(params), tempfile.TemporaryDirectory()
+    return assembled, build_trainer(assembled, new_record(params, dict(given)), folder.name), folder
+
+
+def _state(parameters: Sequence[torch.nn.Parameter], optimizer: Any) -> tuple[list[Any], list[Any]]:
+    states = optimizer.state_dict()["state"] if optimizer else {}
+    moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
+    return copy.deepcopy([p.detach() for p in parameters]), copy.deepcopy(moments)
+
+
+def thresholded(controller: ThresholdController, scores: Iterable[float], seed: int) -> list[bool]:
+    """Which of a stream of scores `controller` accepts, its coin thrown with `seed`."""
+    generator, accepted = torch.Generator().manual_seed(seed), []
+    for score in scores:
+        coin = torch.rand((), generator=generator, dtype=torch.float64).item()
+        accepted.append(coin < controller.probability(score))
+        controller.observe(score, accepted[-1])
+    return accepted
+
+
+# runs and records -----------------------------------------------------------------------------------
+
+
+def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
+    """A run of `base` with each variant's changes and each seed; a record is called after its variant."""
+    from lorakit.runs.experiment import run
+
+    jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
+    return [run({**QUICK, **base, **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]
+
+
+def recorded(setting: str) -> list[Record]:
+    """The records of a setting, none where it was not run."""
+    return read_all(RESULTS / setting) if (RESULTS / setting).is_dir() else []
+
+
+def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = stats.LOSS) -> tables.Table:
+    """A line per row of `pairs` that has finished runs: `value`, the rate kept, and the paired difference.
+
+    Args:
+        records: of one setting.
+        pairs: row -> the row it is compared with ("" for none); rows without a record are left out.
+    """
+    import pandas as pd
+
+    groups, lines = stats.by_row(records), []
+    for row in (row for row in pairs if row in groups and stats.finished(groups[row], value)):
+        ended, other = [*stats.finished(groups[row], value).values()], pairs[row]
+        spread = statistics.stdev(ended) if len(ended) > 1 else 0
+        line = {"row": names.label(row, records), value: f"{statistics.fmean(ended):.3f} ± {spread:.3f}",
+                "accepted": _rate(groups[row])}  # fmt: skip
+        gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
+        lines.append(line | (tables.told(gap, records) if gap and gap.estimate else {}))
+    return tables.Table(pd.DataFrame(lines).fillna(tables.NONE))
+
+
+def _rate(group: Sequence[Record]) -> str:
+    rates = [rate for r in group if (rate := r.details.get("gate", {}).get("acceptance_rate")) is not None]
+    return f"{100 * statistics.fmean(rates):.0f} %" if rates else "100 %"
+
+
+def in_words(gap: stats.Difference) -> str:
+    """A difference for a sentence: "+0.101 [+0.098, +0.104] (3 seeds: above)"."""
+    mean = gap.estimate
+    seeds = f"({mean.count} seed{'s' * (mean.count != 1)}: {gap.verdict})"
+    return " ".join(filter(None, (f"{mean.mean:+.3f}", mean.interval(), seeds)))
+
+
+def redundant_shares(records: Sequence[Record]) -> DataFrame:
+    """By row: of the batches its runs saw, and of those they accepted, the shares that were redundant by design.
+
+    Means over runs; rows whose stream was not redundant are left out.
+    """
+    import pandas as pd
+
+    found = [(record.row, gate["redundant_seen"] / gate["decisions"],
+              gate["redundant_accepted"] / (gate["redundant_accepted"] + gate["fresh_accepted"]))
+             for record in records if "redundant_seen" in (gate := record.details.get("gate", {}))]  # fmt: skip
+    table = pd.DataFrame(found, columns=["row", "seen", "accepted"]).groupby("row").mean()
+    return table.reindex(names.order(table.index))
+
+
+def verdict(records: Sequence[Record], row: str, others: Sequence[str]) -> str:
+    """One sentence, all of it from the records: the loss `row` ended at, and how that compares with `others`."""
+    groups, label = stats.by_row(records), names.label(row, records)
+    losses = stats.finished(groups.get(row, []), stats.LOSS)
+    if not losses:
+        return f"On {records[0].setting}, no run of {label} has finished."
+    gaps = [stats.paired_differences(groups[row], groups[name], stats.LOSS) for name in others if name in groups]
+    gaps = [(f'"{names.label(gap.baseline, records)}"', gap) for gap in gaps if gap.estimate is not None]
+    unshown = ", ".join(other for other, gap in gaps if gap.verdict != "below")
+    return (
+        f"On {records[0].setting}, {label}, accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of "
+        f"{statistics.fmean(losses.values()):.3f}, which differs "
+        + "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
+        + (f"; it is not shown to be better than {unshown}." if unshown else ".")
+    )

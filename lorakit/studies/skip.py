@@ -1,0 +1,54 @@
+"""SkipLoRA: of every adapter, how much it changes what passes through it, and how often it was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorakit.analysis import style
+from lorakit.analysis.figures import details
+from lorakit.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+def skip_tables(record: Record) -> tuple[DataFrame, DataFrame]:
+    """Adapter by optimizer step: M = ‖Δh‖ / ‖h‖ (missing before it was measured), and the share of steps trained."""
+    import pandas as pd
+
+    found = details(record, "skip")
+    history, adapters = found["history"], found["adapters"]
+    metric = [row or [np.nan] * len(adapters) for row in history["metric"]]
+    made = (pd.DataFrame(rows, history["step"], adapters, float).T for rows in (metric, history["active"]))
+    return next(made), next(made)
+
+
+def skip_map(record: Record) -> Figure:
+    """`skip_tables` as colours, the first adapter at the bottom: M left, the share of steps trained right."""
+    metric, active = skip_tables(record)
+    blocks = details(record, "skip")["blocks"]
+    highest = np.nanquantile(metric, 0.97)  # one large adapter would leave no colour to the others
+    with style.panel(1.6 + 0.055 * len(blocks), 2, sharey=True) as (left, right):
+        _heat(left, metric, "M of each adapter", "viridis", highest)
+        _heat(right, active, "share of steps trained", "cividis", 1)
+        starts = [n for n, block in enumerate(blocks) if n == 0 or block != blocks[n - 1]]
+        left.set_yticks(starts, [str(blocks[n]) for n in starts])
+        left.set(ylabel="block", title=record.setting)
+        return left.get_figure()
+
+
+def _heat(ax: Axes, table: DataFrame, label: str, colors: str, highest: float) -> None:
+    import seaborn as sns
+
+    bar = {"location": "top", "label": label, "shrink": 0.9, "aspect": 30,
+           "extend": "max" if np.nanmax(table) > highest else "neither"}  # fmt: skip
+    sns.heatmap(table, ax=ax, cmap=colors, vmin=0, vmax=highest, cbar_kws=bar, xticklabels=False, yticklabels=False)
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    steps = [n for n in range(len(table.columns)) if n % max(1, -(-len(table.columns) // 6)) == 0]
+    ax.set_xticks([n + 0.5 for n in steps], [f"{table.columns[n]:g}" for n in steps], rotation=0)
+    ax.set_xlabel("optimizer steps")

@@ -1,0 +1,255 @@
+"""What choosing tokens does to a gradient, in numbers and pictures; for what it costs see `token_costs`.
+
+A batch is what a collator makes: `input_ids`, `attention_mask` and `labels`, (B, T) each; N predictions have a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from lorakit.analysis import stats, style
+from lorakit.head import HeadInput, find_head, rows
+from lorakit.settings import Gating
+from lorakit.sketches import sparse_error
+from lorakit.sketches.head_gradient import predicted
+from lorakit.studies.sketches import SPARSE, Sketched
+from lorakit.tokens import build_tokens
+from lorakit.tokens import choice as policies
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Batch = Mapping[str, Tensor]
+EVERY = 0.9999  # a share that chooses every prediction and yet takes the path of chosen ones: 1 is the plain model
+MODES = {"gather": style.Look("#D55E00", "s", style.DASHES[1]), "fractional": style.Look("#0072B2", "o")}
+
+
+# scores ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def head_outputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head was given and gave: hidden states (B, T, H), logits (B, T, V), and the labels (B, T)."""
+    seen, inputs = HeadInput(find_head(model, "causal")), dict(batch)
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    hidden = seen.take(logits)
+    seen.remove()
+    return hidden, logits, labels
+
+
+def token_scores(model: nn.Module, batches: Sequence[Batch], seed: int = 0, **settings: Any) -> np.ndarray:
+    """Scores (N,) of all predictions of `batches`, one after the other; `settings` are keys of `gating`."""
+    gate, found = build_tokens(Gating(method="flora", **settings), model, "causal", seed=seed), []
+    for batch in batches:
+        hidden, _, labels = head_outputs(model, batch)
+        found.append(gate.scored(hidden, *rows(labels, "causal"))[0])
+    return torch.cat(found).double().numpy()
+
+
+def sketched_scores(model: nn.Module, batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> Sketched:
+    """Exact scores, and by m = `sketch_dim` those of sketches with seeds 0 … `seeds` − 1: for `sketches.agreement`."""
+    exact = token_scores(model, batches, score="gradient_norm")
+    return Sketched(exact, {
+        size: np.stack([token_scores(model, batches, seed, score="sketch", sketch_dim=size) for seed in range(seeds)])
+        for size in sizes
+    })  # fmt: skip
+
+
+def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int], share: float) -> DataFrame:
+    """Each of `topks` by way of leaving words out of e: how many of the top predictions by ‖h‖·‖ê‖ rightly are.
+
+    The right ones are those by the exact score; `share` of the predictions are top.
+    """
+    import pandas as pd
+
+    parts = [predicted(*head_outputs(model, batch), "causal") for batch in batches]
+    h, logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+
+    def top(scores: Tensor) -> set[int]:
+        return set(policies.largest(scores, policies.quota(len(scores), share)).tolist())
+
+    exact, table = top(torch.from_numpy(token_scores(model, batches, score="gradient_norm"))), []
+    for topk in topks:
+        indices, values = sparse_error(logits, labels, topk)
+        errors = [change(indices, values, logits, labels).norm(dim=1) for change in SPARSE.values()]
+        table.append([len(top(h.norm(dim=1) * error) & exact) / len(exact) for error in errors])
+    return pd.DataFrame(table, pd.Index(topks, name="topk_logits"), [*SPARSE])
+
+
+def label_overlap(table: DataFrame) -> Figure:
+    """`label_table` against the words kept."""
+    with style.panel(2.6) as ax:
+        style.wide_lines(ax, table)
+        ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
+        style.plain_ticks(ax.xaxis, [*table.index])
+        return style.legend(ax)
+
+
+# gradients -------------------------------------------------------------------------------------------
+
+
+def gradient(model: nn.Module, batch: Batch, **settings: Any) -> Tensor:
+    """Gradient (P,) of everything trained, as FLoRA's trainer would have it; `settings` are keys of `gating`."""
+    tokens, inputs = build_tokens(Gating(**settings), model, "causal"), dict(batch)
+    labels = inputs.pop("labels")
+    if tokens.selective:
+        return _flat(tokens.select(model, inputs, labels).finish() / tokens.divisor(labels), model)
+    return _flat(token_losses(model, batch).mean(), model)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Losses (N,) of a batch's predictions, with a graph."""
+    inputs = dict(batch)
+    where, targets = rows(inputs.pop("labels"), "causal")
+    return nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1)[where], targets, reduction="none")
+
+
+def token_gradients(model: nn.Module, batch: Batch) -> Tensor:
+    """Gradient (N, P) of every prediction's own loss: N backwards."""
+    return torch.stack([_flat(loss, model, keep=True) for loss in token_losses(model, batch)])
+
+
+def _flat(loss: Tensor, model: nn.Module, keep: bool = False) -> Tensor:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, trained, retain_graph=keep, materialize_grads=True)
+    return torch.cat([part.flatten() for part in found])
+
+
+def proxy_table(model: nn.Module, batch: Batch, gradients: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Score -> Spearman's correlation with the norms of the adapters' own `gradients` (N, P) of this batch."""
+    truth = gradients.norm(dim=1).numpy()
+    return {name: stats.spearman(token_scores(model, [batch], score=name), truth) for name in names}
+
+
+def policy_table(gradients: Tensor, scores: np.ndarray, shares: Sequence[float], draws: int, seed: int) -> DataFrame:
+    """How well policies estimate the mean of `gradients` (N, P), keeping a share of the N by `scores` (N,).
+
+    A line per share and policy, in units of the full gradient's length:
+        cosine, length, bias: of the mean over draws: its cosine with the full one, its length, its distance from it.
+        spread: root mean square distance of one draw's estimate from the mean; error: of the mean, by chance alone.
+    """
+    import pandas as pd
+
+    sizes, count, inner = torch.from_numpy(scores), len(scores), (gradients @ gradients.T).double()
+
+    def weights(policy: str, k: int, generator: Generator) -> Tensor:
+        """(N,) float64: the estimate is their product with the gradients."""
+        made = torch.zeros(count, dtype=torch.float64)
+        if policy == "PPS":
+            index, probabilities = policies.proportional(sizes, k, generator)
+            made[index] = 1 / (count * probabilities)
+        else:
+            made[policies.largest(sizes, k) if policy == "top-k" else policies.uniform(count, k, generator)] = 1 / k
+        return made
+
+    lines = []
+    for share in shares:
+        k, generator = policies.quota(count, share), Generator().manual_seed(seed)
+        for policy in ("top-k", "random", "PPS"):
+            drawn = torch.stack([weights(policy, k, generator) for _ in range(draws)])
+            lines.append({"share": share, "policy": policy, **estimate(drawn, inner)})
+    return pd.DataFrame(lines)
+
+
+def estimate(drawn: Tensor, inner: Tensor) -> dict[str, float]:
+    """A line of `policy_table`, of weights (draws, N) and the gradients' inner products (N, N)."""
+    full = torch.full_like(drawn[0], 1 / drawn.shape[1])
+    mean = drawn.mean(0)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return ((a @ inner) * b).sum(-1)
+
+    length = product(full, full).sqrt()
+    off, around = mean - full, drawn - mean
+    spread = product(around, around).clamp(min=0).mean().sqrt() / length
+    longer = product(mean, mean).sqrt() / length
+    cosine = product(mean, full) / (longer * length**2)
+    bias = product(off, off).clamp(min=0).sqrt() / length
+    found = {"cosine": cosine, "length": longer, "bias": bias, "spread": spread, "error": spread / len(drawn) ** 0.5}
+    return {name: float(value) for name, value in found.items()}
+
+
+def policy_errors(table: DataFrame) -> Figure:
+    """`policy_table` by share of chosen tokens. Left: where the mean estimate points. Right: how far one is off."""
+    table = table.assign(off=np.hypot(table["bias"], table["spread"]))
+    names = table["policy"].unique()
+    looks = dict(zip(names, style.series(len(names)), strict=True))
+    with style.panel(2.7, 2) as (left, right):
+        style.lines(left, table, "share", "cosine", "policy", looks)
+        style.lines(right, table, "share", "off", "policy", looks)
+        lowest = table["cosine"].min() - 0.05
+        left.set(ylabel="cosine with the full gradient", ylim=(lowest, 1.02), title="the mean estimate")
+        right.set(ylabel="rms error, full gradient = 1", ylim=(0, None), title="one estimate")
+        for ax in (left, right):
+            share_axis(ax, table["share"].unique())
+        return style.legend(left)
+
+
+def share_axis(ax: Any, shares: Sequence[float]) -> None:
+    """Shares of chosen predictions along x, in percent."""
+    style.plain_ticks(ax.xaxis, shares, factor=100)
+    ax.set_xlabel("predictions chosen (%)")
+
+
+def noise_table(model: nn.Module, batch: Batch, noise: float, share: float, draws: int, seed: int) -> dict[str, float]:
+    """Policy -> share of wrong labels among the chosen, after `noise` of all labels were replaced at random."""
+    generator = Generator().manual_seed(seed)
+    labels = batch["labels"].clone()
+    where, _ = rows(labels, "causal")
+    wrong = policies.uniform(len(where), policies.quota(len(where), noise), generator)
+    words = find_head(model, "causal").outputs
+    labels.view(-1)[where[wrong] + 1] = torch.randint(words, (len(wrong),), generator=generator)
+    sizes = torch.from_numpy(token_scores(model, [{**batch, "labels": labels}], score="gradient_norm"))
+    bad = torch.zeros(len(where), dtype=torch.float64)
+    bad[wrong] = 1
+    k = policies.quota(len(where), share)
+    drawn = [policies.proportional(sizes, k, generator)[0] for _ in range(draws)]
+    return {
+        "all labels": float(bad.mean()),
+        "top-k": float(bad[policies.largest(sizes, k)].mean()),
+        "PPS": float(torch.stack([bad[index].mean() for index in drawn]).mean()),
+    }
+
+
+def truncation_table(
+    model: nn.Module, batches: Sequence[Batch], fractions: Sequence[float], **settings: Any
+) -> DataFrame:
+    """By fraction, cosines of two gradients, means over batches, for `settings` of `gating`.
+
+    same: mode "fractional" with mode "gather" on the same tokens; gather, fractional: with the gradient of all tokens.
+    A fraction of 1 stands for `EVERY`.
+    """
+    import pandas as pd
+
+    full, table = [gradient(model, batch) for batch in batches], []
+    for fraction in fractions:
+        keys = {"method": "flora", "topk_tokens": min(fraction, EVERY)} | settings
+        pairs = [[gradient(model, batch, mode=mode, **keys) for mode in MODES] for batch in batches]
+        cosines = [(_cosine(*pair), *(_cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
+        table.append(np.mean(cosines, axis=0))
+    return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def truncation(tables: Mapping[str, DataFrame]) -> Figure:
+    """A panel per entry of `tables`: `truncation_table`, cosines by share of chosen tokens."""
+    labels = {"same": "fractional with gather, same tokens"} | {mode: f"{mode} with all tokens" for mode in MODES}
+    looks = {"same": style.series(1, first=3)[0]} | MODES
+    with style.panel(2.8, len(tables), sharey=True, squeeze=False) as axes:
+        for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
+            style.wide_lines(ax, table, looks, labels=labels)
+            ax.set_title(name)
+            share_axis(ax, [*table.index])
+        lowest = min(table.min(axis=None) for table in tables.values())
+        axes[0, 0].set(ylabel="cosine of two gradients", ylim=(max(0, lowest - 0.05), 1.03))
+        return style.legend(axes[0, 0])

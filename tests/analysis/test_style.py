@@ -1,0 +1,161 @@
+"""One look a row, readable in grey and by every eye, the same on screen, in a notebook and on disk."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from synthetic_records import record
+
+from lorakit.analysis import figures, names, style
+from lorakit.errors import ParameterError
+
+
+def runs():
+    return [record(m, s, floor=0.3 + 0.05 * i) for i, m in enumerate(("full", "lora", "head")) for s in range(2)]
+
+
+def test_looks_are_fixed_and_differ_in_marker_or_dash_for_grey_print():
+    rows = [*style.PALETTE, *(f"method-{i}" for i in range(12))]
+    found = style.looks(rows)
+    assert [*found] == rows
+    assert len({(look.marker, str(look.dash)) for look in found.values()}) == len(rows)
+    assert len({look.color for look in style.PALETTE.values()}) == len(style.PALETTE)
+    assert style.looks(["lora"])["lora"] == style.looks(["zeta", "lora", "full"])["lora"]
+    assert style.looks(["zeta"])["zeta"] == style.looks(["zeta", "lora"])["zeta"]
+
+
+def test_a_new_row_of_the_palette_changes_no_other_rows_look(monkeypatch):
+    rows = [*style.PALETTE, *(f"method-{i}" for i in range(12))]
+    before = style.looks(rows)
+    new = {"brand-new": style.Look("#123456", "8", style.DASHES[3])}
+    monkeypatch.setattr(style, "PALETTE", new | style.PALETTE)
+    assert style.looks(rows) == before
+    assert style.looks(["brand-new", "lora"]) == new | {"lora": before["lora"]}
+    assert style.looks(["method-1", "brand-new"])["brand-new"] == new["brand-new"]
+
+
+def test_every_known_row_has_a_look_and_a_label():
+    assert {*names.LABELS} == {*style.PALETTE}
+
+
+def luminance(color) -> float:
+    """Relative luminance of WCAG 2."""
+    from matplotlib.colors import to_rgb
+
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+@pytest.mark.parametrize("colors", [[look.color for look in style.PALETTE.values()], style.COLORS, style.shades(5)])
+def test_every_colour_stands_out_on_white(colors):
+    assert min(1.05 / (luminance(color) + 0.05) for color in colors) >= 3
+
+
+# Machado, Oliveira & Fernandes 2009, severity 1.0, on linear RGB.
+BLINDNESS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_the_three_methods_of_every_setting_differ_for_all_kinds_of_colour_vision(kind):
+    from matplotlib.colors import to_rgb
+
+    rows = ("full", "lora", "head")
+    linear = np.array([to_rgb(style.PALETTE[name].color) for name in rows]) ** 2.2
+    seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 0.25
+
+
+def test_memory_shades_are_told_apart_by_lightness_alone():
+    lightness = [np.dot(shade[:3], [0.2126, 0.7152, 0.0722]) for shade in style.shades(5)]
+    assert min(np.diff(lightness)) > 0.08
+
+
+def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 3, "axes.facecolor": "red", "legend.fontsize": 3}):
+        drawn = figures.loss_curve(runs())
+        assert matplotlib.rcParams["font.size"] == 3
+    assert drawn.axes[0].get_facecolor() == (1, 1, 1, 1)
+    assert drawn._repr_png_() == figures.loss_curve(runs())._repr_png_()
+
+
+def test_the_readers_backend_is_left_alone():
+    import matplotlib
+
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        figures.loss_curve(runs())
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
+
+
+# in a notebook and on disk
+
+
+def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
+    from IPython.core.formatters import DisplayFormatter
+    from matplotlib.figure import Figure
+
+    drawn = figures.loss_curve(runs())
+    shown, _ = DisplayFormatter().format(drawn)
+    assert set(shown) == {"text/plain", "image/png"}
+    assert shown["image/png"].startswith(b"\x89PNG")
+    inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
+    inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
+    assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
+
+
+def test_the_text_beside_the_png_is_the_same_every_time():
+    assert repr(figures.loss_curve(runs())) == repr(figures.loss_curve(runs()))
+    assert repr(figures.loss_curve(runs())).startswith("<Figure size 780x")  # no address, which would differ
+
+
+def test_what_draws_is_loaded_when_drawing():
+    code = (
+        "import sys, lorakit; assert not {'matplotlib', 'seaborn', 'pandas', 'scipy', 'torch'} & {*sys.modules};"
+        "from lorakit import figures, records; assert not {'matplotlib', 'seaborn', 'torch'} & {*sys.modules};"
+        "run = records.Record(setting='s', method='lora', seed=0, status='done');"
+        "figures.overview([run])._repr_png_(); assert not {'torch'} & {*sys.modules};"
+        "assert sys.modules['matplotlib.pyplot'].get_fignums() == []"
+    )
+    subprocess.run([sys.executable, "-W", "error:::lorakit", "-c", code], check=True)
+
+
+def test_the_png_is_780_pixels_wide():
+    from matplotlib.image import imread
+
+    assert imread(io.BytesIO(figures.loss_curve(runs())._repr_png_())).shape[1] == 780
+
+
+def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):
+    drawn = figures.loss_curve(runs())
+    target = style.save(drawn, tmp_path / "new" / "figure.png")
+    before = target.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def stop(buffer, **options):
+        buffer.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawn, "savefig", stop)
+    with pytest.raises(KeyboardInterrupt):
+        style.save(drawn, target)
+    assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
+
+
+def test_save_names_the_formats_it_knows(tmp_path):
+    with pytest.raises(ParameterError, match="figure=.*must end in one of.*pdf.*png.*svg"):
+        style.save(figures.loss_curve(runs()), tmp_path / "figure.docx")
+    assert not list(tmp_path.iterdir())

