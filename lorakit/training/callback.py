@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lorakit.training.budget import Budget
+from lorakit.training.costs import Budget
 from lorakit.training.state import RunState
 from lorakit.training.window import Diverged
 

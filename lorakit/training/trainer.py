@@ -13,8 +13,8 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError
 from lorakit.training import checkpoint
-from lorakit.training.budget import Budget, Schedule
 from lorakit.training.callback import Progress, RunCallback
+from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics

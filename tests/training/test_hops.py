@@ -10,8 +10,8 @@ import pytest
 import training_runs as runs
 
 import lorakit
-from lorakit.gates import GateSettings, build_gate
-from lorakit.gating import Gating
+from lorakit.gates import build_gate
+from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer
 from lorakit.training.arguments import training_arguments
@@ -38,7 +38,7 @@ def trainer(folder, gate: str = "none", mode: str = "") -> BudgetTrainer:
         compute_metrics=runs.metrics,
         kind="causal",
         budget=Budget(200, "steps"),
-        gate=build_gate(GateSettings(name=gate), model, "causal") if gate != "none" else None,
+        gate=build_gate(runs.batch_gate(gate), model, "causal") if gate != "none" else None,
         tokens=chosen,
     )
 

@@ -13,7 +13,7 @@ from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import build_gate
 from lorakit.gates.log import GateWarning
 from lorakit.seams import Decision, Gate
-from lorakit.training import Budget, Diverged, SLoRATrainer, checkpoint, watch
+from lorakit.training import Budget, Diverged, SLoRATrainer, checkpoint, window
 
 GATE = {"m": 64, "k": 8, "target_novelty": 0.4, "burn_in": 4, "reorth_every": 2, "k_topk": 16, "novelty_ema_rate": 0.1}
 
@@ -161,7 +161,7 @@ def test_batches_without_a_label_are_skipped_and_counted(tmp_path, gate):
 
 
 def test_a_run_that_never_trains_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "STALLED", 30)
+    monkeypatch.setattr(window, "STALLED", 30)
     run = runs.trainer(lora(), tmp_path, gate=runs.Closed(), budget=Budget(10, "accepted_steps"))
     with pytest.raises(Diverged, match="30 batches in a row"):
         run.train()
