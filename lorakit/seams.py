@@ -130,19 +130,6 @@ class AlwaysOpen(Gate):
 GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each module, and any user, enters its own
 
 
-def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
-    """Refuse the state of another gate.
-
-    Raises:
-        CheckpointError: keys are missing or unknown.
-    """
-    if state.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
-            "without this gate, and starting the gate afresh would silently change the run"
-        )
-
-
 # which tokens ------------------------------------------------------------------------------------------
 
 # (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward
@@ -159,7 +146,8 @@ class Selected:
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
     chosen_sum: as `finish()` will give it, detached, where known.
     backpropagated: input tokens a backward passes through; None: all of the batch's.
-    key: what the FLOPs of `finish` and of the backward depend on, beside the batch's shape.
+    kept: whether the chosen ones' logits were, so that the backward passes no head.
+    ran: R·K and R·K·T, where `finish` runs R rows of K tokens again; what its FLOPs and the backward's are made of.
     flops: of scoring, by formula, beyond the matrix products that are counted as they run.
     """
 
@@ -167,7 +155,8 @@ class Selected:
     predictions: int
     chosen: int
     backpropagated: int | None
-    key: Hashable
+    kept: bool = False
+    ran: tuple[int, ...] = ()
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
     flops: float = 0.0
@@ -196,8 +185,8 @@ class TokenSelection(Protocol):
     def divisor(self, labels: Tensor) -> int:
         """What the losses of a batch with these labels are divided by, to be summed over a window and all ranks."""
 
-    def signature(self, labels: Tensor) -> Hashable:
-        """What, beside the batch's shape, the FLOPs of `select` depend on."""
+    def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
+        """What the FLOPs of `select` grow with, in proportion, beside those of a pass over the batch."""
 
     def report(self) -> dict[str, Any]:
         """What the record is to know."""

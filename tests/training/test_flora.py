@@ -178,32 +178,6 @@ def test_costs_of_both_modes(tmp_path, settings):
     assert (fractional.flops_gate > 0) == (settings == {}) and plain.flops_gate == 0
 
 
-def test_flops_are_those_of_the_passes_that_ran(tmp_path):
-    """Counted anew at every pass, without a lookup by shape."""
-    from lorakit.measure.flops import FlopCount
-
-    run = flora(decoder(), tmp_path, {"mode": "fractional", "per": "sequence"}, max_steps=8)
-    lookup = run.meter.measure
-    counted = []
-
-    def measure(key, function):
-        def fresh():
-            with FlopCount() as count:
-                result = function()
-            counted.append(int(count.total))
-            return result
-
-        known = key in run.meter.known
-        result, flops = lookup(key, fresh if known else function)
-        if known:
-            assert flops == counted[-1], key
-        return result, flops
-
-    run.meter.measure = measure
-    run.train()
-    assert len(counted) >= 3
-
-
 def test_evaluation_is_the_trainers(tmp_path):
     for made in (flora, budgeted):
         model = decoder()

@@ -13,7 +13,7 @@ from lorakit.adapters import attach
 from lorakit.errors import CheckpointError
 from lorakit.gates import build_gate
 from lorakit.gates.log import GateWarning
-from lorakit.training import Budget, Diverged, checkpoint, watch
+from lorakit.training import Budget, Diverged, checkpoint, window
 
 
 def novelty(model, kind="classify"):
@@ -126,7 +126,7 @@ def test_batches_without_a_label_are_skipped_and_counted(tmp_path, gate):
 
 
 def test_a_run_that_never_trains_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "STALLED", 30)
+    monkeypatch.setattr(window, "STALLED", 30)
     run = runs.trainer(lora(), tmp_path, gate=runs.Closed(), budget=Budget(10, "accepted_steps"))
     with pytest.raises(Diverged, match="30 batches in a row"):
         run.train()
