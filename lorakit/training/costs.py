@@ -178,8 +178,10 @@ class FlopMeter:
 
     def load_state_dict(self, state: list[list[Any]]) -> None:
         self.__init__()
-        for (key, sizes), flops in state:
-            self._learn(_frozen(key), tuple(sizes), flops)
+        for place, flops in state:
+            if isinstance(place[0], list):  # older checkpoints hold counts by whole shapes, which are counted anew
+                key, sizes = place
+                self._learn(_frozen(key), tuple(sizes), flops)
 
 
 class _Equations:

@@ -162,3 +162,9 @@ def test_a_saved_meter_goes_on_as_it_would_have():
         assert again.known == meter.known
         assert [measured(again, (n,), cost) for n in (7, 9)] == [measured(meter, (n,), cost) for n in (7, 9)]
         assert again.known == meter.known
+
+
+def test_counts_of_an_older_checkpoint_are_made_anew():
+    meter = FlopMeter()
+    meter.load_state_dict([[["forward", [["input_ids", [16, 24]]]], 1000]])
+    assert meter.known == {}
