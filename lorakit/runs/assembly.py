@@ -72,7 +72,11 @@ def assemble(params: Params) -> Assembled:
         seed=params.seed,
     )
     task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
-    return Assembled(params, _adapted(params, loaded.model), loaded.tokenizer, task, loaded, redundant)
+    if params.quantize == "nf4":
+        adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
+    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
+    model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
+    return Assembled(params, model, loaded.tokenizer, task, loaded, redundant)
 
 
 def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -89,14 +93,6 @@ def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
         special=set(tokenizer.all_special_ids),
     )
     return replace(task, train=stream), redundant
-
-
-def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
-    """`model` on the base and with the adapter asked for."""
-    if params.quantize == "nf4":
-        adapters.quantize_nf4(model, double_quant=params.double_quant)
-    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
-    return adapters.attach(model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
 
 
 def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:

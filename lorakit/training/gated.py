@@ -23,11 +23,6 @@ from lorakit.training.watch import Diverged, Watch
 from lorakit.training.window import Part, average_gradients
 
 
-def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
-    skipping = tokens.two_pass and any(controller.name == "skip" for controller in controllers)
-    require(not skipping, "gating.mode", "fractional", "measures no layers for SkipLoRA to skip; use 'gather' with it")
-
-
 class GatedTrainer(Trainer):
     """One forward per micro-batch; at the end of a window of accumulated ones the gate decides about their backwards.
 
@@ -58,8 +53,10 @@ class GatedTrainer(Trainer):
     ):
         super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
         self.kind = kind
-        _refuse_skipping(tokens or AllTokens(), controllers)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
+        measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
+        require(not skipping, "gating.mode", "fractional", measured)
         for controller in controllers:
             controller.bind(self.total_over_ranks)
         self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
