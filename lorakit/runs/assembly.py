@@ -59,18 +59,9 @@ def assemble(params: Params) -> Assembled:
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
-    task = tasks.load(
-        params.task,
-        loaded.tokenizer,
-        kind_of_model=models.family(params.model),
-        data_dir=params.data_dir,
-        max_length=params.max_length,
-        max_train=params.max_train,
-        max_validation=params.max_validation,
-        max_test=params.max_test,
-        packing=params.packing,
-        seed=params.seed,
-    )
+    read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
+    asked = {name: getattr(params, name) for name in read}
+    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
     task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)

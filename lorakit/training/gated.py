@@ -152,19 +152,13 @@ class GatedTrainer(Trainer):
         backward = self.accelerator.backward
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
-            with self._unsynchronised(model):
+            # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
+            reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.accelerator.backward = backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
-
-    @property
-    def _reduces(self) -> bool:
-        """Whether gradients are averaged here: DistributedDataParallel expects one whole forward per backward."""
-        return (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
-
-    def _unsynchronised(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        return self.accelerator.no_sync(model) if self._reduces else contextlib.nullcontext()
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
         part, self._part = self._part, None
