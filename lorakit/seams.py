@@ -20,6 +20,22 @@ from lorakit.errors import CheckpointError
 from lorakit.head import IGNORED, shifted
 from lorakit.settings import GateSettings
 
+
+class Seam:
+    """What everything here can be asked for: its part of the record and of a checkpoint; nothing, where it has none."""
+
+    def report(self) -> dict[str, Any]:
+        """What the record is to know, as JSON values."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
 # which batches -----------------------------------------------------------------------------------------
 
 
@@ -57,7 +73,7 @@ class Decision:
     score: float | None = None
 
 
-class Gate:
+class Gate(Seam):
     """Decides once per optimizer step, over its whole window of micro-batches; this one accepts everything.
 
     The trainer calls `measure` for every micro-batch, adds the results up over the window and over all ranks, and gives
@@ -101,13 +117,6 @@ class Gate:
     def report(self) -> dict[str, Any]:
         """What the record is to know of this gate."""
         return {"name": self.name, "target_rate": self.target_rate, "burn_in": self.burn_in}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
 
 
 def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
@@ -196,25 +205,16 @@ class TokenSelection(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class AllTokens:
+class AllTokens(Seam):
     """The baseline: every token gets its backward."""
 
     selective = two_pass = False
-
-    def report(self) -> dict[str, Any]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the selection has no state."""
 
 
 # between the steps -------------------------------------------------------------------------------------
 
 
-class Controller:
+class Controller(Seam):
     """Does nothing; a method overrides what it needs.
 
     The trainer calls `bind` and `begin` once, for every optimizer step `begin_step`, then after `optimizer.step()` and
@@ -249,14 +249,3 @@ class Controller:
     def signature(self) -> Hashable:
         """What, beside the batch's shape, the FLOPs of the coming pass depend on; plain numbers and tuples of them."""
         return ()
-
-    def report(self) -> dict[str, Any]:
-        """What the record is to know, as JSON values."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, readable with `torch.load(weights_only=True)`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""

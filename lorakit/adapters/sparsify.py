@@ -80,7 +80,8 @@ class Sparsifier(Controller):
     @torch.no_grad()
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         self.share = share
-        if self._trained(optimizer):
+        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
+        if not skipped and any(p.grad is not None for _, p in self._factors()):
             if self.settings.sparsify == "l1":
                 self._shrink_or_freeze(share, optimizer)
             elif self._is_time(share):
@@ -90,10 +91,6 @@ class Sparsifier(Controller):
     def at_point(self, step: int) -> None:
         target = None if self.settings.fixed_penalty else self.settings.target(self.share)
         self.history.append([step, target, self.reached()])
-
-    def _trained(self, optimizer: torch.optim.Optimizer) -> bool:
-        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
-        return not skipped and any(p.grad is not None for _, p in self._factors())
 
     def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in self.layers.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
 from lorakit.head import ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input
+from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating
 from lorakit.sketches.head_gradient import chunk_of
@@ -95,13 +96,8 @@ class TokenGate:
             name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
             for name, value in inputs.items()
         }
-        training = model.training
-        model.eval()  # without dropout: every pass is the same
-        try:
-            with torch.no_grad():
-                self._try(model, single, labels[row : row + 1])
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():  # without dropout: every pass is the same
+            self._try(model, single, labels[row : row + 1])
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         with replaced_input(self.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:

@@ -22,11 +22,6 @@ from lorakit.training.state import RunState
 from lorakit.training.window import Diverged, Part, Watch, average_gradients
 
 
-def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
-    skipping = tokens.two_pass and any(controller.name == "skip" for controller in controllers)
-    require(not skipping, "gating.mode", "fractional", "measures no layers for SkipLoRA to skip; use 'gather' with it")
-
-
 class GatedTrainer(Trainer):
     """One forward per micro-batch; at the end of a window of accumulated ones the gate decides about their backwards.
 
@@ -57,8 +52,10 @@ class GatedTrainer(Trainer):
     ):
         super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
         self.kind = kind
-        _refuse_skipping(tokens or AllTokens(), controllers)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
+        measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
+        require(not skipping, "gating.mode", "fractional", measured)
         for controller in controllers:
             controller.bind(self.total_over_ranks)
         self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
@@ -159,19 +156,13 @@ class GatedTrainer(Trainer):
         backward = self.accelerator.backward
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
-            with self._unsynchronised(model):
+            # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
+            reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.accelerator.backward = backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
-
-    @property
-    def _reduces(self) -> bool:
-        """Whether gradients are averaged here: DistributedDataParallel expects one whole forward per backward."""
-        return (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
-
-    def _unsynchronised(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        return self.accelerator.no_sync(model) if self._reduces else contextlib.nullcontext()
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
         part, self._part = self._part, None

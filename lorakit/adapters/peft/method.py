@@ -163,7 +163,9 @@ def wrap(
         _require_trainable(wrapper, config)
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
         base.restore(model)
-        raise ParameterError("peft_type", str(config.peft_type.value), f"PEFT refuses: {_one_line(error)}") from error
+        raise ParameterError(
+            "peft_type", str(config.peft_type.value), f"PEFT refuses: {' '.join(str(error).split())}"
+        ) from error
     wrapper.train(model.training)
     wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
     wrapper.register_forward_hook(after_forward, with_kwargs=True)
@@ -199,10 +201,6 @@ def _require_trainable(wrapper: nn.Module, config: Any) -> None:
     own = sum(p.numel() for p in wrapper.parameters() if p.requires_grad and id(p) not in heads)
     if not own and not config.inference_mode:
         raise ValueError("nothing in this model would be trained")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager
