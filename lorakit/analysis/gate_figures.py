@@ -40,13 +40,11 @@ def log_points(records: Sequence[Record], key: str, after_burn_in: bool = False)
     """
     import pandas as pd
 
-    points = [
-        (record.row, record.seed, record.status, float(point["step"]), float(point[key]))
-        for record in records
-        for point in gate(record).get("log", ())
-        if point.get(key) is not None
-        and (not after_burn_in or point["step"] >= gate(record).get("burn_in", 0) + SETTLED)
-    ]
+    points = []
+    for record in records:
+        first = gate(record).get("burn_in", 0) + SETTLED if after_burn_in else 0
+        told = [one for one in gate(record).get("log", ()) if one.get(key) is not None and one["step"] >= first]
+        points += [(record.row, record.seed, record.status, float(one["step"]), float(one[key])) for one in told]
     return pd.DataFrame(points, columns=["row", "seed", "status", "x", "y"])
 
 

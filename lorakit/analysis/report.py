@@ -88,18 +88,15 @@ def header(groups: Groups, sources: Sequence[str]) -> str:
     codes = each((r.fingerprints.get("code") or "")[:12] for r in records)
     versions = each(f"{n} {v}" for r in records for n, v in r.environment.get("versions", {}).items() if v)
     lines = {
-        "Setting": f"`{records[0].setting}`",
-        "Read": f"{len(records)} records{read}",
+        "Setting": f"`{records[0].setting}`", "Read": f"{len(records)} records{read}",
         "Model": ", ".join(each(_known(r.resolved.get("model"), r.fingerprints.get("model")) for r in records)),
-        "Data": ": ".join(", ".join(found) for found in (tasks, files) if found),
-        "Seeds": _by_row(groups, lambda r: r.seed),
-        "Learning rate": _by_row(groups, lambda r: r.resolved.get("learning_rate")),
-        "Schedule": _by_row(groups, lambda r: r.resolved.get("schedule")),
-        "Budget": _by_row(groups, budget),
+        "Data": ": ".join(", ".join(found) for found in (tasks, files) if found), "Seeds": _by_row(groups,
+        lambda r: r.seed), "Learning rate": _by_row(groups, lambda r: r.resolved.get("learning_rate")),
+        "Schedule": _by_row(groups, lambda r: r.resolved.get("schedule")), "Budget": _by_row(groups, budget),
         "Versions": ", ".join(versions),
         "Machine": "; ".join(machines) + " (seconds are not comparable)" * (len(machines) > 1),
         "Code": ", ".join(codes) + " (fingerprints differ)" * (len(codes) > 1),
-    }
+    }  # fmt: skip
     return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lorakit.errors import ParameterError
@@ -31,21 +32,16 @@ def reference(markdown: bool = False) -> str:
     """Every parameter by the question it answers: name, type, default, range, meaning."""
     parts: list[str] = []
     for group in GROUPS:
-        title = (group.__doc__ or "").split("\n")[0]
-        rows = list(_rows(group))
+        title, rows = (group.__doc__ or "").split("\n")[0], [*_rows(group)]
         if markdown:
-            lines = ["| parameter | is | default | meaning |", "|---|---|---|---|"]
-            lines += ["| " + " | ".join([f"`{row[0]}`", *(_cell(text) for text in row[1:])]) + " |" for row in rows]
-            parts.append("\n".join([f"## {title}", "", *lines]))
+            cells = [[f"`{name}`", *(text.replace("|", "\\|") for text in texts)] for name, *texts in rows]
+            lines = [f"| {' | '.join(line)} |" for line in (("parameter", "is", "default", "meaning"), *cells)]
+            parts.append("\n".join([f"## {title}", "", lines[0], "|---|---|---|---|", *lines[1:]]))
         else:
             wide = [max(len(row[column]) for row in rows) for column in range(3)]
             lines = ["  ".join([*(text.ljust(w) for text, w in zip(row, wide, strict=False)), row[3]]) for row in rows]
             parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
     return "\n\n".join(parts)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _rows(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -66,43 +62,34 @@ def _kind(annotation: Any) -> str:
         return " | ".join(str(part) or "–" for part in parts)
     if origin in (Union, types.UnionType):
         return " | ".join(map(_kind, parts))
-    if annotation is type(None):
-        return "none"
     words = {str: "text", int: "whole number", float: "number", bool: "true | false", list: "list", dict: "mapping"}
-    return words[origin or annotation]
+    return (words | {type(None): "none"})[origin or annotation]
 
 
 def capabilities() -> dict[str, dict[str, str]]:
     """What goes together: by method or answer, for each answer "yes" or the reason why not."""
     rows = {method: {"method": method} for method in METHODS} | ANSWERS
-    return {
-        name: {other: _together(own, theirs) for other, theirs in ANSWERS.items()} for name, own in rows.items()
-    }  # fmt: skip
-
-
-def _together(one: dict[str, Any], other: dict[str, Any]) -> str:
-    if one == other:
-        return "–"
-    if one.keys() & other.keys():
-        return "one or the other"
-    try:
-        check(Params(**one | other))
-    except ParameterError as error:
-        return f"{error.name}: {error.allowed}"
-    return "yes"
+    table = {name: dict.fromkeys(ANSWERS, "yes") for name in rows}
+    for (name, own), (other, theirs) in product(rows.items(), ANSWERS.items()):
+        if own.keys() & theirs.keys():
+            table[name][other] = "–" if own == theirs else "one or the other"
+            continue
+        try:
+            check(Params(**own | theirs))
+        except ParameterError as error:
+            table[name][other] = f"{error.name}: {error.allowed}"
+    return table
 
 
 def capability_table() -> str:
     """`capabilities` in Markdown, the reasons numbered below."""
-    table, reasons = capabilities(), []
+    table = capabilities()
+    reasons = [*dict.fromkeys(answer for answers in table.values() for answer in answers.values() if ": " in answer)]
+    numbered = {reason: f"no ({number})" for number, reason in enumerate(reasons, 1)}
     lines = ["| | " + " | ".join(ANSWERS) + " |", "|---" * (len(ANSWERS) + 1) + "|"]
-    for name, answers in table.items():
-        cells = []
-        for answer in answers.values():
-            if ": " in answer and answer not in reasons:
-                reasons.append(answer)
-            cells.append(f"no ({reasons.index(answer) + 1})" if answer in reasons else answer)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        f"| {name} | {' | '.join(numbered.get(a, a) for a in answers.values())} |" for name, answers in table.items()
+    ]
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
 
 

@@ -228,17 +228,16 @@ def truncation_table(
     """
     import pandas as pd
 
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
     full, table = [gradient(model, batch) for batch in batches], []
     for fraction in fractions:
         keys = {"method": "flora", "topk_tokens": min(fraction, EVERY)} | settings
         pairs = [[gradient(model, batch, mode=mode, **keys) for mode in MODES] for batch in batches]
-        cosines = [(_cosine(*pair), *(_cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
+        cosines = [(cosine(*pair), *(cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
         table.append(np.mean(cosines, axis=0))
     return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
 
 
 def truncation(tables: Mapping[str, DataFrame]) -> Figure:

@@ -21,19 +21,13 @@ def test_a_line_a_run():
     assert runs["label"].to_list() == ["LoRA", "SLoRA", "full fine-tuning"]
     lora, slora, full = runs.to_dict("records")
     assert (lora["tokens"], lora["latency_ms"], lora["adapter_bytes"], lora["nonzero"]) == (
-        30_360,
-        1.25,
-        1.5 * 2**20,
-        900,
-    )
+        30_360, 1.25, 1.5 * 2**20, 900,
+    )  # fmt: skip
     assert lora["test accuracy"] == 0.9 - 0.04 - 0.02 and lora["gate"] == "none" and np.isnan(lora["target_rate"])
     assert (slora["gate"], slora["target_rate"], slora["acceptance_rate"]) == ("novelty", 0.3, 0.3)
     assert (slora["model"], slora["task"], slora["learning_rate"], slora["redundancy"]) == (
-        "a-model",
-        "sst2",
-        1e-3,
-        0.8,
-    )
+        "a-model", "sst2", 1e-3, 0.8,
+    )  # fmt: skip
     assert full["status"] == "diverged" and np.isnan(full["validation loss"])
     assert all(runs[name].dtype == float for name in ("peak_memory_bytes", "trainable", "budget"))
 
