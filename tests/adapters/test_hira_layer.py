@@ -243,7 +243,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("option", "named"), [({"alpha": 8}, "alpha=8"), ({"rslora": True}, "rslora=True")])
+@pytest.mark.parametrize(("option", "named"), [({"alpha": 8}, "alpha=8.0"), ({"rslora": True}, "rslora=True")])
 def test_alpha_is_refused(build, option, named):
     model = build("bert")
     with pytest.raises(ParameterError, match=f"^{named}: method 'hira' has no alpha"):

@@ -295,12 +295,12 @@ def test_pruning_to_nothing_is_refused(model, options, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "l0"}, "sparsify='l0'.*magnitude, l1, structured"),
-        ({"sparsity": 1.0}, r"sparsity=1.0: must be in \[0, 1\)"),
+        ({"kind": "l0"}, "sparsify='l0'.*'magnitude', 'l1' or 'structured'"),
+        ({"sparsity": 1.0}, r"sparsity=1.0: Input should be less than 1"),
         ({"sparsity": -0.1}, "sparsity=-0.1"),
         ({"sparsity": math.nan}, "sparsity=nan"),
         ({"sparsity": "0.5"}, "sparsity='0.5'"),
-        ({"factors": "C"}, "sparse_factors='C'.*both, A, B"),
+        ({"factors": "C"}, "sparse_factors='C'.*'both', 'A' or 'B'"),
         ({"kind": "structured", "factors": "A"}, "sparse_factors='A'.*must be 'both'"),
         ({"start": 1.0}, "prune_start=1.0"),
         ({"start": 0.5, "end": 0.5}, "prune_end=0.5: must be after prune_start=0.5"),

@@ -16,6 +16,7 @@ from decoders import (
 )
 
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.params import Params, check
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens, fractional
 from lorakit.tokens.fractional import FreshKeys
@@ -133,14 +134,14 @@ def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((("fp16", False, False)), "^precision='fp16': fp16's gradient scaler"),
-        ((("fp32", True, False)), "^gradient_checkpointing=True: .*'fractional'"),
-        ((("fp32", False, True)), "^gating.mode='fractional': does not go with SkipLoRA"),
+        ({"precision": "fp16"}, "^precision='fp16': fp16's gradient scaler"),
+        ({"gradient_checkpointing": True}, "^gradient_checkpointing=True: .*'fractional'"),
+        ({"skip": "adapter"}, "^gating.mode='fractional': does not go with SkipLoRA"),
     ],
 )
 def test_settings_that_contradict_the_run(given, message):
     with pytest.raises(ParameterError, match=message):
-        Gating(method="flora", mode="fractional").check(*given)
-    Gating(method="baseline", mode="fractional").check(*given)
-    if given[0] != "fp16":
-        Gating(method="flora", mode="gather").check(*given)
+        check(Params(gating=Gating(method="flora", mode="fractional"), **given))
+    check(Params(gating=Gating(method="baseline", mode="fractional"), **given))
+    if "precision" not in given:
+        check(Params(gating=Gating(method="flora", mode="gather"), **given))
