@@ -91,4 +91,4 @@ def initial_A(settings: AdapterSettings, in_features: int, generator: Generator 
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
 
-ADAPTERS["lora"] = ADAPTERS["sparse"] = LoRALayer  # Sparse LoRA is LoRA, whose zeros training puts there
+ADAPTERS["lora"] = LoRALayer

@@ -49,7 +49,10 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
             name: sum(own[name] for own in ranks.values()) / len(ranks) for name in ("effective_rank", "numerical_rank")
         },
         "bytes": _bytes(list(layers.values())),
-        "layers": {path: _shares(counts[path]) | ranks[path] for path in layers},
+        "layers": {
+            path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]
+            for path, own in counts.items()
+        },
     }
 
 
@@ -60,10 +63,6 @@ def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
     with torch.no_grad():
         matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
     return {name: (int(torch.count_nonzero(matrix)), matrix.numel()) for name, matrix in matrices.items()}
-
-
-def _shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    return {name: 1 - nonzero / entries for name, (nonzero, entries) in counts.items()}
 
 
 def _ranks(layer: LoRALayer) -> dict[str, float]:

@@ -59,20 +59,15 @@ def assemble(params: Params) -> Assembled:
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
-    task = tasks.load(
-        params.task,
-        loaded.tokenizer,
-        kind_of_model=models.family(params.model),
-        data_dir=params.data_dir,
-        max_length=params.max_length,
-        max_train=params.max_train,
-        max_validation=params.max_validation,
-        max_test=params.max_test,
-        packing=params.packing,
-        seed=params.seed,
-    )
+    read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
+    asked = {name: getattr(params, name) for name in read}
+    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
     task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
-    return Assembled(params, _adapted(params, loaded.model), loaded.tokenizer, task, loaded, redundant)
+    if params.quantize == "nf4":
+        adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
+    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
+    model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
+    return Assembled(params, model, loaded.tokenizer, task, loaded, redundant)
 
 
 def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -91,25 +86,9 @@ def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
     return replace(task, train=stream), redundant
 
 
-def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
-    """`model` on the base and with the adapter asked for."""
-    if params.quantize == "nf4":
-        adapters.quantize_nf4(model, double_quant=params.double_quant)
-    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
-    return adapters.attach(model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
-
-
 def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
-    found: list[Controller] = []
-    if params.method == "sparse":
-        from lorakit.adapters.sparsify import Sparsifier
-
-        found.append(Sparsifier(model, params))
-    if params.method == "peft":
-        from lorakit.adapters.peft.schedule import PeftSchedule
-
-        found.append(PeftSchedule(model))
+    found = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
         from lorakit.skip.controller import SkipLoRA
 

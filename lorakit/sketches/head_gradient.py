@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lorakit.errors import require
 from lorakit.head import IGNORED, rows
-from lorakit.sketches.count_sketch import as_float
-from lorakit.sketches.tensor_sketch import TensorSketch
+from lorakit.sketches.tensor_sketch import TensorSketch, as_float
 
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"

@@ -13,12 +13,11 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError
 from lorakit.training import checkpoint
-from lorakit.training.budget import Budget, Schedule
-from lorakit.training.callback import RunCallback
+from lorakit.training.callback import Progress, RunCallback
+from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
-from lorakit.training.progress import Progress
 
 
 class BudgetTrainer(GatedTrainer):
