@@ -177,14 +177,15 @@ def read(path: str | Path) -> Record:
     try:
         raw = from_json(path.read_bytes())  # in half the time of `json`
         version = raw.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a record: {error}") from None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
+    try:
         return Record.model_validate(raw)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise DataError(f"{path}: field {where}: {error.errors()[0]['msg']}") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a record: {error}") from None
 
 
 def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> list[Record]:
