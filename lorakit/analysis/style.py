@@ -127,8 +127,8 @@ def lines(ax: Axes, data: DataFrame, x: str, y: str, by: str, looks: Mapping[str
     """
     import seaborn as sns
 
-    there = [name for name in looks if name in set(data[by])]
-    start = len(ax.lines)
+    known, start = {*data[by]}, len(ax.lines)
+    there = [name for name in looks if name in known]
     if there:
         sns.lineplot(data, x=x, y=y, hue=by, style=by, hue_order=there, style_order=there, estimator=None, legend=False,
                      palette={name: looks[name].color for name in there}, mec=None, ax=ax,
