@@ -176,6 +176,9 @@ def test_shown_says_who_says_what():
     assert tuple(table.loc["budget"]) == (300, "the setting") and "seed" not in table.index
     slora = params.shown({"setting": "toy", "row": "slora"})
     assert tuple(slora.loc["gate_k"]) == (16, "the row") and tuple(slora.loc["gate_m"]) == (512, "default")
+    assert tuple(slora.loc["model"]) == ("toy-encoder", "default")  # of every run
+    assert "sparsity" in params.shown({"setting": "toy", "row": "sparse"}).index and "sparsity" not in slora.index
+    assert params.shown({"setting": "toy-instruct", "row": "flora"}).loc["gating", "said by"] == "the row"
     other = params.shown({"model": "gpt2", "task": "mrpc"})
     assert tuple(other.loc["learning_rate"]) == (RATES["lora"][0], "the method's default")
 

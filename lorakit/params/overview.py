@@ -14,6 +14,7 @@ from lorakit.files import PARAMS
 from lorakit.params.doors import resolve
 from lorakit.params.files import ROW_QUESTIONS, SETTING, of_files, read, row_of_file, rows_of
 from lorakit.params.whole import GROUPS, METHODS, NESTED, PER_RUN, QUESTIONS, Params, check, known
+from lorakit.settings import SparseSettings
 
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 ANSWERS: dict[str, dict[str, Any]] = {  # what a run may be besides its method, for the table of what goes together
@@ -25,6 +26,13 @@ ANSWERS: dict[str, dict[str, Any]] = {  # what a run may be besides its method, 
     "fp16": {"precision": "fp16"},
     "checkpointing": {"gradient_checkpointing": True},
     "select: best": {"select": "best"},
+}
+ALWAYS = ("model", "task", "method", "learning_rate", "batch_size", "budget", "budget_unit")  # shown of every run
+KNOBS: dict[str, tuple[str, ...]] = {  # and of a run of this method
+    "lora": ("rank", "alpha"),
+    "sparse": ("rank", "alpha", *SparseSettings.model_fields),
+    "hira": ("rank",),
+    "peft": ("rank", "alpha", "peft_type", "peft_options"),
 }
 
 
@@ -94,10 +102,11 @@ def capability_table() -> str:
 
 
 def shown(given: dict[str, Any]) -> Any:
-    """A DataFrame of what a run has otherwise than the defaults, or is about as a row: value, and who says so."""
+    """A DataFrame of what a run is about and of what it has otherwise than the defaults: value, and who says so."""
     import pandas
 
     params, folder = resolve(given), PARAMS / str(given.get("setting"))
+    about = {*ALWAYS, *KNOBS.get(params.method, ())}
     sources, asked = {}, set()
     if (folder / SETTING).is_file():
         sources["the setting"] = read(folder / SETTING)
@@ -107,13 +116,18 @@ def shown(given: dict[str, Any]) -> Any:
     rows = []
     for name, question in QUESTIONS.items():
         value, default = getattr(params, name), known({}, name)
-        if name in PER_RUN or (value == default and question not in asked):
+        if name in PER_RUN or (value == default and question not in asked and name not in about):
             continue
         plain = value.model_dump(exclude_defaults=True) if isinstance(value, Settings) else value
-        where = next((who for who, said in sources.items() if name in said and said[name] == plain), "")
+        where = next((who for who, said in sources.items() if name in said and _told(said[name], value)), "")
         where = where or ("default" if value == default else "given" if name in given else "the method's default")
         rows.append((name, plain, where))
     return pandas.DataFrame(rows, columns=["parameter", "value", "said by"]).set_index("parameter")
+
+
+def _told(said: Any, value: Any) -> bool:
+    """Whether what a file says is `value`; a file may leave out keys of a mapping that are its defaults."""
+    return (type(value)(**said) if isinstance(value, Settings) and isinstance(said, dict) else said) == value
 
 
 def main(argv: list[str] | None = None) -> int:
