@@ -1,7 +1,5 @@
 """`lorakit COMMAND …`, one command line: what a command needs is imported only when it is called."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """A model's head: which layer it is, what it is given, which labels it predicts, and of which kind the model is."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

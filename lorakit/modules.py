@@ -1,7 +1,5 @@
 """Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """One JSON per run: written atomically, versioned, validated on reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

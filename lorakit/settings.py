@@ -4,8 +4,6 @@ A field's name is the parameter's name in notebooks, params files and on the com
 inherits from all classes here, so a `Params` serves wherever one of them is asked for. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """Attach an adapter to a model in place and take it off again, leaving the model as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is attached to a model: one interface, whoever's code it is, to take off, merge and read it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """HiRA: W' = W0 ⊙ (1 + BA), elementwise, so the update may have full rank; no α, B = 0 at the start (ICLR 2025)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from typing import Any

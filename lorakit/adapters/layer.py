@@ -1,7 +1,5 @@
 """An adapter wraps one frozen linear map: h = (W0 + ΔW) x + b, where a method only says what ΔW is."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar

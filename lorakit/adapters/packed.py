@@ -1,7 +1,5 @@
 """A tensor with zeros in ⌈n/8⌉ + b·nnz bytes, one bit per entry and the values that are not zero, instead of b·n."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """PEFT's adapter files: `adapter_config.json` and tensors named `base_model.model.<path>.lora_A.weight`, both ways."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

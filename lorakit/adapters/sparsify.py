@@ -1,7 +1,5 @@
 """Zeros while training: after each optimizer step p ← prox(p, lr·λ) or p ← p ⊙ mask, with the mask on ∂p as well."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any

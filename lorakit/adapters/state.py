@@ -1,7 +1,5 @@
 """What was trained, as tensors: taken out, put back (task switching), counted, and merged back into 4 bits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

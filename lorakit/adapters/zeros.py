@@ -3,8 +3,6 @@
 Compaction: BA = Σ_k B_k A_k, so the ranks whose term is zero are removed and the output stays what it was.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace

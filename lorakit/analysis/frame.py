@@ -1,7 +1,5 @@
 """Records as tidy tables: `frame(records)` has one line a run, one a point of a curve, one a kind of memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain

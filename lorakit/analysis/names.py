@@ -1,7 +1,5 @@
 """What a row is called, which rows come first, and what they look like in every figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from lorakit.records import Record

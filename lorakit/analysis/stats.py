@@ -6,8 +6,6 @@ truth a quarter of the time, so a bootstrap of them, which never leaves their ra
 `MINIMUM_SEEDS` pairs no interval is given. The formulas are scipy's.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

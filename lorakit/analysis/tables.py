@@ -1,7 +1,5 @@
 """`lorakit table RESULTS…`: what each row bought and what it cost, as tables, and which gaps are noise."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections import Counter

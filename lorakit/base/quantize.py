@@ -1,7 +1,5 @@
 """QLoRA: h = dequantise(Q(W0)) x + s B A x, W0 stored once in 4-bit NormalFloat (Dettmers et al. 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a gate did, under the names its description gives them, and warnings where it does not do what it should."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -6,8 +6,6 @@ burn-in moves τ, so the share accepted over T batches differs from the target b
 inside its limits; an average in the loop would only delay it. The rate that is logged leaves the burn-in out as well.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """What SLoRA's gate is compared with: the same sketch, another score. Each keeps the same acceptance rate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

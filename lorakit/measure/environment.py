@@ -1,7 +1,5 @@
 """Where a run took place: versions, processor, device, and a fingerprint of this code. No host, no user, no path."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata

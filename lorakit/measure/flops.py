@@ -4,8 +4,6 @@ Element-wise work, normalisation, softmax and look-ups count as 0, the conventio
 formulas are used. Causal attention is counted in full, as there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from math import prod

@@ -1,7 +1,5 @@
 """Inference latency: the median wall-clock time of a forward pass without gradients."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The optimizers whose memory is predicted: PyTorch's own are run, bitsandbytes' Adam only makes its state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ In NF4 a linear weight costs 4 + 8/64 + 32/(64·256) = 4.127 bits (4.5 without d
 layer; embeddings, norms, biases and heads stay as they were, which is why a small model shrinks less than fourfold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

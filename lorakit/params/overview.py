@@ -1,7 +1,5 @@
 """What can be said to a run: the reference of all parameters, what goes with what, and the values of one row."""
 
-from __future__ import annotations
-
 import argparse
 import types
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """All parameters of a run in one object, what of them does not go together, and a rate for who gives none."""
 
-from __future__ import annotations
-
 from operator import attrgetter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`lorakit scratch`: LoRA on a pretrained base against LoRA on a random one, as options, a table and a folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ Logits are taken as the loss sees them. If the model caps them, logit = c·tanh(
 raw ones, e·(1 − (logit/c)²). Everything works on chunks of tokens: with 262k words the logits set the peak memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 

@@ -4,8 +4,6 @@ C(x)_b = Σ_{i: h(i) = b} s(i)·x_i, R^d → R^m, linear, E⟨C(x), C(y)⟩ = �
 T(x, y) = irfft(rfft(C₁x)·rfft(C₂y)): a CountSketch of vec(x ⊗ y) that is never formed (Pham and Pagh 2013).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

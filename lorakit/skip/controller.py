@@ -1,7 +1,5 @@
 """SkipLoRA between the steps of a run: measure and average M of every adapter, choose which are active, keep books."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The share is of the whole batch's predictions, or of each sequence's.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

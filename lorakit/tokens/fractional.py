@@ -5,8 +5,6 @@ with their own positions; they attend to recorded keys and values, at chosen pos
 flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What a prediction's backward may be worth: functions of its hidden state h and error e = softmax(logits) − onehot."""
 
-from __future__ import annotations
-
 import math
 
 import torch

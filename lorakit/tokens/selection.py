@@ -1,7 +1,5 @@
 """FLoRA: score every prediction without a graph, keep a share of them, and backpropagate their losses only."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
-from __future__ import annotations
-
 import torch
 from transformers import TrainingArguments
 

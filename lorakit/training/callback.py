@@ -1,7 +1,5 @@
 """Between steps: count, move what acts there, decide whether to log, evaluate, save or stop, and keep the curve."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -1,7 +1,5 @@
 """A checkpoint holds what training changes and nothing else, and is complete once its last file is there."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

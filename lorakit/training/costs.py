@@ -3,8 +3,6 @@
 A budget is an amount of any of them; the learning rate follows the share already spent.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping

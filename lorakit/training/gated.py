@@ -1,7 +1,5 @@
 """The Hugging Face Trainer with one forward per batch, a gate before the backward, and a ledger of what both cost."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PEFT's config of a type from lorakit's parameters: what the type calls rank, alpha and dropout, and where it goes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
