@@ -4,11 +4,9 @@ The prediction runs forward, backward and optimizer step of the real model code 
 state of training (the optimizer's state exists, gradients do not), and adds up the storages alive at each moment.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +16,7 @@ from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
-
-if TYPE_CHECKING:
-    from lorakit.seams import TokenSelection
+from lorakit.seams import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

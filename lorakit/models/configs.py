@@ -1,18 +1,15 @@
 """Name -> transformers configuration without weights; well-known hub models have packaged dimensions."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from lorakit import assets
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 PACKAGED = Path(__file__).parent.parent / "configs" / "models.json"
 

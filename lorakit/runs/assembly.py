@@ -1,9 +1,7 @@
 """From parameters to everything a run works on: model, task, adapter, what acts between steps, trainer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +13,9 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
+from lorakit.seams import Controller, TokenSelection
 from lorakit.tokens import build_tokens
-
-if TYPE_CHECKING:
-    from lorakit.seams import Controller, TokenSelection
-    from lorakit.training import BudgetTrainer
+from lorakit.training import BudgetTrainer
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """run(params) -> Record: one run from parameters to a record, whatever happens on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import tempfile
@@ -9,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +19,7 @@ from lorakit.params import Params, rate_note, resolve
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
 from lorakit.runs.rows import row_of
-
-if TYPE_CHECKING:
-    from lorakit.training import BudgetTrainer
+from lorakit.training import BudgetTrainer
 
 
 def run(given: dict[str, Any]) -> Record:

@@ -1,14 +1,13 @@
 """Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
@@ -18,9 +17,6 @@ from lorakit.measure.memory import predict_training_memory
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, check
 from lorakit.settings import Gating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 GIB = 2**30
 GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label

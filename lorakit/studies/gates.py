@@ -1,28 +1,23 @@
 """Gates: is novelty(head gradient) the novelty of what is trained, does a rejected batch leave a trace, does the rate
 hold, and what do many short runs and recorded ones say of a row and the row it is compared with?"""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
 from lorakit.files import RESULTS
+from lorakit.gates import HeadGradientGate, ThresholdController
 from lorakit.records import Record, read_all
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-    from lorakit.gates import HeadGradientGate, ThresholdController
-    from lorakit.runs.assembly import Assembled
-    from lorakit.training import BudgetTrainer
+from lorakit.runs.assembly import Assembled
+from lorakit.training import BudgetTrainer
 
 # of a short run, what no table of a study looks at
 QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 16}

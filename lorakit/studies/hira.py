@@ -1,15 +1,12 @@
 """HiRA: the spectrum of its update, which ends at no rank, next to LoRA's, which does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 LOWEST = 1e-9  # what is zero but for rounding lies on the lower edge
 

@@ -1,17 +1,13 @@
 """QLoRA: NF4's 16 values under the weights they stand for, and where a quantized model's bits go."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def codebook(weights: Any, codes: Sequence[float]) -> Figure:

@@ -4,21 +4,17 @@ A `Batch` is what the last layer of a causal language model leaves: hidden state
 (B, T). Its exact head gradient G = Σ_t h_t ⊗ e_t, (H, V), is only affordable on a small model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Generator, Tensor
 
 from lorakit.analysis import stats, style
 from lorakit.sketches import FrequentDirections, TensorSketch, predicted, sketch_batch, sparse_error
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 Batch = tuple[Tensor, Tensor, Tensor]
 VARIANCE = 2 + 3**2  # of an inner product of unit vectors, times m, at most

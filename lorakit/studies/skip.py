@@ -1,19 +1,13 @@
 """SkipLoRA: of every adapter, how much it changes what passes through it, and how often it was trained."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import style
 from lorakit.analysis.figures import details
 from lorakit.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def skip_tables(record: Record) -> tuple[DataFrame, DataFrame]:

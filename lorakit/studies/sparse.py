@@ -1,17 +1,13 @@
 """Sparse LoRA: when zeros appear, how many there are in the end, and what they save on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, style
 from lorakit.analysis.figures import details
 from lorakit.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def zeros_table(records: Sequence[Record]) -> DataFrame:

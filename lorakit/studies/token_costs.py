@@ -1,12 +1,12 @@
 """What choosing tokens costs and saves: FLOPs and memory of a step by mode and fraction, and what records say."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
@@ -16,10 +16,6 @@ from lorakit.settings import Gating
 from lorakit.studies.gates import in_words
 from lorakit.studies.tokens import EVERY, MODES, Batch, share_axis
 from lorakit.tokens import build_tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 DONE = {"not run": "white", "forward only": "#BFD7EA", "forward and backward": "#0072B2"}
 

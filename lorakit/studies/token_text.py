@@ -1,11 +1,10 @@
 """One text, token by token: what FLoRA scores and chooses in it, and what the chosen tokens hold of the whole."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from lorakit.analysis import style
@@ -14,9 +13,6 @@ from lorakit.settings import Gating
 from lorakit.studies.tokens import Batch, head_outputs, token_scores
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = {"<start_of_turn>": "⟨", "<end_of_turn>": "⟩", "<bos>": "⊢", "<eos>": "⊣", "\n": "↵", " ": "·"}
 LINE = 62  # characters of a text in a row of the picture

@@ -3,13 +3,13 @@
 A batch is what a collator makes: `input_ids`, `attention_mask` and `labels`, (B, T) each; N predictions have a label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
@@ -20,10 +20,6 @@ from lorakit.sketches.head_gradient import predicted
 from lorakit.studies.sketches import SPARSE, Sketched
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 Batch = Mapping[str, Tensor]
 EVERY = 0.9999  # a share that chooses every prediction and yet takes the path of chosen ones: 1 is the plain model

@@ -1,18 +1,13 @@
 """Exact match on GSM8K-style answers: generate greedily, compare the number after `####`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import require
 from lorakit.modules import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 

@@ -1,20 +1,16 @@
 """An optimizer step's window: its micro-batches before the decision, their gradients, and whether any come to be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lorakit.gates.log import GateLog
 from lorakit.modules import adapter_parameters
 from lorakit.seams import Candidate
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 STALLED = 2000  # batches in a row without a backward after which the run is ended
 GRADIENTS_BY = 3  # accepted batches after which an adapter must have had a gradient

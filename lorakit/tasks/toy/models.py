@@ -4,17 +4,13 @@ Weights are stored and loaded as fp32; `scripts/pretrain_toy.py` writes them. A 
 weights: it is for trying code that needs that architecture, and learns little.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import require
 from lorakit.tasks.toy import tokenizer as tokenizers
 from lorakit.tasks.toy.tokenizer import SPECIALS, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PRETRAINED = ("toy-encoder", "toy-decoder")
 NAMES = (*PRETRAINED, "toy-gpt2")

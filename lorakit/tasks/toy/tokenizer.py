@@ -1,12 +1,7 @@
 """A byte is a token, id = byte + 9 after nine special tokens: no vocabulary file, and any text round-trips."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 VOCAB_SIZE = len(SPECIALS) + 256
