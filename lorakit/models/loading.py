@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
@@ -98,8 +98,6 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
     """See `tokenizer`."""
     if source.name in toys.NAMES:
         return toys.tokenizer(source.name)
-    from transformers import AutoTokenizer
-
     with _explained(source, "its tokenizer cannot be read"), quiet():
         tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         if not tokens.is_fast:

@@ -14,8 +14,11 @@ from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
 from lorakit.seams import Controller, TokenSelection
+from lorakit.skip.controller import SkipLoRA
+from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tokens import build_tokens
-from lorakit.training import BudgetTrainer
+from lorakit.training import Budget, BudgetTrainer, Schedule
+from lorakit.training.arguments import training_arguments
 
 
 @dataclass
@@ -68,8 +71,6 @@ def assemble(params: Params) -> Assembled:
 
 def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The task with a stream whose share of redundant batches is known for training rows; which they are, (N,) bool."""
-    from lorakit.tasks.redundancy import redundant_stream
-
     stream, redundant = redundant_stream(
         task.train,
         share=params.redundancy,
@@ -86,8 +87,6 @@ def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
     found = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
-        from lorakit.skip.controller import SkipLoRA
-
         found.append(SkipLoRA(model, params, seed=params.seed))
     return found
 
@@ -118,9 +117,6 @@ def fingerprints(assembled: Assembled) -> dict[str, Any]:
 
 def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTrainer:
     """The trainer of the run that `record` is about, working in `folder`."""
-    from lorakit.training import Budget, BudgetTrainer, Schedule
-    from lorakit.training.arguments import training_arguments
-
     params, task = assembled.params, assembled.task
     args = training_arguments(params, folder)
     free = flagged(Params, FREE)

@@ -15,8 +15,13 @@ from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
 from lorakit.files import RESULTS
 from lorakit.gates import HeadGradientGate, ThresholdController
+from lorakit.head import HeadInput, find_head
+from lorakit.modules import adapter_parameters
+from lorakit.params import resolve
 from lorakit.records import Record, read_all
-from lorakit.runs.assembly import Assembled
+from lorakit.runs.assembly import Assembled, assemble, build_trainer
+from lorakit.runs.experiment import new_record, run
+from lorakit.sketches import FrequentDirections
 from lorakit.training import BudgetTrainer
 
 # of a short run, what no table of a study looks at
@@ -46,10 +51,6 @@ def novelty_table(
         ParameterError: no batch is left to be measured, or the gate has learned already.
     """
     import pandas as pd
-
-    from lorakit.head import HeadInput, find_head
-    from lorakit.modules import adapter_parameters
-    from lorakit.sketches import FrequentDirections
 
     require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
     require(gate.updates == 0, "gate", gate.updates, "must not have learned from a batch yet")
@@ -143,10 +144,6 @@ def watched(given: Mapping[str, Any]) -> list[Step]:
 
 
 def _started(given: Mapping[str, Any]) -> tuple[Assembled, BudgetTrainer, Any]:
-    from lorakit.params import resolve
-    from lorakit.runs.assembly import assemble, build_trainer
-    from lorakit.runs.experiment import new_record
-
     params = resolve(dict(given))
     assembled, folder = assemble(params), tempfile.TemporaryDirectory()
     return assembled, build_trainer(assembled, new_record(params, dict(given)), folder.name), folder
@@ -173,8 +170,6 @@ def thresholded(controller: ThresholdController, scores: Iterable[float], seed: 
 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
     """A run of `base` with each variant's changes and each seed; a record is called after its variant."""
-    from lorakit.runs.experiment import run
-
     jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
     return [run({**QUICK, **base, **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]
 

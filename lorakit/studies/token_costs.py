@@ -11,6 +11,9 @@ from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.frame import frame
+from lorakit.measure.dry import fake, fake_mode, faked, training_state
+from lorakit.measure.flops import FlopCount
+from lorakit.measure.memory import predict_step_memory
 from lorakit.records import Record
 from lorakit.settings import Gating
 from lorakit.studies.gates import in_words
@@ -29,8 +32,6 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
         memory: options of `predict_step_memory`: autocast, device, …
     """
     import pandas as pd
-
-    from lorakit.measure.memory import predict_step_memory
 
     def cost(tokens: Any) -> np.ndarray:
         found = predict_step_memory(model, batch, tokens=tokens, **memory)
@@ -66,9 +67,6 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
     Args:
         tokens: which get a backward (`TokenSelection`); None: all.
     """
-    from lorakit.measure.dry import fake, fake_mode, faked, training_state
-    from lorakit.measure.flops import FlopCount
-
     real, mode = dict(batch), fake_mode()
     labels = real.pop("labels")
     with faked(model, mode), training_state(model, False):

@@ -36,8 +36,6 @@ class Options:
 
 def dataset(columns: Columns) -> Dataset:
     """Columns in memory, without cache files."""
-    from datasets import Dataset
-
     return Dataset.from_dict(columns)
 
 

@@ -118,8 +118,6 @@ def _walk(outside: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 def _thinned_copies(
     rows: Dataset, chosen: np.ndarray, drop: float, special: Set[int], rng: np.random.Generator
 ) -> Dataset:
-    from datasets import Dataset
-
     columns = rows[:]
     for place in np.flatnonzero(chosen).tolist():
         row = {name: column[place] for name, column in columns.items()}

@@ -6,7 +6,13 @@ weights: it is for trying code that needs that architecture, and learns little.
 
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lorakit.errors import require
 from lorakit.tasks.toy import tokenizer as tokenizers
@@ -84,7 +90,5 @@ def build(name: str, random: bool = False) -> PreTrainedModel:
 
     The packaged GPT-2 is what seed 0 makes.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
     auto = AutoModelForMaskedLM if name == "toy-encoder" else AutoModelForCausalLM
     return auto.from_config(config(name)) if random else auto.from_pretrained(folder(name), local_files_only=True)
