@@ -41,6 +41,9 @@ LABELS = {
     "pps20_gather": "FLoRA, PPS (20 %), gather",
     "targets_only": "all targets, gather",
     "flora_fractional": "FLoRA, fractional",
+    "random_tokens_fractional": "random tokens, fractional",
+    "pps": "FLoRA, PPS",
+    "pps_fractional": "FLoRA, PPS, fractional",
 }  # in the order of tables: what others are compared with comes first
 
 

@@ -123,7 +123,9 @@ def shown(given: dict[str, Any]) -> Any:
         if name in PER_RUN or (value == default and question not in asked):
             continue
         plain = value.model_dump(exclude_defaults=True) if isinstance(value, Settings) else value
-        where = next((who for who, said in sources.items() if name in said and said[name] == plain), "")
+        kind = type(value) if isinstance(value, Settings) else None
+        where = next((who for who, said in sources.items()
+                      if name in said and (kind(**said[name]) if kind else said[name]) == value), "")  # fmt: skip
         where = where or ("default" if value == default else "given" if name in given else "the method's default")
         rows.append((name, plain, where))
     return pandas.DataFrame(rows, columns=["parameter", "value", "said by"]).set_index("parameter")
