@@ -110,7 +110,7 @@ def _over_steps(
 def _percent(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def ledger_table(records: Sequence[Record]) -> pd.DataFrame:
