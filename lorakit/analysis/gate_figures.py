@@ -105,7 +105,7 @@ def _over_steps(records: Sequence[Record], points: pd.DataFrame, y: str, needed:
 def _percent(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def ledger_table(records: Sequence[Record]) -> pd.DataFrame:

@@ -41,6 +41,9 @@ flora40_gather: FLoRA (40 %), gather: #9E88D4 p 2
 pps20_gather: FLoRA, PPS (20 %), gather: #3C9F7A * 3
 targets_only: all targets, gather: #1F4E8C h 0
 flora_fractional: FLoRA, fractional: #7F3B08 d 1
+random_tokens_fractional: random tokens, fractional: #6B7A2E 8 2
+pps: FLoRA, PPS: #B0456B < 3
+pps_fractional: FLoRA, PPS, fractional: #2E6E8E > 0
 """
 _LINES = [line.split(": ") for line in ROWS.strip().split("\n")]
 LABELS = {row: label for row, label, _ in _LINES}
