@@ -1,7 +1,5 @@
 """lorakit: what does each method of parameter-efficient fine-tuning really cost, and what does it buy?"""
 
-from __future__ import annotations
-
 import logging
 from importlib import import_module
 from typing import Any

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from lorakit.adapters import attach
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.seams import AllTokens
-from lorakit.settings import Gating
+from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
 from lorakit.tokens.selection import Chosen, TokenGate
-from lorakit.training.flora import read
 from lorakit.training.loss import MeanLoss
 
 
@@ -338,7 +337,7 @@ def test_settings_out_of_range_are_refused_alike_everywhere(given, message):
     from lorakit.params import resolve
 
     with pytest.raises(ParameterError, match=message):
-        read(given)
+        TokenSettings(gating=given)
     with pytest.raises(ParameterError, match=message):
         resolve({"gating": given})
 
