@@ -16,6 +16,7 @@ from lorakit.gates import GATES
 from lorakit.gates.log import GateLog
 from lorakit.params import params_of
 from lorakit.seams import Decision, Gate
+from lorakit.settings import AdapterSettings
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe
 from lorakit.tasks.registry import RECIPES
 
@@ -48,7 +49,7 @@ class OutputScale(AdapterLayer):
 
     @staticmethod
     def settings_from_peft(config):
-        return lorakit.AdapterSettings(rank=config["r"], alpha=None)
+        return AdapterSettings(rank=config["r"], alpha=None)
 
 
 class EveryOther(Gate):

@@ -315,3 +315,11 @@ def test_what_runs_beside_a_run_is_the_readers_too():
     assert params.resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
     coin = params.resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
     assert (coin.row, coin.gate, coin.gate_rate, coin.budget) == ("a coin", "random", 0.5, 40)
+
+
+def test_a_budget_is_of_something_that_curves_are_drawn_against():
+    from typing import get_args
+
+    from lorakit.records import AXES
+
+    assert set(get_args(params.BudgetUnit)) <= set(AXES)
