@@ -56,7 +56,7 @@ def attach(
             nothing would be trained. The model is then as it was.
     """
     require(method in methods(), "method", method, f"unknown method; known are {', '.join(methods())}")
-    if not isinstance(asked.get("target_modules", ""), str):
+    if isinstance(asked.get("target_modules"), (tuple, set)):
         asked["target_modules"] = list(asked["target_modules"])
     whole = Attaching(**{"alpha": None, "method": method} | asked)
     settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))

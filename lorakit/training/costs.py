@@ -176,9 +176,8 @@ class FlopMeter:
 
     def load_state_dict(self, state: list[list[Any]]) -> None:
         self.__init__()
-        for place, flops in state:
-            if isinstance(place[0], list):  # older checkpoints hold counts by whole shapes, which are counted anew
-                key, sizes = place
+        for (key, sizes, *older), flops in state:  # older checkpoints hold counts by whole shapes: counted anew
+            if not older and all(isinstance(size, int) for size in sizes):
                 self._learn(_frozen(key), tuple(sizes), flops)
 
 

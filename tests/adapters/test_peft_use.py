@@ -65,7 +65,7 @@ def _light_collections():
         ({"peft_type": "ADALORA"}, r"peft_options.total_step=None: must be the number of optimizer steps"),
         ({"peft_type": "TRAINABLE_TOKENS", "trainable": ()}, r"peft_options.token_indices"),
         ({"peft_type": "IA3", "rank": 4}, r"rank=4: PEFT's IA3 has no rank"),
-        ({"peft_type": "VERA", "alpha": 3}, r"alpha=3: PEFT's VERA has no alpha"),
+        ({"peft_type": "VERA", "alpha": 3}, r"alpha=3.0: PEFT's VERA has no alpha"),
         ({"peft_type": "IA3", "dropout": 0.1}, r"dropout=0.1: PEFT's IA3 has no dropout"),
         ({"peft_type": "LOHA", "rslora": True}, r"PEFT's LOHA has no rslora"),
         ({"peft_type": "C3A", "peft_options": {"block_size": 7}}, r"PEFT refuses: .*block size"),

@@ -66,11 +66,13 @@ def test_m_accumulates_over_the_batches_of_a_step(build, tiny_bert):
 
 def test_the_average_starts_at_the_first_measurement_and_replaces_while_warm(tiny_bert):
     model, skip = prepared(ours, tiny_bert, ema=0.25, warmup=0.5)
-    skip._warm, skip.metric = False, [1.0] * 12
-    skip._average([2.0] * 12)
+    skip._measured = lambda probes: [measured] * 12
+    skip.probes[0].squares = torch.ones(2)
+    skip._warm, skip.metric, measured = False, [1.0] * 12, 2.0
+    skip.after_step(0.6, None)
     assert skip.metric == [1.25] * 12
-    skip._warm = True
-    skip._average([3.0] * 12)
+    skip._warm, measured = True, 3.0
+    skip.after_step(0.6, None)
     assert skip.metric == [3.0] * 12
 
 

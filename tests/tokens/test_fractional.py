@@ -249,7 +249,7 @@ def test_a_sequence_in_several_rows_has_the_gradient_of_one(monkeypatch):
             if width:
                 patch.setattr(rows_of_their_own, "row_width", lambda counts, length, width=width: width)
             one = selection(model, topk_tokens=0.4).select(model, *split(given))
-            shapes.append(one.key)
+            shapes.append(one.ran)
             made.append(gradients(model, one.finish()))
     assert len(set(shapes)) == 4
     for other in made[1:]:

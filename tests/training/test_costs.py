@@ -121,11 +121,11 @@ def test_chunks_count_where_the_head_does_something_once_a_call(tmp_path, monkey
 
 
 def test_classifiers_and_controllers_signatures(tmp_path):
-    from lorakit.skip.choice import SkipSettings
+    from lorakit.settings import SkipSettings
     from lorakit.skip.controller import SkipLoRA
 
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
-    skip = SkipLoRA(model, SkipSettings(share=0.5, warmup=0.1, measure_every=3))
+    skip = SkipLoRA(model, SkipSettings(skip="prefix", skip_share=0.5, skip_warmup=0.1, skip_measure_every=3))
     run = runs.trainer(model, tmp_path, controllers=[skip])
     run.meter = run.run.meter = Recounted()
     run.train()

@@ -287,7 +287,7 @@ def test_an_encoder_and_a_gate_and_skipped_layers():
 @pytest.mark.parametrize(
     ("gating", "message"),
     [
-        ({"fraction": 0.2}, "^gating.fraction=0.2: unknown key; known are method, topk_tokens"),
+        ({"fraction": 0.2}, "^gating.fraction=0.2: unknown parameter; known are method, topk_tokens"),
         ({"topk_tokens": 0.0}, "^gating.topk_tokens=0.0: .*greater than 0"),
         ({"topk_tokens": 1.2}, "^gating.topk_tokens=1.2: .*less than or equal to 1"),
         ({"sketch_dim": 1}, "^gating.sketch_dim=1: "),
