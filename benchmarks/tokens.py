@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lorakit.token_costs import step_flops
 from torch import nn
 
 from benchmarks._common import Claim, interleave, keep_memory, time_claim
 from benchmarks.gate import gemma, gemma_1b, gemma_270m
 from benchmarks.lora import build_ours
+from lorakit.studies.token_costs import step_flops
 
 DESCRIPTION = "FLoRA: a step on chosen tokens against a step on all, by mode and fraction"
 TARGET = (

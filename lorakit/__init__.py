@@ -1,7 +1,5 @@
 """lorakit: what does each method of parameter-efficient fine-tuning really cost, and what does it buy?"""
 
-from __future__ import annotations
-
 import logging
 from importlib import import_module
 from typing import Any
@@ -11,43 +9,22 @@ __version__ = "0.1.0"
 # When transformers imports it, bitsandbytes complains of an optional kernel that would have to be downloaded.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# Public name -> module that defines it; imported on first use, so that `import lorakit` costs no more than a glance.
-_PUBLIC = {
-    "attach": "adapters",
-    "detach": "adapters",
-    "merge": "adapters",
-    "unmerge": "adapters",
-    "adapter_state": "adapters",
-    "load_adapter_state": "adapters",
-    "save_adapter": "adapters",
-    "load_adapter": "adapters",
-    "parameter_stats": "adapters",
-    "adapter_bytes": "adapters",
-    "quantize_nf4": "adapters",
-    "requantisation_error": "adapters",
-    "run": "runs.experiment",
-    "search": "runs.search",
-    "SLoRATrainer": "training",
-    "FLoRATrainer": "training",
-    "Gating": "settings",
-    "HeadGradientGate": "gates",
-    "Record": "records",
-    "read": "records",
-    "read_all": "records",
-    "frame": "analysis.frame",
-    "Params": "params",
-    "collect": "params",
-    "resolve": "params",
-    "RESULTS": "files",
-    "params_of": "params",
-    "beside": "params",
-    "shown": "params",
-    "LorakitError": "errors",
-    "ParameterError": "errors",
-    "DataError": "errors",
-    "AssetError": "errors",
-    "CheckpointError": "errors",
+# Module -> the public names it defines; imported on first use, so that `import lorakit` costs no more than a glance.
+_NAMES = {
+    "adapters": "attach detach merge unmerge adapter_state load_adapter_state "
+    "save_adapter load_adapter parameter_stats adapter_bytes quantize_nf4 requantisation_error",
+    "runs.experiment": "run",
+    "runs.search": "search",
+    "training": "SLoRATrainer FLoRATrainer",
+    "settings": "Gating",
+    "gates": "HeadGradientGate",
+    "records": "Record read read_all",
+    "analysis.frame": "frame",
+    "params": "Params collect resolve params_of beside shown",
+    "files": "RESULTS",
+    "errors": "LorakitError ParameterError DataError AssetError CheckpointError",
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = (
     *("adapters", "analysis", "assets", "gates", "measure", "models", "records", "runs", "scratch", "sketches", "skip"),
     *("studies", "tasks", "tokens", "training"),

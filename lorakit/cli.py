@@ -1,7 +1,5 @@
 """`lorakit COMMAND …`, one command line: what a command needs is imported only when it is called."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -81,10 +79,17 @@ def search(argv: Sequence[str]) -> int:
 
 def _given(command: str, argv: Sequence[str]) -> dict[str, Any]:
     """Parameters from files and overrides."""
-    parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__)
+    epilog = "`lorakit params` lists every parameter: its default, its range, what it means."
+    parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__, epilog=epilog)
     option = {"action": "append", "default": []}
     parser.add_argument("-f", dest="files", metavar="PARAMS.yaml", help="later files win", **option)
-    parser.add_argument("-p", dest="overrides", metavar="NAME=VALUE", help="wins over files", **option)
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        metavar="NAME=VALUE",
+        help="wins over files; -p setting=sst2-minilm -p row=lora asks for a row",
+        **option,
+    )
     from lorakit import params
 
     return params.given(**vars(parser.parse_args(argv)))

@@ -1,7 +1,5 @@
 """Where the project keeps its files; what a file holds; and one is written whole or not at all: aside, then renamed."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A model's head: which layer it is, what it is given, which labels it predicts, and of which kind the model is."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ IGNORED = -100  # of a label: nothing is predicted there
 KINDS = ("causal", "masked", "classify")
 # which class of transformers is of which kind
 _CLASSES = {
-    **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"},
+    **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 }
 ROWS_CHECKED = 4
 TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004
@@ -177,14 +175,11 @@ class HeadInput:
         if hidden is None:
             raise LorakitError("the model's forward did not call its output head: no head gradient to gate by")
         if hidden.dim() == logits.dim() + 1:  # a classifier that reads one token of each sequence (GPT-2, Gemma)
-            hidden = self._token_read(hidden, logits)
+            # (B, H) out of (B, T, H): of each sequence the token whose outputs are the logits (B, C)
+            distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
         self.check(hidden, logits)
         return hidden
-
-    def _token_read(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """(B, H) out of (B, T, H): of each sequence the token whose outputs are the logits (B, C)."""
-        distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
-        return hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
 
     def remove(self) -> None:
         """Take the hook off the model."""

@@ -1,10 +1,9 @@
 """Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
 
-from __future__ import annotations
-
+import contextlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -12,6 +11,18 @@ from lorakit.errors import ParameterError, require
 from lorakit.head import output_head, task_head
 
 ALL_LINEAR = "all-linear"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; each of its modules gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -47,10 +58,6 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
 def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     """Paths of the modules trained in full: "head", or names matched as PEFT does for `modules_to_save`.
 
@@ -61,7 +68,7 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
         require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
         return task_head(model)
     _require_names("trainable", trainable, 'must be "head", a list of module names, or ()')
-    paths = [path for path, module in model.named_modules() if path and _has_parameters(module)]
+    paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
     found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
     for name in trainable:
         if not any(name_matches(name, path) for path in paths):
@@ -105,19 +112,15 @@ def _require_names(parameter: str, value: object, allowed: str) -> None:
 def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str):
-        return _regex_matches(paths, target_modules)
+        try:
+            return [path for path in paths if re.fullmatch(target_modules, path)]
+        except re.error as error:
+            raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
     _require_names("target_modules", target_modules, 'must be "all-linear", a list of names, or a regular expression')
     for name in target_modules:
         if not any(name_matches(name, path) for path in paths):
             raise _unknown(model, target_modules, f"{name!r} matches no module")
     return [path for path in paths if any(name_matches(name, path) for name in target_modules)]
-
-
-def _regex_matches(paths: list[str], pattern: str) -> list[str]:
-    try:
-        return [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise ParameterError("target_modules", pattern, f"not a regular expression: {error}") from None
 
 
 def _unknown(model: nn.Module, target_modules: object, problem: str) -> ParameterError:

@@ -1,7 +1,5 @@
 """Without what libraries print and a reader can do nothing about: notebooks compare what a cell prints."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """One JSON per run: written atomically, versioned, validated on reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from lorakit.errors import DataError
 from lorakit.files import write_text
@@ -19,15 +18,9 @@ Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
 
 # Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.
 METRICS = {
-    "f1": True,
-    "accuracy": True,
-    "exact_match": True,
-    "perplexity": False,
-    "pseudo_perplexity": False,
-    "loss": False,
-    "masked_perplexity": False,
-    "token_accuracy": True,
-}
+    "f1": True, "accuracy": True, "exact_match": True, "perplexity": False, "pseudo_perplexity": False, "loss": False,
+    "masked_perplexity": False, "token_accuracy": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,13 +173,14 @@ def read(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = from_json(path.read_bytes())  # in half the time of `json`
         version = raw.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
-        return Record.model_validate(raw)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a record: {error}") from None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
+    try:
+        return Record.model_validate(raw)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise DataError(f"{path}: field {where}: {error.errors()[0]['msg']}") from None

@@ -16,7 +16,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.errors import CheckpointError
 from lorakit.head import IGNORED, shifted
+from lorakit.settings import GateSettings
+
+
+class Seam:
+    """What everything here can be asked for: its part of the record and of a checkpoint; nothing, where it has none."""
+
+    def report(self) -> dict[str, Any]:
+        """What the record is to know, as JSON values."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
 
 # which batches -----------------------------------------------------------------------------------------
 
@@ -55,7 +73,7 @@ class Decision:
     score: float | None = None
 
 
-class Gate:
+class Gate(Seam):
     """Decides once per optimizer step, over its whole window of micro-batches; this one accepts everything.
 
     The trainer calls `measure` for every micro-batch, adds the results up over the window and over all ranks, and gives
@@ -64,15 +82,21 @@ class Gate:
     Attributes:
         name: key in tables; selective: False where every batch is accepted, in which case nothing is measured and
             gradients are computed as the plain Trainer computes them.
-        needs_hidden: whether `measure` looks at `Candidate.hidden`.
+        needs_hidden: whether `measure` looks at `Candidate.hidden`; scores_novelty: whether the score is a novelty.
         target_rate, burn_in: the share of batches to accept, and how many at the start are accepted unseen.
     """
 
     name = "none"
     selective = False
     needs_hidden = False
+    scores_novelty = False
     target_rate: float = 1.0
     burn_in: int = 0
+
+    @classmethod
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Gate:
+        """The gate of a run for `model`, whose task is "classify", "masked" or "causal"."""
+        return cls()
 
     def measure(self, candidate: Candidate) -> Tensor:
         """What this micro-batch adds to the window's measurement, (n,) float64 with the same n every time."""
@@ -94,16 +118,25 @@ class Gate:
         """What the record is to know of this gate."""
         return {"name": self.name, "target_rate": self.target_rate, "burn_in": self.burn_in}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Refuse the state of another gate.
+
+    Raises:
+        CheckpointError: keys are missing or unknown.
+    """
+    if state.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
+            "without this gate, and starting the gate afresh would silently change the run"
+        )
 
 
 class AlwaysOpen(Gate):
     """The baseline: every batch gets its backward."""
+
+
+GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each module, and any user, enters its own
 
 
 # which tokens ------------------------------------------------------------------------------------------
@@ -122,7 +155,8 @@ class Selected:
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
     chosen_sum: as `finish()` will give it, detached, where known.
     backpropagated: input tokens a backward passes through; None: all of the batch's.
-    key: what the FLOPs of `finish` and of the backward depend on, beside the batch's shape.
+    kept: whether the chosen ones' logits were, so that the backward passes no head.
+    ran: R·K and R·K·T, where `finish` runs R rows of K tokens again; what its FLOPs and the backward's are made of.
     flops: of scoring, by formula, beyond the matrix products that are counted as they run.
     """
 
@@ -130,7 +164,8 @@ class Selected:
     predictions: int
     chosen: int
     backpropagated: int | None
-    key: Hashable
+    kept: bool = False
+    ran: tuple[int, ...] = ()
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
     flops: float = 0.0
@@ -159,8 +194,8 @@ class TokenSelection(Protocol):
     def divisor(self, labels: Tensor) -> int:
         """What the losses of a batch with these labels are divided by, to be summed over a window and all ranks."""
 
-    def signature(self, labels: Tensor) -> Hashable:
-        """What, beside the batch's shape, the FLOPs of `select` depend on."""
+    def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
+        """What the FLOPs of `select` grow with, in proportion, beside those of a pass over the batch."""
 
     def report(self) -> dict[str, Any]:
         """What the record is to know."""
@@ -170,25 +205,16 @@ class TokenSelection(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class AllTokens:
+class AllTokens(Seam):
     """The baseline: every token gets its backward."""
 
     selective = two_pass = False
-
-    def report(self) -> dict[str, Any]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the selection has no state."""
 
 
 # between the steps -------------------------------------------------------------------------------------
 
 
-class Controller:
+class Controller(Seam):
     """Does nothing; a method overrides what it needs.
 
     The trainer calls `bind` and `begin` once, for every optimizer step `begin_step`, then after `optimizer.step()` and
@@ -223,14 +249,3 @@ class Controller:
     def signature(self) -> Hashable:
         """What, beside the batch's shape, the FLOPs of the coming pass depend on; plain numbers and tuples of them."""
         return ()
-
-    def report(self) -> dict[str, Any]:
-        """What the record is to know, as JSON values."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, readable with `torch.load(weights_only=True)`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""

@@ -4,8 +4,6 @@ A field's name is the parameter's name in notebooks, params files and on the com
 inherits from all classes here, so a `Params` serves wherever one of them is asked for. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -38,8 +36,7 @@ class RunSettings(Settings):
     run_dir: str = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
     resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
     compares: Literal["", "equal_steps", "equal_flops", "full_length"] = field(
-        "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED
-    )
+        "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED)  # fmt: skip
     combines: list[str] = field([], "rows of the setting whose changes this row makes together", FREE, APART, UNTRIED)
     differs: dict[str, str] = field({}, "parameter: why the row's method needs it so", FREE, APART, UNTRIED)
 
@@ -127,13 +124,12 @@ class SparseSettings(Settings):
 
     @model_validator(mode="after")
     def _sparse_together(self) -> Self:
+        start, end = self.prune_start, self.prune_end
         both = self.sparsify != "structured" or self.sparse_factors == "both"
         taken = "structured pruning takes a rank from both: must be 'both'"
         require(both, "sparse_factors", self.sparse_factors, taken)
-        after = f"must be after prune_start={self.prune_start} and at most 1"
-        require(self.prune_end > self.prune_start, "prune_end", self.prune_end, after)
-        of_l1 = f"is for sparsify 'l1', not {self.sparsify!r}"
-        require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, of_l1)
+        require(end > start, "prune_end", end, f"must be after prune_start={start} and at most 1")
+        require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.sparsify!r}")
         return self
 
     @property
@@ -158,7 +154,9 @@ class SkipSettings(Settings):
 
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
-    skip_decide: Literal["ema", "forward"] = field("ema", "from an average; or in the forward, which syncs a GPU")
+    skip_decide: Literal["ema", "forward"] = field(
+        "ema", "before the forward, from an average; or in it, from the step's own M: a synchronisation per adapter"
+    )
     skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
     skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
@@ -176,7 +174,7 @@ class GateSettings(Settings):
     """Which batches get a backward; `lorakit.gates.HeadGradientGate` tells what a sketch's settings do"""
 
     question = "gate"
-    gate: str = field("none", "random, loss_floor, gradient_norm, novelty (SLoRA), novelty_loss, least_novel")
+    gate: str = field("none", "none, random, loss_floor, gradient_norm, novelty (SLoRA), novelty_loss, least_novel")
     gate_rate: float = field(0.3, "share of batches to accept", gt=0, lt=1)
     gate_burn_in: int = field(20, "batches at the start that are all accepted", ge=0)
     gate_beta: float = field(10.0, "steepness of the decision, per spread of the score", gt=0)
@@ -258,10 +256,7 @@ class TrainingSettings(Settings):
 
     question = "training"
     learning_rate: float = field(4.0e-3, "at its highest; the default is toy's: see RATES for others", UNTRIED, gt=0)
-    learning_rate_from: str = field(
-        "", "where the rate is from: the record of its search, or a source; empty: it was not searched",
-        FREE, APART, UNTRIED,
-    )  # fmt: skip
+    learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
     budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1)

@@ -63,13 +63,8 @@ def gated(
     loss = last.validation["loss"]
     log = _gate_log(last.step, rate, burn_in, seed) if logged else []
     report = {
-        "name": name,
-        "target_rate": rate,
-        "burn_in": burn_in,
-        "acceptance_rate": rate,
-        "warnings": [],
-        "log": log,
-    }
+        "name": name, "target_rate": rate, "burn_in": burn_in, "acceptance_rate": rate, "warnings": [], "log": log,
+    }  # fmt: skip
     values = {
         "setting": "made-up-gates", "method": method, "seed": seed, "status": "done", "curve": curve,
         "resolved": resolved, "details": {"gate": report | {"k": 64, "m": 512}} if rate < 1 else {},
@@ -103,12 +98,8 @@ def _gate_log(steps: int, rate: float, burn_in: int, seed: int) -> list[dict[str
 def memory(method: str = "lora") -> dict[str, int]:
     extra = 100 * MIB if method == "full" else MIB
     kinds = {
-        "parameters": 100 * MIB,
-        "gradients": extra,
-        "optimizer": 2 * extra,
-        "activations": 80 * MIB,
-        "logits": 5 * MIB,
-    }
+        "parameters": 100 * MIB, "gradients": extra, "optimizer": 2 * extra, "activations": 80 * MIB, "logits": 5 * MIB,
+    }  # fmt: skip
     return kinds | {"peak": sum(kinds.values())}
 
 

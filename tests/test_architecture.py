@@ -145,6 +145,16 @@ def test_the_root_is_small_and_files_are_short():
     assert tests == []
 
 
+def test_the_code_fingerprint_is_of_what_a_run_executes():
+    from lorakit.measure.environment import executed
+
+    graph, known = imports(), modules(ROOT)
+    needed = reached(graph, "lorakit.runs.experiment") | reached(graph, "lorakit.runs.search")
+    hashed = {f"lorakit/{name}" for name in executed(ROOT / "lorakit")}
+    assert {known[name].relative_to(ROOT).as_posix() for name in needed} <= hashed
+    assert not any(name.startswith(("lorakit/analysis", "lorakit/studies", "lorakit/cli")) for name in hashed)
+
+
 @pytest.fixture
 def house(tmp_path):
     """A small one of sound modules, and how to add a line to it."""

@@ -20,11 +20,8 @@ def test_the_defaults_are_valid_and_are_the_toy_run():
     defaults = params.resolve({})
     assert defaults == Params()
     assert (defaults.setting, defaults.method, defaults.model, defaults.task) == (
-        "toy",
-        "lora",
-        "toy-encoder",
-        "toy-reviews",
-    )
+        "toy", "lora", "toy-encoder", "toy-reviews",
+    )  # fmt: skip
 
 
 def test_every_default_passes_its_own_check_and_survives_yaml():
@@ -34,39 +31,15 @@ def test_every_default_passes_its_own_check_and_survives_yaml():
 
 
 BAD = {
-    "rank": [0, -1, 1.5, "8", True, None],
-    "alpha": [0.0, -1.0, "16", float("inf")],
-    "dropout": [-0.1, 1.0, "0.1"],
-    "learning_rate": [0.0, -1e-3, "1e-4", float("inf")],
-    "budget": [0, 0.5, "many", float("inf")],
-    "budget_unit": ["epochs", "step", 1],
-    "batch_size": [0, 2.0],
-    "gradient_accumulation": [0],
-    "seed": [-1, "0", 0.0],
-    "max_length": [1, 0],
-    "max_train": [-1],
-    "warmup": [-0.1, 1.0],
-    "weight_decay": [-1.0],
-    "max_grad_norm": [0.0],
-    "evaluations": [0],
-    "eval_batch_size": [0],
-    "save_steps": [-1],
-    "latency_repeats": [-1],
-    "exact_match_rows": [-1],
-    "search_budget": [0],
-    "search_rates": [["1e-4"], [0.1, 0.0], [-1.0], 0.1, None],
-    "init": ["zeros"],
-    "schedule": ["step"],
-    "precision": ["fp8", 16],
-    "dtype": ["fp16"],
-    "attention": ["flash"],
-    "select": ["test"],
-    "rslora": [1, "true"],
-    "resume": ["yes"],
-    "packing": [0],
-    "model": [1, None],
-    "target_modules": [3, [1], None],
-}
+    "rank": [0, -1, 1.5, "8", True, None], "alpha": [0.0, -1.0, "16", float("inf")], "dropout": [-0.1, 1.0, "0.1"],
+    "learning_rate": [0.0, -1e-3, "1e-4", float("inf")], "budget": [0, 0.5, "many", float("inf")],
+    "budget_unit": ["epochs", "step", 1], "batch_size": [0, 2.0], "gradient_accumulation": [0], "seed": [-1, "0", 0.0],
+    "max_length": [1, 0], "max_train": [-1], "warmup": [-0.1, 1.0], "weight_decay": [-1.0], "max_grad_norm": [0.0],
+    "evaluations": [0], "eval_batch_size": [0], "save_steps": [-1], "latency_repeats": [-1], "exact_match_rows": [-1],
+    "search_budget": [0], "search_rates": [["1e-4"], [0.1, 0.0], [-1.0], 0.1, None], "init": ["zeros"],
+    "schedule": ["step"], "precision": ["fp8", 16], "dtype": ["fp16"], "attention": ["flash"], "select": ["test"],
+    "rslora": [1, "true"], "resume": ["yes"], "packing": [0], "model": [1, None], "target_modules": [3, [1], None],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
@@ -203,6 +176,9 @@ def test_shown_says_who_says_what():
     assert tuple(table.loc["budget"]) == (300, "the setting") and "seed" not in table.index
     slora = params.shown({"setting": "toy", "row": "slora"})
     assert tuple(slora.loc["gate_k"]) == (16, "the row") and tuple(slora.loc["gate_m"]) == (512, "default")
+    assert tuple(slora.loc["model"]) == ("toy-encoder", "default")  # of every run
+    assert "sparsity" in params.shown({"setting": "toy", "row": "sparse"}).index and "sparsity" not in slora.index
+    assert params.shown({"setting": "toy-instruct", "row": "flora"}).loc["gating", "said by"] == "the row"
     other = params.shown({"model": "gpt2", "task": "mrpc"})
     assert tuple(other.loc["learning_rate"]) == (RATES["lora"][0], "the method's default")
 
@@ -282,15 +258,11 @@ def test_an_override_that_is_not_yaml_is_one_clear_error():
 
 
 BAD_GATING = [
-    ("method", "best", "'baseline', 'random' or 'flora'"),
-    ("topk_tokens", 0.0, "greater than 0"),
-    ("topk_tokens", 1.5, "less than or equal to 1"),
-    ("topk_tokens", "0.2", "valid number"),
-    ("sketch_dim", 1, "greater than or equal to 2"),
-    ("topk_logits", -1, "greater than or equal to 0"),
-    ("mode", "half", "'gather' or 'fractional'"),
-    ("fraction", 0.2, "unknown parameter; known are method, topk_tokens"),
-]
+    ("method", "best", "'baseline', 'random' or 'flora'"), ("topk_tokens", 0.0, "greater than 0"), ("topk_tokens", 1.5,
+    "less than or equal to 1"), ("topk_tokens", "0.2", "valid number"), ("sketch_dim", 1, "greater than or equal to 2"),
+    ("topk_logits", -1, "greater than or equal to 0"), ("mode", "half", "'gather' or 'fractional'"), ("fraction", 0.2,
+    "unknown parameter; known are method, topk_tokens"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), BAD_GATING)
@@ -343,3 +315,11 @@ def test_what_runs_beside_a_run_is_the_readers_too():
     assert params.resolve(beside(given | {"learning_rate": 2.0e-3}, "full")).learning_rate == 2.0e-3  # the reader's
     coin = params.resolve(beside(given, "a coin", gate="random", gate_rate=0.5))
     assert (coin.row, coin.gate, coin.gate_rate, coin.budget) == ("a coin", "random", 0.5, 40)
+
+
+def test_a_budget_is_of_something_that_curves_are_drawn_against():
+    from typing import get_args
+
+    from lorakit.records import AXES
+
+    assert set(get_args(params.BudgetUnit)) <= set(AXES)

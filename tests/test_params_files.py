@@ -47,11 +47,9 @@ def doors_of(setting: str, row: str) -> dict[str, Params]:
         "cell": params.resolve(params.collect(cell | named)),
         "papermill -f": params.resolve(params.collect(cell | params.merge(*read) | named)),
         "-p": params.resolve(params.given([], [f"setting={setting}", f"row={row}"])),
-        "-f": params.resolve(params.given(paths, [])),
-        "-f of the row": params.resolve(params.given(paths[1:], [])),
-        "params_of": params.resolve(params.params_of(setting, row)),
-        "run": params.resolve(named),
-    }
+        "-f": params.resolve(params.given(paths, [])), "-f of the row": params.resolve(params.given(paths[1:], [])),
+        "params_of": params.resolve(params.params_of(setting, row)), "run": params.resolve(named),
+    }  # fmt: skip
 
 
 @each_row
@@ -103,24 +101,20 @@ def test_the_two_kept_lists_are_flags_of_the_fields():
 
 
 BROKEN = [
-    ("skip: prefix\nmodel: n", "model='n': in s/x.yaml: a row changes one question"),
-    ("max_length: 32", "max_length=32: in s/x.yaml: a row changes one question"),
-    ("batch_size: 4", "batch_size=4: in s/x.yaml"),
-    ("budget: 12", "budget=12: in s/x.yaml: a row changes one question .*compares"),
-    ("skip: prefix\nquantize: nf4", "quantize='nf4': in s/x.yaml"),
-    ("rank: 4\ngating: {method: flora}", "gating=.*: in s/x.yaml"),
-    ("compares: equal_steps\nskip: prefix", "skip='prefix': in s/x.yaml"),
-    ("compares: equal_seeds", "compares='equal_seeds': "),
-    ("dtype: bf16\ndiffers: {optimizer: why}", "differs=.*: in s/x.yaml: optimizer is not set beside"),
-    ("differs: {dtype: 1}\ndtype: bf16", "differs=.*valid string"),
-    ("combines: [lora, none]", "combines=.*: in s/x.yaml: 'none' is no other row of s, which has lora, x"),
-    ("combines: [x]", "combines=.*'x' is no other row"),
-    ("combines: [lora]\nskip: prefix", "skip='prefix': in s/x.yaml"),
-    ("row: x", "row='x': in s/x.yaml: is a run's own"),
-    ("seed: 3", "seed=3: in s/x.yaml: is a run's own"),
+    ("skip: prefix\nmodel: n", "model='n': in s/x.yaml: a row changes one question"), ("max_length: 32",
+    "max_length=32: in s/x.yaml: a row changes one question"), ("batch_size: 4", "batch_size=4: in s/x.yaml"),
+    ("budget: 12", "budget=12: in s/x.yaml: a row changes one question .*compares"), ("skip: prefix\nquantize: nf4",
+    "quantize='nf4': in s/x.yaml"), ("rank: 4\ngating: {method: flora}", "gating=.*: in s/x.yaml"),
+    ("compares: equal_steps\nskip: prefix", "skip='prefix': in s/x.yaml"), ("compares: equal_seeds",
+    "compares='equal_seeds': "), ("dtype: bf16\ndiffers: {optimizer: why}",
+    "differs=.*: in s/x.yaml: optimizer is not set beside"), ("differs: {dtype: 1}\ndtype: bf16",
+    "differs=.*valid string"), ("combines: [lora, none]",
+    "combines=.*: in s/x.yaml: 'none' is no other row of s, which has lora, x"), ("combines: [x]",
+    "combines=.*'x' is no other row"), ("combines: [lora]\nskip: prefix", "skip='prefix': in s/x.yaml"), ("row: x",
+    "row='x': in s/x.yaml: is a run's own"), ("seed: 3", "seed=3: in s/x.yaml: is a run's own"),
     ("learning_rate: 0.1\nlearning_rate_from: results/none.json", "learning_rate_from=.*: in s/x.yaml: no such record"),
     ("learn_rate: 0.1", "learn_rate=0.1: in s/x.yaml: unknown parameter; did you mean 'learning_rate'"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "says"), BROKEN, ids=[text.replace("\n", ", ") for text, _ in BROKEN])
@@ -153,8 +147,9 @@ def test_a_setting_file_has_parameters_of_its_own_only(place):
 def test_what_a_row_may_do(place):
     write(
         place, "s", q="quantize: nf4\nlabel: Q\noptimizer: paged_adamw_8bit\ndiffers: {optimizer: paged}",
-        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5", own="rank: 4\nlearning_rate: 2.0e-3",
-        flops="compares: equal_flops\nbudget: 3.0e+9", named="rank: 4\nlearning_rate_from: another paper",
+        skip="skip: prefix", both="combines: [q, skip]\nskip_share: 0.5",
+        flops="compares: equal_flops\nbudget: 3.0e+9",
+        own="rank: 4\nlearning_rate: 2.0e-3", named="rank: 4\nlearning_rate_from: another paper",
     )  # fmt: skip
     both = params.resolve({"setting": "s", "row": "both"})
     assert (both.quantize, both.optimizer, both.skip, both.skip_share) == ("nf4", "paged_adamw_8bit", "prefix", 0.5)
@@ -188,10 +183,8 @@ def test_who_brings_a_model_or_a_task_gets_the_methods_stated_rate(method):
         given |= {"method": method}
         cell = {"setting": "toy", "row": "lora", "seed": 0} | given
         runs = [
-            params.resolve(given),
-            params.resolve(params.collect(cell)),
-            params.resolve(params.given([], typed(given))),
-        ]
+            params.resolve(given), params.resolve(params.collect(cell)), params.resolve(params.given([], typed(given))),
+        ]  # fmt: skip
         assert {run.learning_rate for run in runs} == {RATES[method][0]}
         assert {params.rate_note(run) for run in runs} == {"learning rate not searched"}
         assert params.resolve(given | {"learning_rate": 0.1}).learning_rate == 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 from synthetic_records import record, search
@@ -43,7 +44,7 @@ def test_a_record_is_readable_by_everyone(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("failing", ["replace", "chmod", "fdopen"])
+@pytest.mark.parametrize("failing", [(os, "replace"), (Path, "chmod"), (Path, "write_text")])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing, error):
     path = records.write(record(seed=1), tmp_path / "s.json")
@@ -53,7 +54,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, 
         raise error("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, failing, stop)
+        patch.setattr(*failing, stop)
         with pytest.raises(error):
             records.write(record(seed=2), path)
     assert path.read_bytes() == before
@@ -62,20 +63,13 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, 
 
 def test_half_a_text_never_reaches_the_old_file(tmp_path, monkeypatch):
     path = records.write(record(seed=1), tmp_path / "s.json")
-    real = os.fdopen
+    real = Path.write_text
 
-    def full_disk(*args, **options):
-        file = real(*args, **options)
-        write = file.write
+    def full_disk(self, text, **options):
+        real(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
 
-        def half(text):
-            write(text[: len(text) // 2])
-            raise OSError("no space left")
-
-        file.write = half
-        return file
-
-    monkeypatch.setattr(os, "fdopen", full_disk)
+    monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
         records.write(record(seed=2), path)
     assert records.read(path).seed == 1 and len(list(tmp_path.iterdir())) == 1

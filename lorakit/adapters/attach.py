@@ -1,7 +1,5 @@
 """Attach an adapter to a model in place and take it off again, leaving the model as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +56,7 @@ def attach(
             nothing would be trained. The model is then as it was.
     """
     require(method in methods(), "method", method, f"unknown method; known are {', '.join(methods())}")
-    if isinstance(asked.get("target_modules"), (tuple, set, frozenset)):
+    if isinstance(asked.get("target_modules"), (tuple, set)):
         asked["target_modules"] = list(asked["target_modules"])
     whole = Attaching(**{"alpha": None, "method": method} | asked)
     settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))
@@ -106,7 +104,9 @@ def attach_to(
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     for path in trained:
-        _unfreeze(model.get_submodule(path))
+        for parameter in model.get_submodule(path).parameters():
+            if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
+                parameter.requires_grad_(True)
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
     return model
@@ -139,9 +139,3 @@ def _require_untied(model: nn.Module, trained: Sequence[str]) -> None:
         if inner and len(inner) < len(names):
             other = next(name for name in names if name not in inner)
             raise ParameterError("trainable", inner[0], f"shares its weight with the frozen {other}: name neither")
-
-
-def _unfreeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
-            parameter.requires_grad_(True)

@@ -1,7 +1,5 @@
 """What is attached to a model: one interface, whoever's code it is, to take off, merge and read it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,9 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lorakit.adapters.layer import AdapterLayer
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError, LorakitError
+from lorakit.fields import Settings
 from lorakit.modules import replace_modules
+from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
 
@@ -29,6 +29,10 @@ class Attachment:
     trained: Sequence[str]  # paths of the modules trained in full; "" is the whole model
     required_grad: Mapping[str, bool] = field(repr=False)  # of every parameter, before
     foreign: ClassVar[bool] = False  # whether the adapter's code and files are PEFT's own
+
+    def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
+        """What the method needs between the steps of a run with these parameters."""
+        return ADAPTERS[self.method].controllers(model, run) if self.method in ADAPTERS else []
 
     def merge(self, model: nn.Module) -> None:
         for layer in adapter_layers(model).values():

@@ -1,7 +1,5 @@
 """HiRA: W' = W0 ⊙ (1 + BA), elementwise, so the update may have full rank; no α, B = 0 at the start (ICLR 2025)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +53,7 @@ class HiRALayer(AdapterLayer):
         if weight.requires_grad and torch.is_grad_enabled():
             raise LorakitError("HiRA needs a frozen base weight: call requires_grad_(False) on it")
         dropout = self.settings.dropout if self.training else 0.0
-        if not dropout and not _is_coarse(weight, self.hira_A):
+        if not dropout and weight.element_size() >= self.hira_A.element_size():  # W0 + ΔW keeps the digits
             return _Modulated.apply(x, self.hira_A, self.hira_B, self.base_layer.bias, self, True)
         out, inner = self.base_layer(x), F.dropout(x, dropout) if dropout else x
         return _Modulated.apply(inner, self.hira_A, self.hira_B, None, self, False).to(out.dtype).add_(out)
@@ -76,11 +74,6 @@ class HiRALayer(AdapterLayer):
             dropout=config.get("hira_dropout", 0.0),
             init="gaussian" if init == "gaussian" else "kaiming",
         )
-
-
-def _is_coarse(weight: Tensor, adapter: Tensor) -> bool:
-    """Whether W0 + ΔW is stored with fewer digits than the adapter has."""
-    return weight.element_size() < adapter.element_size()
 
 
 class _Modulated(torch.autograd.Function):

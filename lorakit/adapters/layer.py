@@ -1,7 +1,5 @@
 """An adapter wraps one frozen linear map: h = (W0 + ΔW) x + b, where a method only says what ΔW is."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,7 +9,9 @@ from torch import Generator, Tensor, nn
 
 from lorakit.base.nf4 import dequantise, is_four_bit
 from lorakit.errors import LorakitError
+from lorakit.fields import Settings
 from lorakit.modules import is_conv1d
+from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
 
@@ -53,6 +53,11 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:
         """(rows, in_features) to (rows, out_features): the output with the update, in the base's dtype."""
+
+    @staticmethod
+    def controllers(model: nn.Module, run: Settings) -> list[Controller]:
+        """What the method needs between the steps of a run with these parameters."""
+        return []
 
     @staticmethod
     @abstractmethod

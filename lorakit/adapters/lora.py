@@ -1,21 +1,17 @@
 """LoRA: h = W0 x + s B A x with s = α/r (rsLoRA: α/√r), B = 0 at the start (Hu et al. 2021; Kalajdzievski 2023)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
+from lorakit.adapters.probe import Probe
 from lorakit.errors import CheckpointError
 from lorakit.settings import AdapterSettings
-
-if TYPE_CHECKING:
-    from lorakit.adapters.probe import Probe
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
@@ -91,4 +87,4 @@ def initial_A(settings: AdapterSettings, in_features: int, generator: Generator 
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
 
-ADAPTERS["lora"] = ADAPTERS["sparse"] = LoRALayer  # Sparse LoRA is LoRA, whose zeros training puts there
+ADAPTERS["lora"] = LoRALayer

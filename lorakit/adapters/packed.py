@@ -1,7 +1,5 @@
 """A tensor with zeros in ⌈n/8⌉ + b·nnz bytes, one bit per entry and the values that are not zero, instead of b·n."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 
@@ -26,7 +24,8 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     for name, tensor in tensors.items():
         if packed_bytes(tensor) < _bytes(tensor):
             nonzero = _nonzero(tensor)
-            stored[name + BITMAP] = _to_bytes(nonzero)
+            bits = torch.nn.functional.pad(nonzero.to(torch.uint8), (0, -len(nonzero) % 8)).view(-1, 8)
+            stored[name + BITMAP] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
             stored[name + VALUES] = tensor.flatten()[nonzero]
             shapes[name] = list(tensor.shape)
         else:
@@ -67,21 +66,11 @@ def _nonzero(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten().view(_INTEGERS[tensor.element_size()]) != 0
 
 
-def _to_bytes(bits: Tensor) -> Tensor:
-    padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8)
-    padded[: len(bits)] = bits
-    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _to_bits(packed: Tensor, count: int) -> Tensor:
-    return (packed.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
-
-
 def _unpacked(name: str, shape: torch.Size, bitmap: Tensor | None, values: Tensor | None) -> Tensor:
     count = shape.numel()
     if bitmap is None or values is None or len(bitmap) != -(-count // 8):
         raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
-    nonzero = _to_bits(bitmap, count)
+    nonzero = (bitmap.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
     if int(nonzero.sum()) != len(values):
         raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {int(nonzero.sum())} bits")
     tensor = torch.zeros(count, dtype=values.dtype)

@@ -1,7 +1,5 @@
 """PEFT's adapter files: `adapter_config.json` and tensors named `base_model.model.<path>.lora_A.weight`, both ways."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,8 +94,7 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     tensors = {_name_here(method, name): tensor for name, tensor in raw.items()}
     settings = ADAPTERS[method].settings_from_peft(config)
     targets = {
-        path: _own_settings(config, settings, path, _stored_rank(method, path, tensors))
-        for path in _adapted_paths(model, method, tensors)
+        path: _own_settings(config, settings, method, path, tensors) for path in _adapted_paths(model, method, tensors)
     }
     trained = _stored_modules(model, config, [name for name in tensors if not inside(name, list(targets))])
     return StoredAdapter(method, settings, targets, trained, tensors)
@@ -132,16 +129,14 @@ def _adapted_paths(model: nn.Module, method: str, tensors: Mapping[str, Tensor])
     return [path for path in modules if path in wanted]
 
 
-def _stored_rank(method: str, path: str, tensors: Mapping[str, Tensor]) -> int | None:
-    """The rank that the tensors show, where they alone say it: PEFT 0.21 writes HiRA's rank_pattern and ignores it."""
-    A = tensors.get(f"{path}.{ADAPTERS[method].parameter_names[0]}.weight")
-    return None if ADAPTERS[method].has_alpha or A is None or not A.ndim else A.shape[0]
-
-
 def _own_settings(
-    config: dict[str, Any], settings: AdapterSettings, path: str, stored_rank: int | None
+    config: dict[str, Any], settings: AdapterSettings, method: str, path: str, tensors: Mapping[str, Tensor]
 ) -> AdapterSettings:
-    rank = stored_rank or _pattern_value(config.get("rank_pattern"), path, settings.rank)
+    A = tensors.get(f"{path}.{ADAPTERS[method].parameter_names[0]}.weight")
+    if ADAPTERS[method].has_alpha or A is None or not A.ndim:
+        rank = _pattern_value(config.get("rank_pattern"), path, settings.rank)
+    else:  # the tensors alone say it: PEFT 0.21 writes HiRA's rank_pattern and ignores it
+        rank = A.shape[0]
     alpha = _pattern_value(config.get("alpha_pattern"), path, settings.alpha)
     return settings.but(rank=rank, alpha=alpha)
 

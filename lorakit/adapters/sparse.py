@@ -1,7 +1,5 @@
 """Sparse LoRA: s(t) = s·(1 − (1 − (t − t0)/(t1 − t0))³) of A's and B's entries, or of the ranks, are zero at time t."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

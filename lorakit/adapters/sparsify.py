@@ -1,7 +1,5 @@
 """Zeros while training: after each optimizer step p ← prox(p, lr·λ) or p ← p ⊙ mask, with the mask on ∂p as well."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.sparse import (
     FACTORS,
@@ -22,6 +21,7 @@ from lorakit.adapters.sparse import (
     zeros_due,
 )
 from lorakit.adapters.zeros import sparsity_report
+from lorakit.fields import Settings
 from lorakit.seams import Controller
 from lorakit.settings import SparseSettings
 
@@ -78,7 +78,8 @@ class Sparsifier(Controller):
     @torch.no_grad()
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         self.share = share
-        if self._trained(optimizer):
+        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
+        if not skipped and any(p.grad is not None for _, p in self._factors()):
             if self.settings.sparsify == "l1":
                 self._shrink_or_freeze(share, optimizer)
             elif self._is_time(share):
@@ -88,10 +89,6 @@ class Sparsifier(Controller):
     def at_point(self, step: int) -> None:
         target = None if self.settings.fixed_penalty else self.settings.target(self.share)
         self.history.append([step, target, self.reached()])
-
-    def _trained(self, optimizer: torch.optim.Optimizer) -> bool:
-        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
-        return not skipped and any(p.grad is not None for _, p in self._factors())
 
     def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in self.layers.items():
@@ -228,3 +225,14 @@ class Sparsifier(Controller):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class SparseLoRALayer(LoRALayer):
+    """LoRA, whose zeros training puts there."""
+
+    @staticmethod
+    def controllers(model: nn.Module, run: Settings) -> list[Controller]:
+        return [Sparsifier(model, run)]
+
+
+ADAPTERS["sparse"] = SparseLoRALayer

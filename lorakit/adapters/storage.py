@@ -1,7 +1,5 @@
 """Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,7 +102,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             return _load_peft(model, Path(folder), attachment)
         stored = _read(model, Path(folder))
         if attachment is None:
-            return _attach_stored(model, stored)
+            attach_to(model, stored.method, stored.settings, stored.targets, stored.trained, seed=0)
+            try:
+                return load_adapter_state(model, stored.tensors)
+            except CheckpointError:
+                detach(model)
+                raise
         require_unmerged(model)
         _require_same(model, attachment, stored)
         return load_adapter_state(model, stored.tensors)
@@ -132,15 +135,6 @@ def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) ->
         return attach_file(model, folder, tensors)
     require_unmerged(model)
     return attachment.read(model, folder, tensors)
-
-
-def _attach_stored(model: nn.Module, stored: StoredAdapter) -> nn.Module:
-    attach_to(model, stored.method, stored.settings, stored.targets, stored.trained, seed=0)
-    try:
-        return load_adapter_state(model, stored.tensors)
-    except CheckpointError:
-        detach(model)
-        raise
 
 
 def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapter) -> None:

@@ -3,8 +3,6 @@
 Compaction: BA = Σ_k B_k A_k, so the ranks whose term is zero are removed and the output stays what it was.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace
@@ -49,7 +47,10 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
             name: sum(own[name] for own in ranks.values()) / len(ranks) for name in ("effective_rank", "numerical_rank")
         },
         "bytes": _bytes(list(layers.values())),
-        "layers": {path: _shares(counts[path]) | ranks[path] for path in layers},
+        "layers": {
+            path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]
+            for path, own in counts.items()
+        },
     }
 
 
@@ -60,10 +61,6 @@ def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
     with torch.no_grad():
         matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
     return {name: (int(torch.count_nonzero(matrix)), matrix.numel()) for name, matrix in matrices.items()}
-
-
-def _shares(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    return {name: 1 - nonzero / entries for name, (nonzero, entries) in counts.items()}
 
 
 def _ranks(layer: LoRALayer) -> dict[str, float]:

@@ -24,7 +24,7 @@ BAND = "line: mean; band: lowest to highest seed"
 def title(ax: Axes, records: Sequence[Record], mixed: bool = False) -> None:
     """Name the setting; records of several models, tasks or data are refused, or, if `mixed`, the title says so."""
     told = require_comparable(records, mixed)
-    ax.set_title(style.wrapped(records[0].setting + (f" ({told})" if told else ""), 95), loc="left")
+    ax.set_title(style.wrapped(records[0].setting + (f" ({told})" if told else ""), 95))
 
 
 def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = stats.LOSS) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """What a report compares: rows at equal cost with ungated and random runs, and every row with the criterion."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

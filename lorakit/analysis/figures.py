@@ -42,13 +42,9 @@ def loss_curve(
         y: "validation loss", "train loss" or the name of a validation metric.
         mixed: show records of several models, tasks or data all the same; the title then says so.
     """
-    with style.context():
-        drawn = style.figure(3.1)
-        ax = drawn.subplots()
+    with style.panel(3.1) as ax:
         title(ax, records, mixed)
-        band = draw_loss(ax, records, x, y)
-        style.legend(drawn, *ax.get_legend_handles_labels(), title=band)
-    return drawn
+        return style.legend(ax, draw_loss(ax, records, x, y))
 
 
 # memory ----------------------------------------------------------------------------------------------
@@ -74,15 +70,12 @@ def memory_by_kind(records: Sequence[Record], mixed: bool = False) -> Figure:
     Args:
         mixed: as in `loss_curve`.
     """
-    with style.context():
-        drawn = style.figure(1.0 + style.rows_height(names.labels(records).values()))
-        ax = drawn.subplots()
+    with style.panel(1.0 + style.rows_height(names.labels(records).values())) as ax:
         title(ax, records, mixed)
-        style.legend(drawn, *_draw_memory(ax, records))
-    return drawn
+        return style.legend(ax, key=_draw_memory(ax, records))
 
 
-def _draw_memory(ax: Axes, records: Sequence[Record]) -> tuple[list[Any], list[str]]:
+def _draw_memory(ax: Axes, records: Sequence[Record]) -> style.Key:
     """The bars; what their legend holds: kinds in the order of the stack, then the measurement."""
     table = memory_table(records).rename(index=names.labels(records))
     largest = 0 if table.empty else table.max(axis=None)
@@ -137,9 +130,7 @@ def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figu
     best = table.loc[table.dropna().groupby("row")["loss"].idxmin()].set_index("row")
     looks = style.looks(labels)
     labels |= {row: f"{labels[row]} (best {rate:.1e})" for row, rate in best["learning_rate"].items()}
-    with style.context():
-        drawn = style.figure(3.1)
-        ax = drawn.subplots()
+    with style.panel(3.1) as ax:
         ax.set_xscale("log")
         style.lines(ax, table.dropna(), "learning_rate", "loss", "row", looks, labels)
         for place, (row, look) in enumerate(looks.items()):
@@ -152,8 +143,7 @@ def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figu
         ax.margins(y=0.08 + 0.06 * len(looks))
         ax.set(xlabel="learning rate", ylabel="validation loss (nats)")
         title(ax, records, mixed)
-        style.legend(drawn, *ax.get_legend_handles_labels(), title="star: best; × at the top: diverged or failed")
-    return drawn
+        return style.legend(ax, "star: best; × at the top: diverged or failed")
 
 
 def score_table(records: Sequence[Record], metric: str | None = None) -> pd.DataFrame:
@@ -183,17 +173,14 @@ def final_scores(records: Sequence[Record], metric: str | None = None, mixed: bo
     table = score_table(records, metric)
     rows = [*dict.fromkeys(table["row"])]
     texts = [names.labels(records)[row] for row in rows]
-    with style.context():
-        drawn = style.figure(1.0 + style.rows_height(texts))
-        ax = drawn.subplots()
+    with style.panel(1.0 + style.rows_height(texts)) as ax:
         for place, (row, look) in enumerate(style.looks(rows).items()):
             draw_mean(ax, table.loc[table["row"] == row, "value"], place - 0.14, 0.28, look, upright=False)
         style.list_rows(ax, texts)
         ax.ticklabel_format(axis="x", useOffset=False)
         ax.set_xlabel(metric.replace("_", " ") + (" (nats)" if metric.endswith(" loss") else ""))
         title(ax, records, mixed)
-        style.legend(drawn, *mean_key(style.Look("0.3", "o")))
-    return drawn
+        return style.legend(ax, key=mean_key(style.Look("0.3", "o")))
 
 
 def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, look: style.Look, upright: bool) -> None:
@@ -213,7 +200,7 @@ def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, lo
     sns.scatterplot(**seeds, marker=look.marker, s=20, ax=ax, legend=False, fc="none", ec=look.color, lw=0.9, alpha=0.8)
 
 
-def mean_key(look: style.Look) -> tuple[list[Any], list[str]]:
+def mean_key(look: style.Look) -> style.Key:
     """The legend of `draw_mean`."""
     from matplotlib.lines import Line2D
 
@@ -236,6 +223,5 @@ def overview(records: Sequence[Record], mixed: bool = False) -> Figure:
         band = draw_loss(axes["a"], records, "accepted_steps", stats.LOSS)
         draw_loss(axes["b"], records, "flops", stats.LOSS)
         axes["b"].set_ylabel("")
-        style.legend(drawn, *axes["a"].get_legend_handles_labels(), title=band, at="upper")
-        style.legend(drawn, *_draw_memory(axes["c"], records))
-    return drawn
+        style.legend(axes["a"], band, at="upper")
+        return style.legend(axes["c"], key=_draw_memory(axes["c"], records))

@@ -1,9 +1,8 @@
 """Records as tidy tables: `frame(records)` has one line a run, one a point of a curve, one a kind of memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from itertools import chain
 
 import pandas as pd
 
@@ -12,11 +11,13 @@ from lorakit.errors import ParameterError
 from lorakit.records import Costs, Parameters, Point, Record
 
 NAMES = ["setting", "row", "seed", "status"]
-MEASURED = ("train_loss", "learning_rate", "gate_score", "acceptance_rate")  # fields of a point that may be missing
+ASKED = ("method", "model", "task", "learning_rate", "budget", "budget_unit", "redundancy")  # as parameters say
+TEXTS = (*NAMES, "label", *ASKED[:3], "budget_unit", "gate")
+COUNTS = [name for part in (Costs, Point) for name, info in part.model_fields.items() if info.annotation is int]
 
 
-class Frames(NamedTuple):
-    """Records as three tables; a number that a run does not have is NaN.
+class Frames(list[Record]):
+    """Records, and the same as three tables, each made once, when it is asked for; a number that a run lacks is NaN.
 
     Attributes:
         runs: a line a run: setting, row, label, seed, status; method (what is trained), model, task, learning_rate,
@@ -26,54 +27,50 @@ class Frames(NamedTuple):
         memory: setting, row, seed, kind, bytes, measured (else predicted); kind "peak" is the sum.
     """
 
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    memory: pd.DataFrame
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        known, lines = [*NAMES, "label", *ASKED, *Costs.model_fields, *Parameters.model_fields], []
+        for record in self:
+            gate, rate = gate_of([record])
+            lines.append({
+                **{name: getattr(record, name) for name in NAMES}, "label": label(record.row, [record]),
+                **{name: record.resolved.get(name) for name in ASKED}, **dict(record.costs),
+                "predicted_peak": (record.costs.predicted_memory or {}).get("peak"), **dict(record.parameters or ()),
+                "adapter_bytes": record.adapter_bytes, "latency_ms": getattr(record.latency, "unmerged_ms", None),
+                "merged_latency_ms": getattr(record.latency, "merged_ms", None), "gate": gate, "target_rate": rate,
+                "acceptance_rate": record.details.get("gate", {}).get("acceptance_rate"),
+                **{f"{split} {name}": v for split, row in record.final.items() for name, v in row.items()},
+            })  # fmt: skip
+        table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))])
+        return _typed(table.drop(columns="predicted_memory"))
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        points = [(record, point) for record in self for point in record.curve]
+        told = [point.validation or {} for _, point in points]
+        table = {name: [getattr(record, name) for record, _ in points] for name in NAMES}
+        table |= {name: [getattr(point, name) for _, point in points] for name in Point.model_fields}
+        table |= {f"validation {name}": [one.get(name) for one in told] for name in dict.fromkeys(chain(*told))}
+        return _typed(pd.DataFrame(table).drop(columns="validation")).rename(columns={"train_loss": "train loss"})
+
+    @cached_property
+    def memory(self) -> pd.DataFrame:
+        lines = []
+        for record in self:
+            sizes = [(kind, size, False) for kind, size in (record.costs.predicted_memory or {}).items()]
+            sizes.append(("peak", record.costs.peak_memory_bytes, True))
+            lines += [(record.setting, record.row, record.seed, *size) for size in sizes if size[1] is not None]
+        return pd.DataFrame(lines, columns=[*NAMES[:3], "kind", "bytes", "measured"])
 
 
 def frame(records: Sequence[Record]) -> Frames:
     """The tables of `records`, in their order."""
-    names = {name: [getattr(record, name) for record in records] for name in NAMES}
-    names["label"] = [label(record.row, [record]) for record in records]
-    asked = [record.resolved for record in records]
-    names |= {name: [given.get(name) for given in asked] for name in ("method", "model", "task", "budget_unit")}
-    gates = [gate_of([record]) for record in records]
-    names["gate"] = [name for name, _ in gates]
-    counts = [name for name in Costs.model_fields if "memory" not in name]
-    names |= {name: [getattr(record.costs, name) for record in records] for name in counts}
+    return records if isinstance(records, Frames) else Frames(records)
 
-    numbers = {name: [given.get(name) for given in asked] for name in ("learning_rate", "budget", "redundancy")}
-    numbers["peak_memory_bytes"] = [record.costs.peak_memory_bytes for record in records]
-    numbers["predicted_peak"] = [(record.costs.predicted_memory or {}).get("peak") for record in records]
-    numbers |= {
-        name: [getattr(record.parameters, name, None) for record in records] for name in Parameters.model_fields
-    }
-    numbers["adapter_bytes"] = [record.adapter_bytes for record in records]
-    numbers["latency_ms"] = [getattr(record.latency, "unmerged_ms", None) for record in records]
-    numbers["merged_latency_ms"] = [getattr(record.latency, "merged_ms", None) for record in records]
-    numbers["target_rate"] = [rate for _, rate in gates]
-    numbers["acceptance_rate"] = [record.details.get("gate", {}).get("acceptance_rate") for record in records]
-    for split, metric in dict.fromkeys((s, m) for record in records for s, row in record.final.items() for m in row):
-        numbers[f"{split} {metric}"] = [record.final.get(split, {}).get(metric) for record in records]
 
-    points = [(record, point) for record in records for point in record.curve]
-    curves = {name: [getattr(record, name) for record, _ in points] for name in NAMES}
-    counts = [name for name in Point.model_fields if name not in (*MEASURED, "validation")]
-    curves |= {name: [getattr(point, name) for _, point in points] for name in counts}
-    measured = {name.replace("_loss", " loss"): [getattr(point, name) for _, point in points] for name in MEASURED}
-    for metric in dict.fromkeys(metric for _, point in points for metric in point.validation or {}):
-        measured[f"validation {metric}"] = [(point.validation or {}).get(metric) for _, point in points]
-
-    kinds = []
-    for record in records:
-        predicted = (record.costs.predicted_memory or {}).items()
-        for kind, size, seen in (*((*one, False) for one in predicted), ("peak", record.costs.peak_memory_bytes, True)):
-            kinds += [(record.setting, record.row, record.seed, kind, size, seen)] if size is not None else []
-    return Frames(
-        pd.concat([pd.DataFrame(names), pd.DataFrame(numbers, dtype=float)], axis=1),
-        pd.concat([pd.DataFrame(curves), pd.DataFrame(measured, dtype=float)], axis=1),
-        pd.DataFrame(kinds, columns=[*NAMES[:3], "kind", "bytes", "measured"]),
-    )
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """With every number a float, but for counts that no record lacks."""
+    return table.astype(dict.fromkeys(table.columns.difference([*TEXTS, *COUNTS]), float))
 
 
 def gate_of(records: Sequence[Record]) -> tuple[str, float | None]:
@@ -104,18 +101,14 @@ def require_comparable(records: Sequence[Record], mixed: bool = False) -> str:
         ParameterError: they differ and `mixed` is False; names two runs and what differs.
     """
     differ = []
-    for what, stated in {
-        "model": [record.resolved.get("model") for record in records],
-        "task": [record.resolved.get("task") for record in records],
-        "model fingerprint": [record.fingerprints.get("model") for record in records],
-        "data fingerprint": [record.fingerprints.get("data") for record in records],
-    }.items():
+    for what in ("model", "task", "model fingerprint", "data fingerprint"):
+        name, _, printed = what.partition(" ")
+        stated = ((record.fingerprints if printed else record.resolved).get(name) for record in records)
         runs = [(told, record) for told, record in zip(stated, records, strict=True) if told]
         others = [run for run in runs if run[0] != runs[0][0]]
         if others and not mixed:
             found = "; ".join(f"{record.row} seed {record.seed}: {told}" for told, record in (runs[0], others[0]))
-            raise ParameterError(
-                "records", found, f"must be of one {what}; mixed=True or --mixed shows them all the same"
-            )
+            told = f"must be of one {what}; mixed=True or --mixed shows them all the same"
+            raise ParameterError("records", found, told)
         differ += [what] if others else []
     return f"not comparable: {', '.join(differ)} differ" if differ else ""

@@ -40,13 +40,11 @@ def log_points(records: Sequence[Record], key: str, after_burn_in: bool = False)
     """
     import pandas as pd
 
-    points = [
-        (record.row, record.seed, record.status, float(point["step"]), float(point[key]))
-        for record in records
-        for point in gate(record).get("log", ())
-        if point.get(key) is not None
-        and (not after_burn_in or point["step"] >= gate(record).get("burn_in", 0) + SETTLED)
-    ]
+    points = []
+    for record in records:
+        first = gate(record).get("burn_in", 0) + SETTLED if after_burn_in else 0
+        told = [one for one in gate(record).get("log", ()) if one.get(key) is not None and one["step"] >= first]
+        points += [(record.row, record.seed, record.status, float(one["step"]), float(one[key])) for one in told]
     return pd.DataFrame(points, columns=["row", "seed", "status", "x", "y"])
 
 
@@ -62,14 +60,14 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
         ParameterError: no record has a gate with a log.
     """
     points = log_points(records, "gate/acceptance_rate", after_burn_in=True)
-    drawn, ax = _over_steps(records, points, "acceptance rate after the burn-in", "a gate with a log", mixed)
+    ax = _over_steps(records, points, "acceptance rate after the burn-in", "a gate with a log", mixed)
     targets = sorted({gate(record)["target_rate"] for record in records if "target_rate" in gate(record)})
     for target in targets:
         style.mark(ax, target, f"target {100 * target:.0f} %")
     low, high = ax.get_ylim()
     ax.set_ylim(max(0, min([low, *(target - 0.05 for target in targets)])), max([high, *targets]))
     _percent(ax.yaxis)
-    return drawn
+    return ax.get_figure()
 
 
 def novelty(records: Sequence[Record], mixed: bool = False) -> Figure:
@@ -85,32 +83,29 @@ def novelty(records: Sequence[Record], mixed: bool = False) -> Figure:
     """
     scored = scored_novelty(records)
     points = log_points(scored, "gate/novelty")
-    drawn, ax = _over_steps(records, points, "novelty of candidate batches", "a gate that scores novelty", mixed)
+    ax = _over_steps(records, points, "novelty of candidate batches", "a gate that scores novelty", mixed)
     for null in sorted({1 - gate(r)["k"] / gate(r)["m"] for r in scored if gate(r).get("k") and gate(r).get("m")}):
         style.mark(ax, null, "1 − k/m:\nunrelated\nbatches")
     ax.set_ylim(0, max([1.02, ax.get_ylim()[1]]))
-    return drawn
+    return ax.get_figure()
 
 
-def _over_steps(
-    records: Sequence[Record], points: pd.DataFrame, y: str, needed: str, mixed: bool
-) -> tuple[Figure, Axes]:
+def _over_steps(records: Sequence[Record], points: pd.DataFrame, y: str, needed: str, mixed: bool) -> Axes:
     require(len(points) > 0, "records", sorted({record.row for record in records}), f"none of them has {needed}")
-    shown = [record for record in records if record.row in set(points["row"])]
-    with style.context():
-        drawn = style.figure(3.1)
-        ax = drawn.subplots()
+    logged = {*points["row"]}
+    shown = [record for record in records if record.row in logged]
+    with style.panel(3.1) as ax:
         band = draw_curves(ax, points, shown)
         ax.set(xlabel="candidate batches (steps)", ylabel=y, xlim=(0, None))
         title(ax, shown, mixed)
-        style.legend(drawn, *ax.get_legend_handles_labels(), title=band)
-    return drawn, ax
+        style.legend(ax, band)
+    return ax
 
 
 def _percent(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def ledger_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -135,15 +130,12 @@ def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     require(len(table) > 0, "records", sorted({record.status for record in records}), "needs a finished run")
     tera = table[[*PARTS]] / 1e12
     pairs = zip(tera.sum(axis=1), 100 * table["accepted"], strict=True)
-    with style.context():
-        drawn = style.figure(1.0 + style.rows_height(table.index))
-        ax = drawn.subplots()
+    with style.panel(1.0 + style.rows_height(table.index)) as ax:
         style.stacked(ax, tera, [f"{total:.3g}, {rate:.0f} % accepted" for total, rate in pairs])
         ax.margins(x=0.24)
         ax.set_xlabel("training compute (TFLOPs)")
         title(ax, records, mixed)
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)
 
 
 def redundancy_table(
@@ -180,9 +172,7 @@ def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: s
     table = redundancy_table(records, row, against)
     look = style.looks([row])[row]
     one, other = (names.label(name, records) for name in (row, against))
-    with style.context():
-        drawn = style.figure(2.9)
-        ax = drawn.subplots()
+    with style.panel(2.9) as ax:
         ax.axhline(0, color="0.35", lw=0.8, zorder=1)
         for share, gap in table.items():
             draw_mean(ax, gap.differences, share, 0.015, look, upright=True)
@@ -190,6 +180,5 @@ def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: s
         ax.set(xlim=(-0.05, 1), xlabel="redundant batches in the stream", ylabel="difference in validation loss (nats)")
         _percent(ax.xaxis)
         ax.yaxis.set_major_locator(MaxNLocator(6))
-        ax.set_title(f"{one} − {other}, at equal accepted steps", loc="left")
-        style.legend(drawn, *mean_key(look), title=f"below 0: {one} is better")
-    return drawn
+        ax.set_title(f"{one} − {other}, at equal accepted steps")
+        return style.legend(ax, f"below 0: {one} is better", mean_key(look))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
-from lorakit.analysis.header import each, header
 from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.files import write_text
@@ -57,7 +57,7 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     """
     groups = equal_cost.rows_of(records, baseline)
     warning = require_comparable(records, mixed)
-    parts = [
+    return Table(
         f"# {records[0].setting}: {len(groups)} rows compared" + (f" ({warning})" if warning else ""),
         header(groups, sources),
         READING,
@@ -70,8 +70,51 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
         *_at_equal_cost(groups),
         *([] if equal_cost.chooses_tokens(groups) else _criterion(groups)),
         *_warnings(groups),
-    ]
-    return Table(*parts).markdown() + "\n"
+    ).markdown() + "\n"  # fmt: skip
+
+
+def header(groups: Groups, sources: Sequence[str]) -> str:
+    """What the report is about, as far as the records say: what all rows share, and where they differ."""
+
+    def budget(record: Record) -> str | None:
+        asked = {"budget_unit": ""} | record.resolved
+        return "{budget:,g} {budget_unit}".format(**asked).replace("_", " ") if "budget" in asked else None
+
+    records = [*chain(*groups.values())]
+    read = f" under {', '.join(f'`{name}`' for name in sources)}" if sources else ""
+    tasks = each(r.resolved.get("task") for r in records)
+    files = each(_known(*file) for r in records for file in r.fingerprints.get("data", {}).items())
+    machines = each(", ".join(r.environment[n] for n in ("cpu", "device") if n in r.environment) for r in records)
+    codes = each((r.fingerprints.get("code") or "")[:12] for r in records)
+    versions = each(f"{n} {v}" for r in records for n, v in r.environment.get("versions", {}).items() if v)
+    lines = {
+        "Setting": f"`{records[0].setting}`", "Read": f"{len(records)} records{read}",
+        "Model": ", ".join(each(_known(r.resolved.get("model"), r.fingerprints.get("model")) for r in records)),
+        "Data": ": ".join(", ".join(found) for found in (tasks, files) if found), "Seeds": _by_row(groups,
+        lambda r: r.seed), "Learning rate": _by_row(groups, lambda r: r.resolved.get("learning_rate")),
+        "Schedule": _by_row(groups, lambda r: r.resolved.get("schedule")), "Budget": _by_row(groups, budget),
+        "Versions": ", ".join(versions),
+        "Machine": "; ".join(machines) + " (seconds are not comparable)" * (len(machines) > 1),
+        "Code": ", ".join(codes) + " (fingerprints differ)" * (len(codes) > 1),
+    }  # fmt: skip
+    return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
+
+
+def each(found: Iterable[Any]) -> list[str]:
+    """What is said at all, each once."""
+    return [*dict.fromkeys(str(value) for value in found if value not in (None, ""))]
+
+
+def _by_row(groups: Groups, value: Callable[[Record], Any]) -> str:
+    """What all rows share, else each row's own."""
+    texts = {row: ", ".join(each(map(value, group))) or "not recorded" for row, group in groups.items()}
+    common = max(texts.values(), key=[*texts.values()].count)
+    others = [f"`{row}` {text}" for row, text in texts.items() if text != common]
+    return f"{common}; but {'; '.join(others)}" if others else common.replace("not recorded", "")
+
+
+def _known(name: str | None, digest: str | None) -> str:
+    return f"{name or ''} ({digest[:12]})".strip() if digest else name or ""
 
 
 # tables ----------------------------------------------------------------------------------------------
@@ -79,16 +122,11 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
 
 def quality_table(groups: Groups) -> pd.DataFrame:
     """Runs, learning rate, final validation loss and metric of each row, with the standard deviation over seeds."""
-    records = [record for group in groups.values() for record in group]
-    metric = stats.main_value(records).partition(" ")[2]
-    known = [
-        name
-        for name in (f"validation {metric}", f"test {metric}")
-        if any(stats.value_of(r, name) is not None for r in records)
-    ]
-    scores = dict.fromkeys((stats.LOSS, *known))
-    table = summary(frame(records).runs, {name.replace("_", " "): (name, SCORE, 1) for name in scores})
-    rates = [each(group, lambda r: [r.resolved.get("learning_rate")]) for group in groups.values()]
+    records = [*chain(*groups.values())]
+    runs, metric = frame(records).runs, stats.main_value(records).partition(" ")[2]
+    scores = dict.fromkeys([stats.LOSS, *(name for name in (f"validation {metric}", f"test {metric}") if name in runs)])
+    table = summary(runs, {name.replace("_", " "): (name, SCORE, 1) for name in scores})
+    rates = [each(r.resolved.get("learning_rate") for r in group) for group in groups.values()]
     table.insert(1, "row", [f"`{row}`" for row in groups])
     table.insert(2, "seeds", [", ".join(str(record.seed) for record in group) for group in groups.values()])
     table.insert(3, "runs", [tables.statuses(group) for group in groups.values()])
@@ -98,8 +136,8 @@ def quality_table(groups: Groups) -> pd.DataFrame:
 
 def cost_table(groups: Groups) -> pd.DataFrame:
     """What each row cost and accepted, means over the runs that finished."""
-    runs = frame([record for group in groups.values() for record in group]).runs
-    runs["accepted"] = 100 * runs["accepted_steps"] / runs["steps"]
+    runs = frame([*chain(*groups.values())]).runs
+    runs = runs.assign(accepted=100 * runs["accepted_steps"] / runs["steps"])
     columns = axis_columns("accepted_steps", "steps", "tokens", "flops", "seconds")
     columns |= {"accepted": ("accepted", "{:.0f} %", 1), "after burn-in": ("acceptance_rate", "{:.1f} %", 0.01)}
     rates = [gate_of(group)[1] for group in groups.values()]
@@ -114,15 +152,13 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
         ends = sorted(one.places.values())
         late = [f"{names.label(row)} at {int(100 * x)} %" for row, x in one.shares.items() if x < stats.DECAYED]
         fair = f"no: {', '.join(late)}" if late else "yes"
-        line[f"at {axis.unit}"] = (
-            " to ".join(dict.fromkeys(axis.form.format(x / axis.size) for x in ends[:: max(1, len(ends) - 1)])) or NONE
-        )
+        reached = dict.fromkeys(axis.form.format(x / axis.size) for x in ends[:: max(1, len(ends) - 1)])
+        line[f"at {axis.unit}"] = " to ".join(reached) or NONE
         line["decayed"] = NONE if not ends else "constant rate" if one.constant else fair
         line["verdict"] += f" {UNFAIR}" if ends and not one.fair else ""
         lines.append(line)
-    return pd.DataFrame(lines)[
-        ["row", "against", f"at {axis.unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
-    ]
+    columns = ["row", "against", f"at {axis.unit}", "difference", "95 % interval", "pairs", "decayed", "verdict"]
+    return pd.DataFrame(lines)[columns]
 
 
 def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
@@ -130,13 +166,11 @@ def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
     lines = []
     for one in found:
         line = tables.told(one.gap, form="{:+.2%}")
-        line["validation loss, relative"] = line["difference"]
         line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
         line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
         lines.append(line)
-    return pd.DataFrame(lines)[
-        ["row", "validation loss, relative", "95 % interval", "pairs", "fewer accepted steps", "verdict"]
-    ]
+    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
+    return table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
 
 
 # sections --------------------------------------------------------------------------------------------
@@ -145,9 +179,9 @@ def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
 def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
     if len(groups) == 1:
         return ["## At equal cost", "One row: nothing to compare it with."]
-    runs = [record for group in groups.values() for record in group if record.status == "done"]
-    counts = sorted({len(stats.curve(record, "steps")[0]) for record in runs}) or [0]
-    times = " to ".join(dict.fromkeys(map(str, (counts[0], counts[-1]))))
+    runs = [record for record in chain(*groups.values()) if record.status == "done"]
+    counts = {len(stats.curve(record, "steps")[0]) for record in runs} or {0}
+    times = " to ".join(map(str, sorted({min(counts), max(counts)})))
     text = EQUAL.format(evaluations=times, decayed=f"{100 * stats.DECAYED:.0f} %", mark=UNFAIR)
     parts: list[pd.DataFrame | str] = ["## At equal cost", text]
     for axis in equal_cost.AXES:
@@ -167,29 +201,26 @@ def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
 
 def _warnings(groups: Groups) -> list[str]:
     """Unfinished runs, what the gates warned of, and what the runs noted: each text once, with the runs it is about."""
-    records = [record for group in groups.values() for record in group]
+
+    def ended(record: Record) -> str:
+        last = f" after step {record.curve[-1].step}" if record.curve else ""
+        return record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
+
+    records, parts = [*chain(*groups.values())], []
     sections: dict[str, Callable[[Record], list[str]]] = {
-        "Runs that did not finish": lambda r: [_ended(r)] if r.status != "done" else [],
+        "Runs that did not finish": lambda r: [ended(r)] if r.status != "done" else [],
         "Warnings of the gates": lambda r: r.details.get("gate", {}).get("warnings", []),
         "Notes of the runs": lambda r: r.notes,
     }
-    parts = []
     for title, texts in sections.items():
         runs: dict[str, list[str]] = {}
         for record in records:
             for text in texts(record):
                 runs.setdefault(" ".join(text.split()), []).append(f"`{record.row}` seed {record.seed}")
-        lines = [
-            f"- {'all runs' if len(about) == len(records) > 1 else ', '.join(about)}: {text}"
-            for text, about in runs.items()
-        ]
+        lines = [f"- {'all runs' if len(about) == len(records) > 1 else ', '.join(about)}: {text}"
+                 for text, about in runs.items()]  # fmt: skip
         parts += [f"## {title}", "\n".join(lines) or "None."]
     return parts
-
-
-def _ended(record: Record) -> str:
-    last = f" after step {record.curve[-1].step}" if record.curve else ""
-    return record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
 
 
 # figures and files -----------------------------------------------------------------------------------
@@ -199,13 +230,9 @@ def figures_of(records: Sequence[Record], mixed: bool = False) -> dict[str, tupl
     """File name -> what it shows, and the figure; those about gates only where there are any."""
     from lorakit.analysis import figures, gate_figures
 
-    found = {
-        f"loss_by_{axis}.png": (
-            f"Validation loss against {AXES[axis].label}",
-            figures.loss_curve(records, axis, mixed=mixed),
-        )
-        for axis in equal_cost.AXES
-    }
+    records = frame(records)  # once for all figures
+    curves = {axis: figures.loss_curve(records, axis, mixed=mixed) for axis in equal_cost.AXES}
+    found = {f"loss_by_{x}.png": (f"Validation loss against {AXES[x].label}", drawn) for x, drawn in curves.items()}
     if len(gate_figures.log_points(records, "gate/acceptance_rate", after_burn_in=True)):
         found["acceptance.png"] = ("Acceptance rate against its target", gate_figures.acceptance(records, mixed))
     if gate_figures.scored_novelty(records):
@@ -219,11 +246,11 @@ def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool
     """Write the figures to `folder`; a section that shows them in a report that lies `beside`."""
     from lorakit.analysis import style
 
-    parts = ["## Figures"]
-    for name, (text, drawn) in figures_of(records, mixed).items():
-        path = style.save(drawn, folder / name)
-        parts += [f"![{text}]({Path(os.path.relpath(path, beside)).as_posix()})", f"{text}."]
-    return "\n" + "\n\n".join(parts) + "\n"
+    text = "\n## Figures\n"
+    for name, (what, drawn) in figures_of(records, mixed).items():
+        path = Path(os.path.relpath(style.save(drawn, folder / name), beside)).as_posix()
+        text += f"\n![{what}]({path})\n\n{what}.\n"
+    return text
 
 
 def _require_folder(name: str, given: str, folder: Path) -> None:
@@ -246,10 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--figures", metavar="DIR", help="draw figures there and show them in the report")
     parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
     args = parser.parse_args(argv)
-    records = read_all(args.results)
+    records, output = read_all(args.results), Path(args.output)
     if not records:
         raise DataError(f"{', '.join(args.results)}: no records there")
-    output = Path(args.output)
     _require_folder("--output", args.output, output.parent)
     require(not output.is_dir(), "--output", args.output, "is a folder, must be a file")
     text = report(records, args.baseline, args.results, args.mixed)  # before anything is written

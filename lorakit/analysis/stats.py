@@ -6,8 +6,6 @@ truth a quarter of the time, so a bootstrap of them, which never leaves their ra
 `MINIMUM_SEEDS` pairs no interval is given. The formulas are scipy's.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,9 +21,8 @@ from lorakit.records import AXES, METRICS, Record
 
 MINIMUM_SEEDS, BOOTSTRAP_SEEDS = 3, 8
 LOSS = "validation loss"
-DECAYED = (
-    0.95  # share of its own run from which on a run counts as finished: a linear schedule has 5 % of its rate left
-)
+# share of its own run from which on a run counts as finished: a linear schedule has 5 % of its rate left
+DECAYED = 0.95
 
 Value = str | Callable[[Record], float | None]
 
@@ -67,7 +64,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """ "above", "below", "within noise" or "too few seeds"."""
-        if self.estimate is None or self.estimate.low is None or self.estimate.high is None:
+        if self.estimate is None or self.estimate.low is None:
             return "too few seeds"
         if self.estimate.low <= 0 <= self.estimate.high:
             return "within noise"
@@ -98,14 +95,6 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def value_of(record: Record, value: Value) -> float | None:
-    """A final number of a record: `value` is "test accuracy", "validation loss", … (test if unsaid) or a function."""
-    if callable(value):
-        return value(record)
-    split, _, metric = named(value).partition(" ")
-    return record.final.get(split, {}).get(metric)
-
-
 def named(value: str) -> str:
     """`value` with its split in front: "accuracy" -> "test accuracy"."""
     return value if value.startswith(("test ", "validation ")) else f"test {value}"
@@ -113,16 +102,20 @@ def named(value: str) -> str:
 
 def main_value(records: Sequence[Record]) -> str:
     """The metric these records are judged by, on test data where they have it: "test accuracy", …"""
-    for split in ("test", "validation"):
-        for metric in METRICS:
-            if any(metric in record.final.get(split, {}) for record in records):
-                return f"{split} {metric}"
-    return "test loss"
+    known = {f"{split} {metric}" for record in records for split, found in record.final.items() for metric in found}
+    wanted = (f"{split} {metric}" for split in ("test", "validation") for metric in METRICS)
+    return next((value for value in wanted if value in known), "test loss")
 
 
 def finished(records: Sequence[Record], value: Value) -> dict[int, float]:
-    """Seed -> value, of the runs that ended by themselves with a finite value."""
-    found = {record.seed: value_of(record, value) for record in records if record.status == "done"}
+    """Seed -> value, of the runs that ended by themselves with a finite value.
+
+    Args:
+        value: "test accuracy", "validation loss", … (test if unsaid), or a function of a record.
+    """
+    split, _, metric = (named(value) if isinstance(value, str) else "").partition(" ")
+    of = value if callable(value) else lambda record: record.final.get(split, {}).get(metric)
+    found = {record.seed: of(record) for record in records if record.status == "done"}
     return {seed: float(number) for seed, number in found.items() if number is not None and math.isfinite(number)}
 
 
@@ -133,9 +126,7 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     if count < MINIMUM_SEEDS:
         return Estimate(mean, None, None, count, "too few seeds")
     if count < BOOTSTRAP_SEEDS:
-        from scipy.special import (
-            stdtrit,
-        )  # the quantile that scipy.stats.t asks for; scipy.stats takes a second to load
+        from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
 
         half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / math.sqrt(count)
         return Estimate(mean, mean - half, mean + half, count, "t")

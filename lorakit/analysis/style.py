@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorakit.analysis.names import LOOKS
 from lorakit.errors import ParameterError
 from lorakit.files import written
 
@@ -23,31 +25,19 @@ if TYPE_CHECKING:
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
 SCREEN_DPI, PRINT_DPI = 120, 200
 FEW = 12  # points of a line that all carry a marker
+Key = tuple[Sequence[Any], Sequence[str]]  # handles and labels of a legend
 
 RC: dict[str, Any] = {
-    "font.family": "sans-serif",
+    "font.family": "sans-serif", "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
-    "font.size": 9,
-    "axes.titlesize": 9,
+    "axes.titlelocation": "left", "axes.titlesize": 9, "axes.labelsize": 9,
     "axes.titlepad": 9,  # room for a mark on the top edge
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
-    "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88", "grid.linewidth": 0.6,
+    "legend.fontsize": 8, "legend.title_fontsize": 8, "legend.frameon": False,
     "legend.handlelength": 3.2,  # long enough to tell the dashes apart
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
+    "lines.linewidth": 1.6, "lines.markersize": 4.5, "figure.facecolor": "white", "savefig.facecolor": "white",
+}  # fmt: skip
 
 
 class Look(NamedTuple):
@@ -69,19 +59,7 @@ COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#209CE2", "#C5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SPARE_MARKERS = ("<", ">", "p", "*", "h", "d", "8")  # of rows the palette does not know
 
-# A row's colour, marker and the place of its dash in DASHES. A new row takes what is free and changes no other.
-_ROWS = """
-    full #000000 o 0, lora #0072B2 s 1, head #D55E00 ^ 2, sparse #009E73 D 3,
-    hira #CC79A7 v 0, qlora #209CE2 P 1, skip #C58800 X 2, slora #882255 o 3,
-    flora #999933 s 0, random #777777 ^ 1, sparse_ranks #332288 D 2, sparse_l1 #AA4499 v 3,
-    skip_adapter #41A393 P 0, dora #7A5230 X 1, baseline #222222 o 2, full_length #4477AA s 3,
-    same_flops #179FCD ^ 0, loss_floor #228833 D 1, gradient_norm #A4952D v 2, novelty_loss #6F4FA8 P 3,
-    least_novel #ED7029 X 0, random50 #949494 o 1, slora50 #D4709A s 2, random_tokens #8C6D31 ^ 3,
-    random20 #4D4D4D D 0, flora20 #C4420B v 1, flora40 #5E3C99 P 2, pps20 #01665E X 3,
-    random20_gather #8A8F99 < 0, flora20_gather #DD7554 > 1, flora40_gather #9E88D4 p 2, pps20_gather #3C9F7A * 3,
-    targets_only #1F4E8C h 0, flora_fractional #7F3B08 d 1
-"""
-PALETTE = {row: Look(color, marker, DASHES[int(n)]) for row, color, marker, n in map(str.split, _ROWS.split(","))}
+PALETTE = {row: Look(color, marker, DASHES[int(dash)]) for row, (color, marker, dash) in LOOKS.items()}
 
 
 def looks(rows: Iterable[str]) -> dict[str, Look]:
@@ -93,25 +71,21 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
     rows = list(dict.fromkeys(rows))
     chosen = {row: PALETTE[row] for row in rows if row in PALETTE}
     for row in sorted(set(rows) - chosen.keys()):
-        chosen[row] = _free_look(row, chosen.values())
+        pairs, colors = {look[1:] for look in chosen.values()}, {look.color for look in chosen.values()}
+        count = len(SPARE_MARKERS) * len(DASHES)
+        every = [_look((zlib.crc32(row.encode()) + shift) % count, SPARE_MARKERS) for shift in range(count)]
+        free = [look for look in every if look[1:] not in pairs] or every
+        chosen[row] = next((look for look in free if look.color not in colors), free[0])
     return {row: chosen[row] for row in rows}
-
-
-def _free_look(row: str, taken: Iterable[Look]) -> Look:
-    pairs = {(look.marker, look.dash) for look in taken}
-    colors = {look.color for look in taken}
-    start, count = zlib.crc32(row.encode()), len(SPARE_MARKERS) * len(DASHES)
-    places = [(start + shift) % count for shift in range(count)]
-    every = [Look(COLORS[n % len(COLORS)], SPARE_MARKERS[n % len(SPARE_MARKERS)], DASHES[n % len(DASHES)])
-             for n in places]  # fmt: skip
-    free = [look for look in every if (look.marker, look.dash) not in pairs] or every
-    return next((look for look in free if look.color not in colors), free[0])
 
 
 def series(count: int, first: int = 1) -> list[Look]:
     """Looks of lines that are no rows, by their place."""
-    places = range(first, first + count)
-    return [Look(COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)], DASHES[n % len(DASHES)]) for n in places]
+    return [_look(place, MARKERS) for place in range(first, first + count)]
+
+
+def _look(place: int, markers: Sequence[str]) -> Look:
+    return Look(COLORS[place % len(COLORS)], markers[place % len(markers)], DASHES[place % len(DASHES)])
 
 
 def wrapped(text: str, width: int) -> str:
@@ -120,6 +94,13 @@ def wrapped(text: str, width: int) -> str:
 
 
 # drawing ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterator[Any]:
+    """Within it holds the style: the axes of an empty `figure`, as `subplots` gives them with the options `grid`."""
+    with context():
+        yield figure(height).subplots(rows, columns, **grid)
 
 
 def figure(height: float) -> Figure:
@@ -146,8 +127,8 @@ def lines(ax: Axes, data: DataFrame, x: str, y: str, by: str, looks: Mapping[str
     """
     import seaborn as sns
 
-    there = [name for name in looks if name in set(data[by])]
-    start = len(ax.lines)
+    known, start = {*data[by]}, len(ax.lines)
+    there = [name for name in looks if name in known]
     if there:
         sns.lineplot(data, x=x, y=y, hue=by, style=by, hue_order=there, style_order=there, estimator=None, legend=False,
                      palette={name: looks[name].color for name in there}, mec=None, ax=ax,
@@ -193,15 +174,20 @@ def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[flo
     list_rows(ax, [*table.index])
 
 
-def legend(drawn: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None,
-           at: str = "lower") -> None:  # fmt: skip
-    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it."""
+def legend(ax: Axes, title: str | None = None, key: Key | None = None, at: str = "lower") -> Figure:
+    """A legend outside the axes, above or below, in columns as its longest label allows; the figure grows by it.
+
+    Args:
+        key: handles and labels; None: those of what is drawn on `ax`.
+    """
+    drawn, (handles, labels) = ax.get_figure(), key or ax.get_legend_handles_labels()
     labels = [wrapped(label, 70) for label in labels]
     longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
     columns = max(1, min(len(labels), 122 // (longest + 13)))
     height = sum(label.count("\n") + 1 for label in labels) / columns + (title is not None)
     drawn.set_figheight(drawn.get_figheight() + 0.17 * math.ceil(height))
     drawn.legend(handles, labels, loc=f"outside {at} center", ncols=columns, title=title)
+    return drawn
 
 
 def rows_height(texts: Iterable[str]) -> float:

@@ -1,7 +1,5 @@
 """`lorakit table RESULTS…`: what each row bought and what it cost, as tables, and which gaps are noise."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections import Counter
@@ -184,6 +182,35 @@ def told(gap: stats.Difference, records: Iterable[Record] = (), form: str = "{:+
         "pairs": f"{len(gap.seeds)}{left_out}",
         "verdict": gap.verdict,
     }
+
+
+def sentence(records: Sequence[Record], row: str, baseline: str) -> str:
+    """What `row` reached and cost beside `baseline`, means over the seeds that finished in both, as one sentence.
+
+    For the last line of a notebook, which must be about the runs it shows, whatever they are.
+    """
+    groups, labels = stats.by_row(records), names.labels(records)
+    if missing := [name for name in (row, baseline) if name not in groups]:
+        return f"{records[0].setting}: no run of {' and '.join(map(names.label, missing))} here to compare."
+    values = dict.fromkeys([stats.main_value(records), stats.LOSS])
+    gaps = [stats.paired_differences(groups[row], groups[baseline], value) for value in values]
+    gaps = [gap for gap in gaps if gap.seeds]
+    if not gaps:
+        return f"{records[0].setting}: {labels[row]} and {labels[baseline]} have no seed that finished in both."
+    require_comparable([*groups[row], *groups[baseline]])
+    runs = frame([record for name in (row, baseline) for record in groups[name]]).runs
+    means = runs[runs["seed"].isin(gaps[0].seeds)].groupby("row").mean(numeric_only=True)
+    reached = [
+        f"{gap.value.replace('_', ' ')} {means.loc[row, gap.value]:.3f} against {means.loc[baseline, gap.value]:.3f} "
+        f"({gap.verdict})"
+        for gap in gaps
+    ]
+    spent = {"trainable": "trained parameters", "flops": "FLOPs", "predicted_peak": "predicted peak memory"}
+    shares = {word: means.loc[row, name] / means.loc[baseline, name] for name, word in spent.items()}
+    costs = [f"{word} × {share:.3g}" for word, share in shares.items() if math.isfinite(share)]
+    seeds = f"{len(gaps[0].seeds)} seed{'s' * (len(gaps[0].seeds) > 1)}"
+    said = f"{labels[row]} against {labels[baseline]} on {records[0].setting}, {seeds}"
+    return f"{said}: {', '.join(reached)}; {', '.join(costs)}."
 
 
 # the command -----------------------------------------------------------------------------------------

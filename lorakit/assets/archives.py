@@ -1,7 +1,5 @@
 """Take named members out of a zip or tar, verified: nothing imported, nothing written outside, no links followed."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import tarfile

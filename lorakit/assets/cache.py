@@ -1,7 +1,5 @@
 """The cache: a folder per asset that is there whole, with a manifest of sizes and hashes, or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

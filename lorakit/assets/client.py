@@ -1,7 +1,5 @@
 """Download one pinned archive with the installed package client: its mirrors and credentials are the user's own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

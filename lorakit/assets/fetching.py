@@ -1,7 +1,5 @@
 """fetch = download + unpack + convert in a folder aside, then one move: an asset is there whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

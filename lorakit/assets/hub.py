@@ -1,7 +1,5 @@
 """The model hub: its newest commit, asked for within seconds; files of a data set or a model; else its local cache."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What can be had offline: assets on the Python package index, each pinned by version and sha256 in `assets.json`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ On CPUs with AVX512 bitsandbytes 0.50 unpacks such a weight with the scales of o
 every row to start a block. Unpacked as one long row it is right, which is what happens here; else all is the library's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import bitsandbytes

@@ -1,7 +1,5 @@
 """What bitsandbytes 0.50 gets wrong on a CPU, mended in the layers of a model, whoever loaded them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

@@ -4,8 +4,6 @@ QLoRA's storage (Dettmers et al. 2023), as bitsandbytes keeps it: two codes to a
 the scales themselves in 8 bits, a_b ≈ m + s_c · d_j, with one fp32 scale s_c per 256 of them.
 """
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

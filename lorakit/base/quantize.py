@@ -1,7 +1,5 @@
 """QLoRA: h = dequantise(Q(W0)) x + s B A x, W0 stored once in 4-bit NormalFloat (Dettmers et al. 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +17,7 @@ _STORABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_nf4(
-    model: nn.Module,
-    *,
-    double_quant: bool = True,
-    compute_dtype: str = "bf16",
-    exclude: str | Sequence[str] = "heads",
+    model: nn.Module, *, double_quant: bool = True, compute_dtype: str = "bf16", exclude: str | Sequence[str] = "heads"
 ) -> nn.Module:
     """Replace linear layers by 4-bit ones (NF4, blocks of 64) in place and return the model; before `attach`.
 

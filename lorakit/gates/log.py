@@ -1,14 +1,11 @@
 """What a gate did, under the names its description gives them, and warnings where it does not do what it should."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
 from lorakit.seams import Gate
 
 PATIENCE = 50  # decisions after the burn-in before a rate counts as stuck
-NOVELTY = ("novelty", "least_novel", "novelty_loss")  # gates that score by it
 FALLING = 0.98  # of the novelty at the start; a basis that takes anything in brings it below
 
 
@@ -63,7 +60,7 @@ class GateLog:
 
     def _check_novelty(self) -> None:
         size = getattr(self.gate, "m", 0)
-        if self.gate.name not in NOVELTY or len(self._early) < 8:
+        if not self.gate.scores_novelty or len(self._early) < 8:
             return
         quarter = len(self._early) // 4
         late = sum(self._early[-quarter:]) / quarter
@@ -86,7 +83,7 @@ class GateLog:
                 f"the sketch is small for the rank: a basis of k={rank} directions takes up {rank / size:.0%} of a "
                 f"sketch of m={size}, so that even unrelated gradients look redundant; use m of at least {2 * rank}"
             )
-        if self.gate.name in NOVELTY and rank >= (room := self.gate.d_hidden * (self.gate.vocab_size - 1)):
+        if self.gate.scores_novelty and rank >= (room := self.gate.d_hidden * (self.gate.vocab_size - 1)):
             self.warn(
                 f"the basis can hold every gradient of this head: k={rank} directions of a space of {room} "
                 f"({self.gate.d_hidden} x {self.gate.vocab_size - 1}); nothing stays novel, so use a smaller k"

@@ -1,7 +1,5 @@
 """A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

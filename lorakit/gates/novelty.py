@@ -10,7 +10,9 @@ import torch
 from lorakit.errors import ParameterError, require
 from lorakit.gates.simple import ScoredGate
 from lorakit.gates.threshold import ThresholdController
-from lorakit.seams import Candidate
+from lorakit.head import find_head
+from lorakit.seams import GATES, Candidate
+from lorakit.settings import GateSettings
 from lorakit.sketches import FrequentDirections, TensorSketch, head_gradient
 
 
@@ -51,7 +53,7 @@ class HeadGradientGate(ScoredGate):
     """
 
     name = "novelty"
-    needs_hidden = True
+    needs_hidden = scores_novelty = True
 
     def __init__(
         self,
@@ -95,6 +97,34 @@ class HeadGradientGate(ScoredGate):
         self.basis = torch.zeros(0, m, device=self.device)  # (≤ k, m), rows weighted where `leverage`
         self.updates = 0
         self._undecided: tuple[float, bool] | None = None
+
+    @classmethod
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> HeadGradientGate:
+        """As the base class.
+
+        Raises:
+            LorakitError: a model without a linear head.
+        """
+        head = find_head(model, kind)
+        return cls(
+            head.d_hidden,
+            head.outputs,
+            settings.gate_m,
+            settings.gate_k,
+            target_novelty=settings.gate_rate,
+            target_novelty_scaler=settings.gate_beta,
+            novelty_ema_rate=settings.gate_ema,
+            burn_in=settings.gate_burn_in,
+            seed=seed,
+            device=head.module.weight.device,
+            reorth_every=settings.gate_refresh,
+            k_topk=settings.gate_topk,
+            kind=kind,
+            softcap=head.softcap,
+            rows=settings.gate_rows,
+            decay=settings.gate_decay,
+            leverage=settings.gate_leverage,
+        )
 
     # the description's interface -----------------------------------------------------------------------
 
@@ -150,7 +180,10 @@ class HeadGradientGate(ScoredGate):
             self.updates += 1
             early = self.updates < self.reorth_every and self.updates & (self.updates - 1) == 0  # 1, 2, 4, 8, …
             if early or self.updates % self.reorth_every == 0:
-                self._refresh()
+                self.basis = self.directions.basis(self.k)
+                if self.leverage and len(self.basis):
+                    energy = self.directions.singular_values()[: len(self.basis)] ** 2
+                    self.basis = self.basis * torch.sqrt(energy / (energy + energy.sum() / self.k)).float()[:, None]
 
     def step(self) -> None:
         """Close the batch that `accept` decided about: the rate is averaged and the threshold moves."""
@@ -179,12 +212,6 @@ class HeadGradientGate(ScoredGate):
         rows = 2 * self.directions.rows
         return candidate.targets * per_label + 2 * self.k * self.m + 6 * rows * rows * self.m / self.directions.rows
 
-    def _refresh(self) -> None:
-        self.basis = self.directions.basis(self.k)
-        if self.leverage and len(self.basis):
-            energy = self.directions.singular_values()[: len(self.basis)] ** 2
-            self.basis = self.basis * torch.sqrt(energy / (energy + energy.sum() / self.k)).float()[:, None]
-
     def state_bytes(self) -> int:
         """Bytes of everything the gate holds between two batches."""
         return _bytes(self.state_dict())
@@ -206,6 +233,9 @@ class HeadGradientGate(ScoredGate):
         self.sketch.load_state_dict(state["sketch"])
         self.directions.load_state_dict(state["directions"])
         self.basis, self.updates = state["basis"].to(self.device), state["updates"]
+
+
+GATES[HeadGradientGate.name] = HeadGradientGate
 
 
 def _bytes(value: Any) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import CheckpointError, require
+from lorakit.errors import require
 from lorakit.gates.threshold import ThresholdController
-from lorakit.seams import Candidate, Decision, Gate
+from lorakit.seams import GATES, Candidate, Decision, Gate, check_state
+from lorakit.settings import GateSettings
 
 
 class RandomGate(Gate):
@@ -28,6 +29,10 @@ class RandomGate(Gate):
         self.target_rate, self.burn_in = target_rate, burn_in
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.accepted = 0
+
+    @classmethod
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> RandomGate:
+        return cls(settings.gate_rate, burn_in=settings.gate_burn_in, seed=seed)
 
     def decide(self, measured: torch.Tensor) -> Decision:
         accept = self.steps < self.burn_in or _coin(self.generator) < self.target_rate
@@ -56,6 +61,12 @@ class ScoredGate(Gate, ABC):
     def __init__(self, controller: ThresholdController, seed: int = 0):
         self.controller = controller
         self.generator = torch.Generator().manual_seed(seed)
+
+    @classmethod
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> ScoredGate:
+        rate, burn_in = settings.gate_rate, settings.gate_burn_in
+        beta, ema = settings.gate_beta, settings.gate_ema
+        return cls(ThresholdController(rate, steepness=beta, ema_rate=ema, burn_in=burn_in), seed)
 
     @property
     def target_rate(self) -> float:
@@ -114,17 +125,7 @@ class LossFloor(ScoredGate):
         return measured[0].item()
 
 
-def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
-    """Refuse the state of another gate.
-
-    Raises:
-        CheckpointError: keys are missing or unknown.
-    """
-    if state.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
-            "without this gate, and starting the gate afresh would silently change the run"
-        )
+GATES.update({gate.name: gate for gate in (RandomGate, LossFloor)})
 
 
 def _coin(generator: torch.Generator) -> float:

@@ -6,8 +6,6 @@ burn-in moves τ, so the share accepted over T batches differs from the target b
 inside its limits; an average in the loop would only delay it. The rate that is logged leaves the burn-in out as well.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from statistics import NormalDist
@@ -85,12 +83,15 @@ class ThresholdController:
         if self.steps < self.burn_in:
             self._recent.append(score)
             if self.steps + 1 == self.burn_in:
-                self._place_threshold()
+                # the target share of the later burn-in scores lies above the first τ
+                latest = sorted(list(self._recent)[len(self._recent) // 2 :])
+                place = min(len(latest) - 1, int((1 - self.target_rate) * len(latest)))
+                self.threshold = min(LIMIT, max(-LIMIT, self.scale.standardised(latest[place])))
+                self._recent.clear()
         else:
             self.deviation += self.ema_rate * (accepted - self.target_rate - self.deviation)
-            self.threshold = min(
-                LIMIT, max(-LIMIT, self.threshold + GAIN * self.ema_rate * (accepted - self.target_rate))
-            )
+            moved = self.threshold + GAIN * self.ema_rate * (accepted - self.target_rate)
+            self.threshold = min(LIMIT, max(-LIMIT, moved))
         self.steps += 1
 
     def acceptance_rate(self) -> float:
@@ -99,13 +100,6 @@ class ThresholdController:
         if counted <= 0:
             return 1.0
         return self.target_rate + self.deviation / (1 - (1 - self.ema_rate) ** counted)
-
-    def _place_threshold(self) -> None:
-        """Start τ where the target share of the later burn-in scores lies above it."""
-        latest = sorted(list(self._recent)[len(self._recent) // 2 :])
-        place = min(len(latest) - 1, int((1 - self.target_rate) * len(latest)))
-        self.threshold = min(LIMIT, max(-LIMIT, self.scale.standardised(latest[place])))
-        self._recent.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,14 +1,12 @@
 """What SLoRA's gate is compared with: the same sketch, another score. Each keeps the same acceptance rate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.gates.threshold import RunningScale
-from lorakit.seams import Candidate
+from lorakit.seams import GATES, Candidate
 
 
 class LeastNovel(HeadGradientGate):
@@ -23,7 +21,7 @@ class LeastNovel(HeadGradientGate):
 class GradientNorm(HeadGradientGate):
     """Accepts batches with a large head gradient: ‖z‖ per label, whose square is unbiased for ‖Σ h ⊗ e‖²."""
 
-    name = "gradient_norm"
+    name, scores_novelty = "gradient_norm", False
 
     def measure(self, candidate: Candidate) -> torch.Tensor:
         targets = torch.tensor([float(candidate.targets)], dtype=torch.float64)
@@ -62,3 +60,6 @@ class NoveltyAndLoss(HeadGradientGate):
         super().restore(state)
         for name, scale in self.scales.items():
             scale.load_state_dict(state["scales"][name])
+
+
+GATES.update({gate.name: gate for gate in (LeastNovel, GradientNorm, NoveltyAndLoss)})

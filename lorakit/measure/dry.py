@@ -1,7 +1,5 @@
 """A dry run: the model's own code on tensors that have a shape and no data, in the state the Trainer puts it in."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a run took place: versions, processor, device, and a fingerprint of this code. No host, no user, no path."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +13,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 
 NOT_OF_A_RUN = (
     *("analysis/", "studies/", "scratch/", "cli.py", "__main__.py"),
-    *("runs/notebooks.py", "runs/plan.py", "runs/rows.py", "runs/sweep.py"),
+    *("runs/notebooks.py", "runs/plan.py", "runs/sweep.py"),
 )
 
 

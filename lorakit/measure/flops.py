@@ -4,8 +4,6 @@ Element-wise work, normalisation, softmax and look-ups count as 0, the conventio
 formulas are used. Causal attention is counted in full, as there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from math import prod
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
+from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
 
@@ -57,7 +55,30 @@ class FlopCount(TorchDispatchMode):
 def _formula(func: Any) -> Callable[..., int] | None:
     """The FLOPs of one operator as a function of its arguments, or None where it costs nothing."""
     packet = getattr(func, "_overloadpacket", func)
-    return flop_registry.get(packet) or _EXTRA.get(packet) or _BY_NAME.get(getattr(packet, "_qualified_op_name", ""))
+    formula = flop_registry.get(packet)
+    if formula is not None and not hasattr(formula, "__wrapped__"):  # one of the few that look at the tensors
+        return formula
+    formula = formula or _EXTRA.get(packet) or _BY_NAME.get(getattr(packet, "_qualified_op_name", ""))
+    return formula and _of_shapes(getattr(formula, "__wrapped__", formula))
+
+
+def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula of shapes as one of an operator's arguments, tensors among them, and of its result `out_val`.
+
+    Torch's own way through its pytree takes longer than many a product.
+    """
+
+    def flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        named = {name: _shape(value) for name, value in kwargs.items()}
+        return formula(*map(_shape, args), out_shape=_shape(out_val), **named)
+
+    return flops
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    return tuple(map(_shape, value)) if isinstance(value, tuple) else value
 
 
 def _linear_flop(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
@@ -93,18 +114,18 @@ _EXTRA: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     aten.scaled_dot_product_attention: sdpa_flop,
-    aten.linear: shape_wrapper(_linear_flop),
-    aten.matmul: shape_wrapper(_matmul_flop),
+    aten.linear: _linear_flop,
+    aten.matmul: _matmul_flop,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
-    aten.mv: shape_wrapper(_matvec_flop),
-    aten.dot: shape_wrapper(_matvec_flop),
-    aten.addmv: shape_wrapper(_addmv_flop),
-    aten.addbmm: shape_wrapper(_addbmm_flop),
+    aten.mv: _matvec_flop,
+    aten.dot: _matvec_flop,
+    aten.addmv: _addmv_flop,
+    aten.addbmm: _addbmm_flop,
 }
 
 # Operators of libraries that may not be imported yet.
 _BY_NAME: dict[str, Callable[..., int]] = {
-    "bitsandbytes::gemm_4bit": shape_wrapper(_four_bit_flop),
-    "bitsandbytes::gemv_4bit": shape_wrapper(_four_bit_flop),
+    "bitsandbytes::gemm_4bit": _four_bit_flop,
+    "bitsandbytes::gemv_4bit": _four_bit_flop,
 }

@@ -1,16 +1,14 @@
 """Inference latency: the median wall-clock time of a forward pass without gradients."""
 
-from __future__ import annotations
-
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from lorakit.errors import require
+from lorakit.modules import evaluating
 
 
 def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repeats: int, warmup: int = 2) -> float:
@@ -23,7 +21,7 @@ def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repea
         ParameterError: `repeats < 1`.
     """
     require(repeats >= 1, "repeats", repeats, "at least 1")
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for _ in range(warmup):
             model(**batch)
         return statistics.median(_milliseconds(model, batch) for _ in range(repeats))
@@ -40,14 +38,3 @@ def _milliseconds(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
 def _synchronise(batch: Mapping[str, torch.Tensor]) -> None:
     if any(value.is_cuda for value in batch.values()):
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,7 +1,5 @@
 """Live bytes: the sum of the sizes of all storages that exist, followed operator by operator."""
 
-from __future__ import annotations
-
 import bisect
 import weakref
 from collections import Counter

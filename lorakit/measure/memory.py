@@ -4,11 +4,9 @@ The prediction runs forward, backward and optimizer step of the real model code 
 state of training (the optimizer's state exists, gradients do not), and adds up the storages alive at each moment.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +16,7 @@ from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
-
-if TYPE_CHECKING:
-    from lorakit.seams import TokenSelection
+from lorakit.seams import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,11 +92,17 @@ def _step(
     loss_of: Callable[[], torch.Tensor],
 ) -> dict[str, int]:
     """One step in steady state, everything alive before it claimed by its kind."""
-    _warm_up(model, optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
     live = LiveBytes()
     _claim_steady(live, model, inputs, optimizer)
     with contextlib.ExitStack() as hooks:
-        _watch_gradients(live, model, hooks)
+        for parameter in trained:
+            handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
+            hooks.callback(handle.remove)
         _watch_head(live, model, hooks)
         with mode, live:
             with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
@@ -110,14 +112,6 @@ def _step(
         optimizer.step()
         optimizer.zero_grad()
     return live.peak()
-
-
-def _warm_up(model: nn.Module, optimizer: Any) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _claim_steady(live: LiveBytes, model: nn.Module, inputs: dict[str, Any], optimizer: Any) -> None:
@@ -131,13 +125,6 @@ def _claim_steady(live: LiveBytes, model: nn.Module, inputs: dict[str, Any], opt
     for tensor in (*model.parameters(), *model.buffers()):
         for stored in (tensor, *scale_tensors(tensor)):
             live.claim(stored, "parameters")
-
-
-def _watch_gradients(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
-            hooks.callback(handle.remove)
 
 
 def _watch_head(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:

@@ -1,7 +1,5 @@
 """The optimizers whose memory is predicted: PyTorch's own are run, bitsandbytes' Adam only makes its state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -39,34 +37,18 @@ class _ThirtyTwoBitAdam(_EightBitAdam):
     SMALLEST = float("inf")
 
 
-def _adamw(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained, foreach=foreach)
-
-
-def _fused_adamw(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained, fused=True)
-
-
-def _sgd(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trained, lr=1e-3, foreach=foreach)
-
-
 def _eight_bit(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
     return _EightBitAdam(trained)
 
 
-def _thirty_two_bit(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
-    return _ThirtyTwoBitAdam(trained)
-
-
 PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
-    "adamw_torch": _adamw,
-    "adamw_torch_fused": _fused_adamw,
-    "sgd": _sgd,
+    "adamw_torch": lambda trained, foreach: torch.optim.AdamW(trained, foreach=foreach),
+    "adamw_torch_fused": lambda trained, foreach: torch.optim.AdamW(trained, fused=True),
+    "sgd": lambda trained, foreach: torch.optim.SGD(trained, lr=1e-3, foreach=foreach),
     "adamw_bnb_8bit": _eight_bit,
     "adamw_8bit": _eight_bit,
     "paged_adamw_8bit": _eight_bit,  # the same state; on CUDA it may be moved to the CPU's memory under pressure
-    "paged_adamw_32bit": _thirty_two_bit,
+    "paged_adamw_32bit": lambda trained, foreach: _ThirtyTwoBitAdam(trained),
 }
 
 

@@ -4,8 +4,6 @@ In NF4 a linear weight costs 4 + 8/64 + 32/(64·256) = 4.127 bits (4.5 without d
 layer; embeddings, norms, biases and heads stay as they were, which is why a small model shrinks less than fourfold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +43,10 @@ def weight_table(
     counts = {kind: [0, 0] for kind in KINDS}
     for kind, name, parameter in _kinds(model):
         if name.rpartition(".")[0] in planned:
-            kind, size = _planned(kind, name, parameter, double_quant, COMPUTE_DTYPES[compute_dtype].itemsize)
+            if name.endswith(".weight"):
+                kind, size = FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
+            else:  # its bias is rounded
+                size = parameter.numel() * COMPUTE_DTYPES[compute_dtype].itemsize
         else:
             size = stored_bytes(parameter)
         counts[kind][0] += dense_numel(parameter)
@@ -61,13 +62,6 @@ def weight_table(
 
 def _row(parameters: int, size: int) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": size, "bits_per_parameter": 8 * size / max(parameters, 1)}
-
-
-def _planned(kind: str, name: str, parameter: Tensor, double_quant: bool, itemsize: int) -> tuple[str, int]:
-    """Kind and bytes that a parameter of a layer to be quantised will have; its bias is rounded to `itemsize` bytes."""
-    if name.endswith(".weight"):
-        return FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
-    return kind, parameter.numel() * itemsize
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -1,18 +1,15 @@
 """Name -> transformers configuration without weights; well-known hub models have packaged dimensions."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
 
 from lorakit import assets
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 PACKAGED = Path(__file__).parent.parent / "configs" / "models.json"
 
@@ -59,8 +56,6 @@ def describe(name: str) -> Described:
 
 def read_config(source: sources.Source) -> PreTrainedConfig:
     """Configuration of a model whose files were found."""
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -73,8 +68,6 @@ def packaged_names() -> list[str]:
 
 
 def _packaged(name: str) -> Described:
-    from transformers import AutoConfig
-
     known: dict[str, dict[str, Any]] = json.loads(PACKAGED.read_text(encoding="utf-8"))
     require(name in known, "model", name, f"has no configuration; packaged: {', '.join(packaged_names())}")
     dimensions = known[name]

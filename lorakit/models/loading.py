@@ -1,22 +1,18 @@
 """Name -> weights with a head for the task; a new head depends on the seed alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
 from lorakit.models.configs import family_of, read_config
 from lorakit.quiet import quiet
 from lorakit.tasks.toy import models as toys
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 KINDS = {
     "classify": "AutoModelForSequenceClassification",
@@ -102,8 +98,6 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
     """See `tokenizer`."""
     if source.name in toys.NAMES:
         return toys.tokenizer(source.name)
-    from transformers import AutoTokenizer
-
     with _explained(source, "its tokenizer cannot be read"), quiet():
         tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         if not tokens.is_fast:

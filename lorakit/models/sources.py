@@ -1,7 +1,5 @@
 """Where a model's files are: offline asset, toy, local folder or hub, in this order, each with a fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """From what is given to a run, by any door: the setting's file, the row's file, then what was given, which wins."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Params files: a setting's file is the reference run, a row's file one change of it, and nothing else is read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,10 +1,9 @@
 """What can be said to a run: the reference of all parameters, what goes with what, and the values of one row."""
 
-from __future__ import annotations
-
 import argparse
 import types
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lorakit.errors import ParameterError
@@ -13,6 +12,7 @@ from lorakit.files import PARAMS
 from lorakit.params.doors import resolve
 from lorakit.params.files import ROW_QUESTIONS, SETTING, of_files, read, row_of_file, rows_of
 from lorakit.params.whole import GROUPS, METHODS, NESTED, PER_RUN, QUESTIONS, Params, check, known
+from lorakit.settings import SparseSettings
 
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 ANSWERS: dict[str, dict[str, Any]] = {  # what a run may be besides its method, for the table of what goes together
@@ -25,27 +25,29 @@ ANSWERS: dict[str, dict[str, Any]] = {  # what a run may be besides its method, 
     "checkpointing": {"gradient_checkpointing": True},
     "select: best": {"select": "best"},
 }
+ALWAYS = ("model", "task", "method", "learning_rate", "batch_size", "budget", "budget_unit")  # shown of every run
+KNOBS: dict[str, tuple[str, ...]] = {  # and of a run of this method
+    "lora": ("rank", "alpha"),
+    "sparse": ("rank", "alpha", *SparseSettings.model_fields),
+    "hira": ("rank",),
+    "peft": ("rank", "alpha", "peft_type", "peft_options"),
+}
 
 
 def reference(markdown: bool = False) -> str:
     """Every parameter by the question it answers: name, type, default, range, meaning."""
     parts: list[str] = []
     for group in GROUPS:
-        title = (group.__doc__ or "").split("\n")[0]
-        rows = list(_rows(group))
+        title, rows = (group.__doc__ or "").split("\n")[0], [*_rows(group)]
         if markdown:
-            lines = ["| parameter | is | default | meaning |", "|---|---|---|---|"]
-            lines += ["| " + " | ".join([f"`{row[0]}`", *(_cell(text) for text in row[1:])]) + " |" for row in rows]
-            parts.append("\n".join([f"## {title}", "", *lines]))
+            cells = [[f"`{name}`", *(text.replace("|", "\\|") for text in texts)] for name, *texts in rows]
+            lines = [f"| {' | '.join(line)} |" for line in (("parameter", "is", "default", "meaning"), *cells)]
+            parts.append("\n".join([f"## {title}", "", lines[0], "|---|---|---|---|", *lines[1:]]))
         else:
             wide = [max(len(row[column]) for row in rows) for column in range(3)]
             lines = ["  ".join([*(text.ljust(w) for text, w in zip(row, wide, strict=False)), row[3]]) for row in rows]
             parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
     return "\n\n".join(parts)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _rows(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -66,51 +68,43 @@ def _kind(annotation: Any) -> str:
         return " | ".join(str(part) or "–" for part in parts)
     if origin in (Union, types.UnionType):
         return " | ".join(map(_kind, parts))
-    if annotation is type(None):
-        return "none"
     words = {str: "text", int: "whole number", float: "number", bool: "true | false", list: "list", dict: "mapping"}
-    return words[origin or annotation]
+    return (words | {type(None): "none"})[origin or annotation]
 
 
 def capabilities() -> dict[str, dict[str, str]]:
     """What goes together: by method or answer, for each answer "yes" or the reason why not."""
     rows = {method: {"method": method} for method in METHODS} | ANSWERS
-    return {
-        name: {other: _together(own, theirs) for other, theirs in ANSWERS.items()} for name, own in rows.items()
-    }  # fmt: skip
-
-
-def _together(one: dict[str, Any], other: dict[str, Any]) -> str:
-    if one == other:
-        return "–"
-    if one.keys() & other.keys():
-        return "one or the other"
-    try:
-        check(Params(**one | other))
-    except ParameterError as error:
-        return f"{error.name}: {error.allowed}"
-    return "yes"
+    table = {name: dict.fromkeys(ANSWERS, "yes") for name in rows}
+    for (name, own), (other, theirs) in product(rows.items(), ANSWERS.items()):
+        if own.keys() & theirs.keys():
+            table[name][other] = "–" if own == theirs else "one or the other"
+            continue
+        try:
+            check(Params(**own | theirs))
+        except ParameterError as error:
+            table[name][other] = f"{error.name}: {error.allowed}"
+    return table
 
 
 def capability_table() -> str:
     """`capabilities` in Markdown, the reasons numbered below."""
-    table, reasons = capabilities(), []
+    table = capabilities()
+    reasons = [*dict.fromkeys(answer for answers in table.values() for answer in answers.values() if ": " in answer)]
+    numbered = {reason: f"no ({number})" for number, reason in enumerate(reasons, 1)}
     lines = ["| | " + " | ".join(ANSWERS) + " |", "|---" * (len(ANSWERS) + 1) + "|"]
-    for name, answers in table.items():
-        cells = []
-        for answer in answers.values():
-            if ": " in answer and answer not in reasons:
-                reasons.append(answer)
-            cells.append(f"no ({reasons.index(answer) + 1})" if answer in reasons else answer)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        f"| {name} | {' | '.join(numbered.get(a, a) for a in answers.values())} |" for name, answers in table.items()
+    ]
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
 
 
 def shown(given: dict[str, Any]) -> Any:
-    """A DataFrame of what a run has otherwise than the defaults, or is about as a row: value, and who says so."""
+    """A DataFrame of what a run is about and of what it has otherwise than the defaults: value, and who says so."""
     import pandas
 
     params, folder = resolve(given), PARAMS / str(given.get("setting"))
+    about = {*ALWAYS, *KNOBS.get(params.method, ())}
     sources, asked = {}, set()
     if (folder / SETTING).is_file():
         sources["the setting"] = read(folder / SETTING)
@@ -120,13 +114,18 @@ def shown(given: dict[str, Any]) -> Any:
     rows = []
     for name, question in QUESTIONS.items():
         value, default = getattr(params, name), known({}, name)
-        if name in PER_RUN or (value == default and question not in asked):
+        if name in PER_RUN or (value == default and question not in asked and name not in about):
             continue
         plain = value.model_dump(exclude_defaults=True) if isinstance(value, Settings) else value
-        where = next((who for who, said in sources.items() if name in said and said[name] == plain), "")
+        where = next((who for who, said in sources.items() if name in said and _told(said[name], value)), "")
         where = where or ("default" if value == default else "given" if name in given else "the method's default")
         rows.append((name, plain, where))
     return pandas.DataFrame(rows, columns=["parameter", "value", "said by"]).set_index("parameter")
+
+
+def _told(said: Any, value: Any) -> bool:
+    """Whether what a file says is `value`; a file may leave out keys of a mapping that are its defaults."""
+    return (type(value)(**said) if isinstance(value, Settings) and isinstance(said, dict) else said) == value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,43 +1,21 @@
 """All parameters of a run in one object, what of them does not go together, and a rate for who gives none."""
 
-from __future__ import annotations
-
+from operator import attrgetter
 from typing import Any
 
+from lorakit import settings as s
 from lorakit.errors import ParameterError
 from lorakit.fields import Settings
-from lorakit.settings import (
-    RATES,
-    AdapterSettings,
-    AttachSettings,
-    BaseSettings,
-    DataSettings,
-    EvaluationSettings,
-    GateSettings,
-    Gating,
-    RunSettings,
-    SearchSettings,
-    SkipSettings,
-    SparseSettings,
-    TokenSettings,
-    TrainingSettings,
-)
 
-METHODS = (
-    "lora",
-    "sparse",
-    "hira",
-    "peft",
-    "head",
-    "full",
-)  # what lorakit trains; a params file may be called after it
-NESTED = {"gating": Gating}  # parameters that are mappings with keys of their own, merged key by key
+# what lorakit trains; a params file may be called after it
+METHODS = ("lora", "sparse", "hira", "peft", "head", "full")
+NESTED = {"gating": s.Gating}  # parameters that are mappings with keys of their own, merged key by key
 PER_RUN = ("setting", "row", "seed", "record", "run_dir")  # a run's own, in no params file of a setting
 
 
 class Params(
-    SearchSettings, EvaluationSettings, TrainingSettings, TokenSettings, GateSettings, SkipSettings, SparseSettings,
-    AttachSettings, AdapterSettings, BaseSettings, DataSettings, RunSettings,
+    s.SearchSettings, s.EvaluationSettings, s.TrainingSettings, s.TokenSettings, s.GateSettings, s.SkipSettings,
+    s.SparseSettings, s.AttachSettings, s.AdapterSettings, s.BaseSettings, s.DataSettings, s.RunSettings,
 ):  # fmt: skip
     """What a run is told. Notebooks, params files and the command line all speak these names."""
 
@@ -55,13 +33,7 @@ def check(params: Params) -> None:
     for group in GROUPS:
         for refusal in group.refuses:
             if refusal.when(params):
-                raise ParameterError(refusal.parameter, _value(params, refusal.parameter), refusal.why)
-
-
-def _value(settings: Any, name: str) -> Any:
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
+                raise ParameterError(refusal.parameter, attrgetter(refusal.parameter)(params), refusal.why)
 
 
 def known(values: dict[str, Any], name: str) -> Any:
@@ -78,7 +50,7 @@ def rated(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the method's stated learning rate, where they have none and are not about toys."""
     if "learning_rate" in values or is_toy(values):
         return dict(values)
-    return values | {"learning_rate": RATES.get(str(known(values, "method")), RATES["lora"])[0]}
+    return values | {"learning_rate": s.RATES.get(str(known(values, "method")), s.RATES["lora"])[0]}
 
 
 def rate_note(params: Params) -> str | None:

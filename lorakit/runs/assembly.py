@@ -1,9 +1,7 @@
 """From parameters to everything a run works on: model, task, adapter, what acts between steps, trainer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +13,12 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
+from lorakit.seams import Controller, TokenSelection
+from lorakit.skip.controller import SkipLoRA
+from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tokens import build_tokens
-
-if TYPE_CHECKING:
-    from lorakit.seams import Controller, TokenSelection
-    from lorakit.training import BudgetTrainer
+from lorakit.training import Budget, BudgetTrainer, Schedule
+from lorakit.training.arguments import training_arguments
 
 
 @dataclass
@@ -59,26 +58,19 @@ def assemble(params: Params) -> Assembled:
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
-    task = tasks.load(
-        params.task,
-        loaded.tokenizer,
-        kind_of_model=models.family(params.model),
-        data_dir=params.data_dir,
-        max_length=params.max_length,
-        max_train=params.max_train,
-        max_validation=params.max_validation,
-        max_test=params.max_test,
-        packing=params.packing,
-        seed=params.seed,
-    )
+    read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
+    asked = {name: getattr(params, name) for name in read}
+    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
     task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
-    return Assembled(params, _adapted(params, loaded.model), loaded.tokenizer, task, loaded, redundant)
+    if params.quantize == "nf4":
+        adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
+    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
+    model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
+    return Assembled(params, model, loaded.tokenizer, task, loaded, redundant)
 
 
 def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The task with a stream whose share of redundant batches is known for training rows; which they are, (N,) bool."""
-    from lorakit.tasks.redundancy import redundant_stream
-
     stream, redundant = redundant_stream(
         task.train,
         share=params.redundancy,
@@ -91,28 +83,10 @@ def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
     return replace(task, train=stream), redundant
 
 
-def _adapted(params: Params, model: torch.nn.Module) -> torch.nn.Module:
-    """`model` on the base and with the adapter asked for."""
-    if params.quantize == "nf4":
-        adapters.quantize_nf4(model, double_quant=params.double_quant)
-    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
-    return adapters.attach(model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
-
-
 def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
     """What acts between the steps."""
-    found: list[Controller] = []
-    if params.method == "sparse":
-        from lorakit.adapters.sparsify import Sparsifier
-
-        found.append(Sparsifier(model, params))
-    if params.method == "peft":
-        from lorakit.adapters.peft.schedule import PeftSchedule
-
-        found.append(PeftSchedule(model))
+    found = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
-        from lorakit.skip.controller import SkipLoRA
-
         found.append(SkipLoRA(model, params, seed=params.seed))
     return found
 
@@ -143,9 +117,6 @@ def fingerprints(assembled: Assembled) -> dict[str, Any]:
 
 def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTrainer:
     """The trainer of the run that `record` is about, working in `folder`."""
-    from lorakit.training import Budget, BudgetTrainer, Schedule
-    from lorakit.training.arguments import training_arguments
-
     params, task = assembled.params, assembled.task
     args = training_arguments(params, folder)
     free = flagged(Params, FREE)

@@ -1,7 +1,5 @@
 """run(params) -> Record: one run from parameters to a record, whatever happens on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import tempfile
@@ -9,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +19,8 @@ from lorakit.params import Params, rate_note, resolve
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
 from lorakit.runs.rows import row_of
-
-if TYPE_CHECKING:
-    from lorakit.training import BudgetTrainer
+from lorakit.training import BudgetTrainer, Diverged, checkpoint
+from lorakit.training.callback import strip_prefix
 
 
 def run(given: dict[str, Any]) -> Record:
@@ -77,8 +74,6 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
 
 def attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -> BaseException | None:
     """Do `work` and say in the record how it ended; what stopped it is returned."""
-    from lorakit.training import Diverged
-
     try:
         work()
         record.status = "done"
@@ -98,8 +93,6 @@ def attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) ->
 
 def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     """Train to the end of the budget, from the newest checkpoint in the run's folder where there is one."""
-    from lorakit.training import checkpoint
-
     resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
@@ -163,8 +156,6 @@ def _redundancy(assembled: Assembled, trainer: BudgetTrainer) -> dict[str, Any]:
 
 def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
     """Final metrics of the chosen weights; the test split is read here and nowhere before."""
-    from lorakit.training.callback import strip_prefix
-
     chosen = trainer.curve.chosen()
     record.final["validation"] = dict(chosen.validation)
     metrics = trainer.evaluate(assembled.task.test, metric_key_prefix="test")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -58,7 +57,9 @@ def run_notebook(
     require(notebook != output, "output", str(output), "must not be the notebook itself")
     given = checked(notebook, params or {})
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _private_folder() as folder, _kernel(notebook.parent, folder, progress) as kernel:
+    short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"  # for the names of sockets
+    own = tempfile.TemporaryDirectory(prefix="lorakit-", dir=short)
+    with own as folder, _kernel(notebook.parent, Path(folder), progress) as kernel:
         _execute(notebook, output, given, kernel, progress)
     return output
 
@@ -118,7 +119,6 @@ def _read(notebook: str | Path) -> NotebookNode:
 def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
     import papermill
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list
     stopping = threading.Event()
 
     def stop_between_cells(**_: Any) -> None:
@@ -146,14 +146,6 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
         raise NotebookFailed("interrupted", output) from None
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         raise NotebookFailed(f"the kernel died (out of memory?): {error}", output) from None
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder of this run's own with a path short enough for sockets."""
-    place = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="lorakit-", dir=place) as folder:
-        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -1,26 +1,25 @@
 """Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
+from lorakit.base.quantize import quantisable
 from lorakit.errors import ParameterError, require
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_training_memory
 from lorakit.measure.optimizers import PREDICTABLE
+from lorakit.modules import is_conv1d, replace_modules
 from lorakit.params import Params, check
 from lorakit.settings import Gating
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+from lorakit.tokens import build_tokens
 
 GIB = 2**30
 GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
@@ -83,7 +82,6 @@ def predict(plan: Plan) -> Prediction:
         AssetError: nothing is known of a model of this name.
     """
     from lorakit import adapters, models
-    from lorakit.tokens import build_tokens
 
     require(plan.method in adapters.methods(), "method", plan.method, f"one of {', '.join(adapters.methods())}")
     described = models.describe(plan.model)
@@ -125,17 +123,12 @@ def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
 
 def quantize_meta(model: nn.Module) -> None:
     """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
-    from lorakit.base.quantize import quantisable
-    from lorakit.modules import replace_modules
-
     linears = {model.get_submodule(path): None for path in quantisable(model)}  # once each, however many paths
     replace_modules(model, {linear: _four_bit(linear) for linear in linears})
     model.is_loaded_in_4bit = True
 
 
 def _four_bit(linear: nn.Module) -> nn.Module:
-    from lorakit.modules import is_conv1d
-
     library, weight, bias = bitsandbytes(), linear.weight, linear.bias
     shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
     layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")

@@ -1,7 +1,5 @@
 """A row of a table is one combination of answers: what is trained, on which base, which layers get a backward."""
 
-from __future__ import annotations
-
 from lorakit.params import Params
 
 

@@ -1,7 +1,5 @@
 """search(params) -> Record: every learning rate at the same small budget, compared on validation data."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A sweep: every method x seed of a setting that has no finished record yet, through Snakemake."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """LoRA from scratch: the layer, a transformer that carries it, and a trainer, each small enough to read in one go."""
 
-from __future__ import annotations
-
 from lorakit.scratch.attention import SelfAttention
 from lorakit.scratch.cli import main
 from lorakit.scratch.compare import Comparison, Settings, compare

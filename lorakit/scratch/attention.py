@@ -1,7 +1,5 @@
 """Pre-norm attention with rotary positions: x += Attention(LN x); x += FeedForward(LN x)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

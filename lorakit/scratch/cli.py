@@ -1,7 +1,5 @@
 """`lorakit scratch`: LoRA on a pretrained base against LoRA on a random one, as options, a table and a folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -80,7 +78,7 @@ def save(result: Comparison, folder: Path) -> None:
     """Write config.json (arguments of LoRATransformer), base and adapter (its state_dict together), history, figure."""
     from safetensors.torch import save_file
 
-    from lorakit import style
+    from lorakit.analysis import style
 
     model = result.pretrained.model
     save_file(model.base_state_dict(), folder / "base.safetensors")

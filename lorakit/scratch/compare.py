@@ -1,7 +1,5 @@
 """Does LoRA need a trained base? The same LoRA on reviews, on a base trained on stories and on one left at random."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field

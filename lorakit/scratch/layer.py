@@ -1,7 +1,5 @@
 """LoRA's layer: h = W0 x + b + (alpha/r) B A x, with W0 and b frozen, A (r, d_in) and B (d_out, r) trained."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

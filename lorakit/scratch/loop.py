@@ -3,8 +3,6 @@
 The target at each position is the byte that comes next; AdamW, linear warm-up and decay.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Protocol

@@ -74,7 +74,7 @@ class LoRATrainer:
         Raises:
             ParameterError: nothing was trained yet.
         """
-        from lorakit import style
+        from lorakit.analysis import style
 
         require(bool(self.history["val_loss"]), "history", {}, "is empty: call train() first")
         train, validation = self.history["train_loss"], [self.initial_val_loss, *self.history["val_loss"]]

@@ -1,7 +1,6 @@
 """Gradients in few numbers: CountSketch, TensorSketch, Frequent Directions, and the gradient of a linear head."""
 
 from lorakit.head import rows
-from lorakit.sketches.count_sketch import CountSketch
 from lorakit.sketches.frequent_directions import FrequentDirections
 from lorakit.sketches.head_gradient import (
     error_norms,
@@ -11,4 +10,4 @@ from lorakit.sketches.head_gradient import (
     sparse_error,
     top_indices,
 )
-from lorakit.sketches.tensor_sketch import TensorSketch
+from lorakit.sketches.tensor_sketch import CountSketch, TensorSketch

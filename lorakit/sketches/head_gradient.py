@@ -4,8 +4,6 @@ Logits are taken as the loss sees them. If the model caps them, logit = c·tanh(
 raw ones, e·(1 − (logit/c)²). Everything works on chunks of tokens: with 262k words the logits set the peak memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -14,8 +12,7 @@ from torch import Tensor
 
 from lorakit.errors import require
 from lorakit.head import IGNORED, rows
-from lorakit.sketches.count_sketch import as_float
-from lorakit.sketches.tensor_sketch import TensorSketch
+from lorakit.sketches.tensor_sketch import TensorSketch, as_float
 
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"

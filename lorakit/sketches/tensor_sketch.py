@@ -1,13 +1,117 @@
-"""TensorSketch: T(x, y) = irfft(rfft(C₁x)·rfft(C₂y)), a CountSketch of vec(x ⊗ y) never formed (Pham and Pagh 2013)."""
+"""CountSketch, and TensorSketch which is made of two.
 
-from __future__ import annotations
+C(x)_b = Σ_{i: h(i) = b} s(i)·x_i, R^d → R^m, linear, E⟨C(x), C(y)⟩ = ⟨x, y⟩ (Charikar et al. 2002).
+T(x, y) = irfft(rfft(C₁x)·rfft(C₂y)): a CountSketch of vec(x ⊗ y) that is never formed (Pham and Pagh 2013).
+"""
 
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from lorakit.sketches.count_sketch import CountSketch, as_float
+from lorakit.errors import CheckpointError, require
+
+PRIME = 2**31 - 1  # the product of two residues fits into int64
+DEGREE = 3  # of both polynomials; degree 3 makes them 4-wise independent, which the bounds of the variance need
+
+
+class CountSketch:
+    """Hashes h: [d] → [m] and signs s: [d] → ±1 are polynomials over the field of `PRIME` elements.
+
+    They are evaluated where they are needed, so the state is 8 integers for any d and the same on every device.
+
+    Args:
+        dim: d, length of what is sketched.
+        size: m, length of the sketch.
+        generator: draws the coefficients; on the CPU, so that a seed means the same sketch everywhere.
+        device: where dense vectors to be sketched live.
+
+    Raises:
+        ParameterError: `dim` is below 1 or above `PRIME`, or `size` is below 2.
+    """
+
+    def __init__(self, dim: int, size: int, *, generator: Generator, device: torch.device | str = "cpu"):
+        require(1 <= dim <= PRIME, "dim", dim, f"must be from 1 to {PRIME}")
+        require(2 <= size <= PRIME, "size", size, f"must be from 2 to {PRIME}")
+        self.dim, self.size, self.device = dim, size, torch.device(device)
+        self._set(torch.randint(PRIME, (2, DEGREE + 1), generator=generator).tolist())
+
+    def _set(self, coefficients: list[list[int]]) -> None:
+        self._coefficients = coefficients
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    def hashed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Buckets (...) int64 in [0, m) and signs (...) float32 of `indices` (...), on their device."""
+        for_bucket, for_sign = self._coefficients
+        buckets = _polynomial(for_bucket, indices).remainder_(self.size)
+        signs = _polynomial(for_sign, indices).bitwise_and_(1).mul_(2).sub_(1)
+        return buckets, signs.float()
+
+    @property
+    def buckets(self) -> Tensor:
+        """(d,) int64; made at the first dense sketch and kept."""
+        return self._table()[0]
+
+    @property
+    def signs(self) -> Tensor:
+        """(d,) float32; made at the first dense sketch and kept."""
+        return self._table()[1]
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        if self._dense is None:
+            self._dense = self.hashed(torch.arange(self.dim, device=self.device))
+        return self._dense
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Sketch (..., m) of `x` (..., d): float64 if `x` is, else float32.
+
+        Raises:
+            ParameterError: the last dimension is not d.
+        """
+        require(x.ndim > 0 and x.shape[-1] == self.dim, "x", tuple(x.shape), f"the last dimension must be {self.dim}")
+        signed = (as_float(x) * self.signs).reshape(-1, self.dim)
+        out = signed.new_zeros(len(signed), self.size).scatter_add_(1, self.buckets.expand_as(signed), signed)
+        return out.reshape(*x.shape[:-1], self.size)
+
+    def sparse(self, indices: Tensor, values: Tensor) -> Tensor:
+        """Sketch (..., m) of vectors with `values` (..., K) at `indices` (..., K); an index may occur repeatedly.
+
+        Raises:
+            ParameterError: the shapes differ.
+        """
+        same = indices.shape == values.shape and indices.ndim > 0
+        require(same, "values", tuple(values.shape), f"must be shaped as indices, {tuple(indices.shape)}")
+        values = as_float(values)
+        buckets, signs = self.hashed(indices)
+        out = values.new_zeros(*indices.shape[:-1], self.size)
+        return out.scatter_add_(-1, buckets, values * signs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dim": self.dim, "size": self.size, "coefficients": torch.tensor(self._coefficients)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the sketch whose state this is.
+
+        Raises:
+            CheckpointError: it is of another d or m.
+        """
+        found = (state["dim"], state["size"])
+        if found != (self.dim, self.size):
+            raise CheckpointError(f"sketch: saved with (dim, size) = {found}, this one has {(self.dim, self.size)}")
+        self._set(state["coefficients"].tolist())
+
+
+def as_float(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is that: halves would lose what a bucket sums up."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _polynomial(coefficients: list[int], x: Tensor) -> Tensor:
+    """Σ c_j x^j mod `PRIME` (...) int64 by Horner's rule, highest coefficient first."""
+    value = torch.full_like(x, coefficients[0], dtype=torch.int64)
+    for coefficient in coefficients[1:]:
+        value = value.mul_(x).add_(coefficient).remainder_(PRIME)
+    return value
 
 
 class TensorSketch:

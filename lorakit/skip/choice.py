@@ -6,8 +6,6 @@ saves next to nothing, because the gradient still flows through the frozen layer
 prefixes, LoRA-drop (Zhou et al. 2024) ranks adapters by their outputs, LISA (Pan et al. 2024) draws layers at random.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """SkipLoRA between the steps of a run: measure and average M of every adapter, choose which are active, keep books."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -97,7 +95,11 @@ class SkipLoRA(Controller):
         for place, probe in enumerate(self.probes):
             self.skipped[place] += not probe.active
         if self.probes[0].squares is not None:
-            self._average(self._measured(self.probes))
+            measured = self._measured(self.probes)
+            # while B still grows from zero an average would lag behind
+            rate = self.settings.skip_ema if self.metric and not self._warm else 1.0
+            before = self.metric or measured
+            self.metric = [old + rate * (new - old) for old, new in zip(before, measured, strict=True)]
 
     def at_point(self, step: int) -> None:
         since, skips = self._since_point
@@ -148,8 +150,7 @@ class SkipLoRA(Controller):
 
     def _new_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        known = isinstance(mask, Tensor) and mask.ndim == 2
-        valid = mask.reshape(-1).float() if known else None
+        valid = mask.reshape(-1).float() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         for probe in self.probes:
             probe.valid, probe.fresh = valid, True
 
@@ -159,11 +160,8 @@ class SkipLoRA(Controller):
         place = self.probes.index(probe)
         before = [other.active for other in self.probes[:place]]
         (m,) = self._measured([probe])
-        tau = (
-            threshold(self.metric, self.settings)
-            if self.settings.skip_share and self.metric
-            else self.settings.skip_threshold
-        )
+        adaptive = self.settings.skip_share and self.metric
+        tau = threshold(self.metric, self.settings) if adaptive else self.settings.skip_threshold
         needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
         cut_ended = self.settings.skip == "prefix" and any(before)
         return m >= tau or needed or cut_ended or self._forced[place]
@@ -173,12 +171,6 @@ class SkipLoRA(Controller):
         squares = torch.stack([probe.squares for probe in probes]).double().cpu()
         update, output = self._sum(squares.flatten()).view(-1, 2).T
         return (update / output.clamp_min(1e-30)).sqrt().tolist()
-
-    def _average(self, measured: list[float]) -> None:
-        # while B still grows from zero an average would lag behind
-        rate = self.settings.skip_ema if self.metric and not self._warm else 1.0
-        before = self.metric or measured
-        self.metric = [old + rate * (new - old) for old, new in zip(before, measured, strict=True)]
 
 
 # probes on a model -------------------------------------------------------------------------------------

@@ -1,29 +1,28 @@
 """Gates: is novelty(head gradient) the novelty of what is trained, does a rejected batch leave a trace, does the rate
 hold, and what do many short runs and recorded ones say of a row and the row it is compared with?"""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
 from lorakit.files import RESULTS
+from lorakit.gates import HeadGradientGate, ThresholdController
+from lorakit.head import HeadInput, find_head
+from lorakit.modules import adapter_parameters
+from lorakit.params import resolve
 from lorakit.records import Record, read_all
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-    from lorakit.gates import HeadGradientGate, ThresholdController
-    from lorakit.runs.assembly import Assembled
-    from lorakit.training import BudgetTrainer
+from lorakit.runs.assembly import Assembled, assemble, build_trainer
+from lorakit.runs.experiment import new_record, run
+from lorakit.sketches import FrequentDirections
+from lorakit.training import BudgetTrainer
 
 # of a short run, what no table of a study looks at
 QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 16}
@@ -53,10 +52,6 @@ def novelty_table(
     """
     import pandas as pd
 
-    from lorakit.head import HeadInput, find_head
-    from lorakit.modules import adapter_parameters
-    from lorakit.sketches import FrequentDirections
-
     require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
     require(gate.updates == 0, "gate", gate.updates, "must not have learned from a batch yet")
     trained, seen = adapter_parameters(model), HeadInput(find_head(model, gate.kind))
@@ -67,8 +62,10 @@ def novelty_table(
     for sketch, gradient in pairs[:remembered]:
         gate.update(sketch)
         whole.insert(gradient)
-    bases = (gate.directions.basis(gate.k), whole.basis(gate.k))
-    values = [[_novelty(basis, z) for basis, z in zip(bases, pair, strict=True)] for pair in pairs[remembered:]]
+    bases = (gate.directions.basis(gate.k).double(), whole.basis(gate.k).double())
+    units = [[vector.double() / vector.double().norm().clamp(min=1e-300) for vector in pair] for pair in pairs]
+    values = [[1 - float((basis @ unit).square().sum()) for basis, unit in zip(bases, pair, strict=True)]
+              for pair in units[remembered:]]  # fmt: skip
     return pd.DataFrame(values, columns=["proxy", "truth"])
 
 
@@ -86,12 +83,6 @@ def _sketch_and_gradient(
     return z, gradient / gradient.norm().clamp(min=1e-30)
 
 
-def _novelty(basis: torch.Tensor, vector: torch.Tensor) -> float:
-    """1 − ‖W v̂‖² of a basis (k, n) and a vector (n,)."""
-    unit = vector.double() / vector.double().norm().clamp(min=1e-300)
-    return 1 - float((basis.double() @ unit).square().sum())
-
-
 def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """`count` batches of `size` training rows each, shuffled, and shuffled again when they are used up."""
     generator, order = torch.Generator().manual_seed(seed), []
@@ -102,14 +93,12 @@ def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch
 
 def agreement(found: Mapping[str, DataFrame]) -> Figure:
     """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
-    with style.context():
-        drawn = style.figure(3.0)
-        axes = np.atleast_1d(drawn.subplots(1, len(found)))
-        for ax, (name, table) in zip(axes, found.items(), strict=True):
+    with style.panel(3.0, len(found), squeeze=False) as axes:
+        for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
             style.points(ax, table["truth"], table["proxy"])
-            ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it")
-            ax.set_title(f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}", loc="left")
-    return drawn
+            ax.set(xlabel="novelty of the adapters' true gradient", ylabel="novelty as the gate sees it",
+                   title=f"{name}: Spearman {stats.spearman(table['proxy'], table['truth']):.2f}")  # fmt: skip
+        return ax.get_figure()
 
 
 # a run, watched ------------------------------------------------------------------------------------
@@ -155,10 +144,6 @@ def watched(given: Mapping[str, Any]) -> list[Step]:
 
 
 def _started(given: Mapping[str, Any]) -> tuple[Assembled, BudgetTrainer, Any]:
-    from lorakit.params import resolve
-    from lorakit.runs.assembly import assemble, build_trainer
-    from lorakit.runs.experiment import new_record
-
     params = resolve(dict(given))
     assembled, folder = assemble(params), tempfile.TemporaryDirectory()
     return assembled, build_trainer(assembled, new_record(params, dict(given)), folder.name), folder
@@ -185,8 +170,6 @@ def thresholded(controller: ThresholdController, scores: Iterable[float], seed: 
 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
     """A run of `base` with each variant's changes and each seed; a record is called after its variant."""
-    from lorakit.runs.experiment import run
-
     jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
     return [run({**QUICK, **base, **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]
 

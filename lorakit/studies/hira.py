@@ -1,15 +1,12 @@
 """HiRA: the spectrum of its update, which ends at no rank, next to LoRA's, which does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 LOWEST = 1e-9  # what is zero but for rounding lies on the lower edge
 
@@ -33,12 +30,9 @@ def spectrum_table(updates: Mapping[str, Any]) -> DataFrame:
 def spectrum(updates: Mapping[str, Any], rank: int) -> Figure:
     """`spectrum_table`, a line per row; the rank r of the factors is marked."""
     table = spectrum_table(updates).assign(size=lambda table: table["size"].clip(lower=LOWEST))
-    with style.context():
-        drawn = style.figure(2.8)
-        ax = drawn.subplots()
+    with style.panel(2.8) as ax:
         style.lines(ax, table, "place", "size", "row", style.looks(updates), {row: names.label(row) for row in updates})
         ax.axvline(rank, color="0.4", lw=0.9, ls=":")
         ax.annotate(f"r = {rank}", (rank, 5e-10), (-4, 4), textcoords="offset points", ha="right", size=8)
         ax.set(xlabel="singular value, largest first", ylabel="size over the largest", yscale="log", ylim=(5e-10, 2))
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)

@@ -1,33 +1,26 @@
 """QLoRA: NF4's 16 values under the weights they stand for, and where a quantized model's bits go."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def codebook(weights: Any, codes: Sequence[float]) -> Figure:
     """A histogram of weights over their block's largest, (N,) in [-1, 1], and the 16 values NF4 rounds them to."""
     import seaborn as sns
 
-    with style.context():
-        drawn = style.figure(2.6)
-        ax = drawn.subplots()
+    with style.panel(2.6) as ax:
         sns.histplot(x=np.asarray(weights), bins=81, binrange=(-1, 1), stat="density", color=style.COLORS[5],
                      alpha=1, lw=0, label="weights", ax=ax)  # fmt: skip
         for place, code in enumerate(codes):
             ax.axvline(code, color=style.COLORS[2], lw=1.0, label="NF4's 16 values" if place == 0 else None)
         ax.set(xlabel="weight over the largest of its block of 64", ylabel="density", xlim=(-1.04, 1.04))
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)
 
 
 def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
@@ -48,11 +41,8 @@ def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
 def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
     """`bits_table`: bits a parameter costs, over the whole model, stacked by the kind of weight they go to."""
     table = bits_table(tables)
-    with style.context():
-        drawn = style.figure(1.0 + style.rows_height(tables))
-        ax = drawn.subplots()
+    with style.panel(1.0 + style.rows_height(tables)) as ax:
         style.stacked(ax, table, [f"{total:.1f}" for total in table.sum(axis=1)])
         ax.margins(x=0.1)
         ax.set_xlabel("bits per parameter of the whole model")
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)

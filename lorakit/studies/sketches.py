@@ -4,21 +4,17 @@ A `Batch` is what the last layer of a causal language model leaves: hidden state
 (B, T). Its exact head gradient G = Σ_t h_t ⊗ e_t, (H, V), is only affordable on a small model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Generator, Tensor
 
 from lorakit.analysis import stats, style
 from lorakit.sketches import FrequentDirections, TensorSketch, predicted, sketch_batch, sparse_error
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 Batch = tuple[Tensor, Tensor, Tensor]
 VARIANCE = 2 + 3**2  # of an inner product of unit vectors, times m, at most
@@ -60,8 +56,7 @@ def cosine_table(batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> 
     width, words = batches[0][0].shape[-1], batches[0][1].shape[-1]
 
     def cosines(vectors: Tensor) -> np.ndarray:
-        unit = vectors / lengths
-        return (unit @ unit.T)[one, two].numpy()
+        return ((vectors / lengths) @ (vectors / lengths).T)[one, two].numpy()
 
     def sketches(size: int, seed: int) -> Tensor:
         """(batches, m) float64, with nothing left out of the errors."""
@@ -86,16 +81,13 @@ def sketch_error(cosines: Sketched) -> Figure:
     table = error_table(cosines)
     low, high = table.min(axis=None), table.max(axis=None)
     looks = dict(zip(table, (style.Look("0.4", ".", style.DASHES[1]), style.Look(style.COLORS[1], "o")), strict=True))
-    with style.context():
-        drawn = style.figure(2.8)
-        ax = drawn.subplots()
+    with style.panel(2.8) as ax:
         style.wide_lines(ax, table, looks)
-        ax.set(xlabel="size of the sketch, m", ylabel="rms error of a cosine", xscale="log", yscale="log")
-        ax.set_ylim(low / 1.4, high * 1.4)
+        ax.set(xlabel="size of the sketch, m", ylabel="rms error of a cosine", xscale="log", yscale="log",
+               ylim=(low / 1.4, high * 1.4))  # fmt: skip
         style.plain_ticks(ax.yaxis, [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= tick <= high])
         style.plain_ticks(ax.xaxis, [*table.index])
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)
 
 
 def agreement(values: Sketched, size: int, what: str = "cosine", point: str = "two batches") -> Figure:
@@ -103,21 +95,17 @@ def agreement(values: Sketched, size: int, what: str = "cosine", point: str = "t
     import seaborn as sns
 
     ranks = values.ranks()
-    with style.context():
-        drawn = style.figure(3.0)
-        left, right = drawn.subplots(1, 2)
+    with style.panel(3.0, 2) as (left, right):
         left.axline((0, 0), slope=1, color="0.4", lw=0.9)
         style.points(left, values.exact, values.sketched[size][0])
-        left.set(xlabel=f"exact {what}", ylabel=f"sketched, m = {size:,}")
-        left.set_title(f"a point: {point}", loc="left")
+        left.set(xlabel=f"exact {what}", ylabel=f"sketched, m = {size:,}", title=f"a point: {point}")
         sns.lineplot(ranks, x="m", y="Spearman", errorbar=("pi", 100), color=style.COLORS[1], marker="o", mec="none",
                      ms=style.RC["lines.markersize"], err_kws={"lw": 0}, ax=right)  # fmt: skip
         off = 1 - ranks["Spearman"].min()
-        right.set(xlabel="size of the sketch, m", ylabel="Spearman's correlation", xscale="log")
-        right.set_ylim(1 - 1.05 * off, 1 + 0.03 * off)
-        right.set_title("band: lowest to highest seed", loc="left")
+        right.set(xlabel="size of the sketch, m", ylabel="Spearman's correlation", xscale="log",
+                  ylim=(1 - 1.05 * off, 1 + 0.03 * off), title="band: lowest to highest seed")  # fmt: skip
         style.plain_ticks(right.xaxis, [*values.sketched])
-    return drawn
+        return right.get_figure()
 
 
 # The sparse error -----------------------------------------------------------------------------------
@@ -149,31 +137,26 @@ def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> DataFrame:
     """Each of `topks` by way of leaving words out: ‖Ĝ − G‖ / ‖G‖, the mean over batches."""
     import pandas as pd
 
-    means = [np.mean([_sparse_errors(batch, topk) for batch in batches], axis=0) for topk in topks]
-    return pd.DataFrame(means, pd.Index(topks, name="topk"), [*SPARSE])
-
-
-def _sparse_errors(batch: Batch, topk: int) -> list[float]:
-    h, logits, labels = predicted(*batch, "causal")
-    h, logits, exact = h.double(), logits.double(), head_gradient(batch)
-    indices, values = sparse_error(logits, labels, topk)
     found = []
-    for change in SPARSE.values():
-        error = torch.zeros_like(logits).scatter_add_(1, indices, change(indices, values, logits, labels))
-        found.append(float((h.T @ error - exact).norm() / exact.norm()))
-    return found
+    for batch in batches:
+        h, logits, labels = predicted(*batch, "causal")
+        h, logits, exact = h.double(), logits.double(), head_gradient(batch)
+        for topk in topks:
+            indices, values = sparse_error(logits, labels, topk)
+            for change in SPARSE.values():
+                error = torch.zeros_like(logits).scatter_add_(1, indices, change(indices, values, logits, labels))
+                found.append(float((h.T @ error - exact).norm() / exact.norm()))
+    means = np.reshape(found, (len(batches), len(topks), len(SPARSE))).mean(axis=0)
+    return pd.DataFrame(means, pd.Index(topks, name="topk"), [*SPARSE])
 
 
 def sparse_errors(table: DataFrame) -> Figure:
     """`sparse_table` against K."""
-    with style.context():
-        drawn = style.figure(2.8)
-        ax = drawn.subplots()
+    with style.panel(2.8) as ax:
         style.wide_lines(ax, table)
         ax.set(xlabel="words kept per token, K", ylabel="relative error of the gradient", xscale="log", yscale="log")
         style.plain_ticks(ax.xaxis, [*table.index])
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)
 
 
 # Frequent Directions --------------------------------------------------------------------------------
@@ -222,14 +205,12 @@ def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> DataFrame
 def captured_energy(table: DataFrame, window: int) -> Figure:
     """`captured_table`, each value the mean over the `window` rows before and at it."""
     smooth = table.rolling(window).mean().dropna()
-    with style.context():
-        drawn = style.figure(3.0)
-        ax = drawn.subplots()
+    with style.panel(3.0) as ax:
         style.wide_lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))
-        ax.set(xlabel="rows seen", ylabel="share of the next row captured", ylim=(0, 1))
-        ax.set_title(f"mean over {window} rows", loc="left")
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        ax.set(
+            xlabel="rows seen", ylabel="share of the next row captured", ylim=(0, 1), title=f"mean over {window} rows"
+        )
+        return style.legend(ax)
 
 
 class Spectra(NamedTuple):
@@ -247,24 +228,18 @@ def spectrum_table(stream: Tensor, rows: int) -> Spectra:
     A, sketch = stream.double(), FrequentDirections(stream.shape[1], rows)
     sketch.insert(A)
     B, energy = sketch.matrix(), torch.linalg.svdvals(A) ** 2
-    total = energy.sum()
-    error = float(torch.linalg.matrix_norm(A.T @ A - B.T @ B, ord=2) / total)
     bounds = torch.stack([energy[k:].sum() / (rows - k) for k in range(rows)])
-    parts = (energy, sketch.singular_values() ** 2, bounds)
-    own, kept, bounds = ((part / total).numpy() for part in parts)
-    return Spectra(own, kept, error, bounds)
+    own, kept, bounds = ((part / energy.sum()).numpy() for part in (energy, sketch.singular_values() ** 2, bounds))
+    return Spectra(own, kept, float(torch.linalg.matrix_norm(A.T @ A - B.T @ B, ord=2) / energy.sum()), bounds)
 
 
 def spectrum(spectra: Spectra) -> Figure:
     """Left: energy by direction, of the stream and of the sketch. Right: the error and its bound for every k."""
     import pandas as pd
 
-    energies = {"stream": spectra.stream, "sketch": spectra.sketch}
-    table = pd.DataFrame({name: pd.Series(energy, range(1, len(energy) + 1)) for name, energy in energies.items()})
-    rows = len(spectra.sketch)
-    with style.context():
-        drawn = style.figure(3.0)
-        left, right = drawn.subplots(1, 2)
+    energies = {"stream": pd.Series(spectra.stream), "sketch": pd.Series(spectra.sketch)}
+    table, rows = pd.DataFrame(energies).rename(index=lambda n: n + 1), len(spectra.sketch)
+    with style.panel(3.0, 2) as (left, right):
         style.wide_lines(left, table, dict(zip(table, style.series(2, first=0), strict=True)))
         left.set(xlabel="singular direction, largest first", ylabel="share of the energy", ylim=(0, None))
         left.legend()
@@ -273,4 +248,4 @@ def spectrum(spectra: Spectra) -> Figure:
         right.axhline(spectra.error, color=style.COLORS[1], label="measured")
         right.set(xlabel="k", ylabel="error over ‖A‖²", ylim=(0, None), xticks=range(0, rows, max(1, rows // 5)))
         right.legend()
-    return drawn
+        return right.get_figure()

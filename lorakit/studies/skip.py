@@ -1,19 +1,13 @@
 """SkipLoRA: of every adapter, how much it changes what passes through it, and how often it was trained."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import style
 from lorakit.analysis.figures import details
 from lorakit.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def skip_tables(record: Record) -> tuple[DataFrame, DataFrame]:
@@ -32,16 +26,13 @@ def skip_map(record: Record) -> Figure:
     metric, active = skip_tables(record)
     blocks = details(record, "skip")["blocks"]
     highest = np.nanquantile(metric, 0.97)  # one large adapter would leave no colour to the others
-    with style.context():
-        drawn = style.figure(1.6 + 0.055 * len(blocks))
-        left, right = drawn.subplots(1, 2, sharey=True)
+    with style.panel(1.6 + 0.055 * len(blocks), 2, sharey=True) as (left, right):
         _heat(left, metric, "M of each adapter", "viridis", highest)
         _heat(right, active, "share of steps trained", "cividis", 1)
         starts = [n for n, block in enumerate(blocks) if n == 0 or block != blocks[n - 1]]
         left.set_yticks(starts, [str(blocks[n]) for n in starts])
-        left.set_ylabel("block")
-        left.set_title(record.setting, loc="left")
-    return drawn
+        left.set(ylabel="block", title=record.setting)
+        return left.get_figure()
 
 
 def _heat(ax: Axes, table: DataFrame, label: str, colors: str, highest: float) -> None:

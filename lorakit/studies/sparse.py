@@ -1,17 +1,13 @@
 """Sparse LoRA: when zeros appear, how many there are in the end, and what they save on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from lorakit.analysis import names, style
 from lorakit.analysis.figures import details
 from lorakit.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 
 def zeros_table(records: Sequence[Record]) -> DataFrame:
@@ -31,16 +27,12 @@ def zeros_over_time(records: Sequence[Record]) -> Figure:
     runs = {(r.row, r.seed): names.label(r.row, [r]) + f", seed {r.seed}" * (len(seeds) > 1) for r in records}
     table["run"] = [runs[key] for key in zip(table["row"], table["seed"], strict=True)]
     looks = {run: style.looks(row for row, _ in runs)[row] for (row, _), run in runs.items()}
-    with style.context():
-        drawn = style.figure(2.8)
-        ax = drawn.subplots()
+    with style.panel(2.8) as ax:
         style.lines(ax, table, "step", "reached", "run", looks)
         for run, asked in table.dropna().groupby("run"):
             ax.plot(asked["step"], asked["asked"], color=looks[run].color, lw=0.8, alpha=0.6)
-        ax.set(xlabel="optimizer steps", ylabel="share of zeros", ylim=(-0.02, None))
-        ax.set_title(records[0].setting, loc="left")
-        style.legend(drawn, *ax.get_legend_handles_labels(), title="thin line: the schedule")
-    return drawn
+        ax.set(xlabel="optimizer steps", ylabel="share of zeros", ylim=(-0.02, None), title=records[0].setting)
+        return style.legend(ax, "thin line: the schedule")
 
 
 def zeros(record: Record) -> dict[str, float]:

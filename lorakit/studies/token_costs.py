@@ -1,25 +1,24 @@
 """What choosing tokens costs and saves: FLOPs and memory of a step by mode and fraction, and what records say."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.frame import frame
+from lorakit.measure.dry import fake, fake_mode, faked, training_state
+from lorakit.measure.flops import FlopCount
+from lorakit.measure.memory import predict_step_memory
 from lorakit.records import Record
 from lorakit.settings import Gating
 from lorakit.studies.gates import in_words
 from lorakit.studies.tokens import EVERY, MODES, Batch, share_axis
 from lorakit.tokens import build_tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 DONE = {"not run": "white", "forward only": "#BFD7EA", "forward and backward": "#0072B2"}
 
@@ -33,8 +32,6 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
         memory: options of `predict_step_memory`: autocast, device, …
     """
     import pandas as pd
-
-    from lorakit.measure.memory import predict_step_memory
 
     def cost(tokens: Any) -> np.ndarray:
         found = predict_step_memory(model, batch, tokens=tokens, **memory)
@@ -52,9 +49,7 @@ def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
     """A column per entry of `ledgers`: `ledger_table`, FLOPs above, activations and logits below."""
     parts = {"FLOPs": "step FLOPs", "activations and logits": "activations, logits"}
     highest = {part: max(table[part].max() for table in ledgers.values()) for part in parts}
-    with style.context():
-        drawn = style.figure(3.8)
-        axes = drawn.subplots(len(parts), len(ledgers), sharex="col", sharey="row", squeeze=False)
+    with style.panel(3.8, len(ledgers), len(parts), sharex="col", sharey="row", squeeze=False) as axes:
         for column, (name, table) in zip(axes.T, ledgers.items(), strict=True):
             for ax, (part, what) in zip(column, parts.items(), strict=True):
                 ax.axhline(1, color="0.35", lw=0.8, zorder=1)
@@ -62,10 +57,8 @@ def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
                 ax.set(ylabel=f"{what}\n(plain step = 1)", ylim=(0, 1.08 * max(1, highest[part])))
                 ax.label_outer()
                 share_axis(ax, table["fraction"].unique())
-            column[0].set_xlabel("")
-            column[0].set_title(name, loc="left")
-        style.legend(drawn, *axes[0, 0].get_legend_handles_labels())
-    return drawn
+            column[0].set(xlabel="", title=name)
+        return style.legend(axes[0, 0])
 
 
 def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
@@ -74,9 +67,6 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
     Args:
         tokens: which get a backward (`TokenSelection`); None: all.
     """
-    from lorakit.measure.dry import fake, fake_mode, faked, training_state
-    from lorakit.measure.flops import FlopCount
-
     real, mode = dict(batch), fake_mode()
     labels = real.pop("labels")
     with faked(model, mode), training_state(model, False):
@@ -113,19 +103,15 @@ def modes(tokens: int = 12, chosen: Sequence[int] = (3, 7), layers: int = 4) -> 
     from matplotlib.patches import Patch
 
     table = mode_table(tokens, chosen, layers)
-    with style.context():
-        drawn = style.figure(1.3)
-        for ax, (name, done) in zip(drawn.subplots(1, len(table)), table.items(), strict=True):
+    with style.panel(1.3, len(table)) as axes:
+        for ax, (name, done) in zip(axes, table.items(), strict=True):
             sns.heatmap(done, ax=ax, cmap=[*DONE.values()], vmin=0, vmax=len(DONE) - 1, cbar=False, square=True,
                         linewidths=1, linecolor="0.6", xticklabels=False, yticklabels=False)  # fmt: skip
             ax.invert_yaxis()
-            ax.set_title(name, loc="left")
-            ax.set_xlabel("tokens")
-        texts = [*(f"layer {n + 1}" for n in range(layers)), "head"]
-        drawn.axes[0].set_yticks(np.arange(layers + 1) + 0.5, texts)
-        drawn.axes[0].tick_params(length=0)
-        style.legend(drawn, [Patch(fc=fill, ec="0.6") for fill in DONE.values()], [*DONE])
-    return drawn
+            ax.set(title=name, xlabel="tokens")
+        axes[0].set_yticks(np.arange(layers + 1) + 0.5, [*(f"layer {n + 1}" for n in range(layers)), "head"])
+        axes[0].tick_params(length=0)
+        return style.legend(axes[0], key=([Patch(fc=fill, ec="0.6") for fill in DONE.values()], [*DONE]))
 
 
 # records ---------------------------------------------------------------------------------------------
@@ -152,8 +138,8 @@ def cost_table(records: Sequence[Record], target: float | None = None) -> tables
                stats.LOSS: (stats.LOSS, tables.SCORE, 1)}  # fmt: skip
     if target is not None:
         reached = {(record.row, record.seed): first_at(record, "seconds", target) for record in records}
-        runs["reached"] = [reached[key] for key in zip(runs["row"], runs["seed"], strict=True)]
-        runs["reached"] = runs["reached"].astype(float)
+        keys = zip(runs["row"], runs["seed"], strict=True)
+        runs = runs.assign(reached=[reached[key] for key in keys]).astype({"reached": float})
         columns |= {"seconds": ("seconds", "{:,.0f}", 1), f"until {target:.3f}": ("reached", "{:,.0f}", 1)}
     return tables.Table(tables.summary(runs, columns))
 

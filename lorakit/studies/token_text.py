@@ -1,12 +1,10 @@
 """One text, token by token: what FLoRA scores and chooses in it, and what the chosen tokens hold of the whole."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from lorakit.analysis import style
@@ -15,9 +13,6 @@ from lorakit.settings import Gating
 from lorakit.studies.tokens import Batch, head_outputs, token_scores
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = {"<start_of_turn>": "⟨", "<end_of_turn>": "⟩", "<bos>": "⊢", "<eos>": "⊣", "\n": "↵", " ": "·"}
 LINE = 62  # characters of a text in a row of the picture
@@ -55,10 +50,9 @@ def text(pictures: Mapping[str, Sequence[Piece]]) -> Figure:
     shade, frame = matplotlib.colormaps["Blues"], style.COLORS[2]
     drawn_rows = {name: _wrapped(pieces) for name, pieces in pictures.items()}
     heights = [len(lines) for lines in drawn_rows.values()]
-    with style.context():
-        drawn = style.figure(0.3 * len(heights) + 0.2 * sum(heights) + 0.1)
-        axes = np.atleast_1d(drawn.subplots(len(heights), 1, height_ratios=heights))
-        for ax, (name, lines) in zip(axes, drawn_rows.items(), strict=True):
+    height = 0.3 * len(heights) + 0.2 * sum(heights) + 0.1
+    with style.panel(height, rows=len(heights), height_ratios=heights, squeeze=False) as axes:
+        for ax, (name, lines) in zip(axes.flat, drawn_rows.items(), strict=True):
             top = max((piece.score for piece in pictures[name] if piece.score is not None), default=1.0) or 1.0
             for row, line in enumerate(lines):
                 start = 0
@@ -73,10 +67,9 @@ def text(pictures: Mapping[str, Sequence[Piece]]) -> Figure:
                     start += len(word)
             ax.set(xlim=(-0.3, LINE + 0.3), ylim=(len(lines) - 0.4, -0.6))
             ax.axis("off")
-            ax.set_title(name, loc="left", pad=4)
+            ax.set_title(name, pad=4)
         keys = [Patch(fc=shade(0.9), ec="none"), Patch(fc="0.93", ec="none"), Patch(fc="none", ec=frame, lw=1.6)]
-        style.legend(drawn, keys, ["largest score", "nothing is predicted", "chosen"])
-    return drawn
+        return style.legend(ax, key=(keys, ["largest score", "nothing is predicted", "chosen"]))
 
 
 def _wrapped(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -3,13 +3,13 @@
 A batch is what a collator makes: `input_ids`, `attention_mask` and `labels`, (B, T) each; N predictions have a label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
@@ -20,10 +20,6 @@ from lorakit.sketches.head_gradient import predicted
 from lorakit.studies.sketches import SPARSE, Sketched
 from lorakit.tokens import build_tokens
 from lorakit.tokens import choice as policies
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 Batch = Mapping[str, Tensor]
 EVERY = 0.9999  # a share that chooses every prediction and yet takes the path of chosen ones: 1 is the plain model
@@ -85,14 +81,11 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
 
 def label_overlap(table: DataFrame) -> Figure:
     """`label_table` against the words kept."""
-    with style.context():
-        drawn = style.figure(2.6)
-        ax = drawn.subplots()
+    with style.panel(2.6) as ax:
         style.wide_lines(ax, table)
         ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
         style.plain_ticks(ax.xaxis, [*table.index])
-        style.legend(drawn, *ax.get_legend_handles_labels())
-    return drawn
+        return style.legend(ax)
 
 
 # gradients -------------------------------------------------------------------------------------------
@@ -184,19 +177,15 @@ def policy_errors(table: DataFrame) -> Figure:
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
     looks = dict(zip(names, style.series(len(names)), strict=True))
-    with style.context():
-        drawn = style.figure(2.7)
-        left, right = drawn.subplots(1, 2)
+    with style.panel(2.7, 2) as (left, right):
         style.lines(left, table, "share", "cosine", "policy", looks)
         style.lines(right, table, "share", "off", "policy", looks)
-        left.set(ylabel="cosine with the full gradient", ylim=(table["cosine"].min() - 0.05, 1.02))
-        right.set(ylabel="rms error, full gradient = 1", ylim=(0, None))
-        left.set_title("the mean estimate", loc="left")
-        right.set_title("one estimate", loc="left")
+        lowest = table["cosine"].min() - 0.05
+        left.set(ylabel="cosine with the full gradient", ylim=(lowest, 1.02), title="the mean estimate")
+        right.set(ylabel="rms error, full gradient = 1", ylim=(0, None), title="one estimate")
         for ax in (left, right):
             share_axis(ax, table["share"].unique())
-        style.legend(drawn, *left.get_legend_handles_labels())
-    return drawn
+        return style.legend(left)
 
 
 def share_axis(ax: Any, shares: Sequence[float]) -> None:
@@ -235,31 +224,27 @@ def truncation_table(
     """
     import pandas as pd
 
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
     full, table = [gradient(model, batch) for batch in batches], []
     for fraction in fractions:
         keys = {"method": "flora", "topk_tokens": min(fraction, EVERY)} | settings
         pairs = [[gradient(model, batch, mode=mode, **keys) for mode in MODES] for batch in batches]
-        cosines = [(_cosine(*pair), *(_cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
+        cosines = [(cosine(*pair), *(cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
         table.append(np.mean(cosines, axis=0))
     return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
 
 
 def truncation(tables: Mapping[str, DataFrame]) -> Figure:
     """A panel per entry of `tables`: `truncation_table`, cosines by share of chosen tokens."""
     labels = {"same": "fractional with gather, same tokens"} | {mode: f"{mode} with all tokens" for mode in MODES}
-    with style.context():
-        drawn = style.figure(2.8)
-        axes = np.atleast_1d(drawn.subplots(1, len(tables), sharey=True))
-        for ax, (name, table) in zip(axes, tables.items(), strict=True):
-            looks = {"same": style.series(1, first=3)[0]} | MODES
+    looks = {"same": style.series(1, first=3)[0]} | MODES
+    with style.panel(2.8, len(tables), sharey=True, squeeze=False) as axes:
+        for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
             style.wide_lines(ax, table, looks, labels=labels)
-            ax.set_title(name, loc="left")
+            ax.set_title(name)
             share_axis(ax, [*table.index])
         lowest = min(table.min(axis=None) for table in tables.values())
-        axes[0].set(ylabel="cosine of two gradients", ylim=(max(0, lowest - 0.05), 1.03))
-        style.legend(drawn, *axes[0].get_legend_handles_labels())
-    return drawn
+        axes[0, 0].set(ylabel="cosine of two gradients", ylim=(max(0, lowest - 0.05), 1.03))
+        return style.legend(axes[0, 0])

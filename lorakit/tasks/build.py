@@ -1,10 +1,11 @@
 """A corpus and a tokenizer become datasets and collators, one way for each form of row."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
 from lorakit.tasks import chat, collate
@@ -12,10 +13,6 @@ from lorakit.tasks.collate import Columns, PadCollator
 from lorakit.tasks.corpus import Corpus, Labelled, shuffled
 from lorakit.tasks.exact_match import gsm8k_answer
 from lorakit.tasks.task import SPLITS, Kind
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
 
 Parts = dict[str, Any]  # fields of `Task`
 SHORTEST_BLOCK = 4  # ordinary tokens a block must have
@@ -39,8 +36,6 @@ class Options:
 
 def dataset(columns: Columns) -> Dataset:
     """Columns in memory, without cache files."""
-    from datasets import Dataset
-
     return Dataset.from_dict(columns)
 
 

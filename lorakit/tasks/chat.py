@@ -1,14 +1,11 @@
 """Messages -> Gemma's turns; only what the assistant says, its closing <end_of_turn> included, is to be predicted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 Chat = Sequence[dict[str, str]]
 Segment = tuple[str, bool]  # text, is it predicted

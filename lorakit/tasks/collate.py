@@ -8,19 +8,15 @@ Masking: 15 % of the tokens are to be predicted; of these 80 % are hidden, 10 % 
 The draw depends on (seed, token ids) and on nothing else, so a resumed run masks as one that was never interrupted.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 MULTIPLE = 8
 PROBABILITY, HIDDEN, RANDOM = 0.15, 0.8, 0.1  # of masking

@@ -1,7 +1,5 @@
 """Instruction data in chat form: `instruct` (train and validation files), `tulu` (the hub's mixture or its like)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Which row is where is decided by a salted hash of the text alone: every run of e
 rows whose text is the same never stand on two sides.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

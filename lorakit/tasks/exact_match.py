@@ -1,17 +1,13 @@
 """Exact match on GSM8K-style answers: generate greedily, compare the number after `####`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import require
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from lorakit.modules import evaluating
 
 ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 
@@ -71,17 +67,10 @@ def generate(
     ids = [[tokenizer.pad_token_id] * pad + row for pad, row in zip(pads, rows, strict=True)]
     mask = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
     inputs = {"input_ids": torch.tensor(ids).to(model.device), "attention_mask": torch.tensor(mask).to(model.device)}
-    training = model.training
-    model.eval()
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(tokenizer),
-    )
-    model.train(training)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stop_ids(tokenizer)}
+    with evaluating(model):
+        output = model.generate(**inputs, **options, **stops)
     new = output[:, inputs["input_ids"].shape[1] :].cpu()
     texts = tokenizer.batch_decode(new, skip_special_tokens=False)
     for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):

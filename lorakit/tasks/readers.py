@@ -1,7 +1,5 @@
 """Files to rows, line by line; a malformed row is an error naming the file, the line and what was expected."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterator, Sequence

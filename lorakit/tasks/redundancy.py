@@ -5,18 +5,14 @@ known. The same seed gives the same pool, the same place of each batch and the s
 and the same pool for every share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from lorakit.errors import require
 from lorakit.head import IGNORED
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 KINDS = ("repeat", "near", "cluster")
 WIDTH = 256  # of a row's sketched bag of tokens
@@ -122,8 +118,6 @@ def _walk(outside: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 def _thinned_copies(
     rows: Dataset, chosen: np.ndarray, drop: float, special: Set[int], rng: np.random.Generator
 ) -> Dataset:
-    from datasets import Dataset
-
     columns = rows[:]
     for place in np.flatnonzero(chosen).tolist():
         row = {name: column[place] for name, column in columns.items()}

@@ -1,19 +1,15 @@
 """Every task by name: where its text comes from, and how it becomes a `Task`: read, split, subsample, tokenise."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.tasks import build, conversations, labelled, wikitext
 from lorakit.tasks.corpus import Corpus, Recipe
 from lorakit.tasks.task import JUDGED, SPLITS, Kind, Task, classification_f1
 from lorakit.tasks.toy import grammar
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 RECIPES = labelled.RECIPES | wikitext.RECIPES | conversations.RECIPES | grammar.RECIPES
 NAMES = tuple(RECIPES)

@@ -1,16 +1,12 @@
 """A task is three splits of token ids, two collators, a metric, and an account of what was read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
+import torch
+from datasets import Dataset
 
 Kind = Literal["classify", "masked", "causal"]
 Batch = dict[str, "torch.Tensor"]

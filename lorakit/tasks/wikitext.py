@@ -1,7 +1,5 @@
 """WikiText-2: encyclopedia articles; an article is never divided between splits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -3,8 +3,6 @@
 The share is of the whole batch's predictions, or of each sequence's.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence
@@ -118,20 +116,19 @@ class Shares:
         for count, k in zip(groups, self.quotas(groups), strict=True):
             if k:
                 mine = None if scores is None else scores[first : first + count]
-                index, weight = self._pick(mine, count, k, generator)
+                weight = None
+                if self.settings.method == "random":
+                    index = uniform(count, k, generator)
+                elif self.settings.weighted:
+                    index, probabilities = proportional(mine, k, generator)
+                    weight = (1 / probabilities).float()
+                else:
+                    index = largest(mine, k)
                 places.append(first + index)
                 weights.append(weight)
             first += count
         index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
         return index, torch.cat(weights) if places and self.settings.weighted else None
-
-    def _pick(self, scores: Tensor | None, count: int, k: int, generator: Generator) -> tuple[Tensor, Tensor | None]:
-        if self.settings.method == "random":
-            return uniform(count, k, generator), None
-        if not self.settings.weighted:
-            return largest(scores, k), None
-        index, probabilities = proportional(scores, k, generator)
-        return index, (1 / probabilities).float()
 
 
 @dataclass

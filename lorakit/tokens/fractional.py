@@ -5,10 +5,8 @@ with their own positions; they attend to recorded keys and values, at chosen pos
 flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,10 +84,11 @@ class FractionalGate(TokenGate):
         chosen, recorded, masks = self._record(model, inputs, labels, look)
         if not len(chosen.where):
             zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
-            return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0, ())
+            return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0)
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
         finish = lambda: self._loss(model, inputs, chosen, at, recorded, masks)  # noqa: E731
-        return self._selected(chosen, finish, len(chosen.where), at.shape)
+        ran = at.columns.numel()
+        return self._selected(chosen, finish, len(chosen.where), (ran, ran * labels.shape[1]))
 
     def _record(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
@@ -177,9 +176,6 @@ class FractionalGate(TokenGate):
                 f"{error:.0%}): mode 'fractional' cannot serve this model; use 'gather'"
             )
         self.shares.draws -= 1
-
-    def signature(self, labels: Tensor) -> Hashable:
-        return (self.settings.mode, sum(self.shares.counts(labels)))
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """The chosen predictions' logits, kept while all are scored: their loss and its gradient need no second product."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Chosen tokens as rows of their own, for a second pass: where each stands, and what it may attend to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

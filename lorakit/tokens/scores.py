@@ -1,7 +1,5 @@
 """What a prediction's backward may be worth: functions of its hidden state h and error e = softmax(logits) − onehot."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -25,15 +23,7 @@ class TokenScore:
         overwrites: whether it works in the logits it is given.
     """
 
-    def __init__(
-        self,
-        name: str,
-        head: Head,
-        *,
-        sketch_dim: int = 512,
-        topk_logits: int = 64,
-        seed: int = 0,
-    ):
+    def __init__(self, name: str, head: Head, *, sketch_dim: int = 512, topk_logits: int = 64, seed: int = 0):
         self.name, self.head, self.softcap = name, head, head.softcap
         self.overwrites = name in ("entropy", "gradient_norm", "hidden_gradient")
         self.words, self.width = head.outputs, head.d_hidden

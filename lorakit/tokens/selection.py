@@ -1,10 +1,8 @@
 """FLoRA: score every prediction without a graph, keep a share of them, and backpropagate their losses only."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
-from lorakit.gates.simple import check_state
 from lorakit.head import ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input
-from lorakit.seams import Look, Selected
+from lorakit.modules import evaluating
+from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating
 from lorakit.sketches.head_gradient import chunk_of
 from lorakit.tokens.choice import Chosen, Plan, Shares, quota
@@ -76,9 +74,9 @@ class TokenGate:
             outputs = model(**inputs)
         chosen, states = made[0]
         if chosen.best is not None:
-            return self._selected(chosen, lambda: self._kept_loss(chosen, states), None, ())
+            return self._selected(chosen, lambda: self._kept_loss(chosen, states), None)
         loss = chosen.total(self.losses(outputs.logits, chosen.targets))
-        return self._selected(chosen, lambda: loss, None, ())
+        return self._selected(chosen, lambda: loss, None)
 
     def _kept_loss(self, chosen: Chosen, states: Tensor) -> Tensor:
         """Σ of the chosen losses, from the logits that were kept; states (k, H): what the head would be given."""
@@ -96,13 +94,8 @@ class TokenGate:
             name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
             for name, value in inputs.items()
         }
-        training = model.training
-        model.eval()  # without dropout: every pass is the same
-        try:
-            with torch.no_grad():
-                self._try(model, single, labels[row : row + 1])
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():  # without dropout: every pass is the same
+            self._try(model, single, labels[row : row + 1])
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         with replaced_input(self.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
@@ -115,9 +108,16 @@ class TokenGate:
         groups = self.shares.groups(labels)
         return sum(groups if self.settings.weighted else self.shares.quotas(groups))
 
-    def signature(self, labels: Tensor) -> Hashable:
+    def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
+        """Predictions scored and chunks they come in; chosen ones, where the head runs for them again.
+
+        Chunks count where the head does something once a call, as an adapter of W0's size does.
+        """
         groups = self.shares.groups(labels)
-        return (self.settings.mode, sum(groups), sum(self.shares.quotas(groups)))
+        scored = sum(groups) if self.scores(look) else 0
+        fixed = self._head_is_fixed()
+        again = 0 if self.two_pass or (self._keeps and fixed and scored) else sum(self.shares.quotas(groups))
+        return (scored, 0 if fixed else -(-scored // self._chunk(scored)), again)
 
     def report(self) -> dict[str, Any]:
         return {"gating": self.settings.model_dump(), **self.seen}
@@ -178,8 +178,16 @@ class TokenGate:
 
         A batch that waits for a gate's decision holds them, (k, V), until then.
         """
-        fixed = type(self.head.module) is nn.Linear and not any(p.requires_grad for p in self.head.module.parameters())
-        return BestLogits(pick, count, kept) if self._keeps and fixed else None
+        return BestLogits(pick, count, kept) if self._keeps and self._head_is_fixed() else None
+
+    def _head_is_fixed(self) -> bool:
+        head = self.head.module
+        return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+
+    def _chunk(self, count: int) -> int:
+        """Of so many predictions, how many at a time: as many rows as the chosen ones' logits have, which are needed
+        in any case, or more; large products are faster."""
+        return max(chunk_of(self.head.outputs), quota(count, self.settings.topk_tokens))
 
     def scores(self, look: Look | None) -> bool:
         """Whether all predictions go through the head: to be scored, or for a batch gate to look at."""
@@ -187,20 +195,14 @@ class TokenGate:
 
     @torch.no_grad()
     def scored(
-        self,
-        hidden: Tensor,
-        where: Tensor,
-        targets: Tensor,
-        look: Look | None = None,
-        best: BestLogits | None = None,
+        self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None, best: BestLogits | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states.
 
         Args:
             best: keeps the chosen ones' logits meanwhile.
         """
-        # as many rows as the chosen ones' logits have, which are needed in any case; large products are faster
-        chunk = max(chunk_of(self.head.outputs), quota(len(where), self.settings.topk_tokens))
+        chunk = self._chunk(len(where))
         flat, found = hidden.flatten(0, -2), []
         for places, labels in zip(where.split(chunk), targets.split(chunk), strict=True):
             h = flat[places]
@@ -225,7 +227,7 @@ class TokenGate:
         return F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
 
     def _selected(
-        self, chosen: Chosen, finish: Callable[[], Tensor], backpropagated: int | None, key: Hashable
+        self, chosen: Chosen, finish: Callable[[], Tensor], backpropagated: int | None, ran: tuple[int, ...] = ()
     ) -> Selected:
         predictions, kept = chosen.predictions, len(chosen.where)
         self.seen = {"predictions": self.seen["predictions"] + predictions, "chosen": self.seen["chosen"] + kept}
@@ -234,7 +236,8 @@ class TokenGate:
             predictions=predictions,
             chosen=kept,
             backpropagated=backpropagated,
-            key=key,
+            kept=chosen.best is not None,
+            ran=ran,
             loss_sum=chosen.loss_sum,
             chosen_sum=chosen.chosen_sum,
             flops=self.score.flops(predictions) if chosen.loss_sum is not None else 0.0,

@@ -1,7 +1,5 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
-from __future__ import annotations
-
 import torch
 from transformers import TrainingArguments
 
@@ -9,12 +7,6 @@ from lorakit.errors import ParameterError, require
 from lorakit.params import Params
 
 NO_LIMIT = 10**9  # steps: the budget ends the run, not a count of steps
-
-
-def _sampling(params: Params) -> str:
-    if params.redundancy:
-        return "sequential"  # the stream's order is the experiment
-    return "group_by_length" if params.group_by_length else "random"
 
 
 def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
@@ -28,6 +20,9 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     require(not params.tf32 or on_cuda, "tf32", params.tf32, "needs a CUDA GPU")
     reports = [name.strip() for name in params.report_to.split(",") if name.strip() not in ("", "none")]
     require(not reports or params.run_dir != "", "run_dir", params.run_dir, "is needed where report_to writes its logs")
+    sampling = "group_by_length" if params.group_by_length else "random"
+    if params.redundancy:
+        sampling = "sequential"  # the stream's order is the experiment
     try:
         return TrainingArguments(
             output_dir=output_dir,
@@ -45,7 +40,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             tf32=True if params.tf32 else None,
             activation_checkpointing=params.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-            train_sampling_strategy=_sampling(params),
+            train_sampling_strategy=sampling,
             seed=params.seed,
             data_seed=params.seed,
             logging_strategy="no",

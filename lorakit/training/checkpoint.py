@@ -1,7 +1,5 @@
 """A checkpoint holds what training changes and nothing else, and is complete once its last file is there."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -111,7 +109,7 @@ def save_run(run: RunState, path: Path) -> None:
         "identity": run.identity,
         "ledger": run.ledger.state_dict(),
         "curve": run.curve.state_dict(),
-        "flops": [[list(_plain(key)), count] for key, count in run.meter.known.items()],
+        "flops": run.meter.state_dict(),
     }
     write_text(json.dumps(state), path / RUN)
 
@@ -130,7 +128,7 @@ def load_run(run: RunState, path: str | Path) -> None:
     _check_identity(path, state["identity"], run.identity)
     run.ledger.load_state_dict(state["ledger"])
     run.curve.load_state_dict(state["curve"])
-    run.meter.known = {_frozen(key): count for key, count in state["flops"]}
+    run.meter.load_state_dict(state["flops"])
     if (path / BEST).is_file():
         run.curve.best = load_file(str(path / BEST))
     load_seams(run, path)
@@ -169,11 +167,3 @@ def _check_identity(path: Path, stored: dict[str, Any], expected: dict[str, Any]
                 f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
                 "choose another run_dir, or pass resume=false to start over"
             )
-
-
-def _plain(key: Any) -> Any:
-    return [_plain(item) for item in key] if isinstance(key, tuple) else key
-
-
-def _frozen(key: Any) -> Any:
-    return tuple(_frozen(item) for item in key) if isinstance(key, list) else key

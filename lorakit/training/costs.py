@@ -1,15 +1,23 @@
-"""What a run has cost so far: steps, tokens, FLOPs and seconds, summed over ranks, saved with every checkpoint."""
+"""What a run has cost so far, and what it may: steps, tokens, FLOPs and seconds, summed over ranks.
 
-from __future__ import annotations
+A budget is an amount of any of them; the learning rate follows the share already spent.
+"""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from fractions import Fraction
+from typing import Any, get_args
 
 import torch
 
+from lorakit.errors import require
 from lorakit.measure.flops import FlopCount
+from lorakit.params import BudgetUnit
+
+UNITS = get_args(BudgetUnit)
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass
@@ -82,20 +90,123 @@ class Ledger:
                 setattr(self, entry.name, state[entry.name])
 
 
+@dataclass(frozen=True)
+class Budget:
+    """`amount` of `unit`; the run ends with the step that spends the last of it.
+
+    Raises:
+        ParameterError: amount below 1, or a unit that is not one of `UNITS`.
+    """
+
+    amount: float
+    unit: str = "accepted_steps"
+
+    def __post_init__(self) -> None:
+        require(self.unit in UNITS, "budget_unit", self.unit, f"must be one of {', '.join(UNITS)}")
+        require(self.amount >= 1, "budget", self.amount, "must be at least 1")
+
+    def share(self, ledger: Ledger) -> float:
+        """Share of the budget spent, 0 at the start, at least 1 at the end."""
+        return getattr(ledger, self.unit) / self.amount
+
+    def steps(self) -> float | None:
+        """Steps an ungated run of this budget takes; None where that is not counted in steps."""
+        return self.amount if self.unit in ("steps", "accepted_steps") else None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate factor as a function of the share of the budget spent.
+
+    Rises linearly from a tenth over the first `warmup` share, then decays to 0 at share 1 (or stays: "constant").
+    """
+
+    name: str = "linear"
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.name in SCHEDULES, "schedule", self.name, f"must be one of {', '.join(SCHEDULES)}")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "must be a share of the budget in [0, 1)")
+
+    def factor(self, share: float) -> float:
+        if share < self.warmup:
+            return 0.1 + 0.9 * share / self.warmup
+        if self.name == "constant":
+            return 1.0
+        left = max(0.0, 1 - (share - self.warmup) / (1 - self.warmup))
+        return left if self.name == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
 class FlopMeter:
-    """FLOPs of a pass: counted the first time a shape is seen, looked up after that."""
+    """FLOPs of a pass: counted until they can be computed, since counting takes as long again as a small model's pass.
+
+    Matrix products of the passes of one key cost a + Σ bᵢ·sizeᵢ, where the sizes are what the products' shapes are
+    made of: a pass over (B, T) needs T and, for attention, T². Every count is one equation; a pass whose sizes are a
+    combination of counted ones has the same combination of their FLOPs, exactly. The first that could be computed is
+    counted as well: where the two differ the pass is no such sum, and all its sizes are counted.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, int] = {}
+        self.known: dict[tuple[Hashable, tuple[int, ...]], int] = {}  # (key, sizes) -> what was counted, in order
+        self._equations: dict[Hashable, _Equations] = {}
 
-    def measure(self, key: Hashable, function: Callable[[], Any]) -> tuple[Any, int]:
-        """Run `function`; return its result and its FLOPs."""
-        if key in self.known:
-            return function(), self.known[key]
+    def measure(self, key: Hashable, sizes: tuple[int, ...], function: Callable[[], Any]) -> tuple[Any, int]:
+        """Run `function`; return its result and its FLOPs.
+
+        Args:
+            key: what they depend on otherwise; sizes: equally many for every pass of the key.
+        """
+        flops = self.known.get((key, sizes))
+        if flops is None and key in self._equations:
+            flops = self._equations[key].solved(sizes)
+        if flops is not None:
+            return function(), flops
         with FlopCount() as count:
             result = function()
-        self.known[key] = int(count.total)
-        return result, self.known[key]
+        self._learn(key, sizes, int(count.total))
+        return result, int(count.total)
+
+    def _learn(self, key: Hashable, sizes: tuple[int, ...], flops: int) -> None:
+        self.known[key, sizes] = flops
+        self._equations.setdefault(key, _Equations()).add(sizes, flops)
+
+    def state_dict(self) -> list[list[Any]]:
+        """[[key, sizes], FLOPs] of every count, in order, for JSON."""
+        return [[[_plain(key), list(sizes)], flops] for (key, sizes), flops in self.known.items()]
+
+    def load_state_dict(self, state: list[list[Any]]) -> None:
+        self.__init__()
+        for (key, sizes, *older), flops in state:  # older checkpoints hold counts by whole shapes: counted anew
+            if not older and all(isinstance(size, int) for size in sizes):
+                self._learn(_frozen(key), tuple(sizes), flops)
+
+
+class _Equations:
+    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in exact fractions."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, list[Fraction]]] = []  # (place of its leading 1, [1, *sizes, flops] reduced)
+        self.holds: bool | None = None  # whether the first that could be computed was as counted; None: not yet known
+
+    def solved(self, sizes: tuple[int, ...]) -> int | None:
+        """FLOPs of these sizes, None where they must be counted."""
+        *rest, flops = self._reduced(sizes, 0)
+        return int(-flops) if self.holds and not any(rest) and flops == int(flops) else None
+
+    def add(self, sizes: tuple[int, ...], flops: int) -> None:
+        *rest, difference = row = self._reduced(sizes, flops)
+        lead = next((place for place, value in enumerate(rest) if value), None)
+        if lead is not None:
+            self.rows.append((lead, [value / row[lead] for value in row]))
+        elif self.holds is not False:
+            self.holds = difference == 0
+
+    def _reduced(self, sizes: tuple[int, ...], flops: int) -> list[Fraction]:
+        row = [Fraction(value) for value in (1, *sizes, flops)]
+        for lead, known in self.rows:
+            if factor := row[lead]:
+                row = [value - factor * other for value, other in zip(row, known, strict=True)]
+        return row
 
 
 def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
@@ -105,3 +216,11 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
         return int(mask.sum())
     ids = inputs["input_ids"]
     return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())
+
+
+def _plain(key: Any) -> Any:
+    return [_plain(item) for item in key] if isinstance(key, tuple) else key
+
+
+def _frozen(key: Any) -> Any:
+    return tuple(_frozen(item) for item in key) if isinstance(key, list) else key

@@ -1,7 +1,5 @@
 """The curve of a run: one point per log, with validation where it was evaluated, and the best weights if asked for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

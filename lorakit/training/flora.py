@@ -1,7 +1,5 @@
 """FLoRA on the Hugging Face Trainer's own terms: a share of each batch's tokens gets a backward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

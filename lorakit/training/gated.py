@@ -1,7 +1,5 @@
 """The Hugging Face Trainer with one forward per batch, a gate before the backward, and a ledger of what both cost."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,13 +17,7 @@ from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens
 from lorakit.training.loss import MeanLoss
 from lorakit.training.state import RunState
-from lorakit.training.watch import Diverged, Watch
-from lorakit.training.window import Part, average_gradients
-
-
-def _refuse_skipping(tokens: TokenSelection, controllers: Sequence[Controller]) -> None:
-    skipping = tokens.two_pass and any(controller.name == "skip" for controller in controllers)
-    require(not skipping, "gating.mode", "fractional", "measures no layers for SkipLoRA to skip; use 'gather' with it")
+from lorakit.training.window import Diverged, Part, Watch, average_gradients
 
 
 class GatedTrainer(Trainer):
@@ -44,7 +36,7 @@ class GatedTrainer(Trainer):
         Everything else goes to `transformers.Trainer`.
 
     Raises:
-        Diverged: the training loss became NaN or infinite, or `watch.STALLED` batches in a row got no backward.
+        Diverged: the training loss became NaN or infinite, or `window.STALLED` batches in a row got no backward.
     """
 
     def __init__(
@@ -58,8 +50,10 @@ class GatedTrainer(Trainer):
     ):
         super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
         self.kind = kind
-        _refuse_skipping(tokens or AllTokens(), controllers)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
+        measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
+        require(not skipping, "gating.mode", "fractional", measured)
         for controller in controllers:
             controller.bind(self.total_over_ranks)
         self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
@@ -68,7 +62,8 @@ class GatedTrainer(Trainer):
         looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
         self._head = HeadInput(find_head(self.model, kind)) if looks else None
         self._part: Part | None = None
-        self._shape: Hashable = ()
+        self._shape: tuple[Hashable, ...] = ()
+        self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
         self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
@@ -84,12 +79,13 @@ class GatedTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
         self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
-        self._shape = _shape(inputs)
+        length = inputs["input_ids"].shape[1]
+        self._shape, self._whole = _shape(inputs, length), (length, length**2)
         if self.tokens.selective:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels, forward = inputs["labels"], super().compute_loss
         (loss, outputs), flops = self.meter.measure(
-            self._key("forward"), lambda: forward(model, inputs, True, num_items_in_batch)
+            self._key("forward"), self._whole, lambda: forward(model, inputs, True, num_items_in_batch)
         )
         self.ledger.add(flops_forward=flops)
         logits = getattr(outputs, "logits", None)
@@ -103,7 +99,7 @@ class GatedTrainer(Trainer):
             softcap=self._head.head.softcap if self._head else None,
             token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
-        self._part = Part(self._key("backward"), tokens, candidate.targets, candidate)
+        self._part = Part((self._key("backward"), self._whole), tokens, candidate.targets, candidate)
         return (loss, outputs) if return_outputs else loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
@@ -117,12 +113,15 @@ class GatedTrainer(Trainer):
         per_chosen = processes / max(int(num_items_in_batch), 1)
         per_label = processes / max(int(self._labels_in_window), 1)
         seen = GateLook(self.gate, per_label, self.tokens.head) if self.gate.selective else None
-        key = self._key("forward", self.tokens.signature(labels))
-        selected, flops = self.meter.measure(key, lambda: self.tokens.select(model, batch, labels, seen))
+        sizes = (*self._whole, *self.tokens.sizes(labels, seen))
+        selected, flops = self.meter.measure(
+            self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
+        )
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
-        key = self._key("backward", selected.key, selected.chosen)
-        reached = tokens if selected.backpropagated is None else selected.backpropagated
-        self._part = part = Part(key, reached, selected.predictions)
+        whole = selected.backpropagated is None
+        sizes = (*(self._whole if whole else selected.ran), 0 if selected.kept else selected.chosen)
+        key = self._key("backward", selected.kept, selected.chosen > 0)
+        self._part = part = Part((key, sizes), tokens if whole else selected.backpropagated, selected.predictions)
         if selected.loss_sum is not None:
             part.loss = selected.loss_sum.item() * per_label
         part.finish = lambda: self._finished(selected, per_chosen)
@@ -135,8 +134,8 @@ class GatedTrainer(Trainer):
         )
 
     def _finished(self, selected: Selected, per_chosen: float) -> torch.Tensor:
-        key = self._key("finish", selected.key, selected.chosen)
-        loss, flops = self.meter.measure(key, selected.finish)
+        key = self._key("finish", selected.kept, selected.chosen > 0)
+        loss, flops = self.meter.measure(key, (*selected.ran, selected.chosen), selected.finish)
         self.ledger.add(flops_forward=flops)
         return loss * per_chosen
 
@@ -155,19 +154,13 @@ class GatedTrainer(Trainer):
         backward = self.accelerator.backward
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
-            with self._unsynchronised(model):
+            # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
+            reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.accelerator.backward = backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
-
-    @property
-    def _reduces(self) -> bool:
-        """Whether gradients are averaged here: DistributedDataParallel expects one whole forward per backward."""
-        return (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
-
-    def _unsynchronised(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
-        return self.accelerator.no_sync(model) if self._reduces else contextlib.nullcontext()
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
         part, self._part = self._part, None
@@ -230,7 +223,7 @@ class GatedTrainer(Trainer):
         loss = part.backpropagated if part.finish is None else part.finish()
         flops = 0
         if loss.requires_grad:
-            _, flops = self.meter.measure(part.key, lambda: backward(loss, **part.options))
+            _, flops = self.meter.measure(*part.cost, lambda: backward(loss, **part.options))
         self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=part.tokens)
 
     def _as_first_rank(self, accept: bool) -> bool:
@@ -241,7 +234,7 @@ class GatedTrainer(Trainer):
         return self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0
 
     def _key(self, kind: str, *more: Hashable) -> Hashable:
-        """What the FLOPs of a pass depend on."""
+        """What the FLOPs of a pass depend on, beside its sizes."""
         return (kind, self._shape, *more, *(controller.signature() for controller in self.controllers))
 
     def total_over_ranks(self, vector: torch.Tensor) -> torch.Tensor:
@@ -263,5 +256,7 @@ class GatedTrainer(Trainer):
             checkpoint.save_weights(self.model, output_dir or self.args.output_dir)
 
 
-def _shape(inputs: Mapping[str, Any]) -> Hashable:
-    return tuple((name, tuple(value.shape)) for name, value in sorted(inputs.items()) if torch.is_tensor(value))
+def _shape(inputs: Mapping[str, Any], length: int) -> tuple[Hashable, ...]:
+    """Every tensor's shape, "T" where it is as long as the batch."""
+    shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
+    return tuple((n, (*s[:1], *("T" if size == length else size for size in s[1:]))) for n, s in shapes.items())

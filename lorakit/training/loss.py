@@ -1,7 +1,5 @@
 """One loss for every model: the mean over all labels of an optimizer step, however many batches it was split into."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a run has come to: what a checkpoint saves and a callback moves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

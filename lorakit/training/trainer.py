@@ -1,7 +1,5 @@
 """The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +11,11 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError
 from lorakit.training import checkpoint
-from lorakit.training.budget import Budget, Schedule
-from lorakit.training.callback import RunCallback
+from lorakit.training.callback import Progress, RunCallback
+from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
-from lorakit.training.progress import Progress
 
 
 class BudgetTrainer(GatedTrainer):

@@ -1,31 +1,33 @@
-"""An optimizer step's window: its micro-batches between forward and decision, and its gradients over all processes."""
-
-from __future__ import annotations
+"""An optimizer step's window: its micro-batches before the decision, their gradients, and whether any come to be."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lorakit.gates.log import GateLog
+from lorakit.modules import adapter_parameters
 from lorakit.seams import Candidate
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+STALLED = 2000  # batches in a row without a backward after which the run is ended
+GRADIENTS_BY = 3  # accepted batches after which an adapter must have had a gradient
 
 
 @dataclass
 class Part:
     """A micro-batch between its forward and the decision about its window.
 
-    key: what its backward's FLOPs depend on; tokens: how many a backward passes through; targets: labels it has.
+    cost: key and sizes of its backward, see `FlopMeter.measure`.
+    tokens: how many a backward passes through; targets: labels it has.
     candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
     loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
     finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
     """
 
-    key: Hashable
+    cost: tuple[Hashable, tuple[int, ...]]
     tokens: int
     targets: int
     candidate: Candidate | None = None
@@ -53,3 +55,38 @@ def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
         if anywhere:
             part.copy_(mean.view_as(part))
             parameter.grad = part
+
+
+class Diverged(Exception):
+    """The loss is not a finite number any more, or no batch is accepted any more; the message says where."""
+
+
+class Watch:
+    """Looks at `model` after every window; warnings go to `log`."""
+
+    def __init__(self, model: nn.Module, log: GateLog):
+        self.log, self.adapted = log, adapter_parameters(model)
+        self.without_backward = self.without_gradient = 0
+
+    def window(self, trained: bool) -> None:
+        """A window got its backward, or was rejected or without labels.
+
+        Raises:
+            Diverged: `STALLED` of them in a row got none.
+        """
+        self.without_backward = 0 if trained else self.without_backward + 1
+        if self.without_backward >= STALLED:
+            raise Diverged(f"{STALLED} batches in a row had no label or were rejected (gate {self.log.gate.name!r})")
+
+    def gradients(self) -> None:
+        """A window was accepted and its gradients are there: until one has reached an adapter, look for it."""
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
+            self.adapted = []  # they get one: never look again
+        if not self.adapted:
+            return
+        self.without_gradient += 1
+        if self.without_gradient == GRADIENTS_BY:
+            self.log.warn(
+                f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: is it attached to "
+                "layers that take part in the forward, and does it require gradients?"
+            )

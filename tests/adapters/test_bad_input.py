@@ -9,7 +9,7 @@ from lorakit.adapters import attach, detach, merge, unmerge
 from lorakit.errors import LorakitError, ParameterError
 
 BAD = [
-    ({"rank": 0}, "rank=0: .*greater than or equal to 1"),
+    ({"rank": 0}, "rank=0: Input should be greater than or equal to 1"),
     ({"rank": -3}, "rank=-3"),
     ({"rank": 2.5}, "rank=2.5"),
     ({"rank": True}, "rank=True"),
@@ -18,9 +18,9 @@ BAD = [
     ({"alpha": "16"}, "alpha='16'"),
     ({"dropout": 1.0}, "dropout=1.0"),
     ({"dropout": -0.1}, "dropout=-0.1"),
-    ({"init": "orthogonal"}, "init='orthogonal': .*'kaiming' or 'gaussian'"),
+    ({"init": "orthogonal"}, "init='orthogonal': Input should be 'kaiming' or 'gaussian'"),
     ({"rslora": 1}, "rslora=1"),
-    ({"method": "lore"}, "method='lore': unknown method; known are lora, sparse, hira, peft, head, full"),
+    ({"method": "lore"}, "method='lore': unknown method; known are lora, hira, sparse, peft, head, full"),
     (
         {"target_modules": ["quary"]},
         "'quary' matches no module.*linear layers are query, key, value, dense, classifier",
@@ -31,7 +31,7 @@ BAD = [
     ({"target_modules": r".*self\.quer"}, "matches no linear layer"),  # a pattern matches the whole path
     ({"target_modules": ".*["}, "not a regular expression"),
     ({"target_modules": []}, "matches no linear layer"),
-    ({"target_modules": None}, "target_modules=None: .*valid string"),
+    ({"target_modules": None}, "target_modules=None: Input should be"),
     ({"target_modules": ["LayerNorm"]}, "LayerNorm is a LayerNorm, not a linear layer"),
     ({"target_modules": ["classifier"]}, "matches no linear layer outside the modules trained in full"),
     ({"trainable": "classifier"}, "trainable='classifier': must be \"head\", a list"),

@@ -21,19 +21,13 @@ def test_a_line_a_run():
     assert runs["label"].to_list() == ["LoRA", "SLoRA", "full fine-tuning"]
     lora, slora, full = runs.to_dict("records")
     assert (lora["tokens"], lora["latency_ms"], lora["adapter_bytes"], lora["nonzero"]) == (
-        30_360,
-        1.25,
-        1.5 * 2**20,
-        900,
-    )
+        30_360, 1.25, 1.5 * 2**20, 900,
+    )  # fmt: skip
     assert lora["test accuracy"] == 0.9 - 0.04 - 0.02 and lora["gate"] == "none" and np.isnan(lora["target_rate"])
     assert (slora["gate"], slora["target_rate"], slora["acceptance_rate"]) == ("novelty", 0.3, 0.3)
     assert (slora["model"], slora["task"], slora["learning_rate"], slora["redundancy"]) == (
-        "a-model",
-        "sst2",
-        1e-3,
-        0.8,
-    )
+        "a-model", "sst2", 1e-3, 0.8,
+    )  # fmt: skip
     assert full["status"] == "diverged" and np.isnan(full["validation loss"])
     assert all(runs[name].dtype == float for name in ("peak_memory_bytes", "trainable", "budget"))
 
@@ -56,7 +50,8 @@ def test_a_line_a_kind_of_memory():
     predicted = memory[~memory["measured"]]
     assert dict(zip(predicted["kind"], predicted["bytes"], strict=True)) == run.costs.predicted_memory
     assert memory[memory["measured"]][["kind", "bytes"]].to_numpy().tolist() == [["peak", 12]]
-    assert [len(table) for table in frame([])] == [0, 0, 0]
+    assert [len(table) for table in (frame([]).runs, frame([]).curves, frame([]).memory)] == [0, 0, 0]
+    assert frame(frames := frame([run])) is frames and frames.runs is frames.runs and list(frames) == [run]  # made once
 
 
 @pytest.mark.parametrize(

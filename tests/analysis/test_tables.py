@@ -131,6 +131,21 @@ def test_gaps_name_the_seeds_left_out_and_take_another_baseline():
         tables.gaps(runs(), "hira")
 
 
+def test_a_sentence_says_what_a_row_bought_and_cost_or_why_it_cannot():
+    assert tables.sentence(runs(), "lora", "full") == (
+        "LoRA against full fine-tuning on made-up, 3 seeds: test accuracy 0.850 against 0.860 (below), validation loss "
+        "0.425 against 0.325 (above); trained parameters × 1, FLOPs × 0.667, predicted peak memory × 0.388."
+    )
+    one = [record("lora", 0), diverged("full", 0)]
+    assert tables.sentence(one, "hira", "full") == "made-up: no run of HiRA here to compare."
+    assert tables.sentence(one, "lora", "full").endswith("have no seed that finished in both.")
+    seed = tables.sentence([record("lora", 0), record("full", 0), record("full", 1)], "lora", "full")
+    assert "made-up, 1 seed: " in seed and "too few seeds" in seed
+    with pytest.raises(ParameterError, match="must be of one model"):
+        other = record("full", 0, resolved={"model": "n"})
+        tables.sentence([record("lora", 0, resolved={"model": "m"}), other], "lora", "full")
+
+
 def test_main_prints_what_it_writes_and_draws(folder, tmp_path, capsys):
     figure, text = tmp_path / "out" / "figure.png", tmp_path / "out" / "table.md"
     assert tables.main([str(folder), "--markdown", "--figure", str(figure), "--output", str(text)]) == 0

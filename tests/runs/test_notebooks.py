@@ -1,4 +1,4 @@
-"""The contract of the notebooks that nbval cannot check, and of the params files that override them."""
+"""The contract of the notebooks that nbval cannot check, and of the doors by which a run is asked for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
-from lorakit import records
-from lorakit.params import collect, params_of, resolve
+from lorakit import cli, records
+from lorakit.errors import ParameterError
+from lorakit.params import Params, collect, given, params_of, resolve
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
 from lorakit.runs.rows import notebook_of
@@ -36,6 +38,10 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
     return [
         cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
     ]
+
+
+def tags(path: Path) -> list[str]:
+    return [tag for cell in nbformat.read(path, as_version=4).cells for tag in cell.metadata.get("tags", [])]
 
 
 def outputs(path: Path) -> list[nbformat.NotebookNode]:
@@ -72,41 +78,80 @@ def test_kernel_and_metadata_are_those_of_any_machine(path):
 
 
 @each_notebook
-def test_cells_are_short_and_end_in_values(path):
+def test_cells_are_few_and_short_and_end_in_values(path):
+    assert len(nbformat.read(path, as_version=4).cells) < 35
     for cell in code_cells(path):
-        assert len(cell.source.splitlines()) <= 20 or "parameters" in cell.metadata.get("tags", []), cell.source
+        assert len(cell.source.splitlines()) <= 20, cell.source
         assert not cell.source.rstrip().endswith(";"), cell.source
 
 
 @each_notebook
 def test_cells_are_compared_not_skipped(path):
-    tags = [tag for cell in code_cells(path) for tag in cell.metadata.get("tags", [])]
-    assert tags.count("nbval-ignore-output") <= 2
-    assert not {"nbval-skip", "nbval-raises-exception", "raises-exception", "skip-execution"} & set(tags)
+    assert tags(path).count("nbval-ignore-output") <= 2
+    assert set(tags(path)) <= {"parameters", "nbval-ignore-output"}
     text = "\n".join(cell.source for cell in code_cells(path))
     assert "NBVAL_" not in text and "%%" not in text
 
 
 @each_notebook
-def test_no_class_and_no_training_loop(path):
+def test_no_class_and_no_run_of_other_data_than_the_readers(path):
     for cell in code_cells(path):
-        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.ClassDef)]
+        nodes = [*ast.walk(ast.parse(cell.source))]
+        assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) == "lorakit.run" for node in nodes):
+            assert "params_of" not in cell.source, cell.source  # beside(given, row) is the reader's
 
 
 @each_notebook
-def test_a_notebooks_parameters_are_a_runs_own(path):
-    # `parameters` itself refuses a missing tag and anything but bare literals
-    assert resolve(parameters(path))
+def test_the_parameters_cell_says_which_run_and_no_more(path):
+    cell = parameters(path)  # which itself refuses a missing tag and anything but bare literals
+    assert [*cell] == ["setting", "row", "seed", "record", "run_dir"]
+    assert (cell["seed"], cell["record"], cell["run_dir"]) == (0, "", "")
+    assert resolve(collect(cell)) == resolve(params_of(cell["setting"], cell["row"]))
+    assert code_cells(path)[0].metadata.tags == ["parameters"] and "any parameter" in code_cells(path)[0].source
+
+
+@each_notebook
+def test_the_next_cell_collects_before_it_defines_anything_and_shows_what_it_found(path):
+    *before, last = ast.parse(code_cells(path)[1].source).body
+    collects = [ast.unparse(node) for node in before].index("given = lorakit.collect(globals())")
+    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in before[:collects])
+    assert ast.unparse(last) == "lorakit.shown(given)"
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_params_files_name_known_parameters(path):
+    if path.parent.name != "accelerate":  # whose files are accelerate's own
+        assert (yaml.safe_load(path.read_text()) or {}).keys() <= Params.model_fields.keys()
 
 
 @each_params_file
-def test_params_files_fit_the_methods_notebook(path):
-    given = params_of(path.parent.name, path.stem) | dict.fromkeys(("record", "run_dir"), "x")
-    notebook = FOLDER / notebook_of(resolve(given))
-    injected = whole(notebook, given)
-    assert checked(notebook, given) == {name: injected[name] for name in given}
-    # as papermill has it; nothing of the notebook's toy run is left
-    assert resolve(collect(parameters(notebook) | injected)) == resolve(given)
+def test_all_doors_ask_for_the_same_run(path):
+    """Of every params file, through its method's notebook, whose own cell asks for another run."""
+    setting, row = path.parent.name, path.stem
+    own = {"seed": 3, "record": "x", "run_dir": "x"}
+    named = {"setting": setting, "row": row} | own
+    notebook = FOLDER / notebook_of(resolve(named))
+    cell, files = parameters(notebook), [path.parent / "_setting.yaml", path]
+    typed, own_typed = ([f"{name}={value}" for name, value in pairs.items()] for pairs in (named, own))
+    arguments = [text for file in files for text in ("-f", str(file))] + [t for pair in own_typed for t in ("-p", pair)]
+    runs = {
+        "by hand, as papermill -p": collect(cell | named),
+        "papermill -f": collect(cell | params_of(setting, row) | own),
+        "lorakit run -p": collect(cell | checked(notebook, given([], typed))),
+        "lorakit run -f": collect(cell | whole(notebook, given(files, own_typed))),
+        "lorakit train -p": cli._given("train", [text for pair in typed for text in ("-p", pair)]),
+        "lorakit train -f": cli._given("train", arguments),
+    }
+    wanted = resolve(named)
+    assert {door for door, found in runs.items() if resolve(found) != wanted} == set()
+
+
+@each_notebook
+@pytest.mark.parametrize(("wrong", "meant"), [("learnig_rate", "learning_rate"), ("sead", "seed")])
+def test_a_mistyped_name_is_refused_by_the_cell_that_collects(path, wrong, meant):
+    with pytest.raises(ParameterError, match=f"{wrong}=1: unknown parameter; did you mean '{meant}'"):
+        collect(parameters(path) | {wrong: 1})
 
 
 @each_record

@@ -57,7 +57,7 @@ def test_the_methods_are_the_ones_that_can_be_attached():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "galore"}, "method='galore'.*lora, sparse, hira"),
+        ({"method": "galore"}, "method='galore'.*lora, hira, sparse"),
         ({"method": "hira", "alpha": 8.0}, "alpha=8.0: HiRA has no alpha"),
         ({"method": "hira", "rslora": True}, "rslora=True: HiRA has no alpha"),
         ({"peft_type": "DORA"}, "peft_type='DORA': is for method 'peft'"),

@@ -172,7 +172,17 @@ def test_a_python_whose_path_holds_a_space_is_quoted(place, tmp_path):
     (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
     python = str(environment / "bin" / "python")
     command = [python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
-    command += ["--dry-run", "--printshellcmds", "--cores", "1", "--config", "setting=toy", "methods=lora"]
+    command += [
+        "--dry-run",
+        "--workflow-profile",
+        "none",
+        "--printshellcmds",
+        "--cores",
+        "1",
+        "--config",
+        "setting=toy",
+        "methods=lora",
+    ]
     planned = subprocess.run(command, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
     assert f"'{python}' -m lorakit run" in planned.stdout + planned.stderr

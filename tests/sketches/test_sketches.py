@@ -10,7 +10,7 @@ import torch
 
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.sketches import CountSketch, FrequentDirections, TensorSketch
-from lorakit.sketches.count_sketch import PRIME
+from lorakit.sketches.tensor_sketch import PRIME
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -3,195 +3,23 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 import training_runs as runs
+from skipping import ALWAYS, at_work, batch, both, ours, plain_peft, prepared
 from torch import nn
 
 from lorakit.adapters import adapter_layers, attach
-from lorakit.adapters.probe import squared_norms
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
-from lorakit.skip.choice import block_numbers, choose, running_maxima, threshold
 from lorakit.skip.controller import SkipLoRA
 from lorakit.training import Budget, SLoRATrainer
-
-ALWAYS = {"warmup": 0.0, "explore": 0.0, "ema": 1.0, "measure_every": 1}
-
-
-def batch(rows: int = 6, tokens: int = 10) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    mask = torch.ones(rows, tokens, dtype=torch.long)
-    mask[0, 6:] = mask[3, 2:] = 0
-    ids = torch.randint(1, 99, (rows, tokens), generator=generator) * mask
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
-
-
-def at_work(model: nn.Module, std: float = 0.05) -> nn.Module:
-    """Give every adapter an update of its own size."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=std, generator=generator)
-    return model
-
-
-def plain_peft(model: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    names = ["query", "key", "value", "dense"]
-    return get_peft_model(model, LoraConfig(r=4, target_modules=names, exclude_modules=r".*pooler.*", lora_alpha=8))
-
-
-def ours(model: nn.Module) -> nn.Module:
-    return attach(
-        model, "lora", rank=4, alpha=8.0, target_modules=r".*encoder.*(query|key|value|dense)", trainable=(), seed=0
-    )
-
-
-def prepared(build, tiny_bert, **options) -> tuple[nn.Module, SkipLoRA]:
-    """A model in training whose adapters are at work, and its started SkipLoRA."""
-    torch.manual_seed(0)
-    model = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
-    skip = SkipLoRA(model, runs.skipping(**ALWAYS | options))
-    skip.begin()
-    return model, skip
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-both = pytest.mark.parametrize("build", [ours, plain_peft], ids=["ours", "peft"])
-
-
-# the metric -----------------------------------------------------------------------------------------
-
-
-def test_m_is_the_ratio_of_norms_over_valid_rows():
-    inner, B, h = torch.randn(7, 3), torch.randn(5, 3), torch.randn(7, 5)
-    valid = torch.tensor([1.0, 1, 0, 1, 0, 1, 1])
-    keep = valid.bool()
-    update, output = squared_norms(h, inner, B, 0.7, valid)
-    dense = 0.7 * inner @ B.T
-    torch.testing.assert_close(update, dense[keep].norm() ** 2)
-    torch.testing.assert_close(output, h[keep].norm() ** 2)
-    update, output = squared_norms(h, inner, B, 0.7, torch.ones(3))  # pooled rows: the mask is not theirs
-    torch.testing.assert_close(update, dense.norm() ** 2)
-
-
-@both
-def test_m_in_a_model_equals_hooks_on_its_layers(build, tiny_bert):
-    model, skip = prepared(build, tiny_bert, threshold=0.0)
-    inputs, seen = batch(), {}
-    path = skip.paths[4]
-    layer = model.get_submodule(path)
-    reference = copy.deepcopy(layer.base_layer)
-
-    def keep(module, args, out):
-        seen["h"], seen["all"] = reference(args[0].detach()), out.detach()
-
-    handle = layer.register_forward_hook(keep)
-    skip.begin_step(0.5)
-    model(**inputs)
-    handle.remove()
-    skip.after_step(0.6, None)
-    valid = inputs["attention_mask"].bool()
-    h, update = seen["h"][valid], (seen["all"] - seen["h"])[valid]
-    assert skip.metric[4] == pytest.approx(float(update.norm() / h.norm()), rel=1e-4)
-    assert len(set(skip.metric)) == len(skip.metric) == 12
-
-
-@both
-def test_m_accumulates_over_the_batches_of_a_step(build, tiny_bert):
-    whole, parts = batch(), batch()
-    metric = []
-    for split in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
-        model, skip = prepared(build, tiny_bert, threshold=0.0)
-        skip.begin_step(0.5)
-        for rows in split:
-            model(**{name: value[rows] for name, value in parts.items()}).loss.backward()
-        skip.after_step(0.6, None)
-        metric.append(skip.metric)
-    assert metric[0] == pytest.approx(metric[1], rel=1e-5) and whole.keys() == parts.keys()
-
-
-def test_the_average_starts_at_the_first_measurement_and_replaces_while_warm(tiny_bert):
-    model, skip = prepared(ours, tiny_bert, ema=0.25, warmup=0.5)
-    skip._warm, skip.metric = False, [1.0] * 12
-    skip._average([2.0] * 12)
-    assert skip.metric == [1.25] * 12
-    skip._warm = True
-    skip._average([3.0] * 12)
-    assert skip.metric == [3.0] * 12
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_m_under_autocast_is_measured_in_fp32(dtype):
-    inner, B, h = torch.randn(64, 4), torch.randn(32, 4), torch.randn(64, 32)
-    exact = squared_norms(h, inner, B, 1.0, None)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = squared_norms(h.to(dtype), inner.to(dtype), B, 1.0, None)
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, exact, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=0)
-
-
-# the choice -----------------------------------------------------------------------------------------
-
-BLOCKS = [0, 0, 1, 1, 2, 2]
-GENERATOR = torch.Generator
-
-
-def pick(metric, **options) -> str:
-    settings = runs.skipping(**ALWAYS | options)
-    return "".join("01"[a] for a in choose(metric, BLOCKS, settings, GENERATOR().manual_seed(0)))
-
-
-@pytest.mark.parametrize(
-    ("metric", "options", "active"),
-    [
-        ([0.1, 0.01, 0.1, 0.01, 0.1, 0.01], {"mode": "adapter"}, "101010"),
-        ([0.01] * 6, {"mode": "adapter"}, "100000"),  # the floor
-        ([0.01, 0.02, 0.03, 0.04, 0.03, 0.02], {"mode": "adapter", "min_active": 2}, "001100"),
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], {"mode": "adapter", "share": 0.5}, "000111"),
-        ([0.6, 0.1, 0.5, 0.2, 0.4, 0.3], {"mode": "adapter", "share": 0.5}, "101010"),
-        ([0.01, 0.02, 0.01, 0.06, 0.01, 0.01], {}, "001111"),  # one large adapter keeps its block and all above
-        ([0.01, 0.06, 0.01, 0.01, 0.01, 0.01], {}, "111111"),
-        ([0.01] * 6, {}, "000011"),
-        ([0.01] * 6, {"min_active": 3}, "001111"),
-        ([0.9, 0.8, 0.1, 0.1, 0.2, 0.3], {"share": 0.7}, "000011"),
-        ([0.1, 0.2, 0.3, 0.3, 0.4, 0.5], {"share": 0.3}, "111111"),
-        ([0.05] * 6, {"threshold": 0.05}, "111111"),  # below τ, not at it
-        ([0.0] * 6, {"threshold": 0.0}, "111111"),
-        ([0.01] * 6, {"explore": 1.0}, "111111"),
-        ([0.01] * 6, {"explore": 1.0, "mode": "adapter"}, "111111"),
-    ],
-)
-def test_choice(metric, options, active):
-    assert pick(metric, **options) == active
-
-
-def test_exploration_has_its_rate_and_follows_the_generator():
-    settings = runs.skipping(**ALWAYS | {"mode": "adapter", "explore": 0.2})
-    first, second = GENERATOR().manual_seed(5), GENERATOR().manual_seed(5)
-    picks = [choose([0.01] * 6, BLOCKS, settings, first) for _ in range(2000)]
-    assert picks == [choose([0.01] * 6, BLOCKS, settings, second) for _ in range(2000)]
-    rate = sum(itertools.chain.from_iterable(pick[1:] for pick in picks)) / 10000  # place 0 is the floor's
-    assert abs(rate - 0.2) < 4 * (0.2 * 0.8 / 10000) ** 0.5
-
-
-def test_thresholds_and_running_maxima():
-    assert running_maxima([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], BLOCKS) == [0.3, 0.3, 0.5]
-    assert threshold([0.4, 0.1, 0.3, 0.2], runs.skipping(share=0.5)) == 0.3
-    assert threshold([0.4, 0.1], runs.skipping(threshold=0.07)) == 0.07
-
-
-def test_blocks_follow_the_models_numbers():
-    paths = ["embeddings_project", "encoder.layer.0.query", "encoder.layer.0.out.dense", "encoder.layer.1.query", "top"]
-    assert block_numbers(paths) == [0, 1, 1, 2, 3]
 
 
 # what a skip does -----------------------------------------------------------------------------------

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
-import training_runs as runs
 from decoders import (
     ALL,
     B,
@@ -26,10 +24,6 @@ from decoders import (
 from torch import Tensor, nn
 
 from lorakit.adapters import quantize_nf4
-from lorakit.errors import LorakitError, ParameterError
-from lorakit.params import Params, check
-from lorakit.settings import Gating
-from lorakit.tokens import build_tokens, fractional
 from lorakit.tokens import positions as rows_of_their_own
 from lorakit.tokens.fractional import FractionalGate, FreshKeys
 from lorakit.tokens.positions import places, row_width
@@ -255,7 +249,7 @@ def test_a_sequence_in_several_rows_has_the_gradient_of_one(monkeypatch):
             if width:
                 patch.setattr(rows_of_their_own, "row_width", lambda counts, length, width=width: width)
             one = selection(model, topk_tokens=0.4).select(model, *split(given))
-            shapes.append(one.key)
+            shapes.append(one.ran)
             made.append(gradients(model, one.finish()))
     assert len(set(shapes)) == 4
     for other in made[1:]:
@@ -341,135 +335,3 @@ def test_nothing_recorded_has_a_graph():
     _, recorded, _ = tokens._record(model, *split(given), None)
     assert not any(t.requires_grad for layer in recorded.layers for t in (layer.keys, layer.values))
     assert recorded.layers[0].keys.shape == (B, 1, T, 16)
-
-
-# what it cannot serve -------------------------------------------------------------------------------
-
-
-def test_encoders_are_refused():
-    with pytest.raises(ParameterError, match=r"^gating.mode='fractional': needs a causal language model; .*'gather'"):
-        build_tokens(Gating(method="flora", mode="fractional"), runs.tiny_masked(), "masked")
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_other_attention_is_refused(attention):
-    model = of("gemma")
-    model.config._attn_implementation = attention
-    with pytest.raises(
-        LorakitError, match=f"Gemma3ForCausalLM: .*needs attention 'sdpa' or 'eager', not '{attention}'"
-    ):
-        selection(model)
-
-
-def test_models_without_keys_are_refused():
-    from transformers import MambaConfig, MambaForCausalLM
-
-    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(LorakitError, match="MambaForCausalLM: mode 'fractional'.*use 'gather'"):
-        selection(model)
-
-
-def test_layers_it_does_not_know_are_refused():
-    model = of("llama")
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(LorakitError, match="LlamaForCausalLM: .*not .*linear_attention.*use 'gather'"):
-        selection(model)
-
-
-def test_bidirectional_attention_is_refused():
-    with pytest.raises(LorakitError, match="needs a causal decoder"):
-        selection(of("gemma", use_bidirectional_attention=True))
-
-
-def test_checkpointing_is_refused():
-    model = of("gemma")
-    model.activation_checkpointing_enable()
-    with pytest.raises(LorakitError, match="does not go with gradient_checkpointing"):
-        selection(model)
-
-
-def test_checkpointing_switched_on_later_is_noticed():
-    model, given = adapted(of("gemma")), batch("right")
-    tokens = selection(model)
-    model.activation_checkpointing_enable()
-    model.enable_input_require_grads()
-    with pytest.raises(LorakitError, match="mode 'fractional'"):
-        tokens.select(model, *split(given)).finish()
-
-
-def test_a_model_whose_code_fails_on_prepared_masks_is_refused():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    model = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2))
-    with pytest.raises(LorakitError, match=r"BloomForCausalLM: .*cannot serve this model.*ValueError.*use 'gather'"):
-        selection(model).verify(model, *split(batch("right")))
-
-
-def test_virtual_tokens_are_refused():
-    from peft import PromptTuningConfig, get_peft_model
-
-    model = get_peft_model(of("gemma"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(LorakitError, match="Gemma3ForCausalLM: .*does not go with prompt learning"):
-        selection(model)
-
-
-def test_keys_of_ones_own_are_refused():
-    from transformers import DynamicCache
-
-    model, given = adapted(of("gemma")), batch("right")
-    inputs, labels = split(given)
-    with pytest.raises(ParameterError, match="^past_key_values='given': must be left to mode 'fractional'"):
-        selection(model).select(model, inputs | {"past_key_values": DynamicCache()}, labels)
-
-
-def wrong_positions(inputs, at):
-    right = chosen_inputs(inputs, at)
-    return right | {"position_ids": torch.arange(at.shape[1]).expand(at.shape)}
-
-
-chosen_inputs, chosen_masks = fractional.chosen_inputs, fractional.chosen_masks
-
-
-@pytest.mark.parametrize("broken", ["positions", "masks", "keys"])
-@pytest.mark.parametrize("name", ["gemma", "gpt2"])
-def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name, broken):
-    model, given = adapted(of(name, initializer_range=0.5) if name == "gemma" else of(name)), batch("right")
-    tokens = selection(model, topk_tokens=0.4)
-    draws = tokens.shares.draws
-    tokens.verify(model, *split(given))
-    assert tokens.shares.draws == draws and model.training  # a trial leaves nothing behind
-    if broken == "positions":
-        monkeypatch.setattr(fractional, "chosen_inputs", wrong_positions)
-    elif broken == "masks":
-        monkeypatch.setattr(fractional, "chosen_masks", lambda masks, at: chosen_masks(masks, shifted(at)))
-    else:
-        monkeypatch.setattr(FreshKeys, "_replaced", lambda self, old, new: torch.zeros_like(old))
-    with pytest.raises(LorakitError, match=f"{type(model).__name__}: the chosen tokens alone have other losses"):
-        tokens.verify(model, *split(given))
-
-
-def shifted(at):
-    """Everyone sees as much as the first token of its row."""
-    return replace(at, columns=at.columns[:, :1].expand(at.shape))
-
-
-def together(method, mode, precision, checkpointing, skips):
-    skip = "prefix" if skips else "none"
-    gating = Gating(method=method, mode=mode)
-    check(Params(gating=gating, precision=precision, gradient_checkpointing=checkpointing, skip=skip))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ((("fp16", False, False)), "^precision='fp16': fp16's gradient scaler"),
-        ((("fp32", True, False)), "^gradient_checkpointing=True: .*'fractional'"),
-        ((("fp32", False, True)), "^gating.mode='fractional': does not go with SkipLoRA"),
-    ],
-)
-def test_settings_that_contradict_the_run(given, message):
-    with pytest.raises(ParameterError, match=message):
-        together("flora", "fractional", *given)
-    together("baseline", "fractional", *given)
-    if given[0] != "fp16":
-        together("flora", "gather", *given)

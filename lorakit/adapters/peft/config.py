@@ -1,7 +1,5 @@
 """PEFT's config of a type from lorakit's parameters: what the type calls rank, alpha and dropout, and where it goes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -80,12 +78,9 @@ def build_config(
     values |= _settings(kind, allowed, settings)
     values |= _own_defaults(model, kind, allowed, settings, total_steps)
     values |= options
-    _refuse(model, kind, values.get("target_modules"), trained)
+    if reason := refusal(model, kind, values.get("target_modules"), trained):
+        raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
     _require_known_needs(kind, values)
-    return _made(config_class, kind, values, options)
-
-
-def _made(config_class: type, kind: str, values: dict[str, Any], options: Mapping[str, Any]) -> Any:
     try:
         with quiet(*NOISE):
             return config_class(**values)
@@ -134,20 +129,16 @@ def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: 
         return found | ({"feedforward_modules": []} if kind == "IA3" else {})
     if kind == "IA3":
         return dict(_IA3_DISTILBERT) if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
-    if special := {"LN_TUNING": _norms, "TRAINABLE_TOKENS": _embeddings, "SHADOW": _blocks}.get(kind):
-        return {"target_modules": special(model)}
+    if kind == "LN_TUNING":
+        return {"target_modules": [path for path, m in model.named_modules() if type(m).__name__.endswith("Norm")]}
+    if kind == "TRAINABLE_TOKENS":
+        return {"target_modules": [path for path, m in model.named_modules() if m is model.get_input_embeddings()]}
+    if kind == "SHADOW":
+        return {"target_modules": _blocks(model)}
     found = resolve_targets(model, ALL_LINEAR, trained)
     if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
         found = [path for path in found if "pooler" not in path]
     return {"target_modules": found}
-
-
-def _norms(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if type(module).__name__.endswith("Norm")]
-
-
-def _embeddings(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -203,11 +194,6 @@ def _own_defaults(
         "SHADOW": {"auxiliary_loss_weight": 0.0},
     }
     return values | own.get(kind, {})
-
-
-def _refuse(model: nn.Module, kind: str, target_modules: Any, trained: Sequence[str]) -> None:
-    if reason := refusal(model, kind, target_modules, trained):
-        raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
 
 
 def _require_known_needs(kind: str, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """Files of any PEFT method: PEFT's own, written and read by PEFT, checked by what is in the model afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What stands around the forward of PEFT's model, so that it takes and gives what every other model here does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -15,11 +15,14 @@ from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import NOISE, build_config
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
+from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.fields import Settings
 from lorakit.modules import name_matches
 from lorakit.quiet import quiet
+from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings, AttachSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
@@ -62,6 +65,9 @@ class PeftAttachment(Attachment):
     """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `lorakit_unmerged`."""
 
     foreign = True
+
+    def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
+        return [PeftSchedule(model)]
 
     def merge_obstacle(self, model: nn.Module) -> str:
         kind = config_of(model).peft_type.value
@@ -157,7 +163,9 @@ def wrap(
         _require_trainable(wrapper, config)
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
         base.restore(model)
-        raise ParameterError("peft_type", str(config.peft_type.value), f"PEFT refuses: {_one_line(error)}") from error
+        raise ParameterError(
+            "peft_type", str(config.peft_type.value), f"PEFT refuses: {' '.join(str(error).split())}"
+        ) from error
     wrapper.train(model.training)
     wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
     wrapper.register_forward_hook(after_forward, with_kwargs=True)
@@ -193,10 +201,6 @@ def _require_trainable(wrapper: nn.Module, config: Any) -> None:
     own = sum(p.numel() for p in wrapper.parameters() if p.requires_grad and id(p) not in heads)
     if not own and not config.inference_mode:
         raise ValueError("nothing in this model would be trained")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """A PEFT method's own schedule: AdaLoRA's ranks r_t = r_T + (r_0 - r_T)(1 - t/T)³ after step t, and its penalty."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

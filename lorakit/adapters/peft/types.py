@@ -1,7 +1,5 @@
 """PEFT's types by name, and which of them cannot run here and why."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

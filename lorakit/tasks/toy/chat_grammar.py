@@ -1,7 +1,5 @@
 """A chat asks what can be checked: told sums (answered with "#### N"), copying, reversing, counting, opposites."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 

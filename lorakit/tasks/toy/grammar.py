@@ -3,8 +3,6 @@
 Every function draws from one `random.Random(seed)` row by row: a larger count extends a smaller one, on any platform.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from functools import partial

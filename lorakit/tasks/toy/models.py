@@ -4,17 +4,19 @@ Weights are stored and loaded as fp32; `scripts/pretrain_toy.py` writes them. A 
 weights: it is for trying code that needs that architecture, and learns little.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lorakit.errors import require
 from lorakit.tasks.toy import tokenizer as tokenizers
 from lorakit.tasks.toy.tokenizer import SPECIALS, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PRETRAINED = ("toy-encoder", "toy-decoder")
 NAMES = (*PRETRAINED, "toy-gpt2")
@@ -88,7 +90,5 @@ def build(name: str, random: bool = False) -> PreTrainedModel:
 
     The packaged GPT-2 is what seed 0 makes.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
     auto = AutoModelForMaskedLM if name == "toy-encoder" else AutoModelForCausalLM
     return auto.from_config(config(name)) if random else auto.from_pretrained(folder(name), local_files_only=True)

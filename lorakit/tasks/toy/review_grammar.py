@@ -5,8 +5,6 @@
 A verdict beside the sentence ("i never liked it.") always agrees with it. One word alone therefore says little.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A story follows one object: who holds it and where, so each sentence is better guessed from those before it."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

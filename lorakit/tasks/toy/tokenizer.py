@@ -1,12 +1,7 @@
 """A byte is a token, id = byte + 9 after nine special tokens: no vocabulary file, and any text round-trips."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 VOCAB_SIZE = len(SPECIALS) + 256
@@ -40,8 +35,6 @@ def byte_characters() -> list[str]:
 
 def byte_tokenizer(single: str, pair: str) -> Tokenizer:
     """Bytes to ids; `single` and `pair` are templates saying where special tokens stand around one or two texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
     vocab = {token: index for index, token in enumerate((*SPECIALS, *byte_characters()))}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -53,8 +46,6 @@ def byte_tokenizer(single: str, pair: str) -> Tokenizer:
 
 
 def _fast(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
