@@ -48,6 +48,10 @@ class HeadGradientGate(ScoredGate):
         decay: forgetting of old accepted batches per accepted batch, 1 for none.
         leverage: weigh the basis' directions by σ²/(σ² + λ), λ = Σσ²/k: ridge-leverage novelty.
 
+    Names and defaults are the method's as described, for runs of many thousand batches. A run's own parameters
+    (`lorakit.settings.GateSettings`) are for runs of hundreds, where those would never leave the burn-in: 20 for 2000
+    batches of burn-in, 4 for 128 batches between refreshes, 0.05 for 0.01 of running average.
+
     Raises:
         ParameterError: a value outside what is said above.
     """

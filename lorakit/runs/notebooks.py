@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -119,6 +120,7 @@ def _read(notebook: str | Path) -> NotebookNode:
 def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list
     stopping = threading.Event()
 
     def stop_between_cells(**_: Any) -> None:

@@ -32,7 +32,8 @@ class SLoRATrainer(GatedTrainer):
     Args:
         model: with something to train; args: `TrainingArguments`, not fp16.
         gate_config: the keys of `HeadGradientGate` that are not the model's (KEYS), `target_novelty` being the target
-            acceptance rate; {} for all defaults, None for the ungated baseline.
+            acceptance rate; {} for all defaults, which are the method's as described and not a run's (see there), None
+            for the ungated baseline.
         gate: a gate of your own instead.
         Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
 
