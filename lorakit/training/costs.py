@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
 from typing import Any, get_args
 
 import torch
@@ -182,31 +181,34 @@ class FlopMeter:
 
 
 class _Equations:
-    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in exact fractions."""
+    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in whole numbers."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, list[Fraction]]] = []  # (place of its leading 1, [1, *sizes, flops] reduced)
+        self.rows: list[tuple[int, list[int]]] = []  # (place of its leading entry, [1, *sizes, flops] reduced)
         self.holds: bool | None = None  # whether the first that could be computed was as counted; None: not yet known
 
     def solved(self, sizes: tuple[int, ...]) -> int | None:
         """FLOPs of these sizes, None where they must be counted."""
-        *rest, flops = self._reduced(sizes, 0)
-        return int(-flops) if self.holds and not any(rest) and flops == int(flops) else None
+        (*rest, flops), scale = self._reduced(sizes, 0)
+        return -flops // scale if self.holds and not any(rest) and flops % scale == 0 else None
 
     def add(self, sizes: tuple[int, ...], flops: int) -> None:
-        *rest, difference = row = self._reduced(sizes, flops)
+        (*rest, difference), _ = self._reduced(sizes, flops)
         lead = next((place for place, value in enumerate(rest) if value), None)
         if lead is not None:
-            self.rows.append((lead, [value / row[lead] for value in row]))
+            common = math.gcd(*rest, difference)
+            self.rows.append((lead, [value // common for value in (*rest, difference)]))
         elif self.holds is not False:
             self.holds = difference == 0
 
-    def _reduced(self, sizes: tuple[int, ...], flops: int) -> list[Fraction]:
-        row = [Fraction(value) for value in (1, *sizes, flops)]
+    def _reduced(self, sizes: tuple[int, ...], flops: int) -> tuple[list[int], int]:
+        """The equation without what the rows explain, and the factor it was multiplied by on the way."""
+        row, scale = [1, *sizes, flops], 1
         for lead, known in self.rows:
             if factor := row[lead]:
-                row = [value - factor * other for value, other in zip(row, known, strict=True)]
-        return row
+                row = [known[lead] * value - factor * other for value, other in zip(row, known, strict=True)]
+                scale *= known[lead]
+        return row, scale
 
 
 def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
