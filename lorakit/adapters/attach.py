@@ -60,12 +60,16 @@ def attach(
         asked["target_modules"] = list(asked["target_modules"])
     whole = Attaching(**{"alpha": None, "method": method} | asked)
     settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))
-    _require_bare(model, method)
+    if (present := getattr(model, "lorakit_attachment", None)) is not None:
+        raise ParameterError("method", method, f"the model already has {present.method!r}; detach(model) first")
     trained = _trained_modules(model, method, trainable)
     if method == "peft":
-        from lorakit.adapters.peft.method import attach_peft
+        from lorakit.adapters.peft.config import build_config
+        from lorakit.adapters.peft.method import wrap
 
-        return attach_peft(model, whole, settings, trained, seed, total_steps)
+        targets, options = whole.target_modules, whole.peft_options
+        config = build_config(model, whole.peft_type, options, settings, targets, trained, total_steps)
+        return wrap(model, config, settings, trained, seed)
     targets = resolve_targets(model, whole.target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
 
@@ -93,8 +97,7 @@ def attach_to(
     trained: Sequence[str],
     seed: int | None = None,
 ) -> nn.Module:
-    """`attach` with the paths already resolved and settings for each layer."""
-    _require_bare(model, method)
+    """`attach` to a model without an adapter, with the paths already resolved and settings for each layer."""
     if method in ADAPTERS:
         _require_untied(model, trained)
     prepare_four_bit(model, trained)
@@ -110,12 +113,6 @@ def attach_to(
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
     return model
-
-
-def _require_bare(model: nn.Module, method: str) -> None:
-    attachment = getattr(model, "lorakit_attachment", None)
-    if attachment is not None:
-        raise ParameterError("method", method, f"the model already has {attachment.method!r}; detach(model) first")
 
 
 def _trained_modules(model: nn.Module, method: str, trainable: str | Sequence[str]) -> list[str]:

@@ -134,11 +134,17 @@ class AdapterLayer(nn.Module, ABC):
             return
         with torch.no_grad():
             merged = nn.Parameter(self.merged_weight().contiguous(), requires_grad=False)
-        if is_four_bit(self.base_layer):
-            self._unmerged, self.base_layer = (self.base_layer,), _dense(self.base_layer, merged)
+        if not is_four_bit(self.base_layer):
+            self._unmerged = (self.base_layer.weight,)
+            self.base_layer.weight = merged
             return
-        self._unmerged = (self.base_layer.weight,)
-        self.base_layer.weight = merged
+        packed = self.base_layer
+        with torch.device("meta"):  # no values are drawn
+            dense = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+        dense.weight = merged
+        if packed.bias is not None:
+            dense.bias = nn.Parameter(packed.bias.detach().to(merged.dtype), requires_grad=False)
+        self._unmerged, self.base_layer = (packed,), dense.train(packed.training)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit the tensor it was."""
@@ -154,16 +160,6 @@ class AdapterLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())
-
-
-def _dense(layer: nn.Module, weight: nn.Parameter) -> nn.Linear:
-    """A plain linear layer with `weight` and the bias of `layer`, in the weight's dtype."""
-    with torch.device("meta"):  # no values are drawn
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    dense.weight = weight
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
-    return dense.train(layer.training)
 
 
 ADAPTERS: dict[str, type[AdapterLayer]] = {}  # method -> its layer; each module enters its own

@@ -22,7 +22,7 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
-        if packed_bytes(tensor) < _bytes(tensor):
+        if stored_bytes(tensor) < tensor.nbytes:
             nonzero = _nonzero(tensor)
             bits = torch.nn.functional.pad(nonzero.to(torch.uint8), (0, -len(nonzero) % 8)).view(-1, 8)
             stored[name + BITMAP] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
@@ -43,36 +43,23 @@ def unpack(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         raise CheckpointError(f"{PACKED_FILE} is not of format lorakit-packed, version 1")
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((BITMAP, VALUES))}
     for name, shape in json.loads(metadata.get("shapes", "{}")).items():
-        tensors[name] = _unpacked(name, torch.Size(shape), stored.get(name + BITMAP), stored.get(name + VALUES))
+        bitmap, values = stored.get(name + BITMAP), stored.get(name + VALUES)
+        count = torch.Size(shape).numel()
+        if bitmap is None or values is None or len(bitmap) != -(-count // 8):
+            raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
+        nonzero = (bitmap.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
+        found = int(nonzero.sum())
+        if found != len(values):
+            raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {found} bits")
+        tensors[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(nonzero, values).view(shape)
     return tensors
 
 
-def packed_bytes(tensor: Tensor) -> int:
-    """Bytes of `tensor` when packed, without the file's header."""
-    return -(-tensor.numel() // 8) + int(_nonzero(tensor).sum()) * tensor.element_size()
-
-
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes of `tensor` in a packed file: packed, or dense where that is smaller."""
-    return min(packed_bytes(tensor), _bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """Bytes of `tensor` in a packed file, without its header: packed, or dense where that is smaller."""
+    return min(-(-tensor.numel() // 8) + int(_nonzero(tensor).sum()) * tensor.element_size(), tensor.nbytes)
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
     """(n,) bool: entries with any bit set."""
     return tensor.detach().flatten().view(_INTEGERS[tensor.element_size()]) != 0
-
-
-def _unpacked(name: str, shape: torch.Size, bitmap: Tensor | None, values: Tensor | None) -> Tensor:
-    count = shape.numel()
-    if bitmap is None or values is None or len(bitmap) != -(-count // 8):
-        raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
-    nonzero = (bitmap.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
-    if int(nonzero.sum()) != len(values):
-        raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {int(nonzero.sum())} bits")
-    tensor = torch.zeros(count, dtype=values.dtype)
-    tensor[nonzero] = values
-    return tensor.view(shape)

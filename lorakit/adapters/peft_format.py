@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment
-from lorakit.adapters.layer import ADAPTERS
+from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError
 from lorakit.head import kind_of, task_head
 from lorakit.modules import inside, is_conv1d, is_linear, name_matches
@@ -40,9 +40,13 @@ class StoredAdapter:
 def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
     """The `adapter_config.json` of what is attached."""
     adapter, common, targets = ADAPTERS[attachment.method], attachment.settings, attachment.targets
+    kind, head = kind_of(model), task_head(model)
+    task = "CAUSAL_LM" if kind == "causal" else None
+    if kind == "classify" and head and set(head) <= set(attachment.trained):
+        task = "SEQ_CLS"  # PEFT expects a trained head of it, so without one none is named
     config = {
         "peft_type": adapter.peft_type,
-        "task_type": _task_type(model, attachment),
+        "task_type": task,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
         "bias": "none",
@@ -59,27 +63,13 @@ def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
 
 def name_in_file(method: str, name: str) -> str:
     """What the file calls the tensor that `Attachment.tensors` calls `name`."""
-    bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name.removesuffix(".weight"))
-    return PREFIX + (name.removesuffix(".weight") if bare else name)
+    bare = name.removesuffix(".weight")
+    return PREFIX + (bare if _is_bare(ADAPTERS[method], bare) else name)
 
 
-def _name_here(method: str, name: str) -> str:
-    """What `Attachment.tensors` calls the tensor that the file calls `name`."""
-    name = name.removeprefix(PREFIX)
-    bare = ADAPTERS[method].peft_type in _BARE_PARAMETERS and _is_factor(method, name)
-    return f"{name}.weight" if bare else name
-
-
-def _is_factor(method: str, name: str) -> bool:
-    return name.rpartition(".")[2] in ADAPTERS[method].parameter_names
-
-
-def _task_type(model: nn.Module, attachment: Attachment) -> str | None:
-    """PEFT's task type; it expects a trained head of a sequence classifier, so without one none is named."""
-    kind, head = kind_of(model), task_head(model)
-    if kind == "classify" and head and set(head) <= set(attachment.trained):
-        return "SEQ_CLS"
-    return "CAUSAL_LM" if kind == "causal" else None
+def _is_bare(adapter: type[AdapterLayer], name: str) -> bool:
+    """Whether `name` is that of a factor which the file holds as a parameter, not as a module's weight."""
+    return adapter.peft_type in _BARE_PARAMETERS and name.rpartition(".")[2] in adapter.parameter_names
 
 
 def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> StoredAdapter:
@@ -89,23 +79,25 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
         CheckpointError: another method, a PEFT feature lorakit lacks, or a layer that `model` does not have.
         ParameterError: a setting out of range.
     """
-    method = _method_of(config)
+    types = {name: adapter.peft_type for name, adapter in ADAPTERS.items()}
+    method = next((name for name, kind in types.items() if kind == config.get("peft_type")), None)
+    if method is None:
+        known = ", ".join(dict.fromkeys(types.values()))
+        raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
     _refuse_foreign(config, ADAPTERS[method].peft_fields)
-    tensors = {_name_here(method, name): tensor for name, tensor in raw.items()}
+    tensors = {}
+    for stored, tensor in raw.items():
+        name = stored.removeprefix(PREFIX)
+        tensors[f"{name}.weight" if _is_bare(ADAPTERS[method], name) else name] = tensor
     settings = ADAPTERS[method].settings_from_peft(config)
     targets = {
         path: _own_settings(config, settings, method, path, tensors) for path in _adapted_paths(model, method, tensors)
     }
-    trained = _stored_modules(model, config, [name for name in tensors if not inside(name, list(targets))])
+    others = [name for name in tensors if not inside(name, list(targets))]
+    listed = config.get("modules_to_save") or []  # PEFT lists some that no model has
+    paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
+    trained = [path for path in paths if any(inside(name, [path]) for name in others)]
     return StoredAdapter(method, settings, targets, trained, tensors)
-
-
-def _method_of(config: dict[str, Any]) -> str:
-    for method, adapter in ADAPTERS.items():
-        if adapter.peft_type == config.get("peft_type"):
-            return method
-    known = ", ".join(dict.fromkeys(adapter.peft_type for adapter in ADAPTERS.values()))
-    raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
 
 
 def _refuse_foreign(config: dict[str, Any], fields: frozenset[str]) -> None:
@@ -145,10 +137,3 @@ def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -
     """PEFT's rule: a key is a regular expression for the end of the path."""
     matching = [value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
     return matching[0] if matching else default
-
-
-def _stored_modules(model: nn.Module, config: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Paths of the modules of `modules_to_save` that have tensors in the file (PEFT lists some that no model has)."""
-    listed = config.get("modules_to_save") or []
-    paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
-    return [path for path in paths if any(inside(name, [path]) for name in names)]

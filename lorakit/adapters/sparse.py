@@ -25,11 +25,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return layers
 
 
-def zeros_due(target: float, size: int) -> int:
-    """How many of `size` entries (or ranks) are to be zero, to the nearest."""
-    return round(target * size)
-
-
 def require_something_left(settings: SparseSettings, layers: Mapping[str, LoRALayer]) -> None:
     """Refuse a sparsity that leaves a matrix, or a layer, nothing at all, or that rounds to no zero anywhere in it.
 
@@ -43,7 +38,7 @@ def require_something_left(settings: SparseSettings, layers: Mapping[str, LoRALa
         if settings.sparsify == "structured":
             sizes = {f"ranks of {path}": layer.settings.rank}
         for what, size in sizes.items():
-            count = zeros_due(settings.sparsity, size)
+            count = round(settings.sparsity * size)
             problem = f"prunes {'all' if count else 'none'} of the {size} {what}; at least one is to go and one to stay"
             require(0 < count < size, "sparsity", settings.sparsity, problem)
 
@@ -63,11 +58,6 @@ def prune_smallest(scores: Tensor, pruned: Tensor, count: int) -> Tensor:
     """
     lowest = scores.masked_fill(pruned, -1).flatten().topk(count, largest=False).indices
     return torch.zeros_like(pruned).flatten().index_fill_(0, lowest, True).view_as(pruned)
-
-
-def rank_scores(A: Tensor, B: Tensor) -> Tensor:
-    """‖A_k‖·‖B_k‖ of each rank k, (r,): the Frobenius norm of its term B_k A_k of BA; A is (r, in), B (out, r)."""
-    return A.norm(dim=1) * B.norm(dim=0)
 
 
 def has_path(A: Tensor, B: Tensor) -> Tensor:

@@ -16,9 +16,7 @@ from lorakit.adapters.sparse import (
     lora_layers,
     prox,
     prune_smallest,
-    rank_scores,
     require_something_left,
-    zeros_due,
 )
 from lorakit.adapters.zeros import sparsity_report
 from lorakit.fields import Settings
@@ -79,12 +77,16 @@ class Sparsifier(Controller):
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         self.share = share
         skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
-        if not skipped and any(p.grad is not None for _, p in self._factors()):
-            if self.settings.sparsify == "l1":
-                self._shrink_or_freeze(share, optimizer)
-            elif self._is_time(share):
-                self.prune_to(self.settings.target(share))
-            self._hold(optimizer)
+        if skipped or all(p.grad is None for _, p in self._factors()):
+            return
+        if self.settings.sparsify == "l1":
+            self._shrink_or_freeze(share, optimizer)
+        else:
+            target = self.settings.target(share)
+            final = share >= self.settings.prune_end and target > self.due
+            if final or target - self.due >= STRIDE * self.settings.sparsity > 0:
+                self.prune_to(target)
+        self._hold(optimizer)
 
     def at_point(self, step: int) -> None:
         target = None if self.settings.fixed_penalty else self.settings.target(self.share)
@@ -96,11 +98,6 @@ class Sparsifier(Controller):
                 yield f"{path}.{factor}", getattr(layer, factor)
 
     # pruning -------------------------------------------------------------------------------------------
-
-    def _is_time(self, share: float) -> bool:
-        target = self.settings.target(share)
-        final = share >= self.settings.prune_end and target > self.due
-        return final or target - self.due >= STRIDE * self.settings.sparsity > 0
 
     @torch.no_grad()
     def prune_to(self, target: float) -> None:
@@ -124,13 +121,14 @@ class Sparsifier(Controller):
         for factor in FACTORS[self.settings.sparse_factors]:
             scores = getattr(layer, factor).abs()
             scores.view(-1).index_fill_(0, last[factor], torch.inf)
-            grown[f"{path}.{factor}"] = prune_smallest(scores, masks[factor], zeros_due(target, scores.numel()))
+            grown[f"{path}.{factor}"] = prune_smallest(scores, masks[factor], round(target * scores.numel()))
         return grown
 
     def _ranks_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
         A, B = layer.lora_A, layer.lora_B
         known = self._mask(path, layer, "lora_A")[:, 0]
-        ranks = prune_smallest(rank_scores(A, B), known, zeros_due(target, len(known)))
+        norms = A.norm(dim=1) * B.norm(dim=0)  # (r,), ‖A_k‖·‖B_k‖: the Frobenius norm of the rank's term B_k A_k of BA
+        ranks = prune_smallest(norms, known, round(target * len(known)))
         return {
             f"{path}.lora_A": ranks[:, None].expand_as(A).contiguous(),
             f"{path}.lora_B": ranks[None, :].expand_as(B).contiguous(),
@@ -158,8 +156,13 @@ class Sparsifier(Controller):
         penalties = [found for layer in self.layers.values() for found in self._shrink(layer, rates, share)]
         if penalties:
             self.penalty = float(torch.stack(penalties).mean())
-        if share >= self.settings.prune_end:
-            self._freeze()
+        if share < self.settings.prune_end:
+            return
+        # what is zero now stays so, except in a layer that has no rank alive: its B was never trained
+        for path, layer in self.layers.items():
+            alive = has_path(layer.lora_A, layer.lora_B)
+            for factor in FACTORS[self.settings.sparse_factors]:
+                self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
 
     def _shrink(self, layer: LoRALayer, rates: dict[nn.Parameter, float], share: float) -> list[Tensor]:
         """One proximal step on a layer's factors; the λ of each."""
@@ -170,30 +173,21 @@ class Sparsifier(Controller):
         found = []
         for parameter in factors.values():
             rate = rates.get(parameter, 0.0)
-            if parameter.grad is not None and rate > 0:
-                threshold = self._threshold(parameter, rate, share)
-                parameter.copy_(prox(parameter, threshold))
-                found.append(threshold / rate)
+            if parameter.grad is None or rate <= 0:
+                continue
+            if self.settings.fixed_penalty:
+                threshold = parameter.new_tensor(rate * self.settings.l1)
+            else:  # the smallest that leaves as many zeros as are due
+                count = round(self.settings.target(share) * parameter.numel())
+                threshold = parameter.abs().flatten().kthvalue(count).values if count else parameter.new_zeros(())
+            parameter.copy_(prox(parameter, threshold))
+            found.append(threshold / rate)
         lost = alive & ~has_path(A, B)
         # a layer that has lost its last rank gets the entries of its best one back
         for factor, parameter in factors.items():
             entry = parameter.view(-1)[last[factor]]
             parameter.view(-1).index_copy_(0, last[factor], torch.where(lost, kept[factor], entry))
         return found
-
-    def _threshold(self, parameter: Tensor, rate: float, share: float) -> Tensor:
-        """Learning rate times λ, 0-dim: λ as given, or the smallest that leaves as many zeros as are due."""
-        if self.settings.fixed_penalty:
-            return parameter.new_tensor(rate * self.settings.l1)
-        count = zeros_due(self.settings.target(share), parameter.numel())
-        return parameter.abs().flatten().kthvalue(count).values if count else parameter.new_zeros(())
-
-    def _freeze(self) -> None:
-        """What is zero now stays so, except in a layer that has no rank alive: its B was never trained."""
-        for path, layer in self.layers.items():
-            alive = has_path(layer.lora_A, layer.lora_B)
-            for factor in FACTORS[self.settings.sparse_factors]:
-                self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
 
     # what is known -------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from lorakit.adapters.attachment import (
     require_unmerged,
     trained_tensors,
 )
-from lorakit.adapters.layer import AdapterLayer
 from lorakit.base.nf4 import bitsandbytes, dense_numel, is_four_bit, unpack
 from lorakit.errors import LorakitError
 from lorakit.records import Parameters
@@ -65,9 +64,10 @@ def parameter_stats(model: nn.Module) -> Parameters:
 def adapter_bytes(model: nn.Module) -> int:
     """Bytes of the tensors `save_adapter` stores (the file's header, a few kilobytes, not counted)."""
     stored = attachment_of(model).stored(model).values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    return sum(tensor.nbytes for tensor in stored)
 
 
+@torch.no_grad()
 def requantisation_error(model: nn.Module) -> dict[str, Any]:
     """What storing the merged weight in 4 bits again would cost: ‖Q(W) − W‖ / ‖W‖ with W = dequantise(W0) + ΔW.
 
@@ -79,19 +79,15 @@ def requantisation_error(model: nn.Module) -> dict[str, Any]:
     """
     if is_merged(model):
         raise LorakitError("the adapter is merged into dense weights; unmerge(model) before asking")
-    squares = {path: _squares(layer) for path, layer in adapter_layers(model).items() if is_four_bit(layer.base_layer)}
+    squares = {}  # ‖Q(W) − W‖² and ‖W‖²
+    for path, layer in adapter_layers(model).items():
+        if is_four_bit(layer.base_layer):
+            state, merged = layer.base_layer.weight.quant_state, layer.merged_weight()
+            how = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
+            packed, again = bitsandbytes().functional.quantize_4bit(merged.contiguous(), **how)
+            error = unpack(packed, again).double() - merged.double()
+            squares[path] = float(error.square().sum()), float(merged.double().square().sum())
     if not squares:
         raise LorakitError(f"no adapter of this {type(model).__name__} is on a 4-bit layer; quantize_nf4, then attach")
     lost, whole = (sum(column) for column in zip(*squares.values(), strict=True))
     return {"layers": {path: math.sqrt(a / b) for path, (a, b) in squares.items()}, "overall": math.sqrt(lost / whole)}
-
-
-@torch.no_grad()
-def _squares(layer: AdapterLayer) -> tuple[float, float]:
-    """‖Q(W) − W‖² and ‖W‖² of the merged weight, quantised as the base is."""
-    state, merged = layer.base_layer.weight.quant_state, layer.merged_weight()
-    packed, again = bitsandbytes().functional.quantize_4bit(
-        merged.contiguous(), blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type
-    )
-    error = unpack(packed, again).double() - merged.double()
-    return float(error.square().sum()), float(merged.double().square().sum())

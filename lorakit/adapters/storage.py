@@ -1,9 +1,6 @@
 """Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +42,39 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
         LorakitError: nothing is attached.
         ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
     """
-    from safetensors.torch import save_file
-
     attachment, folder = attachment_of(model), Path(folder)
     require_unmerged(model)
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
     adapter = attachment.method in ADAPTERS
     require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
-    if attachment.foreign:
-        with _replaced(folder) as temporary:
+    with written(folder, folder=True) as temporary:
+        if attachment.foreign:
             attachment.write(model, temporary)
-        return folder
-    config, config_file, tensors_file, in_file = _layout(model, attachment)
-    tensors = {in_file(name): tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(model).items()}
-    metadata = {"format": "pt"}
-    if packed:
-        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    with _replaced(folder) as temporary:
-        save_file(tensors, temporary / tensors_file, metadata=metadata)
-        (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        else:
+            _write(model, attachment, temporary, packed)
+        # what stood there goes before the new files come: a crash never leaves a mixed pair
+        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def _layout(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Any], str, str, Callable[[str], str]]:
-    """Config, names of the two files, and the name of a tensor in the second."""
-    if attachment.method in ADAPTERS:
+def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool) -> None:
+    from safetensors.torch import save_file
+
+    method = attachment.method
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attachment.tensors(model).items()}
+    metadata = {"format": "pt"}
+    if method in ADAPTERS:
+        config_file, tensors_file = peft_format.CONFIG_FILE, peft_format.TENSORS_FILE
         config = peft_format.to_config(model, attachment)
-        in_file = partial(peft_format.name_in_file, attachment.method)
-        return config, peft_format.CONFIG_FILE, peft_format.TENSORS_FILE, in_file
-    config = {"format": "lorakit", "version": 1, "method": attachment.method, "trained": list(attachment.trained)}
-    return config, OWN_CONFIG_FILE, OWN_TENSORS_FILE, str
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of the adapter in `folder`; a crash never leaves a mixed pair."""
-    with written(folder, folder=True) as temporary:
-        yield temporary
-        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
-            (folder / name).unlink(missing_ok=True)
+        tensors = {peft_format.name_in_file(method, name): tensor for name, tensor in tensors.items()}
+    else:
+        config_file, tensors_file = OWN_CONFIG_FILE, OWN_TENSORS_FILE
+        config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
+    if packed:
+        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
+    save_file(tensors, folder / tensors_file, metadata=metadata)
+    (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -121,10 +112,13 @@ def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
         return attachment.foreign
     if not (folder / peft_format.CONFIG_FILE).is_file():
         return False
-    from lorakit.adapters.peft.files import is_peft_file
-
     config = _read_json(folder / peft_format.CONFIG_FILE)
-    return is_peft_file(config, {adapter.peft_type for adapter in ADAPTERS.values()})
+    kind = config.get("peft_type")
+    if kind in {adapter.peft_type for adapter in ADAPTERS.values()}:
+        return kind == "LORA" and bool(config.get("use_dora"))
+    from peft import PeftType
+
+    return kind in [known.value for known in PeftType]
 
 
 def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) -> nn.Module:
@@ -138,7 +132,9 @@ def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) ->
 
 
 def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapter) -> None:
-    if _kind(attachment.method) != _kind(stored.method):
+    # what a file can tell a method by: "sparse" is stored as "lora" is
+    here, there = (ADAPTERS[m].peft_type if m in ADAPTERS else m for m in (attachment.method, stored.method))
+    if here != there:
         raise CheckpointError(f"holds method {stored.method!r}, but {attachment.method!r} is attached")
     check_state(trained_tensors(model), stored.tensors)
     for path, own in attachment.targets.items():  # the scale, which no tensor shows
@@ -150,21 +146,19 @@ def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapte
             )
 
 
-def _kind(method: str) -> str:
-    """What a file can tell a method by: "sparse" is stored as "lora" is."""
-    return ADAPTERS[method].peft_type if method in ADAPTERS else method
-
-
 def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (folder / peft_format.CONFIG_FILE).is_file():
         config = _read_json(folder / peft_format.CONFIG_FILE)
-        return peft_format.read(model, config, _read_adapter_tensors(folder))
-    if (folder / OWN_CONFIG_FILE).is_file():
-        return _read_own(model, _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE))
-    raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
+        if not (folder / PACKED_FILE).is_file():
+            return peft_format.read(model, config, _read_tensors(folder / peft_format.TENSORS_FILE))
+        from safetensors import safe_open
 
-
-def _read_own(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> StoredAdapter:
+        stored = _read_tensors(folder / PACKED_FILE)
+        with safe_open(folder / PACKED_FILE, "pt") as file:
+            return peft_format.read(model, config, unpack(stored, file.metadata() or {}))
+    if not (folder / OWN_CONFIG_FILE).is_file():
+        raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
+    config, tensors = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
     method, trained = config.get("method"), config.get("trained", [])
     if method not in ("head", "full"):
         raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
@@ -182,16 +176,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path.name} is not a mapping")
     return config
-
-
-def _read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    if not (folder / PACKED_FILE).is_file():
-        return _read_tensors(folder / peft_format.TENSORS_FILE)
-    from safetensors import safe_open
-
-    stored = _read_tensors(folder / PACKED_FILE)
-    with safe_open(folder / PACKED_FILE, "pt") as file:
-        return unpack(stored, file.metadata() or {})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.attachment import Attachment, attachment_of, is_merged
+from lorakit.adapters.attachment import attachment_of, is_merged
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.packed import stored_bytes
 from lorakit.adapters.sparse import lora_layers
 from lorakit.errors import LorakitError
 from lorakit.modules import replace_modules
-from lorakit.settings import AdapterSettings
 
 COUNTED = ("A", "B", "BA", "merged")
 
@@ -38,6 +37,8 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
     layers = lora_layers(model)
     counts = {path: _counts(layer) for path, layer in layers.items()}
     ranks = {path: _ranks(layer) for path, layer in layers.items()}
+    factors = [factor.detach() for layer in layers.values() for factor in layer.adapter_parameters().values()]
+    living = {path: len(living_ranks(layer)) for path, layer in layers.items()}
     nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
     return {
         "entries": entries,
@@ -46,7 +47,14 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
         **{
             name: sum(own[name] for own in ranks.values()) / len(ranks) for name in ("effective_rank", "numerical_rank")
         },
-        "bytes": _bytes(list(layers.values())),
+        "bytes": {
+            "dense": sum(factor.nbytes for factor in factors),
+            "packed": sum(stored_bytes(factor) for factor in factors),
+            "compacted": sum(
+                living[path] * (layer.in_features + layer.out_features) * layer.lora_A.element_size()
+                for path, layer in layers.items()
+            ),
+        },
         "layers": {
             path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]
             for path, own in counts.items()
@@ -64,8 +72,10 @@ def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
 
 
 def _ranks(layer: LoRALayer) -> dict[str, float]:
+    """Effective rank, and numerical: singular values above the largest times max(out, in) times the precision."""
     sigma = singular_values(layer.lora_A.detach(), layer.lora_B.detach())
-    return {"effective_rank": effective_rank(sigma), "numerical_rank": numerical_rank(sigma, layer)}
+    rounding = sigma.max() * max(layer.out_features, layer.in_features) * torch.finfo(layer.lora_A.dtype).eps
+    return {"effective_rank": effective_rank(sigma), "numerical_rank": int((sigma > rounding).sum())}
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
@@ -80,21 +90,6 @@ def effective_rank(sigma: Tensor) -> float:
         return 0.0
     p = sigma / sigma.sum()
     return float(torch.special.entr(p).sum().exp())
-
-
-def numerical_rank(sigma: Tensor, layer: LoRALayer) -> int:
-    """Singular values above the largest times max(out, in) times the precision of the factors."""
-    precision = torch.finfo(layer.lora_A.dtype).eps
-    return int((sigma > sigma.max() * max(layer.out_features, layer.in_features) * precision).sum())
-
-
-def _bytes(layers: list[LoRALayer]) -> dict[str, int]:
-    factors = [factor.detach() for layer in layers for factor in layer.adapter_parameters().values()]
-    return {
-        "dense": sum(factor.numel() * factor.element_size() for factor in factors),
-        "packed": sum(stored_bytes(factor) for factor in factors),
-        "compacted": sum(compacted_bytes(layer) for layer in layers),
-    }
 
 
 # compaction --------------------------------------------------------------------------------------------
@@ -117,7 +112,9 @@ def compact(model: nn.Module) -> nn.Module:
         raise LorakitError("the adapter is merged into the base weights; unmerge(model) before compact(model)")
     smaller = {path: _smaller(layer, living_ranks(layer)) for path, layer in layers.items()}
     replace_modules(model, {layer: smaller[path] for path, layer in layers.items()})
-    model.lorakit_attachment = _with_settings(attachment, {path: layer.settings for path, layer in smaller.items()})
+    ((common, _),) = Counter(layer.settings for layer in smaller.values()).most_common(1)  # what a file states once
+    targets = {path: smaller[path].settings for path in attachment.targets}
+    model.lorakit_attachment = replace(attachment, settings=common, targets=targets)
     return model
 
 
@@ -130,28 +127,12 @@ def living_ranks(layer: LoRALayer) -> Tensor:
 
 def _smaller(layer: LoRALayer, ranks: Tensor) -> LoRALayer:
     """`layer` with `ranks` alone, on the same frozen base."""
-    new = type(layer)(layer.base_layer, _rescaled(layer.settings, len(ranks)), Generator())
+    settings, ratio = layer.settings, len(ranks) / layer.settings.rank
+    alpha = settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio)
+    new = type(layer)(layer.base_layer, settings.but(rank=len(ranks), alpha=alpha), Generator())
     new.scaling = layer.scaling  # the same number, not one that rounds differently
     for name, dim in (("lora_A", 0), ("lora_B", 1)):
         old = getattr(layer, name)
         kept = old.detach().index_select(dim, ranks).contiguous()
         setattr(new, name, nn.Parameter(kept, requires_grad=old.requires_grad))
     return new.train(layer.training)
-
-
-def _rescaled(settings: AdapterSettings, rank: int) -> AdapterSettings:
-    ratio = rank / settings.rank
-    return settings.but(rank=rank, alpha=settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio))
-
-
-def _with_settings(attachment: Attachment, targets: dict[str, AdapterSettings]) -> Attachment:
-    """`attachment` with each layer's own settings, and the commonest of them as those a file states once."""
-    ((common, _),) = Counter(targets.values()).most_common(1)
-    ordered = {path: targets[path] for path in attachment.targets}
-    return replace(attachment, settings=common, targets=ordered)
-
-
-def compacted_bytes(layer: LoRALayer) -> int:
-    """Bytes of the layer's factors after `compact`."""
-    rows = layer.in_features + layer.out_features
-    return torch.numel(living_ranks(layer)) * rows * layer.lora_A.element_size()

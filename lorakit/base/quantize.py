@@ -38,7 +38,8 @@ def quantize_nf4(
     fp16 = "fp16 diverged on 20 % of the QLoRA authors' 7B runs; " if compute_dtype == "fp16" else ""
     require(compute_dtype in COMPUTE_DTYPES, "compute_dtype", compute_dtype, f"{fp16}must be one of bf16, fp32")
     require(isinstance(double_quant, bool), "double_quant", double_quant, "must be true or false")
-    _require_bare(model)
+    adapted = hasattr(model, "lorakit_attachment") or hasattr(model, "peft_config")
+    require(not adapted, "quantize", "nf4", "the model already has an adapter; quantise before attaching one")
     library = bitsandbytes()
     paths = quantisable(model, exclude)
     for path in paths:
@@ -70,11 +71,6 @@ def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> lis
     found = [path for path in linear_paths(model) if not inside(path, stay)]
     require(bool(found), "quantize", "nf4", f"{type(model).__name__} has no linear layer outside {stay or 'its heads'}")
     return found
-
-
-def _require_bare(model: nn.Module) -> None:
-    adapted = hasattr(model, "lorakit_attachment") or hasattr(model, "peft_config")
-    require(not adapted, "quantize", "nf4", "the model already has an adapter; quantise before attaching one")
 
 
 def _require_storable(path: str, linear: nn.Module) -> None:

@@ -52,23 +52,24 @@ def training_state(model: nn.Module, gradient_checkpointing: bool) -> Iterator[N
     """The state the Trainer puts a model in, undone afterwards: training, no key-value cache, checkpointing."""
     checkpointing = gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
     config = getattr(model, "config", None)
-    with contextlib.ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(_put_back, vars(module), dict(vars(module)))
-            undo.callback(_put_back, module._forward_hooks, dict(module._forward_hooks))  # checkpointing adds one
+    changed: list[dict[Any, Any]] = []
+    for module in model.modules():
+        changed += [vars(module), module._forward_hooks]  # checkpointing adds a hook
+    if hasattr(config, "use_cache"):
+        changed.append(vars(config))  # classifiers note their problem_type there
+    before = [dict(attributes) for attributes in changed]
+    try:
         if hasattr(config, "use_cache"):
-            undo.callback(_put_back, vars(config), dict(vars(config)))  # classifiers note their problem_type there
             config.use_cache = False
         model.train()
         if checkpointing:
             # the random state of dropout has no bytes here, and fake tensors cannot set it
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         yield
-
-
-def _put_back(attributes: dict[Any, Any], before: dict[Any, Any]) -> None:
-    attributes.clear()
-    attributes.update(before)
+    finally:
+        for attributes, own in zip(changed, before, strict=True):
+            attributes.clear()
+            attributes.update(own)
 
 
 @contextlib.contextmanager

@@ -25,15 +25,10 @@ def environment() -> dict[str, object]:
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: _version(name) for name in PACKAGES},
     }
-
-
-def device_name() -> str:
-    """The CUDA device's name, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def cpu_model() -> str:

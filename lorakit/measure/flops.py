@@ -59,18 +59,14 @@ def _formula(func: Any) -> Callable[..., int] | None:
     if formula is not None and not hasattr(formula, "__wrapped__"):  # one of the few that look at the tensors
         return formula
     formula = formula or _EXTRA.get(packet) or _BY_NAME.get(getattr(packet, "_qualified_op_name", ""))
-    return formula and _of_shapes(getattr(formula, "__wrapped__", formula))
+    if formula is None:
+        return None
+    of_shapes = getattr(formula, "__wrapped__", formula)
 
-
-def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:
-    """A formula of shapes as one of an operator's arguments, tensors among them, and of its result `out_val`.
-
-    Torch's own way through its pytree takes longer than many a product.
-    """
-
+    # torch's own way from tensors to shapes, through its pytree, takes longer than many a product
     def flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
         named = {name: _shape(value) for name, value in kwargs.items()}
-        return formula(*map(_shape, args), out_shape=_shape(out_val), **named)
+        return of_shapes(*map(_shape, args), out_shape=_shape(out_val), **named)
 
     return flops
 
@@ -81,51 +77,23 @@ def _shape(value: Any) -> Any:
     return tuple(map(_shape, value)) if isinstance(value, tuple) else value
 
 
-def _linear_flop(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    """(…, k) with (n, k)."""
-    return 2 * prod(x) * weight[0]
-
-
-def _matmul_flop(a: torch.Size, b: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    """(…, m, k) with (…, k, n), broadcast; vectors count as matrices with one row or column."""
-    return 2 * prod(out_shape) * a[-1]
-
-
-def _matvec_flop(matrix: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * prod(matrix)
-
-
-def _addmv_flop(bias: torch.Size, matrix: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * prod(matrix)
-
-
-def _addbmm_flop(bias: torch.Size, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    return bmm_flop(a, b)
-
-
-def _four_bit_flop(x: torch.Size, packed: torch.Size, dense_shape: Any, *_: Any, **__: Any) -> int:
-    """bitsandbytes: (…, k) with 4-bit weights of dense shape (n, k), counted as the dense product."""
-    return 2 * prod(x) * dense_shape[0]
-
-
 # What torch's registry leaves out: CPU attention, products with vectors or into a given tensor, and the composite
-# operators, which reach a dispatch mode whole under `torch.inference_mode` only.
+# operators, which reach a dispatch mode whole under `torch.inference_mode` only. Arguments are those of the operators.
 _EXTRA: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     aten.scaled_dot_product_attention: sdpa_flop,
-    aten.linear: _linear_flop,
-    aten.matmul: _matmul_flop,
+    aten.linear: lambda x, weight, *_, **__: 2 * prod(x) * weight[0],  # (…, k) with (n, k)
+    # (…, m, k) with (…, k, n), broadcast; vectors count as matrices with one row or column
+    aten.matmul: lambda a, b, *_, out_shape, **__: 2 * prod(out_shape) * a[-1],
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
-    aten.mv: _matvec_flop,
-    aten.dot: _matvec_flop,
-    aten.addmv: _addmv_flop,
-    aten.addbmm: _addbmm_flop,
+    **dict.fromkeys((aten.mv, aten.dot), lambda matrix, *_, **__: 2 * prod(matrix)),
+    aten.addmv: lambda bias, matrix, *_, **__: 2 * prod(matrix),
+    aten.addbmm: lambda bias, a, b, *_, **__: bmm_flop(a, b),
 }
 
-# Operators of libraries that may not be imported yet.
-_BY_NAME: dict[str, Callable[..., int]] = {
-    "bitsandbytes::gemm_4bit": _four_bit_flop,
-    "bitsandbytes::gemv_4bit": _four_bit_flop,
-}
+# Operators of libraries that may not be imported yet: (…, k) with 4-bit weights, counted as the dense (n, k) would be.
+_BY_NAME: dict[str, Callable[..., int]] = dict.fromkeys(
+    ("bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"), lambda x, packed, dense, *_, **__: 2 * prod(x) * dense[0]
+)

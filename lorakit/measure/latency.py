@@ -21,20 +21,15 @@ def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repea
         ParameterError: `repeats < 1`.
     """
     require(repeats >= 1, "repeats", repeats, "at least 1")
+    on_cuda = any(value.is_cuda for value in batch.values())
+    milliseconds = []
     with evaluating(model), torch.inference_mode():
-        for _ in range(warmup):
+        for _ in range(warmup + repeats):
+            if on_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
             model(**batch)
-        return statistics.median(_milliseconds(model, batch) for _ in range(repeats))
-
-
-def _milliseconds(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
-    _synchronise(batch)
-    start = time.perf_counter()
-    model(**batch)
-    _synchronise(batch)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _synchronise(batch: Mapping[str, torch.Tensor]) -> None:
-    if any(value.is_cuda for value in batch.values()):
-        torch.cuda.synchronize()
+            if on_cuda:
+                torch.cuda.synchronize()
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(milliseconds[warmup:])

@@ -52,26 +52,26 @@ class LiveBytes(TorchDispatchMode):
             with self:
                 return _unpacked_product(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.add.Tensor and _in_backward() and not args[0]._is_view():
-            self._sums.append((self._follow(args[0], "activations"), self._follow(out, "activations")))
+        sums = func is torch.ops.aten.add.Tensor and not args[0]._is_view()
+        if sums and torch._C._current_autograd_node() is not None and not torch.is_grad_enabled():  # in the backward
+            self._sums.append((self._follow(args[0]), self._follow(out)))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._follow(leaf, "activations")
+                self._follow(leaf)
         return out
 
     def claim(self, tensor: torch.Tensor, kind: str) -> None:
         """Say that the storage of `tensor` is of `kind`; it is followed from now on where it was not yet."""
-        self._follow(tensor, kind).kind = kind
+        self._follow(tensor).kind = kind
 
-    def _follow(self, tensor: torch.Tensor, kind: str) -> _Storage:
+    def _follow(self, tensor: torch.Tensor) -> _Storage:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._alive:
             return self._alive[address][1]
-        if self.logit_width == (tensor.shape[-1] if tensor.ndim else 0) and tensor.is_floating_point():
-            kind = "logits"
+        wide = self.logit_width == (tensor.shape[-1] if tensor.ndim else 0) and tensor.is_floating_point()
         self._events += 1
-        entry = _Storage(storage.nbytes(), kind, self._events)
+        entry = _Storage(storage.nbytes(), "logits" if wide else "activations", self._events)
         self._alive[address] = (weakref.ref(storage, lambda _: self._forget(address)), entry)
         self._all.append(entry)
         return entry
@@ -83,7 +83,15 @@ class LiveBytes(TorchDispatchMode):
     def peak(self) -> dict[str, int]:
         """Bytes by kind at the first moment when most bytes were alive, and their sum as "peak"."""
         self._sum_in_place()
-        when = self._peak_event()
+        changes: Counter[float] = Counter()
+        for entry in self._all:
+            changes[entry.born] += entry.nbytes
+            changes[entry.died] -= entry.nbytes
+        live = most = when = 0
+        for event in range(self._events + 1):
+            live += changes[event]
+            if live > most:
+                most, when = live, event
         split: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         for entry in self._all:
             if entry.born <= when < entry.died:
@@ -102,18 +110,6 @@ class LiveBytes(TorchDispatchMode):
             if total.born < first.died and (later == len(births) or first.died < births[later]):
                 total.born = first.died
         self._sums.clear()
-
-    def _peak_event(self) -> int:
-        changes: Counter[float] = Counter()
-        for entry in self._all:
-            changes[entry.born] += entry.nbytes
-            changes[entry.died] -= entry.nbytes
-        live = most = when = 0
-        for event in range(self._events + 1):
-            live += changes[event]
-            if live > most:
-                most, when = live, event
-        return when
 
 
 def _unpacked_product(
@@ -138,7 +134,3 @@ def _unpacked_product(
         absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None and not torch.is_grad_enabled()

@@ -15,7 +15,7 @@ from lorakit.base.nf4 import scale_tensors
 from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.live import LiveBytes
-from lorakit.measure.optimizers import PREDICTABLE, make_optimizer
+from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.seams import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +73,7 @@ def predict_step_memory(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
         inputs = {name: fake(mode, value) for name, value in batch.items()}
-        made = make_optimizer(optimizer, trained, foreach=device == "cuda")
+        made = PREDICTABLE[optimizer](trained, device == "cuda")
         if tokens is None or not tokens.selective:
             return _step(model, inputs, made, autocast, mode, lambda: model(**inputs).loss)
         real = dict(batch)
@@ -98,7 +98,12 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     live = LiveBytes()
-    _claim_steady(live, model, inputs, optimizer)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    weights = [*model.parameters(), *model.buffers()]
+    weights += [scale for weight in weights for scale in scale_tensors(weight)]
+    for kind, tensors in (("activations", inputs.values()), ("optimizer", states), ("parameters", weights)):
+        for tensor in filter(torch.is_tensor, tensors):
+            live.claim(tensor, kind)
     with contextlib.ExitStack() as hooks:
         for parameter in trained:
             handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
@@ -114,48 +119,26 @@ def _step(
     return live.peak()
 
 
-def _claim_steady(live: LiveBytes, model: nn.Module, inputs: dict[str, Any], optimizer: Any) -> None:
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor):
-            live.claim(value, "activations")
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                live.claim(value, "optimizer")
-    for tensor in (*model.parameters(), *model.buffers()):
-        for stored in (tensor, *scale_tensors(tensor)):
-            live.claim(stored, "parameters")
-
-
 def _watch_head(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) -> None:
-    """Let `live` know the logits' width from the head's forward until the backward has passed the head."""
-    head = output_head(model)
-    if head is None:
+    """Let `live` know the logits' width from the head's forward until the backward has passed the head.
+
+    The head is the last linear layer: a language model's output embeddings, or a classifier's `score` or `classifier`.
+    """
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    named = [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("score", "classifier")]
+    heads = [module for module in named if isinstance(module, nn.Linear)] if embeddings is None else [embeddings]
+    if not heads:
         return
-    width = head.weight.shape[0]
 
     def entered(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        live.logit_width = width
+        live.logit_width = heads[-1].weight.shape[0]
         if args[0].requires_grad:
             args[0].register_hook(left)
 
     def left(_: torch.Tensor) -> None:
         live.logit_width = None
 
-    hooks.callback(head.register_forward_pre_hook(entered).remove)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The last linear layer: a language model's output embeddings, or a classifier's `score` or `classifier`."""
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if embeddings is not None:
-        return embeddings
-    last = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ("score", "classifier") and isinstance(module, nn.Linear)
-    ]
-    return last[-1] if last else None
+    hooks.callback(heads[-1].register_forward_pre_hook(entered).remove)
 
 
 def reset_cuda_peak() -> None:

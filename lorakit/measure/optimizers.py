@@ -1,7 +1,6 @@
 """The optimizers whose memory is predicted: PyTorch's own are run, bitsandbytes' Adam only makes its state."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -19,16 +18,15 @@ class _EightBitAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for parameter in self.param_groups[0]["params"]:
-            if not self.state[parameter]:
-                self.state[parameter] = self._state(parameter)
-
-    def _state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        count = parameter.numel()
-        if count < self.SMALLEST:
-            return {f"state{i}": torch.zeros_like(parameter, dtype=torch.float32) for i in (1, 2)}
-        moments = {f"state{i}": torch.zeros_like(parameter, dtype=torch.uint8) for i in (1, 2)}
-        blocks = -(-count // self.BLOCK)
-        return moments | {f"absmax{i}": parameter.new_zeros(blocks, dtype=torch.float32) for i in (1, 2)}
+            if self.state[parameter]:
+                continue
+            small = parameter.numel() < self.SMALLEST
+            for i in (1, 2):
+                moment = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                self.state[parameter][f"state{i}"] = moment
+                if not small:
+                    blocks = -(-parameter.numel() // self.BLOCK)
+                    self.state[parameter][f"absmax{i}"] = parameter.new_zeros(blocks, dtype=torch.float32)
 
 
 class _ThirtyTwoBitAdam(_EightBitAdam):
@@ -37,21 +35,14 @@ class _ThirtyTwoBitAdam(_EightBitAdam):
     SMALLEST = float("inf")
 
 
-def _eight_bit(trained: _Trained, foreach: bool) -> torch.optim.Optimizer:
-    return _EightBitAdam(trained)
-
-
+# name -> (trained, foreach) to an optimizer over `trained` that makes the state of the one Hugging Face calls so
 PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
     "adamw_torch": lambda trained, foreach: torch.optim.AdamW(trained, foreach=foreach),
     "adamw_torch_fused": lambda trained, foreach: torch.optim.AdamW(trained, fused=True),
     "sgd": lambda trained, foreach: torch.optim.SGD(trained, lr=1e-3, foreach=foreach),
-    "adamw_bnb_8bit": _eight_bit,
-    "adamw_8bit": _eight_bit,
-    "paged_adamw_8bit": _eight_bit,  # the same state; on CUDA it may be moved to the CPU's memory under pressure
+    # paged: the same state; on CUDA it may be moved to the CPU's memory under pressure
+    **dict.fromkeys(
+        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), lambda trained, foreach: _EightBitAdam(trained)
+    ),
     "paged_adamw_32bit": lambda trained, foreach: _ThirtyTwoBitAdam(trained),
 }
-
-
-def make_optimizer(name: str, trained: _Trained, *, foreach: bool) -> Any:
-    """An optimizer over `trained` that makes the state of the one Hugging Face calls `name`."""
-    return PREDICTABLE[name](trained, foreach)

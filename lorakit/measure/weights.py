@@ -68,18 +68,16 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Kind, name and tensor of every parameter; a tied one by the first of its names."""
     modules = dict(model.named_modules())
     heads = [*task_head(model), *output_head(model)]
-    wrappers = [path for path, module in modules.items() if hasattr(module, "base_layer")]
+    wrappers = [path for path, module in modules.items() if hasattr(module, "base_layer")]  # ours and PEFT's alike
+    bases = [f"{wrapper}.base_layer" for wrapper in wrappers]
     for name, parameter in model.named_parameters():
         path, _, own = name.rpartition(".")
-        yield _kind(modules[path], path, own, heads, wrappers), name, parameter
-
-
-def _kind(module: nn.Module, path: str, own: str, heads: list[str], wrappers: list[str]) -> str:
-    bases = [f"{wrapper}.base_layer" for wrapper in wrappers]
-    if inside(path, wrappers) and not inside(path, bases):  # ours and PEFT's alike
-        return ADAPTERS
-    if inside(path, heads):
-        return HEADS
-    if is_linear(module) and own == "weight":
-        return FOUR_BIT if is_four_bit(module) else OTHER_LINEAR
-    return EMBEDDINGS if isinstance(module, nn.Embedding) else SMALL
+        if inside(path, wrappers) and not inside(path, bases):
+            kind = ADAPTERS
+        elif inside(path, heads):
+            kind = HEADS
+        elif is_linear(modules[path]) and own == "weight":
+            kind = FOUR_BIT if is_four_bit(modules[path]) else OTHER_LINEAR
+        else:
+            kind = EMBEDDINGS if isinstance(modules[path], nn.Embedding) else SMALL
+        yield kind, name, parameter

@@ -59,28 +59,26 @@ class FrequentDirections:
                 self.rotate()
             block = x[: len(self._buffer) - self._filled]
             x = x[len(block) :]
-            self._write(block, math.sqrt(decay))
-
-    def _write(self, block: Tensor, factor: float) -> None:
-        """Put `block` (n, d) after the filled rows; a row is scaled by `factor` for each row after it."""
-        end = self._filled + len(block)
-        self._buffer[self._filled : end] = block
-        if factor < 1:
-            age = torch.arange(end - 1, -1, -1, device=block.device, dtype=block.dtype)
-            age[: self._filled] = len(block)  # what these had aged before is in them already
-            self._buffer[:end] *= (factor**age)[:, None]
-        self._filled, self._rotated = end, False
+            end = self._filled + len(block)
+            self._buffer[self._filled : end] = block
+            if decay < 1:  # a row is scaled once for each row after it
+                age = torch.arange(end - 1, -1, -1, device=block.device, dtype=block.dtype)
+                age[: self._filled] = len(block)  # what these had aged before is in them already
+                self._buffer[:end] *= (math.sqrt(decay) ** age)[:, None]
+            self._filled, self._rotated = end, False
 
     def rotate(self) -> None:
         """Make the rows orthogonal, longest first, and at most ℓ: above that many, shrink by σ_ℓ²."""
         if self._rotated:
             return
-        energy, directions = _squared_singular_values(self._buffer[: self._filled])
+        rows = self._buffer[: self._filled]
+        energy, directions = torch.linalg.eigh(rows @ rows.T)  # squared singular values, left singular vectors
+        energy, directions = energy.clamp(min=0).flip(0), directions.flip(1)  # largest first
         lost = energy[self.rows - 1] if self._filled > self.rows else energy.new_zeros(())
         left = energy - lost
         count = min(self.rows, int((left > TOLERANCE * energy[0]).sum()))
         scale = (left[:count] / energy[:count]).sqrt()
-        self._buffer[:count] = (directions[:, :count] * scale).T @ self._buffer[: self._filled]
+        self._buffer[:count] = (directions[:, :count] * scale).T @ rows
         self._filled, self._rotated = count, True
 
     def matrix(self) -> Tensor:
@@ -132,9 +130,3 @@ class FrequentDirections:
             raise CheckpointError(f"sketch: saved with (dim, rows, decay) = {found}, this one has {own}")
         self._filled, self._rotated = len(state["buffer"]), state["rotated"]
         self._buffer[: self._filled] = state["buffer"]
-
-
-def _squared_singular_values(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """σ² (n,) largest first, and left singular vectors (n, n) as columns, of `rows` (n, d)."""
-    energy, directions = torch.linalg.eigh(rows @ rows.T)
-    return energy.clamp(min=0).flip(0), directions.flip(1)

@@ -103,7 +103,8 @@ def sparse_error(
     """
     require(topk >= 1, "topk", topk, "must be at least 1")
     if log_normaliser is None:
-        log_normaliser = _log_normaliser(as_float(logits))
+        log_normaliser = as_float(logits).logsumexp(dim=1)  # a word of logit −∞ has probability 0
+        require(bool(torch.isfinite(log_normaliser).all()), "logits", "non-finite values", NOT_FINITE)
     gold = labels[:, None]
     indices = torch.cat([top_indices(logits, topk), gold], dim=1)
     chosen = as_float(logits.gather(1, indices))
@@ -124,7 +125,11 @@ def top_indices(logits: Tensor, topk: int) -> Tensor:
         return torch.arange(words, device=logits.device).expand(count, words)
     if words <= 2 * GROUP * topk:
         return logits.topk(topk, dim=1, sorted=False).indices
-    groups = _group_maxima(logits).topk(topk, dim=1, sorted=False).indices
+    whole = words // GROUP * GROUP
+    maxima = logits[:, :whole].unflatten(1, (-1, GROUP)).amax(dim=2)  # (N, ⌈V / GROUP⌉), without a padded copy
+    if whole < words:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+    groups = maxima.topk(topk, dim=1, sorted=False).indices
     candidates = _members(logits, groups)
     best = candidates.topk(topk, dim=1, sorted=False).indices
     return groups.gather(1, best // GROUP).mul_(GROUP).add_(best % GROUP)
@@ -139,15 +144,6 @@ def _members(logits: Tensor, groups: Tensor) -> Tensor:
     members = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
     beyond = members >= words
     return logits.gather(1, members.clamp_(max=words - 1)).masked_fill_(beyond, -torch.inf)
-
-
-def _group_maxima(logits: Tensor) -> Tensor:
-    """Largest of every `GROUP` neighbours, (N, ⌈V / GROUP⌉), without a padded copy."""
-    whole = logits.shape[1] // GROUP * GROUP
-    maxima = logits[:, :whole].unflatten(1, (-1, GROUP)).amax(dim=2)
-    if whole == logits.shape[1]:
-        return maxima
-    return torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
 
 
 @torch.no_grad()
@@ -173,15 +169,12 @@ def sketch_batch(
     total = torch.zeros(sketch.size, device=hidden.device)
     beside = [] if losses is None else [losses]
     for h, z, y, *loss in _chunks(hidden, logits, labels, kind, chunk, *beside):
-        normaliser = _from_loss(loss[0], z, y) if loss else None
+        normaliser = None
+        if loss:
+            require(bool(torch.isfinite(loss[0]).all()), "logits", "non-finite loss", NOT_FINITE)
+            normaliser = as_float(loss[0]) + as_float(z.gather(1, y[:, None])).squeeze(1)
         total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap, normaliser))
     return total
-
-
-def _from_loss(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """log Σ exp(logits) (N,) = loss + gold logit."""
-    require(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", NOT_FINITE)
-    return as_float(loss) + as_float(logits.gather(1, labels[:, None])).squeeze(1)
 
 
 def _chunks(
@@ -222,13 +215,6 @@ def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple
         words = logits.shape[-1]
         require(low >= 0 and high < words, "labels", (low, high), f"must be from 0 to {words - 1}, or {IGNORED}")
     return positions, targets
-
-
-def _log_normaliser(logits: Tensor) -> Tensor:
-    """log Σ exp(logits) (N,); a word of logit −∞ has probability 0."""
-    out = logits.logsumexp(dim=1)
-    require(bool(torch.isfinite(out).all()), "logits", "non-finite values", NOT_FINITE)
-    return out
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

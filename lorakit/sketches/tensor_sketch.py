@@ -34,18 +34,19 @@ class CountSketch:
         require(1 <= dim <= PRIME, "dim", dim, f"must be from 1 to {PRIME}")
         require(2 <= size <= PRIME, "size", size, f"must be from 2 to {PRIME}")
         self.dim, self.size, self.device = dim, size, torch.device(device)
-        self._set(torch.randint(PRIME, (2, DEGREE + 1), generator=generator).tolist())
-
-    def _set(self, coefficients: list[list[int]]) -> None:
-        self._coefficients = coefficients
+        self._coefficients = torch.randint(PRIME, (2, DEGREE + 1), generator=generator).tolist()
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def hashed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets (...) int64 in [0, m) and signs (...) float32 of `indices` (...), on their device."""
-        for_bucket, for_sign = self._coefficients
-        buckets = _polynomial(for_bucket, indices).remainder_(self.size)
-        signs = _polynomial(for_sign, indices).bitwise_and_(1).mul_(2).sub_(1)
-        return buckets, signs.float()
+        values = []
+        for highest, *others in self._coefficients:  # Σ c_j x^j mod `PRIME` by Horner's rule
+            value = torch.full_like(indices, highest, dtype=torch.int64)
+            for coefficient in others:
+                value = value.mul_(indices).add_(coefficient).remainder_(PRIME)
+            values.append(value)
+        buckets, signs = values
+        return buckets.remainder_(self.size), signs.bitwise_and_(1).mul_(2).sub_(1).float()
 
     @property
     def buckets(self) -> Tensor:
@@ -98,20 +99,12 @@ class CountSketch:
         found = (state["dim"], state["size"])
         if found != (self.dim, self.size):
             raise CheckpointError(f"sketch: saved with (dim, size) = {found}, this one has {(self.dim, self.size)}")
-        self._set(state["coefficients"].tolist())
+        self._coefficients, self._dense = state["coefficients"].tolist(), None
 
 
 def as_float(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it is that: halves would lose what a bucket sums up."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _polynomial(coefficients: list[int], x: Tensor) -> Tensor:
-    """Σ c_j x^j mod `PRIME` (...) int64 by Horner's rule, highest coefficient first."""
-    value = torch.full_like(x, coefficients[0], dtype=torch.int64)
-    for coefficient in coefficients[1:]:
-        value = value.mul_(x).add_(coefficient).remainder_(PRIME)
-    return value
 
 
 class TensorSketch:
@@ -138,19 +131,17 @@ class TensorSketch:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Sketch (..., m) of x (..., dim_x) ⊗ y (..., dim_y), row by row."""
-        return self._convolved(self.x(x), self.y(y))
+        return torch.fft.irfft(torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y(y)), n=self.size)
 
     def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Sketch (..., m) of x (..., dim_x) ⊗ y, y given by its `values` (..., K) at `indices` (..., K)."""
-        return self._convolved(self.x(x), self.y.sparse(indices, values))
+        product = torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y.sparse(indices, values))
+        return torch.fft.irfft(product, n=self.size)
 
     def sum_sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Σ_n T(x_n, y_n), (m,): `sparse` summed over rows x (N, dim_x) before the one inverse transform."""
         product = torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y.sparse(indices, values))
         return torch.fft.irfft(product.sum(0), n=self.size)
-
-    def _convolved(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.fft.irfft(torch.fft.rfft(as_float(a)) * torch.fft.rfft(as_float(b)), n=self.size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"x": self.x.state_dict(), "y": self.y.state_dict()}

@@ -22,8 +22,10 @@ def choose(metric: Sequence[float], blocks: Sequence[int], settings: SkipSetting
     Always draws the same count of random numbers, so that every process that has the same generator agrees.
     """
     draws = torch.rand(len(metric), generator=generator).tolist()
+    if settings.skip == "prefix" and draws[0] < settings.skip_explore:
+        return [True] * len(metric)
     if settings.skip == "prefix":
-        return _all_but_prefix(metric, blocks, settings, explored=draws[0] < settings.skip_explore)
+        return _all_but_prefix(metric, blocks, settings)
     tau = threshold(metric, settings)
     active = [m >= tau or draw < settings.skip_explore for m, draw in zip(metric, draws, strict=True)]
     largest = sorted(range(len(metric)), key=lambda place: metric[place], reverse=True)
@@ -32,39 +34,22 @@ def choose(metric: Sequence[float], blocks: Sequence[int], settings: SkipSetting
     return active
 
 
-def _all_but_prefix(
-    metric: Sequence[float], blocks: Sequence[int], settings: SkipSettings, explored: bool
-) -> list[bool]:
-    if explored:
-        return [True] * len(metric)
-    per_block = running_maxima(metric, blocks)
+def _all_but_prefix(metric: Sequence[float], blocks: Sequence[int], settings: SkipSettings) -> list[bool]:
     if settings.skip_share:
-        skipped = _count(settings.skip_share, len(per_block))
+        skipped = int(settings.skip_share * (max(blocks) + 1) + 1e-9)
     else:
-        skipped = sum(m < settings.skip_threshold for m in per_block)
+        large = [block for m, block in zip(metric, blocks, strict=True) if m >= settings.skip_threshold]
+        skipped = min(large, default=max(blocks) + 1)
     while sum(block >= skipped for block in blocks) < settings.skip_min_active:
         skipped -= 1
     return [block >= skipped for block in blocks]
-
-
-def running_maxima(metric: Sequence[float], blocks: Sequence[int]) -> list[float]:
-    """The largest M in each block or before it: below τ exactly where the whole prefix up to there is."""
-    maxima, largest = [], 0.0
-    for block in range(max(blocks) + 1):
-        largest = max(largest, *(m for m, own in zip(metric, blocks, strict=True) if own == block))
-        maxima.append(largest)
-    return maxima
 
 
 def threshold(metric: Sequence[float], settings: SkipSettings) -> float:
     """τ: the fixed one, or the value that `settings.skip_share` of `metric`, rounded down, lie below."""
     if not settings.skip_share:
         return settings.skip_threshold
-    return sorted(metric)[_count(settings.skip_share, len(metric))]
-
-
-def _count(share: float, total: int) -> int:
-    return int(share * total + 1e-9)
+    return sorted(metric)[int(settings.skip_share * len(metric) + 1e-9)]
 
 
 def block_numbers(paths: Sequence[str]) -> list[int]:

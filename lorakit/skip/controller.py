@@ -216,10 +216,8 @@ def _probe_peft(path: str, layer: nn.Module) -> Probe:
         probe.require_cut(seen.pop("x"))
         return None if probe.active else out.detach()
 
-    def outer(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        return None if probe.active else out.detach()
-
-    for module, hook in ((layer.base_layer, base), (A, inner), (B, outer)):
+    cut = (B, lambda _, args, out: None if probe.active else out.detach())
+    for module, hook in ((layer.base_layer, base), (A, inner), cut):
         probe.handles.append(module.register_forward_hook(hook))
     return probe
 

@@ -18,7 +18,7 @@ from lorakit.adapters import (
     attach,
     sparsity_report,
 )
-from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prune_smallest, rank_scores
+from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prune_smallest
 from lorakit.adapters.sparsify import Sparsifier
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.training import Budget, checkpoint
@@ -158,12 +158,6 @@ def test_ties_of_a_fresh_b_are_pruned_by_number(model):
     sparsifier.prune_to(0.3)  # B is all zeros: every score the same
     for name, parameter in sparsifier._factors():
         assert sparsifier.pruned[name].sum() == round(0.3 * parameter.numel())
-
-
-def test_rank_scores_are_the_norms_of_the_terms():
-    A, B = torch.randn(4, 9, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    expected = [torch.linalg.matrix_norm(B[:, [k]] @ A[[k]]) for k in range(4)]
-    assert torch.allclose(rank_scores(A, B), torch.stack(expected))
 
 
 def test_structured_prunes_the_weakest_ranks_of_each_layer(moved):

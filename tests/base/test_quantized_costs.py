@@ -175,7 +175,7 @@ OPTIMIZERS = ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, name):
     from transformers import Trainer
 
-    from lorakit.measure.optimizers import make_optimizer
+    from lorakit.measure.optimizers import PREDICTABLE
     from lorakit.params import Params
     from lorakit.training.arguments import training_arguments
 
@@ -189,7 +189,7 @@ def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, 
     optimizer.step()
     assert all(not torch.equal(tensor, before[key]) for key, tensor in adapter_state(model).items() if "lora_B" in key)
     trained = [p for p in model.parameters() if p.requires_grad]
-    predicted = make_optimizer(name, trained, foreach=False)
+    predicted = PREDICTABLE[name](trained, False)
     predicted.step()
     sizes = [
         {k: v.numel() * v.element_size() for k, v in side.state[p].items() if torch.is_tensor(v) and "qmap" not in k}

@@ -11,7 +11,7 @@ import training_runs as runs
 from skipping import ALWAYS, batch, both, ours, prepared
 
 from lorakit.adapters.probe import squared_norms
-from lorakit.skip.choice import block_numbers, choose, running_maxima, threshold
+from lorakit.skip.choice import block_numbers, choose, threshold
 
 # the metric -----------------------------------------------------------------------------------------
 
@@ -107,6 +107,8 @@ def pick(metric, **options) -> str:
         ([0.6, 0.1, 0.5, 0.2, 0.4, 0.3], {"mode": "adapter", "share": 0.5}, "101010"),
         ([0.01, 0.02, 0.01, 0.06, 0.01, 0.01], {}, "001111"),  # one large adapter keeps its block and all above
         ([0.01, 0.06, 0.01, 0.01, 0.01, 0.01], {}, "111111"),
+        ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.3}, "111111"),
+        ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.31}, "000011"),
         ([0.01] * 6, {}, "000011"),
         ([0.01] * 6, {"min_active": 3}, "001111"),
         ([0.9, 0.8, 0.1, 0.1, 0.2, 0.3], {"share": 0.7}, "000011"),
@@ -130,8 +132,7 @@ def test_exploration_has_its_rate_and_follows_the_generator():
     assert abs(rate - 0.2) < 4 * (0.2 * 0.8 / 10000) ** 0.5
 
 
-def test_thresholds_and_running_maxima():
-    assert running_maxima([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], BLOCKS) == [0.3, 0.3, 0.5]
+def test_thresholds():
     assert threshold([0.4, 0.1, 0.3, 0.2], runs.skipping(share=0.5)) == 0.3
     assert threshold([0.4, 0.1], runs.skipping(threshold=0.07)) == 0.07
 

@@ -26,6 +26,12 @@ _ALPHA = {
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 _CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
 _SAFE_INITS = (True, False, None, "gaussian", "orthogonal")
+# What only the user can say: the option, and what it must be.
+_NEEDS = {
+    "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
+    "TRAINABLE_TOKENS": ("token_indices", "must list the ids of the tokens to train"),
+    "CPT": ("cpt_token_ids", "must list the ids of the context's tokens"),
+}
 _IA3_DISTILBERT = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
 
 _BOOKKEEPING = (
@@ -80,7 +86,9 @@ def build_config(
     values |= options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
-    _require_known_needs(kind, values)
+    if kind in _NEEDS:
+        needed, must_be = _NEEDS[kind]
+        require(bool(values.get(needed)), f"peft_options.{needed}", values.get(needed), must_be)
     try:
         with quiet(*NOISE):
             return config_class(**values)
@@ -134,18 +142,14 @@ def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: 
     if kind == "TRAINABLE_TOKENS":
         return {"target_modules": [path for path, m in model.named_modules() if m is model.get_input_embeddings()]}
     if kind == "SHADOW":
-        return {"target_modules": _blocks(model)}
+        count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+        # the transformer blocks: the list as long as the model has layers
+        lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        return {"target_modules": [f"{lists[0]}.{i}" for i in range(count)] if lists else []}
     found = resolve_targets(model, ALL_LINEAR, trained)
     if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
         found = [path for path in found if "pooler" not in path]
     return {"target_modules": found}
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """Paths of the transformer blocks: the list as long as the model has layers."""
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return next(([f"{path}.{i}" for i in range(count)] for path, module in lists if len(module) == count), [])
 
 
 def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[str, Any]:
@@ -194,14 +198,3 @@ def _own_defaults(
         "SHADOW": {"auxiliary_loss_weight": 0.0},
     }
     return values | own.get(kind, {})
-
-
-def _require_known_needs(kind: str, values: Mapping[str, Any]) -> None:
-    """What only the user can say."""
-    needs = {
-        "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
-        "TRAINABLE_TOKENS": ("token_indices", "must list the ids of the tokens to train"),
-        "CPT": ("cpt_token_ids", "must list the ids of the context's tokens"),
-    }
-    name, allowed = needs.get(kind, ("", ""))
-    require(not name or bool(values.get(name)), f"peft_options.{name}", values.get(name), allowed)

@@ -19,16 +19,6 @@ _BOOKKEEPING = ("inference_mode", "peft_version", "base_model_name_or_path", "re
 _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
 
 
-def is_peft_file(config: Mapping[str, Any], native: set[str]) -> bool:
-    """Whether an `adapter_config.json` is of a type that PEFT has and lorakit, with its `native` types, has not."""
-    kind = config.get("peft_type")
-    if kind in native:
-        return kind == "LORA" and bool(config.get("use_dora"))
-    from peft import PeftType
-
-    return kind in [known.value for known in PeftType]
-
-
 def stored_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
     """What PEFT writes for the adapter, by the names in its file."""
     from peft import get_peft_model_state_dict
@@ -55,20 +45,18 @@ def _exact_ranks(wrapper: nn.Module) -> Iterator[None]:
     if config.peft_type != "ADALORA" or before is None:
         yield
         return
+    exact: dict[str, list[bool]] = {}  # which singular values of a layer go into the file
     values = {name: p for name, p in wrapper.base_model.model.named_parameters() if ".lora_E." in name}
-    config.rank_pattern = {name: _kept(before, name, p) for name, p in values.items()}
+    for name, p in values.items():
+        exact[name] = before.get(name, before.get(name.replace(f".{ADAPTER}", "")))
+        if len(exact[name]) == len(p):  # else loaded from a file that left some out already
+            kept = zip(exact[name], p.detach().flatten() != 0, strict=True)
+            exact[name] = [keep or bool(value) for keep, value in kept]
+    config.rank_pattern = exact
     try:
         yield
     finally:
         config.rank_pattern = before
-
-
-def _kept(pattern: Mapping[str, list[bool]], name: str, values: Tensor) -> list[bool]:
-    """Which singular values of a layer go into the file."""
-    kept = pattern.get(name, pattern.get(name.replace(f".{ADAPTER}", "")))
-    if len(kept) != len(values):  # loaded from a file that left some out already
-        return kept
-    return [keep or bool(value) for keep, value in zip(kept, values.detach().flatten() != 0, strict=True)]
 
 
 def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -78,9 +66,16 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         CheckpointError: another type, other settings or another base, or a file that does not hold the trained weights.
     """
     here, given = config_of(wrapper), read_config(folder)
-    _require_same(here, given)
+    kind = here.peft_type.value
+    if given.peft_type != kind:
+        raise CheckpointError(f"holds PEFT's {given.peft_type.value}, but {kind} is attached")
+    mine, theirs = here.to_dict(), given.to_dict()
+    skipped = {*_BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if kind == "ADALORA" else ""}
+    for name in sorted(mine.keys() - skipped):
+        if _plain(mine[name]) != _plain(theirs.get(name)):
+            raise CheckpointError(f"{name}={theirs.get(name)!r}, attached is {mine[name]!r}; detach(model) first")
     if not holds_weights(here):
-        raise CheckpointError(f"{_kind(here)} stores what its encoder gives, not its weights: detach(model) first")
+        raise CheckpointError(f"{kind} stores what its encoder gives, not its weights: detach(model) first")
     check_state(stored_tensors(wrapper), tensors)
     put(wrapper, tensors)
     return wrapper
@@ -96,23 +91,9 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"PEFT cannot read its config: {error}") from None
 
 
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
 def holds_weights(config: Any) -> bool:
     """Prompt methods with an encoder store the prompt it makes."""
     return config.peft_type != "P_TUNING" and not getattr(config, "prefix_projection", False)
-
-
-def _require_same(here: Any, given: Any) -> None:
-    if _kind(here) != _kind(given):
-        raise CheckpointError(f"holds PEFT's {_kind(given)}, but {_kind(here)} is attached")
-    mine, theirs = here.to_dict(), given.to_dict()
-    skipped = {*_BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if _kind(here) == "ADALORA" else ""}
-    for name in sorted(mine.keys() - skipped):
-        if _plain(mine[name]) != _plain(theirs.get(name)):
-            raise CheckpointError(f"{name}={theirs.get(name)!r}, attached is {mine[name]!r}; detach(model) first")
 
 
 def _plain(value: Any) -> Any:
@@ -123,8 +104,7 @@ def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give PEFT the tensors, and look whether they are what the model then has."""
     from peft import set_peft_model_state_dict
 
-    config = config_of(wrapper)
-    if _kind(config) != "ADALORA":  # it takes up the ranks of its file first
+    if config_of(wrapper).peft_type != "ADALORA":  # it takes up the ranks of its file first
         check_state(stored_tensors(wrapper), tensors)
     try:
         with quiet(*NOISE):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import NOISE, build_config
+from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.base.mending import prepare_four_bit
@@ -23,7 +22,7 @@ from lorakit.fields import Settings
 from lorakit.modules import name_matches
 from lorakit.quiet import quiet
 from lorakit.seams import Controller
-from lorakit.settings import AdapterSettings, AttachSettings
+from lorakit.settings import AdapterSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
 CANNOT_MERGE = {
@@ -44,13 +43,6 @@ class Base:
     children: Mapping[nn.Module, Mapping[str, nn.Module]]
     required_grad: Mapping[str, bool]
 
-    @staticmethod
-    def of(model: nn.Module) -> Base:
-        return Base(
-            {module: dict(module._modules) for module in model.modules()},
-            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        )
-
     def restore(self, model: nn.Module) -> None:
         for module, children in self.children.items():
             module._modules.clear()
@@ -65,6 +57,10 @@ class PeftAttachment(Attachment):
     """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `lorakit_unmerged`."""
 
     foreign = True
+    # called with the model first, as the methods they stand for
+    stored = staticmethod(files.stored_tensors)
+    write = staticmethod(files.save_peft)
+    read = staticmethod(files.load_peft)
 
     def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
         return [PeftSchedule(model)]
@@ -116,51 +112,39 @@ class PeftAttachment(Attachment):
         """The trained parameters by their names in the model, which PEFT's file may hold in another form."""
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return files.stored_tensors(model)
-
     def idle_numel(self, model: nn.Module) -> int:
         """The untrained originals that PEFT keeps beside modules trained in full."""
         return sum(p.numel() for head in _heads(model) for p in head.original_module.parameters())
-
-    def write(self, model: nn.Module, folder: Path) -> None:
-        files.save_peft(model, folder)
-
-    def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-        return files.load_peft(model, folder, tensors)
-
-
-def attach_peft(
-    model: nn.Module,
-    asked: AttachSettings,
-    settings: AdapterSettings,
-    trained: Sequence[str],
-    seed: int | None = None,
-    total_steps: int | None = None,
-) -> nn.Module:
-    """Wrap `model` as PEFT does for the type that is asked for; returns the wrapper.
-
-    Raises:
-        ParameterError: an unknown type or option, a parameter the type does not have, a type that cannot run here, or
-            what PEFT itself refuses. The model is then as it was.
-    """
-    targets = asked.target_modules
-    config = build_config(model, asked.peft_type, asked.peft_options, settings, targets, trained, total_steps)
-    return wrap(model, config, settings, trained, seed)
 
 
 def wrap(
     model: nn.Module, config: Any, settings: AdapterSettings, trained: Sequence[str], seed: int | None = None
 ) -> nn.Module:
-    """PEFT's model of `config` around `model`; all of it or, on an error, nothing."""
+    """PEFT's model of `config` around `model`; all of it or, on an error, nothing.
+
+    Args:
+        seed: of the initial values, which leaves the global generators as they are: PEFT takes no generator of ours.
+
+    Raises:
+        ParameterError: PEFT refuses, or a type found nothing to act on, which PEFT does not mind.
+    """
     from peft import get_peft_model
 
     prepare_four_bit(model, trained)
-    base = Base.of(model)
+    base = Base(
+        {module: dict(module._modules) for module in model.modules()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+    )
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with quiet(*NOISE), _seeded(model, seed):
+        with quiet(*NOISE), torch.random.fork_rng(list(devices), enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             wrapper = get_peft_model(model, config)
-        _require_trainable(wrapper, config)
+        heads = {id(p) for head in _heads(wrapper) for p in head.parameters()}
+        own = any(p.requires_grad and p.numel() and id(p) not in heads for p in wrapper.parameters())
+        if not own and not config.inference_mode:
+            raise ValueError("nothing in this model would be trained")
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
         base.restore(model)
         raise ParameterError(
@@ -193,26 +177,6 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         detach(wrapper)
         raise
     return wrapper
-
-
-def _require_trainable(wrapper: nn.Module, config: Any) -> None:
-    """PEFT does not mind a type that found nothing to act on."""
-    heads = {id(p) for head in _heads(wrapper) for p in head.parameters()}
-    own = sum(p.numel() for p in wrapper.parameters() if p.requires_grad and id(p) not in heads)
-    if not own and not config.inference_mode:
-        raise ValueError("nothing in this model would be trained")
-
-
-@contextmanager
-def _seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Draw from `seed` and leave the global generators as they are; PEFT takes no generator."""
-    if seed is None:
-        yield
-        return
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        yield
 
 
 def _heads(wrapper: nn.Module) -> list[Any]:

@@ -79,16 +79,11 @@ class PeftSchedule(Controller):
         if not learning:
             return
         with torch.enable_grad():
-            terms = [_distance_from_orthogonal(p if ".lora_A." in name else p.T) for name, p in learning]
+            products = [p @ p.T if ".lora_A." in name else p.T @ p for name, p in learning]
+            terms = [torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)) for product in products]
             penalty = self.allocator.peft_config.orth_reg_weight * torch.stack(terms).mean()
         for (_, p), gradient in zip(learning, torch.autograd.grad(penalty, [p for _, p in learning]), strict=True):
             p.grad.add_(gradient)
 
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-
-
-def _distance_from_orthogonal(rows: Tensor) -> Tensor:
-    """‖R Rᵀ − I‖_F of R (r, n)."""
-    product = rows @ rows.T
-    return torch.linalg.matrix_norm(product - torch.eye(len(product), device=product.device, dtype=product.dtype))

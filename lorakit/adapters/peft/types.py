@@ -47,20 +47,16 @@ CANNOT: dict[str, dict[str, str]] = {
 }
 
 
-def type_names() -> list[str]:
-    """Every name `peft_type` may have."""
-    from peft import PeftType
-
-    return [*(kind.value for kind in PeftType), *VARIANTS]
-
-
 def resolve_type(peft_type: str) -> tuple[str, dict[str, Any]]:
     """PEFT's type and the flags of a variant of it.
 
     Raises:
         ParameterError: there is no such type; the message lists those there are.
     """
-    known, name = type_names(), peft_type.upper() if isinstance(peft_type, str) else peft_type
+    from peft import PeftType
+
+    known = [*(kind.value for kind in PeftType), *VARIANTS]
+    name = peft_type.upper() if isinstance(peft_type, str) else peft_type
     require(name in known, "peft_type", peft_type, f"must be one of {', '.join(known)}")
     kind, flags = VARIANTS.get(name, (name, {}))
     return kind, dict(flags)
