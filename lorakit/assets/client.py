@@ -57,14 +57,9 @@ def run_client(command: list[str], folder: Path, tick: Callable[[], None]) -> tu
 
 
 def _arrived(folder: Path, package: Package) -> int:
-    """Bytes of the archive on disk, in the client's temporary folder or at its destination."""
-    return max((size_of(path) for path in folder.rglob(package.file)), default=0)
-
-
-def size_of(path: Path) -> int:
-    """Bytes, 0 when the file has just been moved away."""
+    """Bytes of the archive on disk, in the client's temporary folder or at its destination; 0 while it is moved."""
     try:
-        return path.stat().st_size
+        return max((path.stat().st_size for path in folder.rglob(package.file)), default=0)
     except OSError:
         return 0
 
