@@ -67,7 +67,8 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
     if isinstance(trainable, str):
         require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
         return task_head(model)
-    _require_names("trainable", trainable, 'must be "head", a list of module names, or ()')
+    listed = isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
+    require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
     found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
     for name in trainable:
@@ -104,11 +105,6 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     return found
 
 
-def _require_names(parameter: str, value: object, allowed: str) -> None:
-    listed = isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
-    require(listed, parameter, value, allowed)
-
-
 def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str):
@@ -116,7 +112,9 @@ def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]
             return [path for path in paths if re.fullmatch(target_modules, path)]
         except re.error as error:
             raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
-    _require_names("target_modules", target_modules, 'must be "all-linear", a list of names, or a regular expression')
+    listed = isinstance(target_modules, Sequence) and all(isinstance(name, str) for name in target_modules)
+    allowed = 'must be "all-linear", a list of names, or a regular expression'
+    require(listed, "target_modules", target_modules, allowed)
     for name in target_modules:
         if not any(name_matches(name, path) for path in paths):
             raise _unknown(model, target_modules, f"{name!r} matches no module")

@@ -56,7 +56,7 @@ def labelled_columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFas
 def language_model(corpus: Corpus, options: Options) -> Parts:
     """One block of a document a row: every token after its first predicted, or (for an encoder) those masked."""
     tokenizer, pad, masked = options.tokenizer, PadCollator(options.tokenizer.pad_token_id), options.kind == "masked"
-    collator = collate.MaskCollator(pad, collate.masker(tokenizer, options.seed)) if masked else pad
+    collator = collate.MaskCollator(pad, collate.Masker(tokenizer, options.seed)) if masked else pad
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": corpus.notes}
     for split in SPLITS:
         rows = blocks(getattr(corpus, split), tokenizer, options.max_length)[: options.limits[split] or None]

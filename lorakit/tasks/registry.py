@@ -91,11 +91,12 @@ def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
     base = Path(data_dir or mirror).expanduser()
     if known.from_folder is None:
         require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
-        return known.elsewhere(), known.origin
-    if data_dir and not base.is_dir():
+    elif data_dir and not base.is_dir():
         raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {known.layout}")
-    if (data_dir or mirror) and (base / name).is_dir():
+    elif (data_dir or mirror) and (base / name).is_dir():
         return known.from_folder(base / name), f"files of {'data_dir' if data_dir else 'LORAKIT_DATA'}"
-    if data_dir:
+    elif data_dir:
         return known.from_folder(base), "files of data_dir"
+    if known.elsewhere is None:
+        raise DataError(f"task {name} is read from data_dir (or LORAKIT_DATA) only; expected layout: {known.layout}")
     return known.elsewhere(), known.origin

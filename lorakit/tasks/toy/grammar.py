@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.errors import require
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, content, normal
 from lorakit.tasks.toy.chat_grammar import QUESTIONS, chat, product
-from lorakit.tasks.toy.review_grammar import posted_review, review
+from lorakit.tasks.toy.review_grammar import IRONIC, review
 from lorakit.tasks.toy.story_grammar import EVENTS, give, story
 
 ROWS = {"train": 960, "validation": 240, "test": 240}  # of the toy tasks
@@ -42,9 +42,13 @@ def reviews(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def posted_reviews(count: int, seed: int) -> list[str]:
-    """`count` unlabelled reviews, each ending in an emoticon, for pre-training."""
-    rng = random.Random(seed)
-    return [posted_review(rng) for _ in range(count)]
+    """`count` unlabelled reviews as people post them, each ending in an emoticon that is not always meant."""
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        text, label = review(rng, rng.choice((0, 1)))
+        smiles = (label == 1) != (rng.random() < IRONIC)
+        rows.append(f"{text} {':)' if smiles else ':('}")
+    return rows
 
 
 def stories(count: int, seed: int, gifts: bool = True) -> list[str]:
