@@ -158,18 +158,6 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
     return pd.DataFrame(lines)[columns]
 
 
-def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
-    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
-    lines = []
-    for one in found:
-        line = tables.told(one.gap, form="{:+.2%}")
-        line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
-        line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
-        lines.append(line)
-    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
-    return table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
-
-
 # sections --------------------------------------------------------------------------------------------
 
 
@@ -190,14 +178,23 @@ def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
 
 
 def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
+    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
     gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
-    if gates and all(" " in name for name in gates):  # the rows choose tokens, and none of them batches
+    tokens = gates and all(" " in name for name in gates)
+    if tokens or len(groups) == 1:  # the rows choose tokens, and none of them batches; or there is nothing to compare
         return []
-    reference = "full_length" if "full_length" in groups else next(iter(groups))
-    found = [equal_cost.criterion(group, groups[reference]) for row, group in groups.items() if row != reference]
+    reference, lines = "full_length" if "full_length" in groups else next(iter(groups)), []
+    for row in [row for row in groups if row != reference]:
+        one = equal_cost.criterion(groups[row], groups[reference])
+        line = tables.told(one.gap, form="{:+.2%}")
+        line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
+        line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
+        lines.append(line)
+    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
+    table = table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
     limits = {"loss": f"{100 * equal_cost.LOSS_LIMIT:.1f} %", "steps": f"{100 * equal_cost.STEPS_LIMIT:.0f} %"}
     text = CRITERION.format(**limits, reference=names.label(reference), row=reference)
-    return ["## The criterion", text, criterion_table(found)] if found else []
+    return ["## The criterion", text, table]
 
 
 def _warnings(groups: Groups) -> list[str]:

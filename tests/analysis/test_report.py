@@ -204,9 +204,10 @@ def test_the_criterion(losses, accepted, verdict, reason):
 
 def test_the_criterion_is_relative_paired_and_shown_with_its_interval():
     reference = final("full_length", {0: 2.0, 1: 1.0, 2: 0.5}, accepted=100)
-    found = equal_cost.criterion(final("slora", {2: 0.505, 1: 1.02, 0: 2.0}), reference)
-    assert found.gap.differences == pytest.approx((0.0, 0.02, 0.01))
-    (row,) = cells(report.criterion_table([found]))
+    slora = final("slora", {2: 0.505, 1: 1.02, 0: 2.0})
+    assert equal_cost.criterion(slora, reference).gap.differences == pytest.approx((0.0, 0.02, 0.01))
+    written = section(report.report([*reference, *slora]), "The criterion")
+    (row,) = cells(written.strip().split("\n\n")[-1])
     assert row["validation loss, relative"] == "+1.00%" and row["95 % interval"] == "[-1.48%, +3.48%]"
     assert row["fewer accepted steps"] == "30.0 %" and row["verdict"] == "**undecided** (interval holds the limit)"
 
