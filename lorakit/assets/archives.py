@@ -40,15 +40,21 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
 
 
 def _unpack_member(archive: Path, member: Member, folder: Path) -> None:
+    """Copy at most the pinned number of bytes, hashing on the way."""
     target = inside(folder, member.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     outer, _, inner = member.path.partition("!")
-    with _opened(archive.name, archive.open("rb"), outer) as source:
+    digest, left = hashlib.sha256(), member.size + 1  # one more, so that a longer file is seen
+    with ExitStack() as opened:
+        source = opened.enter_context(_opened(archive.name, archive.open("rb"), outer))
         if inner:
-            with _opened(outer, io.BytesIO(source.read()), inner) as nested:
-                _copy(nested, target, member)
-        else:
-            _copy(source, target, member)
+            source = opened.enter_context(_opened(outer, io.BytesIO(source.read()), inner))
+        file = opened.enter_context(target.open("wb"))
+        while left and (chunk := source.read(min(CHUNK, left))):
+            digest.update(chunk)
+            file.write(chunk)
+            left -= len(chunk)
+    check(digest.hexdigest(), member.sha256, f"member {member.path!r}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -77,14 +83,3 @@ def _opened(archive_name: str, file: BinaryIO, member: str) -> Iterator[BinaryIO
         if not plain:
             raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
         yield opened.enter_context(extract(info))
-
-
-def _copy(source: BinaryIO, target: Path, member: Member) -> None:
-    """Copy at most the pinned number of bytes, hashing on the way."""
-    digest, left = hashlib.sha256(), member.size + 1  # one more, so that a longer file is seen
-    with target.open("wb") as file:
-        while left and (chunk := source.read(min(CHUNK, left))):
-            digest.update(chunk)
-            file.write(chunk)
-            left -= len(chunk)
-    check(digest.hexdigest(), member.sha256, f"member {member.path!r}")
