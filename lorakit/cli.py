@@ -134,7 +134,13 @@ def fetch(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     found = {name: assets.path(name) for name in options.names or assets.ASSETS}  # an unknown name is an error
     if options.verify:
-        _verify(options.names or [name for name, folder in found.items() if folder])
+        names = options.names or [name for name, folder in found.items() if folder]
+        broken = {name: files for name in names if (files := assets.verify(name))}
+        for name in names:
+            print(f"{name}: {'whole' if name not in broken else 'damaged: ' + ', '.join(broken[name])}")
+        if broken:
+            folders = ", ".join(str(assets.cache.root() / name) for name in broken)
+            raise AssetError(f"{', '.join(broken)}: not whole; remove {folders} and run `lorakit fetch` again")
     elif options.list or not options.names:
         for asset in assets.ASSETS.values():
             where = assets.path(asset.name) or f"not cached, {asset.size / 1e6:.0f} MB to download"
@@ -144,17 +150,6 @@ def fetch(argv: Sequence[str]) -> int:
         for name in options.names:
             print(f"{name}: {assets.fetch(name)}")
     return 0
-
-
-def _verify(names: Sequence[str]) -> None:
-    from lorakit import assets
-
-    broken = {name: files for name in names if (files := assets.verify(name))}
-    for name in names:
-        print(f"{name}: {'whole' if name not in broken else 'damaged: ' + ', '.join(broken[name])}")
-    if broken:
-        folders = ", ".join(str(assets.cache.root() / name) for name in broken)
-        raise AssetError(f"{', '.join(broken)}: not whole; remove {folders} and run `lorakit fetch` again")
 
 
 if __name__ == "__main__":

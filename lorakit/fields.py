@@ -46,7 +46,18 @@ class Settings(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise _explained(error.errors()[0], given, type(self).model_fields) from None
+            problem = error.errors()[0]
+            cause, name = problem.get("ctx", {}).get("error"), ".".join(map(str, problem["loc"][:1]))
+            if isinstance(cause, ParameterError):  # of several parameters together, or of a nested group
+                raise ParameterError(f"{name}.{cause.name}".lstrip("."), cause.value, cause.allowed) from None
+            value, allowed = given.get(name), problem["msg"]
+            if problem["type"] == "extra_forbidden":
+                allowed = unknown(name, type(self).model_fields)
+            elif isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    right = f"{float(value):.1e}"
+                    allowed += f"; it is a string: YAML reads 1e-4 as text, write {right} with a dot and no quotes"
+            raise ParameterError(name, value, allowed) from None
 
     @classmethod
     def of(cls, whole: Settings) -> Self:
@@ -67,16 +78,3 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of `known`."""
     close = difflib.get_close_matches(name, known := list(known), 1)
     return "unknown parameter; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}")
-
-
-def _explained(problem: Any, given: dict[str, Any], known: Iterable[str]) -> ParameterError:
-    cause, name = problem.get("ctx", {}).get("error"), ".".join(map(str, problem["loc"][:1]))
-    if isinstance(cause, ParameterError):  # of several parameters together, or of a nested group
-        return ParameterError(f"{name}.{cause.name}".lstrip("."), cause.value, cause.allowed)
-    value, allowed = given.get(name), problem["msg"]
-    if problem["type"] == "extra_forbidden":
-        allowed = unknown(name, known)
-    elif isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            allowed += f"; it is a string: YAML reads 1e-4 as text, write {float(value):.1e} with a dot and no quotes"
-    return ParameterError(name, value, allowed)

@@ -98,7 +98,15 @@ def find_head(model: nn.Module, kind: str) -> Head:
     Raises:
         LorakitError: the model has no such layer.
     """
-    module = _classifier(model) if kind == "classify" else model.get_output_embeddings()
+    if kind == "classify":  # of those with one output per label the last that takes part in the forward
+        labels = getattr(model.config, "num_labels", None)
+        linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        fit = [
+            layer for name, layer in linear.items() if layer.out_features == labels and "original_module" not in name
+        ]
+        module = fit[-1] if fit else None  # "original_module" is the spare copy that PEFT keeps
+    else:
+        module = model.get_output_embeddings()
     if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
         raise LorakitError(
             f"{type(model).__name__} has no linear output head to read gradients from ({kind}): a gate that looks at "
@@ -108,22 +116,12 @@ def find_head(model: nn.Module, kind: str) -> Head:
     return Head(module, width, outputs, getattr(model.config, "final_logit_softcapping", None))
 
 
-def _classifier(model: nn.Module) -> nn.Module | None:
-    """The last linear layer with one output per label that takes part in the forward (PEFT keeps a spare copy)."""
-    labels = getattr(model.config, "num_labels", None)
-    found = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.out_features == labels and "original_module" not in name
-    ]
-    return found[-1] if found else None
-
-
+@dataclass
 class HeadCheck:
     """Recomputes logits from what the head was given: one that does more than a linear map has other gradients."""
 
-    def __init__(self, head: Head):
-        self.head, self.checked = head, False
+    head: Head
+    checked: bool = False
 
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:

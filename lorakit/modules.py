@@ -67,7 +67,8 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
     if isinstance(trainable, str):
         require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
         return task_head(model)
-    _require_names("trainable", trainable, 'must be "head", a list of module names, or ()')
+    listed = isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
+    require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
     found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
     for name in trainable:
@@ -87,11 +88,24 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     Raises:
         ParameterError: a name matches nothing, or something that is not linear; the message lists what there is.
     """
+    paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        heads = [*excluded, *task_head(model), *output_head(model)]
-        found = [path for path in linear_paths(model) if not inside(path, heads)]
+        excluded = [*excluded, *task_head(model), *output_head(model)]
+        found = linear_paths(model)
+    elif isinstance(target_modules, str):
+        try:
+            found = [path for path in paths if re.fullmatch(target_modules, path)]
+        except re.error as error:
+            raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
     else:
-        found = [path for path in _matches(model, target_modules) if not inside(path, excluded)]
+        listed = isinstance(target_modules, Sequence) and all(isinstance(name, str) for name in target_modules)
+        allowed = 'must be "all-linear", a list of names, or a regular expression'
+        require(listed, "target_modules", target_modules, allowed)
+        for name in target_modules:
+            if not any(name_matches(name, path) for path in paths):
+                raise _unknown(model, target_modules, f"{name!r} matches no module")
+        found = [path for path in paths if any(name_matches(name, path) for name in target_modules)]
+    found = [path for path in found if not inside(path, excluded)]
     for path in found:
         kind = type(model.get_submodule(path)).__name__
         if not is_linear(model.get_submodule(path)):
@@ -102,25 +116,6 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
         )
         raise _unknown(model, target_modules, f"matches no linear layer outside the modules trained in full{hint}")
     return found
-
-
-def _require_names(parameter: str, value: object, allowed: str) -> None:
-    listed = isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
-    require(listed, parameter, value, allowed)
-
-
-def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    paths = [path for path, _ in model.named_modules() if path]
-    if isinstance(target_modules, str):
-        try:
-            return [path for path in paths if re.fullmatch(target_modules, path)]
-        except re.error as error:
-            raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
-    _require_names("target_modules", target_modules, 'must be "all-linear", a list of names, or a regular expression')
-    for name in target_modules:
-        if not any(name_matches(name, path) for path in paths):
-            raise _unknown(model, target_modules, f"{name!r} matches no module")
-    return [path for path in paths if any(name_matches(name, path) for name in target_modules)]
 
 
 def _unknown(model: nn.Module, target_modules: object, problem: str) -> ParameterError:

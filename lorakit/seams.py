@@ -21,7 +21,7 @@ from lorakit.head import IGNORED, shifted
 from lorakit.settings import GateSettings
 
 
-class Seam:
+class Seam(Protocol):
     """What everything here can be asked for: its part of the record and of a checkpoint; nothing, where it has none."""
 
     def report(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Selected:
     flops: float = 0.0
 
 
-class TokenSelection(Protocol):
+class TokenSelection(Seam, Protocol):
     """Stands between the trainer and the model: calls the model, and says which tokens a backward reaches.
 
     selective: False where every token gets its backward: then the trainer runs the model as ever, and asks nothing.
@@ -196,13 +196,6 @@ class TokenSelection(Protocol):
 
     def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
         """What the FLOPs of `select` grow with, in proportion, beside those of a pass over the batch."""
-
-    def report(self) -> dict[str, Any]:
-        """What the record is to know."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class AllTokens(Seam):

@@ -26,7 +26,6 @@ TOY_RATE = Params.model_fields["learning_rate"].default
 def place(tmp_path, monkeypatch) -> Path:
     """A params folder of our own, as the project's: setting s, whose reference is LoRA on another model than toy's."""
     monkeypatch.setattr(doors, "PARAMS", tmp_path)
-    monkeypatch.setattr(files, "PARAMS", tmp_path)
     write(tmp_path, "s", _setting="model: m\ntask: t\nlearning_rate: 1.0e-3\nlearning_rate_from: a paper", lora="")
     return tmp_path
 

@@ -34,17 +34,13 @@ def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = 
         ParameterError: `x` is no axis, or `y` is in none of the records while others are.
     """
     require(x in AXES, "x", x, f"must be one of {', '.join(AXES)}")
-    table, y = frame(records).curves, _metric(y)
+    table, y = frame(records).curves, stats.named(y, "validation")
     known = [name for name in sorted(table) if name == "train loss" or name.startswith("validation ")]
     known = [name for name in known if table[name].notna().any()]
     require(not known or y in known, "y", y.removeprefix("validation "), f"must be one of {', '.join(known)}")
     table = table.assign(x=table[AXES[x].field].astype(float), y=table[y] if known else np.nan)
     table = table.loc[np.isfinite(table["y"]), ["row", "seed", "status", "x", "y"]]
     return table.drop_duplicates(["row", "seed", "x"], keep="last").sort_values(["row", "seed", "x"])
-
-
-def _metric(y: str) -> str:
-    return y if y == "train loss" or y.startswith("validation ") else f"validation {y}"
 
 
 def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +68,7 @@ def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None
     """`y` against `x` of `records`; what the band is, if there is one."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    band, name = draw_curves(ax, curve_points(records, x, y), records), _metric(y)
+    band, name = draw_curves(ax, curve_points(records, x, y), records), stats.named(y, "validation")
     ax.set(xlabel=AXES[x].label, ylabel=name.replace("_", " ") + (" (nats)" if name.endswith(" loss") else ""))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=x not in ("flops", "seconds")))
     if x != "seconds":

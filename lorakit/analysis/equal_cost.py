@@ -45,18 +45,6 @@ def random_for(groups: Groups, row: str) -> str | None:
     return None
 
 
-def without_random(groups: Groups) -> dict[str, float]:
-    """Gated rows that have no row of random batches at their rate -> that rate."""
-    gates = {row: gate_of(group) for row, group in groups.items()}
-    return {row: rate for row, (_, rate) in gates.items() if rate is not None and random_for(groups, row) is None}
-
-
-def chooses_tokens(groups: Groups) -> bool:
-    """Whether the rows choose tokens, and none of them batches."""
-    gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
-    return bool(gates) and all(" " in name for name in gates)
-
-
 def comparisons(groups: Groups, axis: str) -> list[stats.Comparison]:
     """Every row against the first, and where it has a gate against random batches at its rate.
 
@@ -89,11 +77,6 @@ class Criterion(NamedTuple):
     saved: float | None
     verdict: str
     reason: str
-
-
-def reference_of(groups: Groups) -> str:
-    """The row the criterion is about: the full-length one, else the baseline."""
-    return "full_length" if "full_length" in groups else next(iter(groups))
 
 
 def criterion(row: Sequence[Record], reference: Sequence[Record]) -> Criterion:

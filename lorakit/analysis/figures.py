@@ -187,15 +187,12 @@ def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, lo
     """Filled, the mean of `values` at `place` with its interval; hollow, each of them, `beside` it."""
     import seaborn as sns
 
-    def interval(sample: Any) -> tuple[float, float]:
-        mean = stats.estimate([*sample])
-        return (np.nan, np.nan) if mean.low is None else (mean.low, mean.high)
-
-    values = np.asarray(values)
+    values, found = np.asarray(values), stats.estimate(values)
+    bounds = (np.nan, np.nan) if found.low is None else (found.low, found.high)
     mean, seeds = {"x": np.full(len(values), place), "y": values}, {"x": [place + beside] * len(values), "y": values}
     if not upright:
         mean, seeds = ({"x": points["y"], "y": points["x"]} for points in (mean, seeds))
-    sns.pointplot(**mean, errorbar=interval, color=look.color, marker=look.marker, markersize=7, mew=0.8, ax=ax,
+    sns.pointplot(**mean, errorbar=lambda _: bounds, color=look.color, marker=look.marker, markersize=7, mew=0.8, ax=ax,
                   err_kws={"lw": 1.4}, orient="x" if upright else "y", native_scale=True)  # fmt: skip
     sns.scatterplot(**seeds, marker=look.marker, s=20, ax=ax, legend=False, fc="none", ec=look.color, lw=0.9, alpha=0.8)
 

@@ -14,6 +14,7 @@ NAMES = ["setting", "row", "seed", "status"]
 ASKED = ("method", "model", "task", "learning_rate", "budget", "budget_unit", "redundancy")  # as parameters say
 TEXTS = (*NAMES, "label", *ASKED[:3], "budget_unit", "gate")
 COUNTS = [name for part in (Costs, Point) for name, info in part.model_fields.items() if info.annotation is int]
+TYPED = [*TEXTS, *COUNTS]  # every other column is of floats: a record may lack its number
 
 
 class Frames(list[Record]):
@@ -42,7 +43,8 @@ class Frames(list[Record]):
                 **{f"{split} {name}": v for split, row in record.final.items() for name, v in row.items()},
             })  # fmt: skip
         table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))])
-        return _typed(table.drop(columns="predicted_memory"))
+        table = table.drop(columns="predicted_memory")
+        return table.astype(dict.fromkeys(table.columns.difference(TYPED), float))
 
     @cached_property
     def curves(self) -> pd.DataFrame:
@@ -51,7 +53,8 @@ class Frames(list[Record]):
         table = {name: [getattr(record, name) for record, _ in points] for name in NAMES}
         table |= {name: [getattr(point, name) for _, point in points] for name in Point.model_fields}
         table |= {f"validation {name}": [one.get(name) for one in told] for name in dict.fromkeys(chain(*told))}
-        return _typed(pd.DataFrame(table).drop(columns="validation")).rename(columns={"train_loss": "train loss"})
+        made = pd.DataFrame(table).drop(columns="validation").rename(columns={"train_loss": "train loss"})
+        return made.astype(dict.fromkeys(made.columns.difference(TYPED), float))
 
     @cached_property
     def memory(self) -> pd.DataFrame:
@@ -66,11 +69,6 @@ class Frames(list[Record]):
 def frame(records: Sequence[Record]) -> Frames:
     """The tables of `records`, in their order."""
     return records if isinstance(records, Frames) else Frames(records)
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """With every number a float, but for counts that no record lacks."""
-    return table.astype(dict.fromkeys(table.columns.difference([*TEXTS, *COUNTS]), float))
 
 
 def gate_of(records: Sequence[Record]) -> tuple[str, float | None]:

@@ -59,6 +59,8 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
     Raises:
         ParameterError: no record has a gate with a log.
     """
+    from matplotlib.ticker import PercentFormatter
+
     points = log_points(records, "gate/acceptance_rate", after_burn_in=True)
     ax = _over_steps(records, points, "acceptance rate after the burn-in", "a gate with a log", mixed)
     targets = sorted({gate(record)["target_rate"] for record in records if "target_rate" in gate(record)})
@@ -66,7 +68,7 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
         style.mark(ax, target, f"target {100 * target:.0f} %")
     low, high = ax.get_ylim()
     ax.set_ylim(max(0, min([low, *(target - 0.05 for target in targets)])), max([high, *targets]))
-    _percent(ax.yaxis)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     return ax.get_figure()
 
 
@@ -100,12 +102,6 @@ def _over_steps(records: Sequence[Record], points: pd.DataFrame, y: str, needed:
         title(ax, shown, mixed)
         style.legend(ax, band)
     return ax
-
-
-def _percent(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def ledger_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -167,7 +163,7 @@ def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: s
 
     Hollow: one seed; filled: the mean with, from three seeds on, its 95 % interval. See `redundancy_table`.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     table = redundancy_table(records, row, against)
     look = style.looks([row])[row]
@@ -178,7 +174,7 @@ def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: s
             draw_mean(ax, gap.differences, share, 0.015, look, upright=True)
         ax.plot([*table], [gap.estimate.mean for gap in table.values()], **look.line | {"marker": ""}, lw=0.8)
         ax.set(xlim=(-0.05, 1), xlabel="redundant batches in the stream", ylabel="difference in validation loss (nats)")
-        _percent(ax.xaxis)
+        ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         ax.yaxis.set_major_locator(MaxNLocator(6))
         ax.set_title(f"{one} − {other}, at equal accepted steps")
         return style.legend(ax, f"below 0: {one} is better", mean_key(look))

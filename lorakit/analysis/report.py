@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -18,9 +18,6 @@ from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.files import write_text
 from lorakit.records import AXES, Record, read_all
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 UNFAIR = "†"
 READING = """\
@@ -68,7 +65,7 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
         "## What it cost",
         cost_table(groups),
         *_at_equal_cost(groups),
-        *([] if equal_cost.chooses_tokens(groups) else _criterion(groups)),
+        *_criterion(groups),
         *_warnings(groups),
     ).markdown() + "\n"  # fmt: skip
 
@@ -161,18 +158,6 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
     return pd.DataFrame(lines)[columns]
 
 
-def criterion_table(found: Sequence[equal_cost.Criterion]) -> pd.DataFrame:
-    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
-    lines = []
-    for one in found:
-        line = tables.told(one.gap, form="{:+.2%}")
-        line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
-        line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
-        lines.append(line)
-    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
-    return table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
-
-
 # sections --------------------------------------------------------------------------------------------
 
 
@@ -187,28 +172,41 @@ def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
     for axis in equal_cost.AXES:
         title = AXES[axis].title or AXES[axis].label
         parts += [f"### At equal {title}", equal_table(equal_cost.comparisons(groups, axis))]
-    lonely = [f"{names.label(row)} (at {100 * rate:.0f} %)" for row, rate in equal_cost.without_random(groups).items()]
+    rates = {row: gate_of(group)[1] for row, group in groups.items() if equal_cost.random_for(groups, row) is None}
+    lonely = [f"{names.label(row)} (at {100 * rate:.0f} %)" for row, rate in rates.items() if rate is not None]
     return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
 
 
 def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
-    reference = equal_cost.reference_of(groups)
-    found = [equal_cost.criterion(group, groups[reference]) for row, group in groups.items() if row != reference]
+    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
+    gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
+    tokens = gates and all(" " in name for name in gates)
+    if tokens or len(groups) == 1:  # the rows choose tokens, and none of them batches; or there is nothing to compare
+        return []
+    reference, lines = "full_length" if "full_length" in groups else next(iter(groups)), []
+    for row in [row for row in groups if row != reference]:
+        one = equal_cost.criterion(groups[row], groups[reference])
+        line = tables.told(one.gap, form="{:+.2%}")
+        line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
+        line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
+        lines.append(line)
+    table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
+    table = table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
     limits = {"loss": f"{100 * equal_cost.LOSS_LIMIT:.1f} %", "steps": f"{100 * equal_cost.STEPS_LIMIT:.0f} %"}
     text = CRITERION.format(**limits, reference=names.label(reference), row=reference)
-    return ["## The criterion", text, criterion_table(found)] if found else []
+    return ["## The criterion", text, table]
 
 
 def _warnings(groups: Groups) -> list[str]:
     """Unfinished runs, what the gates warned of, and what the runs noted: each text once, with the runs it is about."""
 
-    def ended(record: Record) -> str:
+    records, parts, ended = [*chain(*groups.values())], [], {}
+    for record in records:
         last = f" after step {record.curve[-1].step}" if record.curve else ""
-        return record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
-
-    records, parts = [*chain(*groups.values())], []
+        text = record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
+        ended[record.row, record.seed] = [text] if record.status != "done" else []
     sections: dict[str, Callable[[Record], list[str]]] = {
-        "Runs that did not finish": lambda r: [ended(r)] if r.status != "done" else [],
+        "Runs that did not finish": lambda r: ended[r.row, r.seed],
         "Warnings of the gates": lambda r: r.details.get("gate", {}).get("warnings", []),
         "Notes of the runs": lambda r: r.notes,
     }
@@ -226,9 +224,10 @@ def _warnings(groups: Groups) -> list[str]:
 # figures and files -----------------------------------------------------------------------------------
 
 
-def figures_of(records: Sequence[Record], mixed: bool = False) -> dict[str, tuple[str, Figure]]:
-    """File name -> what it shows, and the figure; those about gates only where there are any."""
-    from lorakit.analysis import figures, gate_figures
+def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool) -> str:
+    """Write the figures to `folder`, those about gates only where there are any; a section that shows them in a report
+    that lies `beside`."""
+    from lorakit.analysis import figures, gate_figures, style
 
     records = frame(records)  # once for all figures
     curves = {axis: figures.loss_curve(records, axis, mixed=mixed) for axis in equal_cost.AXES}
@@ -239,24 +238,11 @@ def figures_of(records: Sequence[Record], mixed: bool = False) -> dict[str, tupl
         found["novelty.png"] = ("Novelty of the candidate batches", gate_figures.novelty(records, mixed))
     if any(record.status == "done" for record in records):
         found["ledger.png"] = ("What the compute was spent on", gate_figures.ledger(records, mixed))
-    return found
-
-
-def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool) -> str:
-    """Write the figures to `folder`; a section that shows them in a report that lies `beside`."""
-    from lorakit.analysis import style
-
     text = "\n## Figures\n"
-    for name, (what, drawn) in figures_of(records, mixed).items():
+    for name, (what, drawn) in found.items():
         path = Path(os.path.relpath(style.save(drawn, folder / name), beside)).as_posix()
         text += f"\n![{what}]({path})\n\n{what}.\n"
     return text
-
-
-def _require_folder(name: str, given: str, folder: Path) -> None:
-    """`folder` can be written to, or made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(there.is_dir() and os.access(there, os.W_OK), name, given, f"{there} cannot be written to")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,11 +262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     records, output = read_all(args.results), Path(args.output)
     if not records:
         raise DataError(f"{', '.join(args.results)}: no records there")
-    _require_folder("--output", args.output, output.parent)
     require(not output.is_dir(), "--output", args.output, "is a folder, must be a file")
+    folders = {"--output": (args.output, output.parent), "--figures": (args.figures, Path(args.figures or "."))}
+    for name, (given, folder) in folders.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        writable = not given or (there.is_dir() and os.access(there, os.W_OK))
+        require(writable, name, given, f"{there} cannot be written to")
     text = report(records, args.baseline, args.results, args.mixed)  # before anything is written
-    if args.figures:
-        _require_folder("--figures", args.figures, Path(args.figures))
     try:
         if args.figures:
             text += _pictures(records, Path(args.figures), output.parent, args.mixed)

@@ -95,9 +95,9 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def named(value: str) -> str:
-    """`value` with its split in front: "accuracy" -> "test accuracy"."""
-    return value if value.startswith(("test ", "validation ")) else f"test {value}"
+def named(value: str, split: str = "test") -> str:
+    """`value` with its split in front, `split` where it says none: "accuracy" -> "test accuracy"."""
+    return value if value.startswith(("test ", "validation ", "train ")) else f"{split} {value}"
 
 
 def main_value(records: Sequence[Record]) -> str:
@@ -210,13 +210,9 @@ def loss_at(record: Record, x: str, value: float, y: str = LOSS) -> float | None
 
     With it rows are compared at equal anything: `compare(records, "full", lambda r: loss_at(r, "flops", 1e12))`.
     """
-    return _interpolated(*curve(record, x, y), value)
-
-
-def _interpolated(places: np.ndarray, numbers: np.ndarray, value: float) -> float | None:
-    if not len(places) or not places[0] <= value <= places[-1]:
-        return None
-    return float(np.interp(value, places, numbers))
+    places, numbers = curve(record, x, y)
+    inside = len(places) and places[0] <= value <= places[-1]
+    return float(np.interp(value, places, numbers)) if inside else None
 
 
 class Curves(NamedTuple):
@@ -254,11 +250,8 @@ class Comparison:
     gap: Difference
     places: dict[int, float]
     shares: dict[str, float]
+    over: float
     constant: bool
-
-    @property
-    def over(self) -> float:
-        return min(self.shares.values())
 
     @property
     def fair(self) -> bool:
@@ -275,9 +268,11 @@ def at_equal(a: Curves, b: Curves) -> Comparison:
     common = {seed: min(pair) for seed, pair in ends.items() if min(pair) > 0}
     sides = []
     for side in (a, b):
-        found = {seed: _interpolated(*side.lines[seed], place) for seed, place in common.items()}
-        sides.append((side.row, {seed: number for seed, number in found.items() if number is not None}, side.seeds))
+        begun = {seed: place for seed, place in common.items() if side.lines[seed][0][0] <= place}
+        found = {seed: float(np.interp(place, *side.lines[seed])) for seed, place in begun.items()}
+        sides.append((side.row, found, side.seeds))
     gap = _difference(*sides, f"{a.y} at equal {a.x}")
     places = {seed: common[seed] for seed in gap.seeds}
     shares = [min((x / ends[seed][side] for seed, x in places.items()), default=0.0) for side in (0, 1)]
-    return Comparison(a.x, gap, places, dict(zip((a.row, b.row), shares, strict=True)), a.constant and b.constant)
+    told = dict(zip((a.row, b.row), shares, strict=True))
+    return Comparison(a.x, gap, places, told, min(shares), a.constant and b.constant)

@@ -73,19 +73,17 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
     for row in sorted(set(rows) - chosen.keys()):
         pairs, colors = {look[1:] for look in chosen.values()}, {look.color for look in chosen.values()}
         count = len(SPARE_MARKERS) * len(DASHES)
-        every = [_look((zlib.crc32(row.encode()) + shift) % count, SPARE_MARKERS) for shift in range(count)]
+        place, every = zlib.crc32(row.encode()) % count, series(count, 0, SPARE_MARKERS)
+        every = every[place:] + every[:place]
         free = [look for look in every if look[1:] not in pairs] or every
         chosen[row] = next((look for look in free if look.color not in colors), free[0])
     return {row: chosen[row] for row in rows}
 
 
-def series(count: int, first: int = 1) -> list[Look]:
+def series(count: int, first: int = 1, markers: Sequence[str] = MARKERS) -> list[Look]:
     """Looks of lines that are no rows, by their place."""
-    return [_look(place, MARKERS) for place in range(first, first + count)]
-
-
-def _look(place: int, markers: Sequence[str]) -> Look:
-    return Look(COLORS[place % len(COLORS)], markers[place % len(markers)], DASHES[place % len(DASHES)])
+    places = range(first, first + count)
+    return [Look(COLORS[n % len(COLORS)], markers[n % len(markers)], DASHES[n % len(DASHES)]) for n in places]
 
 
 def wrapped(text: str, width: int) -> str:

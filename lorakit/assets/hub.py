@@ -73,16 +73,15 @@ def data_files(repository: str, *patterns: str) -> list[list[Path]]:
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", **options))
     except Exception as error:  # as above
-        raise _no_data(repository, why or error) from None
-    found = [sorted(folder.glob(pattern)) for pattern in patterns]
-    if missing := [pattern for pattern, files in zip(patterns, found, strict=True) if not files]:
-        raise _no_data(repository, f"no file {', '.join(missing)}")
-    return found
-
-
-def _no_data(repository: str, why: object) -> AssetError:
+        why = why or error
+    else:
+        found = [sorted(folder.glob(pattern)) for pattern in patterns]
+        missing = [pattern for pattern, files in zip(patterns, found, strict=True) if not files]
+        if not missing:
+            return found
+        why = f"no file {', '.join(missing)}"
     reason = " ".join(str(why).split())[:200]
-    return AssetError(
+    raise AssetError(
         f"data set {repository} could not be had from the hub ({reason}). Offline: put the task's files in a folder "
         "and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill the hub's cache (HF_HOME) on a "
         "machine with a network"

@@ -6,7 +6,7 @@ from typing import Any
 from lorakit.errors import ParameterError, require
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
-from lorakit.params.files import ROW_QUESTIONS, SETTING, merge, of_files, outside, read_files, rows_of
+from lorakit.params.files import ROW_QUESTIONS, SETTING, merge, of_files, read_files, rows_of
 from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
 
 IPYTHON = ("In", "Out", "exit", "quit", "get_ipython", "open")
@@ -81,7 +81,8 @@ def given(files: list[str | Path], overrides: list[str]) -> dict[str, Any]:
     merged = read_files(files)
     for name, value in map(parse_override, overrides):
         merged = merge(merged, {name: value})
-    if any(outside(path) for path in map(Path, files)):  # whose setting may be called as one of ours
+    ours = [path.resolve().parents[1] == PARAMS for path in map(Path, files) if (path.parent / SETTING).is_file()]
+    if not all(ours):  # another folder's setting may be called as one of ours
         merged = Params(**rated(merged)).model_dump()
     return merged
 

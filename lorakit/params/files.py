@@ -5,7 +5,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError, require
 from lorakit.fields import APART, flagged, unknown
-from lorakit.files import PARAMS, PROJECT
+from lorakit.files import PROJECT
 from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, method_of
 
 SETTING = "_setting.yaml"
@@ -72,11 +72,6 @@ def _refuse_own(path: Path, values: dict[str, Any]) -> None:
 
 def _require(condition: bool, path: Path, name: str, value: Any, allowed: str) -> None:
     require(condition, name, value, f"in {path.parent.name}/{path.name}: {allowed}")
-
-
-def outside(path: Path) -> bool:
-    """Whether `path` is of a setting's folder that is not the project's."""
-    return (path.parent / SETTING).is_file() and path.resolve().parents[1] != PARAMS
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -117,15 +117,13 @@ def shown(given: dict[str, Any]) -> Any:
         if name in PER_RUN or (value == default and question not in asked and name not in about):
             continue
         plain = value.model_dump(exclude_defaults=True) if isinstance(value, Settings) else value
-        where = next((who for who, said in sources.items() if name in said and _told(said[name], value)), "")
+        told = {who: said[name] for who, said in sources.items() if name in said}
+        if isinstance(value, Settings):  # of which a file may leave out keys that are defaults
+            told = {who: type(value)(**said) if isinstance(said, dict) else said for who, said in told.items()}
+        where = next((who for who, said in told.items() if said == value), "")
         where = where or ("default" if value == default else "given" if name in given else "the method's default")
         rows.append((name, plain, where))
     return pandas.DataFrame(rows, columns=["parameter", "value", "said by"]).set_index("parameter")
-
-
-def _told(said: Any, value: Any) -> bool:
-    """Whether what a file says is `value`; a file may leave out keys of a mapping that are its defaults."""
-    return (type(value)(**said) if isinstance(value, Settings) and isinstance(said, dict) else said) == value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from lorakit.analysis import style
 
@@ -23,8 +22,8 @@ def codebook(weights: Any, codes: Sequence[float]) -> Figure:
         return style.legend(ax)
 
 
-def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
-    """Model by kind of weight: the bits that go to it, over all parameters of the model.
+def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Bits a parameter costs, over all parameters of the model, stacked by the kind of weight they go to.
 
     Args:
         tables: name of a model -> its `measure.weights.weight_table`.
@@ -35,12 +34,7 @@ def bits_table(tables: Mapping[str, Mapping[str, Any]]) -> DataFrame:
     every = pd.concat(parts, ignore_index=True)
     every["bits"] = 8 * every["bytes"] / every.groupby("model")["parameters"].transform("sum")
     wide = every.pivot_table("bits", "model", "kind", "sum", fill_value=0)
-    return wide.reindex(index=[*tables], columns=every["kind"].unique())
-
-
-def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """`bits_table`: bits a parameter costs, over the whole model, stacked by the kind of weight they go to."""
-    table = bits_table(tables)
+    table = wide.reindex(index=[*tables], columns=every["kind"].unique())
     with style.panel(1.0 + style.rows_height(tables)) as ax:
         style.stacked(ax, table, [f"{total:.1f}" for total in table.sum(axis=1)])
         ax.margins(x=0.1)

@@ -4,7 +4,8 @@ A `Batch` is what the last layer of a causal language model leaves: hidden state
 (B, T). Its exact head gradient G = Σ_t h_t ⊗ e_t, (H, V), is only affordable on a small model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -58,13 +59,12 @@ def cosine_table(batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> 
     def cosines(vectors: Tensor) -> np.ndarray:
         return ((vectors / lengths) @ (vectors / lengths).T)[one, two].numpy()
 
-    def sketches(size: int, seed: int) -> Tensor:
-        """(batches, m) float64, with nothing left out of the errors."""
+    table: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
+    for size, seed in product(sizes, range(seeds)):
         sketch = TensorSketch(width, words, size, generator=Generator().manual_seed(seed))
-        return torch.stack([sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]).double()
-
-    table = {size: np.stack([cosines(sketches(size, seed)) for seed in range(seeds)]) for size in sizes}
-    return Sketched(cosines(exact), table)
+        sketched = [sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]  # every word's error
+        table[size].append(cosines(torch.stack(sketched).double()))
+    return Sketched(cosines(exact), {size: np.stack(found) for size, found in table.items()})
 
 
 def error_table(cosines: Sketched) -> DataFrame:
@@ -180,25 +180,22 @@ def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> DataFrame
     past = (stream[:, :, None] * stream[:, None, :]).double().cumsum(0)
     top = torch.linalg.eigh(past).eigenvectors[:, :, -k:].mT.to(stream.dtype)
 
-    def frequent(**options: float) -> Callable[[int], Tensor]:
-        """To be asked for n = 0, 1, 2, … in turn."""
+    def frequent(**options: float) -> Iterator[Tensor]:
         sketch = FrequentDirections(stream.shape[1], rows, **options)
+        for row in stream:
+            yield sketch.basis(k)
+            sketch.insert(row[None])
 
-        def basis(n: int) -> Tensor:
-            sketch.insert(stream[n - 1 : n] if n else stream[:0])
-            return sketch.basis(k)
-
-        return basis
-
-    bases = {  # of the first n rows: orthonormal directions W
+    seen = range(len(stream))
+    bases: dict[str, Iterable[Tensor]] = {  # of the first 0, 1, 2, … rows: orthonormal directions W
         # n rows have n directions at most
-        "all rows kept: the k best of the past": lambda n: top[n - 1][-n:] if n else stream[:0],
+        "all rows kept: the k best of the past": (top[n - 1][-n:] if n else stream[:0] for n in seen),
         "Frequent Directions": frequent(),
         f"Frequent Directions, decay {decay:g}": frequent(decay=decay),
-        "the first k rows, orthonormalised": lambda n: torch.linalg.qr(stream[: min(n, k)].T).Q.T,
+        "the first k rows, orthonormalised": (torch.linalg.qr(stream[: min(n, k)].T).Q.T for n in seen),
     }
-    captured = {name: [float((basis(n) @ row).square().sum() / row.square().sum()) for n, row in enumerate(stream)]
-                for name, basis in bases.items()}  # fmt: skip
+    captured = {name: [float((W @ row).square().sum() / row.square().sum())
+                       for W, row in zip(found, stream, strict=True)] for name, found in bases.items()}  # fmt: skip
     return pd.DataFrame(captured, pd.RangeIndex(1, len(stream) + 1, name="rows seen"))
 
 

@@ -10,21 +10,17 @@ from lorakit.analysis.figures import details
 from lorakit.records import Record
 
 
-def skip_tables(record: Record) -> tuple[DataFrame, DataFrame]:
-    """Adapter by optimizer step: M = ‖Δh‖ / ‖h‖ (missing before it was measured), and the share of steps trained."""
+def skip_map(record: Record) -> Figure:
+    """Adapter by optimizer step as colours, the first adapter at the bottom.
+
+    Left: M = ‖Δh‖ / ‖h‖, missing before it was measured. Right: the share of steps trained.
+    """
     import pandas as pd
 
     found = details(record, "skip")
-    history, adapters = found["history"], found["adapters"]
-    metric = [row or [np.nan] * len(adapters) for row in history["metric"]]
-    made = (pd.DataFrame(rows, history["step"], adapters, float).T for rows in (metric, history["active"]))
-    return next(made), next(made)
-
-
-def skip_map(record: Record) -> Figure:
-    """`skip_tables` as colours, the first adapter at the bottom: M left, the share of steps trained right."""
-    metric, active = skip_tables(record)
-    blocks = details(record, "skip")["blocks"]
+    history, adapters, blocks = found["history"], found["adapters"], found["blocks"]
+    measured = [row or [np.nan] * len(adapters) for row in history["metric"]]
+    metric, active = (pd.DataFrame(m, history["step"], adapters, float).T for m in (measured, history["active"]))
     highest = np.nanquantile(metric, 0.97)  # one large adapter would leave no colour to the others
     with style.panel(1.6 + 0.055 * len(blocks), 2, sharey=True) as (left, right):
         _heat(left, metric, "M of each adapter", "viridis", highest)

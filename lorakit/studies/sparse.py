@@ -3,27 +3,19 @@
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from lorakit.analysis import names, style
 from lorakit.analysis.figures import details
 from lorakit.records import Record
 
 
-def zeros_table(records: Sequence[Record]) -> DataFrame:
-    """A line per run and point of its history: row, seed, optimizer step, share of zeros asked for and reached.
-
-    What is asked for is missing where no schedule asks.
-    """
-    import pandas as pd
-
-    history = [(r.method, r.seed, *point) for r in records for point in details(r, "sparsity")["history"]]
-    return pd.DataFrame(history, columns=["row", "seed", "step", "asked", "reached"]).astype({"asked": float})
-
-
 def zeros_over_time(records: Sequence[Record]) -> Figure:
     """The share of zeros that was asked for (thin) and that was reached, against optimizer steps, a line per run."""
-    table, seeds = zeros_table(records), {record.seed for record in records}
+    import pandas as pd
+
+    history = [(r.row, r.seed, *point) for r in records for point in details(r, "sparsity")["history"]]
+    table = pd.DataFrame(history, columns=["row", "seed", "step", "asked", "reached"])
+    table, seeds = table.astype({"asked": float}), {record.seed for record in records}  # NaN: no schedule asks
     runs = {(r.row, r.seed): names.label(r.row, [r]) + f", seed {r.seed}" * (len(seeds) > 1) for r in records}
     table["run"] = [runs[key] for key in zip(table["row"], table["seed"], strict=True)]
     looks = {run: style.looks(row for row, _ in runs)[row] for (row, _), run in runs.items()}

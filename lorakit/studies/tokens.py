@@ -67,15 +67,13 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
 
     parts = [predicted(*head_outputs(model, batch), "causal") for batch in batches]
     h, logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-
-    def top(scores: Tensor) -> set[int]:
-        return set(policies.largest(scores, policies.quota(len(scores), share)).tolist())
-
-    exact, table = top(torch.from_numpy(token_scores(model, batches, score="gradient_norm"))), []
+    scores, count = torch.from_numpy(token_scores(model, batches, score="gradient_norm")), policies.quota(len(h), share)
+    exact, table = {*policies.largest(scores, count).tolist()}, []
     for topk in topks:
         indices, values = sparse_error(logits, labels, topk)
         errors = [change(indices, values, logits, labels).norm(dim=1) for change in SPARSE.values()]
-        table.append([len(top(h.norm(dim=1) * error) & exact) / len(exact) for error in errors])
+        found = [policies.largest(h.norm(dim=1) * error, count).tolist() for error in errors]
+        table.append([len(exact.intersection(top)) / len(exact) for top in found])
     return pd.DataFrame(table, pd.Index(topks, name="topk_logits"), [*SPARSE])
 
 
@@ -158,16 +156,12 @@ def estimate(drawn: Tensor, inner: Tensor) -> dict[str, float]:
     """A line of `policy_table`, of weights (draws, N) and the gradients' inner products (N, N)."""
     full = torch.full_like(drawn[0], 1 / drawn.shape[1])
     mean = drawn.mean(0)
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return ((a @ inner) * b).sum(-1)
-
-    length = product(full, full).sqrt()
     off, around = mean - full, drawn - mean
-    spread = product(around, around).clamp(min=0).mean().sqrt() / length
-    longer = product(mean, mean).sqrt() / length
-    cosine = product(mean, full) / (longer * length**2)
-    bias = product(off, off).clamp(min=0).sqrt() / length
+    length = (full @ inner @ full).sqrt()
+    spread = ((around @ inner) * around).sum(-1).clamp(min=0).mean().sqrt() / length
+    longer = (mean @ inner @ mean).sqrt() / length
+    cosine = mean @ inner @ full / (longer * length**2)
+    bias = (off @ inner @ off).clamp(min=0).sqrt() / length
     found = {"cosine": cosine, "length": longer, "bias": bias, "spread": spread, "error": spread / len(drawn) ** 0.5}
     return {name: float(value) for name, value in found.items()}
 
@@ -224,14 +218,14 @@ def truncation_table(
     """
     import pandas as pd
 
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
-
-    full, table = [gradient(model, batch) for batch in batches], []
+    table, full = [], [gradient(model, batch).double() for batch in batches]
     for fraction in fractions:
         keys = {"method": "flora", "topk_tokens": min(fraction, EVERY)} | settings
-        pairs = [[gradient(model, batch, mode=mode, **keys) for mode in MODES] for batch in batches]
-        cosines = [(cosine(*pair), *(cosine(g, f) for g in pair)) for pair, f in zip(pairs, full, strict=True)]
+        cosines = []
+        for batch, whole in zip(batches, full, strict=True):
+            gather, fractional = (gradient(model, batch, mode=mode, **keys).double() for mode in MODES)
+            one, other = torch.stack([gather, gather, fractional]), torch.stack([fractional, whole, whole])
+            cosines.append(nn.functional.cosine_similarity(one, other, dim=1).numpy())
         table.append(np.mean(cosines, axis=0))
     return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
 

@@ -25,18 +25,9 @@ class Options:
     tokenizer: PreTrainedTokenizerFast
     kind: Kind
     max_length: int
-    limits: dict[str, int]
+    limits: dict[str, int]  # of a split's rows in hash order; 0: all
     seed: int
     packing: bool
-
-    def chosen(self, rows: Sequence[Any], split: str) -> list[Any]:
-        """Rows in hash order, cut to the split's limit."""
-        return shuffled(rows)[: self.limits[split] or None]
-
-
-def dataset(columns: Columns) -> Dataset:
-    """Columns in memory, without cache files."""
-    return Dataset.from_dict(columns)
 
 
 def classification(corpus: Corpus, options: Options) -> Parts:
@@ -44,8 +35,8 @@ def classification(corpus: Corpus, options: Options) -> Parts:
     pad = PadCollator(options.tokenizer.pad_token_id)
     parts: Parts = {"collator": pad, "eval_collator": pad, "notes": corpus.notes}
     for split in SPLITS:
-        rows = options.chosen(getattr(corpus, split), split)
-        parts[split] = dataset(labelled_columns(rows, options.tokenizer, options.max_length))
+        rows = shuffled(getattr(corpus, split))[: options.limits[split] or None]
+        parts[split] = Dataset.from_dict(labelled_columns(rows, options.tokenizer, options.max_length))
     return parts
 
 
@@ -65,7 +56,7 @@ def labelled_columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFas
 def language_model(corpus: Corpus, options: Options) -> Parts:
     """One block of a document a row: every token after its first predicted, or (for an encoder) those masked."""
     tokenizer, pad, masked = options.tokenizer, PadCollator(options.tokenizer.pad_token_id), options.kind == "masked"
-    collator = collate.MaskCollator(pad, collate.masker(tokenizer, options.seed)) if masked else pad
+    collator = collate.MaskCollator(pad, collate.Masker(tokenizer, options.seed)) if masked else pad
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": corpus.notes}
     for split in SPLITS:
         rows = blocks(getattr(corpus, split), tokenizer, options.max_length)[: options.limits[split] or None]
@@ -74,7 +65,7 @@ def language_model(corpus: Corpus, options: Options) -> Parts:
             columns["labels"] = [[IGNORED, *ids[1:]] for ids in rows]
         elif split != "train":  # of training rows the collator masks others for every batch
             columns["input_ids"], columns["labels"] = collate.masked_once(rows, tokenizer)
-        parts[split] = dataset(columns)
+        parts[split] = Dataset.from_dict(columns)
     return parts
 
 
@@ -99,14 +90,15 @@ def conversation(corpus: Corpus, options: Options) -> Parts:
     collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
     for split in SPLITS:
-        chats = options.chosen(getattr(corpus, split), split)
+        chats = shuffled(getattr(corpus, split))[: options.limits[split] or None]
         ids, labels = chat.encode(chats, options.tokenizer, options.max_length)
         if cut := len(chats) - len(ids):
             reason = f"no answer within {options.max_length} tokens"
             parts["notes"].append(f"{split}: {cut} of {len(chats)} chats dropped, {reason}")
         columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
-        packed = options.packing and split == "train"
-        parts[split] = dataset(collate.pack(ids, labels, options.max_length) if packed else columns)
+        if options.packing and split == "train":
+            columns = collate.pack(ids, labels, options.max_length)
+        parts[split] = Dataset.from_dict(columns)
         answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in chats]
         parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
     return parts

@@ -85,15 +85,11 @@ class Masker:
     """Hides tokens of a batch.
 
     Attributes:
-        mask_id: the mask token.
-        vocabulary: number of ids a random token is drawn from.
-        special_ids: never chosen (padding among them).
+        tokenizer: its special tokens (padding among them) are never chosen; a random token is any of its ids.
         seed: of the draw, together with the ids.
     """
 
-    mask_id: int
-    vocabulary: int
-    special_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerFast
     seed: int
 
     def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,20 +97,16 @@ class Masker:
         digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         chance = torch.rand(ids.shape, generator=generator)
-        ordinary = ~torch.isin(ids, torch.tensor(self.special_ids))
+        special = {*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}
+        ordinary = ~torch.isin(ids, torch.tensor(sorted(special)))
         chance = chance.masked_fill(~ordinary, 2.0)
         least = chance == chance.amin(1, keepdim=True)
         chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
         action = torch.rand(ids.shape, generator=generator)
-        others = torch.randint(self.vocabulary, ids.shape, generator=generator)
-        hidden = ids.masked_fill(chosen & (action < HIDDEN), self.mask_id)
+        others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
+        hidden = ids.masked_fill(chosen & (action < HIDDEN), self.tokenizer.mask_token_id)
         hidden = torch.where(chosen & (action >= HIDDEN) & (action < HIDDEN + RANDOM), others, hidden)
         return hidden, ids.masked_fill(~chosen, IGNORED)
-
-
-def masker(tokenizer: PreTrainedTokenizerFast, seed: int) -> Masker:
-    special = tuple(sorted({*tokenizer.all_special_ids, tokenizer.pad_token_id}))
-    return Masker(tokenizer.mask_token_id, len(tokenizer), special, seed)
 
 
 @dataclass(frozen=True)
@@ -132,6 +124,6 @@ class MaskCollator:
 
 def masked_once(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[list[int]], list[list[int]]]:
     """Evaluation ids and labels, masked row by row once and for all."""
-    mask = masker(tokenizer, EVALUATION_SEED)
+    mask = Masker(tokenizer, EVALUATION_SEED)
     masked = [mask(torch.tensor([ids])) for ids in rows]
     return [ids[0].tolist() for ids, _ in masked], [labels[0].tolist() for _, labels in masked]

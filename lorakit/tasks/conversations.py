@@ -1,8 +1,6 @@
 """Instruction data in chat form: `instruct` (train and validation files), `tulu` (the hub's mixture or its like)."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lorakit.assets import hub
 from lorakit.errors import DataError
@@ -25,10 +23,6 @@ def instruct_from_folder(folder: Path) -> Corpus:
     return apart(train, validation, test, paths, "test: half of validation.jsonl, validation the other half")
 
 
-def instruct_elsewhere() -> Corpus:
-    raise DataError(f"task instruct is read from data_dir (or LORAKIT_DATA) only; expected layout: {INSTRUCT_LAYOUT}")
-
-
 def tulu_from_folder(folder: Path) -> Corpus:
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])
     if not paths:
@@ -39,7 +33,7 @@ def tulu_from_folder(folder: Path) -> Corpus:
 def tulu_from_hub() -> Corpus:
     """Rows that are no conversation are left out and counted: they are not the user's to mend."""
     [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data/train-*.parquet")
-    rows = [messages for path in paths for _, messages in _messages(path)]
+    rows = [row["messages"] for path in paths for _, row in readers.parquet(path, ("messages",))]
     chats = [messages for messages in rows if chat.valid(messages)]
     dropped = len(rows) - len(chats)
     return _tulu(chats, paths, *[f"{dropped} rows dropped: not user and assistant in turn"] * bool(dropped))
@@ -50,22 +44,18 @@ def _tulu(chats: list[chat.Chat], paths: list[Path], *notes: str) -> Corpus:
     return Corpus(train, validation, test, fingerprints(paths), ["validation and test: cut from train", *notes])
 
 
-def _messages(path: Path) -> Iterator[tuple[int, Any]]:
-    """What should be a conversation in each row, with the row's number."""
-    if path.suffix == ".parquet":
-        return ((number, row["messages"]) for number, row in readers.parquet(path, ("messages",)))
-    return ((number, row.get("messages") if isinstance(row, dict) else row) for number, row in readers.jsonl(path))
-
-
 def _checked(path: Path) -> list[chat.Chat]:
-    rows = list(_messages(path))
-    for number, messages in rows:
+    """The conversation in each row."""
+    parquet, chats = path.suffix == ".parquet", []
+    for number, row in readers.parquet(path, ("messages",)) if parquet else readers.jsonl(path):
+        messages = row.get("messages") if isinstance(row, dict) else row
         if not chat.valid(messages):
             raise readers.bad_row(path, number, chat.EXPECTED, messages)
-    return [messages for _, messages in rows]
+        chats.append(messages)
+    return chats
 
 
 RECIPES = {
-    "instruct": Recipe("chats", "", instruct_elsewhere, INSTRUCT_LAYOUT, instruct_from_folder),
+    "instruct": Recipe("chats", "", None, INSTRUCT_LAYOUT, instruct_from_folder),
     "tulu": Recipe("chats", "hub allenai/tulu-3-sft-mixture", tulu_from_hub, TULU_LAYOUT, tulu_from_folder),
 }

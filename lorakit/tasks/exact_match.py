@@ -47,13 +47,9 @@ def exact_match(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         texts = generate(model, tokenizer, [prompt for prompt, _ in batch], max_new_tokens)
-        right += sum(matches(text, answer) for text, (_, answer) in zip(texts, batch, strict=True))
+        found = [gsm8k_answer(text) for text in texts]
+        right += sum(n is not None and n == gsm8k_answer(answer) for n, (_, answer) in zip(found, batch, strict=True))
     return right / len(rows)
-
-
-def matches(text: str, answer: str) -> bool:
-    found = gsm8k_answer(text)
-    return found is not None and found == gsm8k_answer(answer)
 
 
 def generate(
@@ -68,7 +64,9 @@ def generate(
     mask = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
     inputs = {"input_ids": torch.tensor(ids).to(model.device), "attention_mask": torch.tensor(mask).to(model.device)}
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stop_ids(tokenizer)}
+    turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
+    ends = ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []) + (turn if len(turn) == 1 else [])
+    stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends or None}
     with evaluating(model):
         output = model.generate(**inputs, **options, **stops)
     new = output[:, inputs["input_ids"].shape[1] :].cpu()
@@ -76,10 +74,3 @@ def generate(
     for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):
         texts = [text.split(end)[0] for text in texts]
     return texts
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
-    """End of text, and <end_of_turn> where the tokenizer has it as one token."""
-    turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
-    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return [*stops, *(turn if len(turn) == 1 else [])] or None

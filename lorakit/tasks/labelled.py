@@ -1,6 +1,7 @@
 """Labelled texts and pairs: rated review sentences, SST-2 and IMDB (1 is positive), MRPC (1 is a paraphrase)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ def _rows(path: Path, rows: Iterable[tuple[int, Sequence[Any]]], strip: bool = T
     found = []
     for line, (*texts, label) in rows:
         text, *pair = (text.strip() for text in texts) if strip else texts
-        found.append(Labelled(text, pair[0] if pair else None, readers.class_of(label, path, line)))
+        if str(label) not in ("0", "1"):
+            raise readers.bad_row(path, line, "label 0 or 1", label)
+        found.append(Labelled(text, pair[0] if pair else None, int(label)))
     return found
 
 
@@ -35,15 +38,11 @@ def _hub_rows(paths: list[Path], *columns: str, strip: bool = True) -> list[Labe
     return found
 
 
-def _text(row: Labelled) -> str:
-    return row.text
-
-
 def _divided(
     rows: list[Labelled],
     test: list[Labelled],
     paths: list[Path],
-    group: Callable[[Labelled], str] = _text,
+    group: Callable[[Labelled], str] = attrgetter("text"),
     origin: str = "one file",
 ) -> Corpus:
     """Cut what is not given from `rows`: validation, and test where `test` is empty."""
@@ -71,10 +70,6 @@ def reviews_from_folder(folder: Path) -> Corpus:
     dropped = f"{count - len(clear)} neutral or duplicate rows dropped"
     found.notes.append(f"label: sign of the mean crowd rating; {dropped}")
     return found
-
-
-def reviews_from_asset() -> Corpus:
-    return reviews_from_folder(Path(assets.fetch("review-sentences")))
 
 
 # SST-2 ------------------------------------------------------------------------------------------------
@@ -133,15 +128,15 @@ def imdb_from_hub() -> Corpus:
 def mrpc_from_folder(folder: Path) -> Corpus:
     """Pairs that share a sentence stay in one split; quotes are part of the sentences."""
     paths = [required(folder, "msr_paraphrase_train.txt", MRPC_LAYOUT), *folder.glob("msr_paraphrase_test.txt")]
-    rows, test, *_ = *map(_mrpc_rows, paths), []
+    columns = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
+    sides = []
+    for path in paths:
+        pairs = ((line, (*pair, label)) for line, (label, _, _, *pair) in readers.tsv(path, columns))
+        sides.append(_rows(path, pairs))
+    rows, test, *_ = *sides, []
     groups = corpus.components([(normal(row.text), normal(row.pair or "")) for row in rows])
     names = {row: rows[group].text for row, group in zip(rows, groups, strict=True)}
     return _divided(rows, test, paths, names.__getitem__, "the training file")
-
-
-def _mrpc_rows(path: Path) -> list[Labelled]:
-    columns = readers.tsv(path, ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"))
-    return _rows(path, ((line, (first, second, label)) for line, (label, _, _, first, second) in columns))
 
 
 def mrpc_from_hub() -> Corpus:
@@ -151,8 +146,10 @@ def mrpc_from_hub() -> Corpus:
 
 
 RECIPES = {
-    "reviews": Recipe("labelled", "asset review-sentences", reviews_from_asset, REVIEWS_LAYOUT, reviews_from_folder),
+    "reviews": Recipe("labelled", "asset review-sentences",
+                      lambda: reviews_from_folder(Path(assets.fetch("review-sentences"))), REVIEWS_LAYOUT,
+                      reviews_from_folder),
     "sst2": Recipe("labelled", "hub nyu-mll/glue", sst2_from_hub, SST2_LAYOUT, sst2_from_folder),
     "imdb": Recipe("labelled", "hub stanfordnlp/imdb", imdb_from_hub, IMDB_LAYOUT, imdb_from_folder),
     "mrpc": Recipe("labelled", "hub nyu-mll/glue", mrpc_from_hub, MRPC_LAYOUT, mrpc_from_folder, f1=True),
-}
+}  # fmt: skip

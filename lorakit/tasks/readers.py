@@ -96,10 +96,3 @@ def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
-
-
-def class_of(value: object, path: Path, line: int) -> int:
-    """A binary label, 0 or 1, written as a number or a digit."""
-    if str(value) not in ("0", "1"):
-        raise bad_row(path, line, "label 0 or 1", value)
-    return int(str(value))

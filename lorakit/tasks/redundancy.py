@@ -68,7 +68,9 @@ def redundant_stream(
         run = max(1, round(pool / batch_size))
     else:
         pooled, outside = np.split(order, [pool])
-        chosen = _draws(pooled, count, batch_size, for_redundant)
+        # a row is twice in a batch only where the pool is smaller than the batch
+        drawn = [for_redundant.choice(pooled, batch_size, replace=pool < batch_size) for _ in range(count)]
+        chosen = np.array(drawn, dtype=np.int64)
     redundant = _places(batches, count, run, for_places)
     stream = np.empty((batches, batch_size), dtype=np.int64)
     stream[redundant] = chosen.reshape(-1, batch_size)
@@ -100,12 +102,6 @@ def _places(batches: int, count: int, run: int, rng: np.random.Generator) -> np.
     return np.repeat(order >= batches - count, lengths[order])
 
 
-def _draws(pooled: np.ndarray, count: int, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, B) rows of the pool; a row is twice in a batch only where the pool is smaller than the batch."""
-    batches = [rng.choice(pooled, batch_size, replace=len(pooled) < batch_size) for _ in range(count)]
-    return np.array(batches, dtype=np.int64).reshape(count, batch_size)
-
-
 def _walk(outside: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` rows: a permutation of those outside, then another."""
     passes = -(-count // max(1, len(outside)))
@@ -129,21 +125,15 @@ def _thinned_copies(
 def thinned(row: dict[str, Any], drop: float, special: Set[int], rng: np.random.Generator) -> dict[str, Any]:
     """`row` without `drop` of its ordinary tokens, on average exactly; a row's class and other values stay."""
     length = len(row["input_ids"])
-    ordinary = _ordinary(row, special)
+    labels, held = row.get("labels"), {0, length - 1}
+    if isinstance(labels, list):  # the last one predicted is held as well, so that every row has a loss
+        held |= set([place for place, label in enumerate(labels) if label != IGNORED][-1:])
+    ordinary = [p for p, token in enumerate(row["input_ids"]) if p not in held and token not in special]
     count = min(int(drop * len(ordinary) + rng.random()), max(0, len(ordinary) - 1))
     gone = set(rng.choice(ordinary, count, replace=False).tolist()) if count else set()
     kept = [place for place in range(length) if place not in gone]
     per_token = {name for name, value in row.items() if isinstance(value, list) and len(value) == length}
     return {name: [value[p] for p in kept] if name in per_token else value for name, value in row.items()}
-
-
-def _ordinary(row: dict[str, Any], special: Set[int]) -> list[int]:
-    """Positions that may be dropped; the last one predicted is not among them, so that every row has a loss."""
-    ids, labels = row["input_ids"], row.get("labels")
-    held = {0, len(ids) - 1}
-    if isinstance(labels, list):
-        held |= set([place for place, label in enumerate(labels) if label != IGNORED][-1:])
-    return [place for place, token in enumerate(ids) if place not in held and token not in special]
 
 
 # clustered order ------------------------------------------------------------------------------------

@@ -87,21 +87,16 @@ def load(
 
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
     """The task's text, and in words where it came from."""
-    known = recipe(name)
+    known, mirror = recipe(name), os.environ.get("LORAKIT_DATA", "")
+    base = Path(data_dir or mirror).expanduser()
     if known.from_folder is None:
         require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
-    elif folder := _folder(name, data_dir, known.layout):
-        return known.from_folder(folder), f"files of {'data_dir' if data_dir else 'LORAKIT_DATA'}"
+    elif data_dir and not base.is_dir():
+        raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {known.layout}")
+    elif (data_dir or mirror) and (base / name).is_dir():
+        return known.from_folder(base / name), f"files of {'data_dir' if data_dir else 'LORAKIT_DATA'}"
+    elif data_dir:
+        return known.from_folder(base), "files of data_dir"
+    if known.elsewhere is None:
+        raise DataError(f"task {name} is read from data_dir (or LORAKIT_DATA) only; expected layout: {known.layout}")
     return known.elsewhere(), known.origin
-
-
-def _folder(name: str, data_dir: str, layout: str) -> Path | None:
-    """Where the task's files must be, `data_dir/name` or `data_dir` itself; None: nowhere local."""
-    if data_dir:
-        base = Path(data_dir).expanduser()
-        if not base.is_dir():
-            raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {layout}")
-        return base / name if (base / name).is_dir() else base
-    mirror = os.environ.get("LORAKIT_DATA", "")
-    folder = Path(mirror).expanduser() / name
-    return folder if mirror and folder.is_dir() else None

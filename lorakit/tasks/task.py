@@ -59,7 +59,8 @@ class Task:
 
 def classification(stats: np.ndarray) -> dict[str, float]:
     """Loss per example and accuracy."""
-    return {"loss": _loss(stats), "accuracy": float((stats[:, 2] == stats[:, 3]).mean())}
+    loss = float(stats[:, 0].sum() / stats[:, 1].sum())
+    return {"loss": loss, "accuracy": float((stats[:, 2] == stats[:, 3]).mean())}
 
 
 def classification_f1(stats: np.ndarray) -> dict[str, float]:
@@ -71,10 +72,11 @@ def classification_f1(stats: np.ndarray) -> dict[str, float]:
 
 def language_model(stats: np.ndarray, perplexity: str = "perplexity") -> dict[str, float]:
     """Loss per predicted token, its exponential (under the name `perplexity`), and the share predicted right."""
+    loss = float(stats[:, 0].sum() / stats[:, 1].sum())
     with np.errstate(over="ignore"):
-        exponential = float(np.exp(_loss(stats)))
+        exponential = float(np.exp(loss))
     right = float(stats[:, 2].sum() / stats[:, 3].sum())
-    return {"loss": _loss(stats), perplexity: exponential, "token_accuracy": right}
+    return {"loss": loss, perplexity: exponential, "token_accuracy": right}
 
 
 def masked(stats: np.ndarray) -> dict[str, float]:
@@ -84,10 +86,6 @@ def masked(stats: np.ndarray) -> dict[str, float]:
     perplexity nor a pseudo-perplexity, which hides one token at a time (Salazar et al. 2020).
     """
     return language_model(stats, "masked_perplexity")
-
-
-def _loss(stats: np.ndarray) -> float:
-    return float(stats[:, 0].sum() / stats[:, 1].sum())
 
 
 JUDGED: dict[Kind, tuple[Callable[[np.ndarray], dict[str, float]], str]] = {  # kind -> metrics, main metric

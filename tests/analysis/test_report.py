@@ -79,7 +79,6 @@ def test_random_is_the_one_at_the_same_rate():
 
 def test_missing_random_is_said():
     records = runs("baseline", "random", "slora", "slora50")
-    assert equal_cost.without_random(equal_cost.rows_of(records)) == {"slora50": 0.5}
     assert ("slora50", "random") not in pairs_of(records, "tokens")
     assert "No random row at the same rate: SLoRA (50 %) (at 50 %)." in report.report(records)
     assert "No random row" not in report.report(runs())
@@ -95,9 +94,8 @@ def test_chosen_tokens_are_compared_with_random_tokens_of_the_same_share_and_mod
     groups = equal_cost.rows_of(records)
     found = {name: equal_cost.random_for(groups, name) for name in groups}
     assert {name: other for name, other in found.items() if other not in (None, name)} == {"f20": "r20", "f20f": "r20f"}
-    assert equal_cost.without_random(groups) == {"f40": 0.4}
     written = report.report(records)
-    assert "The criterion" not in written and "f40 (at 40 %)" in written
+    assert "The criterion" not in written and "No random row at the same rate: f40 (at 40 %)." in written
     assert "The criterion" in report.report(runs())
 
 
@@ -206,9 +204,10 @@ def test_the_criterion(losses, accepted, verdict, reason):
 
 def test_the_criterion_is_relative_paired_and_shown_with_its_interval():
     reference = final("full_length", {0: 2.0, 1: 1.0, 2: 0.5}, accepted=100)
-    found = equal_cost.criterion(final("slora", {2: 0.505, 1: 1.02, 0: 2.0}), reference)
-    assert found.gap.differences == pytest.approx((0.0, 0.02, 0.01))
-    (row,) = cells(report.criterion_table([found]))
+    slora = final("slora", {2: 0.505, 1: 1.02, 0: 2.0})
+    assert equal_cost.criterion(slora, reference).gap.differences == pytest.approx((0.0, 0.02, 0.01))
+    written = section(report.report([*reference, *slora]), "The criterion")
+    (row,) = cells(written.strip().split("\n\n")[-1])
     assert row["validation loss, relative"] == "+1.00%" and row["95 % interval"] == "[-1.48%, +3.48%]"
     assert row["fewer accepted steps"] == "30.0 %" and row["verdict"] == "**undecided** (interval holds the limit)"
 
@@ -220,8 +219,8 @@ def test_the_least_saving_of_the_pairs_counts():
 
 
 def test_the_criterion_is_about_the_full_length_row_else_the_baseline():
-    assert equal_cost.reference_of(equal_cost.rows_of(runs())) == "full_length"
-    assert equal_cost.reference_of(equal_cost.rows_of(runs("baseline", "slora"))) == "baseline"
+    assert "(`full_length`)" in section(report.report(runs()), "The criterion")
+    assert "(`baseline`)" in section(report.report(runs("baseline", "slora")), "The criterion")
     unfinished = equal_cost.criterion([diverged("slora")], [record("full")])
     assert (unfinished.verdict, unfinished.reason) == ("undecided", "no seed finished in both")
 

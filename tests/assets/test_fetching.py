@@ -213,7 +213,7 @@ def test_interruption_anywhere_leaves_nothing(folder, pip, monkeypatch, where):
 
     home, name = {
         "client": (client, "run_client"),
-        "unpack": (archives, "_copy"),
+        "unpack": (archives, "_unpack_member"),
         "manifest": (cache, "write_manifest"),
         "move": (os, "replace"),
     }[where]

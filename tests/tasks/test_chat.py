@@ -11,7 +11,7 @@ from lorakit import tasks
 from lorakit.errors import DataError, ParameterError
 from lorakit.tasks import chat, collate
 from lorakit.tasks.collate import IGNORED
-from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer, matches
+from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer
 
 
 def say(*contents, system=None):
@@ -191,11 +191,6 @@ def test_gsm8k_answers(text, answer):
     assert gsm8k_answer(text) == answer
 
 
-def test_no_number_matches_nothing():
-    assert matches("so #### 7.0", "#### 7")
-    assert not matches("no number", "no number") and not matches("#### 8", "#### 7")
-
-
 def test_answer_rows_are_prompts_with_their_answers(instruct, decoder):
     task = tasks.load("instruct", decoder, data_dir=str(instruct))
     rows = task.answer_rows("test", 3)
@@ -234,5 +229,7 @@ def test_exact_match_is_the_share_of_right_numbers(decoder):
     rows = [("one", "#### 7"), ("another one", "#### 8"), ("x", "1 #### 7.0"), ("y", "#### 99")]
     assert exact_match(Parrot(decoder, "3+4\n#### 7"), decoder, rows, max_new_tokens=64, batch_size=3) == 0.5
     assert exact_match(Parrot(decoder, "no idea"), decoder, rows, max_new_tokens=64, batch_size=3) == 0.0
+    assert exact_match(Parrot(decoder, "so #### 7.0"), decoder, rows[:1]) == 1.0
+    assert exact_match(Parrot(decoder, "no number"), decoder, [("x", "no number")]) == 0.0  # no number matches nothing
     with pytest.raises(ParameterError, match="exact_match_rows"):
         exact_match(Parrot(decoder, "7"), decoder, [], max_new_tokens=64, batch_size=3)

@@ -11,7 +11,7 @@ import torch
 from lorakit import tasks
 from lorakit.errors import DataError
 from lorakit.tasks.build import blocks
-from lorakit.tasks.collate import IGNORED, masker
+from lorakit.tasks.collate import IGNORED, Masker
 
 WORDS = ("stone", "river", "old", "map", "town", "ship", "king")
 
@@ -87,7 +87,7 @@ def test_causal_metrics_are_transformers_loss(wikitext, decoder, tiny_gpt2):
 
 def test_masks_are_15_percent_of_which_80_hidden_10_random(encoder):
     ids = torch.randint(20, 120, (200, 100), generator=torch.Generator().manual_seed(0))
-    hidden, labels = masker(encoder, 0)(ids)
+    hidden, labels = Masker(encoder, 0)(ids)
     chosen = labels != IGNORED
     assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.01)
     assert torch.equal(labels[chosen], ids[chosen]) and torch.equal(hidden[~chosen], ids[~chosen])
@@ -98,7 +98,7 @@ def test_masks_are_15_percent_of_which_80_hidden_10_random(encoder):
 
 def test_special_tokens_and_padding_are_never_masked_and_every_row_has_a_label(encoder):
     ids = torch.tensor([[1, 50 + i, 2, 0, 0] for i in range(64)])
-    _, labels = masker(encoder, 0)(ids)
+    _, labels = Masker(encoder, 0)(ids)
     assert (labels[:, 1] == ids[:, 1]).all() and (labels[:, [0, 2, 3, 4]] == IGNORED).all()
 
 

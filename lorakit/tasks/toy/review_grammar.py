@@ -101,11 +101,4 @@ def review(rng: random.Random, label: int) -> tuple[str, int]:
     return " ".join(parts), label
 
 
-def posted_review(rng: random.Random) -> str:
-    """An unlabelled review as people post them, ending in an emoticon that is not always meant."""
-    text, label = review(rng, rng.choice((0, 1)))
-    smiles = (label == 1) != (rng.random() < IRONIC)
-    return f"{text} {':)' if smiles else ':('}"
-
-
 OPINION_WORDS = frozenset((*GOOD, *BAD, *LIKED, *HATED, *GEMS, *FLOPS))

@@ -24,10 +24,6 @@ class Scene:
     place: str
 
     @property
-    def pronoun(self) -> str:
-        return PEOPLE[self.holder].capitalize()
-
-    @property
     def treasure(self) -> str:
         return f"the {self.color} {self.thing}"
 
@@ -35,7 +31,7 @@ class Scene:
 def move(scene: Scene, rng: random.Random) -> str:
     """The holder takes the object elsewhere."""
     scene.place = rng.choice([place for place in PLACES if place != scene.place])
-    return f"{scene.pronoun} took it to the {scene.place}."
+    return f"{PEOPLE[scene.holder].capitalize()} took it to the {scene.place}."
 
 
 def give(scene: Scene, rng: random.Random) -> str:

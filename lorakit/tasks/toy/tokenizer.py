@@ -25,27 +25,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_characters() -> list[str]:
-    """The printable character that stands for each byte 0..255 inside `tokenizers` (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    code = {byte: byte for byte in printable} | {byte: 256 + rank for rank, byte in enumerate(others)}
-    return [chr(code[byte]) for byte in range(256)]
-
-
-def byte_tokenizer(single: str, pair: str) -> Tokenizer:
+def byte_tokenizer(single: str, pair: str, **options: object) -> PreTrainedTokenizerFast:
     """Bytes to ids; `single` and `pair` are templates saying where special tokens stand around one or two texts."""
-    vocab = {token: index for index, token in enumerate((*SPECIALS, *byte_characters()))}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # inside `tokenizers` these stand for themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    code = {byte: byte for byte in printable} | {byte: 256 + rank for rank, byte in enumerate(others)}  # GPT-2's table
+    vocab = {token: index for index, token in enumerate((*SPECIALS, *(chr(code[byte]) for byte in range(256))))}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[(token, vocab[token]) for token in SPECIALS]
     )
-    return tokenizer
-
-
-def _fast(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -58,15 +49,15 @@ def _fast(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
 
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
     """[CLS] text [SEP], or [CLS] a [SEP] b [SEP] for a pair."""
-    tokenizer = byte_tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]")
-    return _fast(tokenizer, cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", model_max_length=256)
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return byte_tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", **special, model_max_length=256)
 
 
 def decoder_tokenizer() -> PreTrainedTokenizerFast:
     """<bos> text, with a chat template in Gemma's turn format; [PAD] pads, <eos> ends a text."""
-    tokenizer = byte_tokenizer("<bos> $A", "<bos> $A $B")
-    return _fast(
-        tokenizer,
+    return byte_tokenizer(
+        "<bos> $A",
+        "<bos> $A $B",
         bos_token="<bos>",
         eos_token="<eos>",
         additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
