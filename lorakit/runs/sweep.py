@@ -107,17 +107,14 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
-    runs = [Run(root, setting, method, seed) for seed in _numbers(seeds) for method in chosen]
+    try:
+        numbers = [int(seed) for seed in seeds.split() or ["0"]]
+    except ValueError:
+        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
+    runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:
         _ = run.params  # a bad file is told before any run starts
     return runs
-
-
-def _numbers(seeds: str) -> list[int]:
-    try:
-        return [int(seed) for seed in seeds.split() or ["0"]]
-    except ValueError:
-        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
 
 
 def stale(runs: list[Run]) -> list[str]:
@@ -126,7 +123,8 @@ def stale(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.finished() and (changed := run.differences()):
             shown = ", ".join(f"{name}: {was!r} then, {now!r} now" for name, (was, now) in changed.items())
-            lines.append(f"{_short(run.record)} is kept but its params files changed ({shown}); rm it to run it again")
+            path = os.path.relpath(run.record)
+            lines.append(f"{path} is kept but its params files changed ({shown}); rm it to run it again")
     return lines
 
 
@@ -142,7 +140,7 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        seen = f"see {_short(run.executed)}" if run.executed.is_file() else "it did not start"
+        seen = f"see {os.path.relpath(run.executed)}" if run.executed.is_file() else "it did not start"
         _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
     return 1 if unfinished else 0
 
@@ -183,10 +181,6 @@ def _snakemake(pending: list[Run], jobs: int) -> list[str]:
         *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
         *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
     ]
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def _say(text: str) -> None:
