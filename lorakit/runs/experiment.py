@@ -43,7 +43,12 @@ def run(given: dict[str, Any]) -> Record:
     assembled = assemble(params)
     record.notes += assembled.notes
     record.fingerprints = fingerprints(assembled)
-    with _output_folder(params.run_dir) as folder, _interruptible():
+    if params.run_dir:
+        if Path(params.run_dir).exists() and not Path(params.run_dir).is_dir():
+            raise CheckpointError(f"run_dir={params.run_dir!r}: is a file, must be a folder")
+        Path(params.run_dir).mkdir(parents=True, exist_ok=True)
+    place = contextlib.nullcontext(params.run_dir) if params.run_dir else tempfile.TemporaryDirectory()
+    with place as folder, _interruptible():
         trainer = build_trainer(assembled, record, folder)
         stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
         _describe(record, assembled, trainer)
@@ -131,7 +136,16 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
         if controller.name not in record.details:  # a run that was cut short
             record.details[controller.name] = controller.report()
     if trainer.gate.selective:
-        record.details["gate"] = trainer.gate_log.report() | _redundancy(assembled, trainer)
+        record.details["gate"] = trainer.gate_log.report()
+    if trainer.gate.selective and assembled.redundant is not None:  # of the batches seen, which were so by design
+        decisions, by_design = trainer.gate_log.decisions, assembled.redundant
+        redundant = [bool(by_design[step % len(by_design)]) for step in range(len(decisions))]
+        pairs = list(zip(redundant, decisions, strict=True))
+        record.details["gate"] |= {
+            "redundant_seen": sum(redundant),
+            "redundant_accepted": sum(known and accepted for known, accepted in pairs),
+            "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
+        }
     if trainer.tokens.selective:
         record.details["tokens"] = trainer.tokens.report()
     if assembled.params.quantize != "none":
@@ -139,20 +153,6 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     for name in Costs.model_fields:
         if hasattr(ledger, name):
             setattr(record.costs, name, getattr(ledger, name))
-
-
-def _redundancy(assembled: Assembled, trainer: BudgetTrainer) -> dict[str, Any]:
-    """Of the batches seen, how many were redundant by design, and how many of those were accepted."""
-    if assembled.redundant is None:
-        return {}
-    decisions = trainer.gate_log.decisions
-    redundant = [bool(assembled.redundant[step % len(assembled.redundant)]) for step in range(len(decisions))]
-    pairs = list(zip(redundant, decisions, strict=True))
-    return {
-        "redundant_seen": sum(redundant),
-        "redundant_accepted": sum(known and accepted for known, accepted in pairs),
-        "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
-    }
 
 
 def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
@@ -202,19 +202,6 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
 
 
 # surroundings --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _output_folder(run_dir: str) -> Iterator[str]:
-    """The run's folder, or one that is gone afterwards."""
-    if run_dir:
-        if Path(run_dir).exists() and not Path(run_dir).is_dir():
-            raise CheckpointError(f"run_dir={run_dir!r}: is a file, must be a folder")
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        yield run_dir
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield folder
 
 
 @contextlib.contextmanager

@@ -122,28 +122,26 @@ def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
 
 def quantize_meta(model: nn.Module) -> None:
     """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
-    linears = {model.get_submodule(path): None for path in quantisable(model)}  # once each, however many paths
-    replace_modules(model, {linear: _four_bit(linear) for linear in linears})
+    library, layers = bitsandbytes(), {}
+    for linear in dict.fromkeys(map(model.get_submodule, quantisable(model))):  # once each, however many paths
+        weight, bias = linear.weight, linear.bias
+        shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
+        layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
+        packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+        # scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone
+        make, blocks = library.functional.QuantState, -(-weight.numel() // BLOCK)
+        scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
+        nested = make(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state = make(scales, shape, torch.empty(16), BLOCK, "nf4", weight.dtype, offset=torch.empty(()), state2=nested)
+        layer.weight = library.nn.Params4bit(
+            packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
+        )
+        if bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
+        mend(layer)
+        layers[linear] = layer
+    replace_modules(model, layers)
     model.is_loaded_in_4bit = True
-
-
-def _four_bit(linear: nn.Module) -> nn.Module:
-    library, weight, bias = bitsandbytes(), linear.weight, linear.bias
-    shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
-    layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
-    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    # scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone
-    make, blocks = library.functional.QuantState, -(-weight.numel() // BLOCK)
-    scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
-    nested = make(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    state = make(scales, shape, torch.empty(16), BLOCK, "nf4", weight.dtype, offset=torch.empty(()), state2=nested)
-    layer.weight = library.nn.Params4bit(
-        packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
-    )
-    if bias is not None:
-        layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
-    mend(layer)
-    return layer
 
 
 def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:

@@ -135,7 +135,12 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         with _alone(runs[0]):
-            _call(_snakemake(pending, jobs), cwd=runs[0].root)
+            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records
+            before = signal.signal(signal.SIGINT, lambda *_: None)
+            try:
+                subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root).wait()
+            finally:
+                signal.signal(signal.SIGINT, before)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
@@ -157,15 +162,6 @@ def _alone(run: Run) -> Iterator[None]:
             yield
     except Timeout:
         raise ParameterError("SETTING", run.setting, "another sweep of it is at work in this folder") from None
-
-
-def _call(command: list[str], cwd: Path) -> None:
-    """Run `command` to its end; Ctrl-C reaches it and its runs directly, which then finish their records."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        subprocess.Popen(command, cwd=cwd).wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _snakemake(pending: list[Run], jobs: int) -> list[str]:
