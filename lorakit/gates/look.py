@@ -1,5 +1,7 @@
 """A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from lorakit.head import Head
 from lorakit.seams import Candidate, Gate
 
 
+@dataclass
 class GateLook:
     """Called with every chunk of a micro-batch's predictions, see `tokens.protocol.Look`.
 
@@ -15,9 +18,10 @@ class GateLook:
         head: of the model.
     """
 
-    def __init__(self, gate: Gate, per_label: float, head: Head):
-        self.gate, self.per_label, self.head = gate, per_label, head
-        self._measured: Tensor | None = None
+    gate: Gate
+    per_label: float
+    head: Head
+    _measured: Tensor | None = field(default=None, init=False)
 
     def __call__(self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
         measured = self.gate.measure(
@@ -40,7 +44,3 @@ class GateLook:
             hidden, logits = (torch.zeros(0, n, device=device) for n in (self.head.d_hidden, self.head.outputs))
             self(hidden, logits, torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, device=device))
         return self._measured
-
-    def whole(self, labels: Tensor, kind: str) -> Candidate:
-        """The whole micro-batch, for the gate's FLOPs, which depend on its labels only."""
-        return Candidate(torch.zeros(()), None, labels, kind=kind)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lorakit.errors import ParameterError, require
 from lorakit.gates.simple import ScoredGate
@@ -218,7 +219,8 @@ class HeadGradientGate(ScoredGate):
 
     def state_bytes(self) -> int:
         """Bytes of everything the gate holds between two batches."""
-        return _bytes(self.state_dict())
+        held = tree_leaves(self.state_dict())
+        return sum(leaf.numel() * leaf.element_size() if torch.is_tensor(leaf) else 8 for leaf in held)
 
     def report(self) -> dict[str, Any]:
         settings = {"m": self.m, "k": self.k, "rows": self.directions.rows, "k_topk": min(self.k_topk, self.vocab_size)}
@@ -232,22 +234,11 @@ class HeadGradientGate(ScoredGate):
             "updates": self.updates,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.sketch.load_state_dict(state["sketch"])
         self.directions.load_state_dict(state["directions"])
         self.basis, self.updates = state["basis"].to(self.device), state["updates"]
 
 
 GATES[HeadGradientGate.name] = HeadGradientGate
-
-
-def _bytes(value: Any) -> int:
-    """Bytes of the tensors and numbers in a nest of mappings and lists."""
-    if torch.is_tensor(value):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes, value))
-    return 8

@@ -35,8 +35,10 @@ class RandomGate(Gate):
         return cls(settings.gate_rate, burn_in=settings.gate_burn_in, seed=seed)
 
     def decide(self, measured: torch.Tensor) -> Decision:
-        accept = self.steps < self.burn_in or _coin(self.generator) < self.target_rate
-        self.accepted += accept and self.steps >= self.burn_in
+        accept = True
+        if self.steps >= self.burn_in:
+            accept = torch.rand((), generator=self.generator, dtype=torch.float64).item() < self.target_rate
+            self.accepted += accept
         self.steps += 1
         return Decision(accept)
 
@@ -59,7 +61,7 @@ class ScoredGate(Gate, ABC):
     selective = True
 
     def __init__(self, controller: ThresholdController, seed: int = 0):
-        self.controller = controller
+        self.controller, self.target_rate, self.burn_in = controller, controller.target_rate, controller.burn_in
         self.generator = torch.Generator().manual_seed(seed)
 
     @classmethod
@@ -67,14 +69,6 @@ class ScoredGate(Gate, ABC):
         rate, burn_in = settings.gate_rate, settings.gate_burn_in
         beta, ema = settings.gate_beta, settings.gate_ema
         return cls(ThresholdController(rate, steepness=beta, ema_rate=ema, burn_in=burn_in), seed)
-
-    @property
-    def target_rate(self) -> float:
-        return self.controller.target_rate
-
-    @property
-    def burn_in(self) -> int:
-        return self.controller.burn_in
 
     @abstractmethod
     def score(self, measured: torch.Tensor) -> float:
@@ -90,7 +84,8 @@ class ScoredGate(Gate, ABC):
     def decide(self, measured: torch.Tensor) -> Decision:
         score = self.score(measured)
         preference = self.preference(score, measured)
-        accept = _coin(self.generator) < self.controller.probability(preference)
+        drawn = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        accept = drawn < self.controller.probability(preference)
         if accept:
             self.learn(measured)
         self.controller.observe(preference, accept)
@@ -104,10 +99,6 @@ class ScoredGate(Gate, ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(state, self.state_dict(), self.name)
-        self.restore(state)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state that is known to be this gate's."""
         self.controller.load_state_dict(state["controller"])
         self.generator.set_state(state["generator"])
 
@@ -126,7 +117,3 @@ class LossFloor(ScoredGate):
 
 
 GATES.update({gate.name: gate for gate in (RandomGate, LossFloor)})
-
-
-def _coin(generator: torch.Generator) -> float:
-    return torch.rand((), generator=generator, dtype=torch.float64).item()

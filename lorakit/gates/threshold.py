@@ -8,6 +8,7 @@ inside its limits; an average in the loop would only delay it. The rate that is 
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -18,11 +19,14 @@ GAIN = 5.0  # g = GAIN · ema_rate, in spreads of the score
 REMEMBERED = 256  # burn-in scores that place the first τ
 
 
+@dataclass
 class RunningScale:
     """Running mean and spread of a score; plain averages at first, exponential ones once 1/n falls below `rate`."""
 
-    def __init__(self, rate: float):
-        self.rate, self.count, self.mean, self.variance = rate, 0, 0.0, 0.0
+    rate: float
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
 
     def add(self, value: float) -> None:
         self.count += 1

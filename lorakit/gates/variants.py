@@ -56,8 +56,8 @@ class NoveltyAndLoss(HeadGradientGate):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"scales": {name: scale.state_dict() for name, scale in self.scales.items()}}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         for name, scale in self.scales.items():
             scale.load_state_dict(state["scales"][name])
 

@@ -43,15 +43,19 @@ def describe(name: str) -> Described:
     Raises:
         AssetError: the model cannot be had and its dimensions are not packaged.
     """
-    if name in assets.ASSETS and not assets.path(name):
-        return _packaged(name)
-    try:
-        source = sources.resolve(name)
-    except AssetError as error:
-        if name in packaged_names():
-            return _packaged(name)
-        raise AssetError(f"{error}; packaged dimensions: {', '.join(packaged_names())}") from None
-    return Described(read_config(source), source.text)
+    packaged: dict[str, dict[str, Any]] = json.loads(PACKAGED.read_text(encoding="utf-8"))
+    names = ", ".join(sorted(packaged))
+    if name not in assets.ASSETS or assets.path(name):  # assets that are not here yet are not fetched for this
+        try:
+            source = sources.resolve(name)
+        except AssetError as error:
+            if name not in packaged:
+                raise AssetError(f"{error}; packaged dimensions: {names}") from None
+        else:
+            return Described(read_config(source), source.text)
+    require(name in packaged, "model", name, f"has no configuration; packaged: {names}")
+    dimensions = packaged[name]
+    return Described(AutoConfig.for_model(dimensions.pop("model_type"), **dimensions), "packaged dimensions")
 
 
 def read_config(source: sources.Source) -> PreTrainedConfig:
@@ -60,18 +64,6 @@ def read_config(source: sources.Source) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AssetError(f"model={source.name!r}: config.json cannot be read: {' '.join(str(error).split())}") from None
-
-
-def packaged_names() -> list[str]:
-    """Hub ids and assets whose dimensions come with the package."""
-    return sorted(json.loads(PACKAGED.read_text(encoding="utf-8")))
-
-
-def _packaged(name: str) -> Described:
-    known: dict[str, dict[str, Any]] = json.loads(PACKAGED.read_text(encoding="utf-8"))
-    require(name in known, "model", name, f"has no configuration; packaged: {', '.join(packaged_names())}")
-    dimensions = known[name]
-    return Described(AutoConfig.for_model(dimensions.pop("model_type"), **dimensions), "packaged dimensions")
 
 
 def family_of(configuration: PreTrainedConfig) -> str:

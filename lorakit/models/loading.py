@@ -82,7 +82,12 @@ def load(
     for configuration in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if configuration is not None:
             configuration.pad_token_id = tokens.pad_token_id
-    return LoadedModel(model, tokens, source.text, source.fingerprint, [*source.notes, *_notes(kind, new, seed)])
+    notes = list(source.notes)
+    if new:
+        heads = ", ".join(sorted({key.rsplit(".", 1)[0] for key in new}))
+        tied = "; its decoder is tied to the word embeddings" if kind == "masked" else ""
+        notes.append(f"new, not pre-trained, initialised from seed {seed}: {heads}{tied}")
+    return LoadedModel(model, tokens, source.text, source.fingerprint, notes)
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -135,12 +140,3 @@ def _explained(source: sources.Source, what: str) -> Iterator[None]:
     except (*ANY_FAILURE, SafetensorError) as error:
         lines = " ".join(str(error).split())
         raise AssetError(f"model={source.name!r} ({source.text}): {what}: {lines[:300]}") from None
-
-
-def _notes(kind: str, new: list[str], seed: int) -> list[str]:
-    """What the checkpoint did not bring."""
-    if not new:
-        return []
-    heads = ", ".join(sorted({key.rsplit(".", 1)[0] for key in new}))
-    tied = "; its decoder is tied to the word embeddings" if kind == "masked" else ""
-    return [f"new, not pre-trained, initialised from seed {seed}: {heads}{tied}"]

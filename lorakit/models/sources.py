@@ -62,12 +62,10 @@ def resolve(name: str) -> Source:
     if name in toys.NAMES:
         folder, notes = toys.folder(name), toys.NOTES.get(name, ())
         return Source(name, str(folder), "packaged toy model", fingerprint(folder), notes=notes)
-    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
-    return _folder(name) if looks_like_path or Path(name).expanduser().exists() else _hub(name)
-
-
-def _folder(name: str) -> Source:
     folder = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
+    if not looks_like_path and not folder.exists():
+        return _hub(name)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else f"no such folder ({folder.absolute()})"
         raise AssetError(f"model={name!r}: {what}; offline: {ALTERNATIVES}")

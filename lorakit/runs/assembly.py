@@ -13,7 +13,6 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
-from lorakit.seams import Controller, TokenSelection
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tokens import build_tokens
@@ -35,8 +34,10 @@ class Assembled:
     @property
     def notes(self) -> list[str]:
         """What a reader must know to read the run's numbers right."""
-        noted = optimizer_note(self.params.optimizer, self.model.device.type)
-        return [*self.loaded.notes, *self.task.notes, *([noted] if noted else [])]
+        noted, name, device = [*self.loaded.notes, *self.task.notes], self.params.optimizer, self.model.device.type
+        if name.startswith("paged_") and device != "cuda":
+            noted.append(f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged")
+        return noted
 
 
 def check(params: Params) -> None:
@@ -61,47 +62,23 @@ def assemble(params: Params) -> Assembled:
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
-    task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
+    redundant = None
+    if params.redundancy:  # a stream whose share of redundant batches is known, for training rows
+        stream, redundant = redundant_stream(
+            task.train,
+            share=params.redundancy,
+            kind=params.redundancy_kind,
+            batch_size=params.batch_size * params.gradient_accumulation,
+            pool=params.redundancy_pool,
+            seed=params.seed,
+            special=set(loaded.tokenizer.all_special_ids),
+        )
+        task = replace(task, train=stream)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
     steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
     model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
     return Assembled(params, model, loaded.tokenizer, task, loaded, redundant)
-
-
-def _redundant(params: Params, task: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The task with a stream whose share of redundant batches is known for training rows; which they are, (N,) bool."""
-    stream, redundant = redundant_stream(
-        task.train,
-        share=params.redundancy,
-        kind=params.redundancy_kind,
-        batch_size=params.batch_size * params.gradient_accumulation,
-        pool=params.redundancy_pool,
-        seed=params.seed,
-        special=set(tokenizer.all_special_ids),
-    )
-    return replace(task, train=stream), redundant
-
-
-def _controllers(params: Params, model: torch.nn.Module) -> list[Controller]:
-    """What acts between the steps."""
-    found = model.lorakit_attachment.controllers(model, params)
-    if params.skip != "none":
-        found.append(SkipLoRA(model, params, seed=params.seed))
-    return found
-
-
-def optimizer_note(name: str, device: str) -> str | None:
-    """What a record must say of an optimizer that cannot do here what its name promises; None where it can."""
-    if name.startswith("paged_") and device != "cuda":
-        return f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged"
-    return None
-
-
-def tokens_of(assembled: Assembled, rank: int = 0) -> TokenSelection:
-    """Which tokens get a backward."""
-    params = assembled.params
-    return build_tokens(params.gating, assembled.model, assembled.task.kind, seed=params.seed, rank=rank)
 
 
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
@@ -117,12 +94,15 @@ def fingerprints(assembled: Assembled) -> dict[str, Any]:
 
 def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTrainer:
     """The trainer of the run that `record` is about, working in `folder`."""
-    params, task = assembled.params, assembled.task
+    params, task, model = assembled.params, assembled.task, assembled.model
     args = training_arguments(params, folder)
+    controllers = model.lorakit_attachment.controllers(model, params)
+    if params.skip != "none":
+        controllers.append(SkipLoRA(model, params, seed=params.seed))
     free = flagged(Params, FREE)
     identity = {name: value for name, value in record.resolved.items() if name not in free}
     return BudgetTrainer(
-        model=assembled.model,
+        model=model,
         args=args,
         train_dataset=task.train,
         eval_dataset=task.validation,
@@ -133,9 +113,9 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         kind=task.kind,
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
-        gate=build_gate(params, assembled.model, task.kind, seed=params.seed),
-        tokens=tokens_of(assembled, rank=args.process_index),
-        controllers=_controllers(params, assembled.model),
+        gate=build_gate(params, model, task.kind, seed=params.seed),
+        tokens=build_tokens(params.gating, model, task.kind, seed=params.seed, rank=args.process_index),
+        controllers=controllers,
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model")},
         evaluations=params.evaluations,
         save_steps=params.save_steps if params.run_dir else 0,

@@ -17,8 +17,9 @@ from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
 from lorakit.records import Costs, Latency, Record
-from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints, tokens_of
+from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
+from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
 
@@ -42,7 +43,12 @@ def run(given: dict[str, Any]) -> Record:
     assembled = assemble(params)
     record.notes += assembled.notes
     record.fingerprints = fingerprints(assembled)
-    with _output_folder(params.run_dir) as folder, _interruptible():
+    if params.run_dir:
+        if Path(params.run_dir).exists() and not Path(params.run_dir).is_dir():
+            raise CheckpointError(f"run_dir={params.run_dir!r}: is a file, must be a folder")
+        Path(params.run_dir).mkdir(parents=True, exist_ok=True)
+    place = contextlib.nullcontext(params.run_dir) if params.run_dir else tempfile.TemporaryDirectory()
+    with place as folder, _interruptible():
         trainer = build_trainer(assembled, record, folder)
         stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
         _describe(record, assembled, trainer)
@@ -130,7 +136,16 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
         if controller.name not in record.details:  # a run that was cut short
             record.details[controller.name] = controller.report()
     if trainer.gate.selective:
-        record.details["gate"] = trainer.gate_log.report() | _redundancy(assembled, trainer)
+        record.details["gate"] = trainer.gate_log.report()
+    if trainer.gate.selective and assembled.redundant is not None:  # of the batches seen, which were so by design
+        decisions, by_design = trainer.gate_log.decisions, assembled.redundant
+        redundant = [bool(by_design[step % len(by_design)]) for step in range(len(decisions))]
+        pairs = list(zip(redundant, decisions, strict=True))
+        record.details["gate"] |= {
+            "redundant_seen": sum(redundant),
+            "redundant_accepted": sum(known and accepted for known, accepted in pairs),
+            "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
+        }
     if trainer.tokens.selective:
         record.details["tokens"] = trainer.tokens.report()
     if assembled.params.quantize != "none":
@@ -140,41 +155,21 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
             setattr(record.costs, name, getattr(ledger, name))
 
 
-def _redundancy(assembled: Assembled, trainer: BudgetTrainer) -> dict[str, Any]:
-    """Of the batches seen, how many were redundant by design, and how many of those were accepted."""
-    if assembled.redundant is None:
-        return {}
-    decisions = trainer.gate_log.decisions
-    redundant = [bool(assembled.redundant[step % len(assembled.redundant)]) for step in range(len(decisions))]
-    pairs = list(zip(redundant, decisions, strict=True))
-    return {
-        "redundant_seen": sum(redundant),
-        "redundant_accepted": sum(known and accepted for known, accepted in pairs),
-        "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
-    }
-
-
 def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
     """Final metrics of the chosen weights; the test split is read here and nowhere before."""
-    chosen = trainer.curve.chosen()
-    record.final["validation"] = dict(chosen.validation)
+    params = assembled.params
+    record.final["validation"] = dict(trainer.curve.chosen().validation)
     metrics = trainer.evaluate(assembled.task.test, metric_key_prefix="test")
     record.final["test"] = strip_prefix(metrics, "test_")
     trainer.accelerator.unwrap_model(assembled.model, keep_fp32_wrapper=False)  # what follows runs without autocast
-    if assembled.params.exact_match_rows:
-        record.final["test"]["exact_match"] = _exact_match(assembled)
-    if assembled.params.latency_repeats:
+    if params.exact_match_rows:
+        from lorakit.tasks.exact_match import exact_match
+
+        rows = assembled.task.answer_rows("test", params.exact_match_rows)
+        limits = {"max_new_tokens": 128, "batch_size": params.eval_batch_size}
+        record.final["test"]["exact_match"] = exact_match(assembled.model, assembled.tokenizer, rows, **limits)
+    if params.latency_repeats:
         record.latency = _latency(assembled)
-
-
-def _exact_match(assembled: Assembled) -> float:
-    from lorakit.tasks.exact_match import exact_match
-
-    params = assembled.params
-    rows = assembled.task.answer_rows("test", params.exact_match_rows)
-    return exact_match(
-        assembled.model, assembled.tokenizer, rows, max_new_tokens=128, batch_size=params.eval_batch_size
-    )
 
 
 def _latency(assembled: Assembled) -> Latency:
@@ -192,38 +187,21 @@ def _latency(assembled: Assembled) -> Latency:
 
 
 def _predicted_memory(assembled: Assembled) -> dict[str, int]:
+    """The peak of a batch of the longest training rows, as many as a batch holds."""
+    params, model, task = assembled.params, assembled.model, assembled.task
+    lengths = [len(ids) for ids in task.train["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: params.batch_size]
     return memory.predict_step_memory(
-        assembled.model,
-        _longest_batch(assembled),
-        optimizer=assembled.params.optimizer,
-        autocast=None if assembled.params.precision == "fp32" else assembled.params.precision,
-        device=assembled.model.device.type,
-        tokens=tokens_of(assembled),
+        model,
+        task.collator([task.train[index] for index in longest]),
+        optimizer=params.optimizer,
+        autocast=None if params.precision == "fp32" else params.precision,
+        device=model.device.type,
+        tokens=build_tokens(params.gating, model, task.kind, seed=params.seed),
     )
 
 
-def _longest_batch(assembled: Assembled) -> dict[str, torch.Tensor]:
-    """The batch the peak is predicted for: the longest training rows, as many as a batch holds."""
-    rows = assembled.task.train
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: assembled.params.batch_size]
-    return assembled.task.collator([rows[index] for index in longest])
-
-
 # surroundings --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _output_folder(run_dir: str) -> Iterator[str]:
-    """The run's folder, or one that is gone afterwards."""
-    if run_dir:
-        if Path(run_dir).exists() and not Path(run_dir).is_dir():
-            raise CheckpointError(f"run_dir={run_dir!r}: is a file, must be a folder")
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        yield run_dir
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield folder
 
 
 @contextlib.contextmanager
@@ -233,10 +211,7 @@ def _interruptible() -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

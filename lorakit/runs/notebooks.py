@@ -23,7 +23,6 @@ from lorakit.params import given as given_parameters
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager
-    from nbformat import NotebookNode
 
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
 PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
@@ -71,7 +70,14 @@ def parameters(notebook: str | Path) -> dict[str, Any]:
     Raises:
         ParameterError: there is no notebook, no such cell, or a line is not `name = literal`.
     """
-    cells = [cell for cell in _read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    import nbformat
+
+    require(Path(notebook).is_file(), "notebook", str(notebook), "no such file")
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except Exception as error:
+        raise ParameterError("notebook", str(notebook), f"not a notebook: {error}") from None
+    cells = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
     require(len(cells) == 1, "notebook", str(notebook), f"must have one cell tagged 'parameters', has {len(cells)}")
     found = {}
     for statement in ast.parse(cells[0].source).body:
@@ -105,16 +111,6 @@ def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     wanted = resolve(merge(named, given)).model_dump()
     there = resolve(merge(cell, {name: wanted[name] for name in given})).model_dump()
     return {name: value for name, value in wanted.items() if name in given or there[name] != value}
-
-
-def _read(notebook: str | Path) -> NotebookNode:
-    import nbformat
-
-    require(Path(notebook).is_file(), "notebook", str(notebook), "no such file")
-    try:
-        return nbformat.read(notebook, as_version=4)
-    except Exception as error:
-        raise ParameterError("notebook", str(notebook), f"not a notebook: {error}") from None
 
 
 def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
@@ -203,7 +199,13 @@ def regenerate(notebook: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`lorakit run`. Exit status: 0 done, 1 the notebook failed or its run did not finish, 2 bad input."""
-    arguments = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="lorakit run", description="Run a notebook with parameters.")
+    parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
+    parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
+    parser.add_argument("-p", dest="pairs", action="append", default=[], metavar="NAME=VALUE", help="wins over files")
+    parser.add_argument("--output", help="the executed notebook (default: NAME.executed.ipynb here)")
+    parser.add_argument("--regenerate", action="store_true", help="run the notebooks in place with their defaults")
+    arguments = parser.parse_args(argv)
     try:
         if arguments.regenerate:
             for notebook in arguments.notebooks:
@@ -221,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """1 when the notebook came to its end but the run it made did not."""
+    from lorakit import records
+
     params = given_parameters(arguments.files, arguments.pairs)
     params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks
@@ -228,28 +233,13 @@ def _run(arguments: argparse.Namespace) -> int:
         params = whole(notebook, params)
     output = arguments.output or f"{Path(notebook).stem}.executed.ipynb"
     print(f"executed notebook: {run_notebook(notebook, output, params)}")
-    return _report(params["record"]) if params.get("record") else 0
-
-
-def _report(path: str) -> int:
-    """1 when the notebook came to its end but the run it made did not."""
-    from lorakit import records
-
-    record = records.read(path)
-    print(f"record: {path} ({record.status})")
+    if not params.get("record"):
+        return 0
+    record = records.read(params["record"])
+    print(f"record: {params['record']} ({record.status})")
     if record.status not in FINISHED:
         print(f"lorakit run: {record.status}: {record.message}", file=sys.stderr)
     return 0 if record.status in FINISHED else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lorakit run", description="Run a notebook with parameters.")
-    parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
-    parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
-    parser.add_argument("-p", dest="pairs", action="append", default=[], metavar="NAME=VALUE", help="wins over files")
-    parser.add_argument("--output", help="the executed notebook (default: NAME.executed.ipynb here)")
-    parser.add_argument("--regenerate", action="store_true", help="run the notebooks in place with their defaults")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,32 +122,26 @@ def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
 
 def quantize_meta(model: nn.Module) -> None:
     """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
-    linears = {model.get_submodule(path): None for path in quantisable(model)}  # once each, however many paths
-    replace_modules(model, {linear: _four_bit(linear) for linear in linears})
+    library, layers = bitsandbytes(), {}
+    for linear in dict.fromkeys(map(model.get_submodule, quantisable(model))):  # once each, however many paths
+        weight, bias = linear.weight, linear.bias
+        shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
+        layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
+        packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
+        # scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone
+        make, blocks = library.functional.QuantState, -(-weight.numel() // BLOCK)
+        scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
+        nested = make(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state = make(scales, shape, torch.empty(16), BLOCK, "nf4", weight.dtype, offset=torch.empty(()), state2=nested)
+        layer.weight = library.nn.Params4bit(
+            packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
+        )
+        if bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
+        mend(layer)
+        layers[linear] = layer
+    replace_modules(model, layers)
     model.is_loaded_in_4bit = True
-
-
-def _four_bit(linear: nn.Module) -> nn.Module:
-    library, weight, bias = bitsandbytes(), linear.weight, linear.bias
-    shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
-    layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
-    packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-    state = _scales(library.functional.QuantState, shape, weight.dtype)
-    layer.weight = library.nn.Params4bit(
-        packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
-    )
-    if bias is not None:
-        layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
-    mend(layer)
-    return layer
-
-
-def _scales(state: type, shape: torch.Size, dtype: torch.dtype) -> Any:
-    """Scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone."""
-    blocks = -(-shape.numel() // BLOCK)
-    scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
-    nested = state(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    return state(scales, shape, torch.empty(16), BLOCK, "nf4", dtype, offset=torch.empty(()), state2=nested)
 
 
 def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
@@ -158,55 +151,30 @@ def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def needed_bytes(peak: int) -> float:
-    """The predicted peak with the assumed margins on top."""
-    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
-
-
 def report(plan: Plan, prediction: Prediction) -> str:
-    """The two tables `lorakit plan` prints."""
-    return "\n\n".join([_head(plan, prediction), _by_kind(prediction.memory), _by_gpu(prediction.memory["peak"])])
-
-
-def _head(plan: Plan, prediction: Prediction) -> str:
+    """What `lorakit plan` prints: the step, its predicted bytes by kind, and what fits with the assumed margins."""
     rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
     extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
     autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
     chosen = "" if plan.tokens == 1 else f", {plan.tokens:.0%} of the tokens ({plan.mode})"
     base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
-    return (
-        f"{plan.model} ({prediction.source})\n"
+    lines = [
+        f"{plan.model} ({prediction.source})",
         f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {base}{plan.dtype} weights{autocast}, "
-        f"{plan.optimizer}{extra}{chosen}\n"
-        f"{prediction.trainable:,} of {prediction.total:,} parameters trained"
-    )
-
-
-def _by_kind(memory: Mapping[str, int]) -> str:
-    lines = [f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*KINDS, "peak")]
-    return "\n".join(["predicted, alive at the peak of one training step", *lines])
-
-
-def _by_gpu(peak: int) -> str:
-    needed = needed_bytes(peak)
+        f"{plan.optimizer}{extra}{chosen}",
+        f"{prediction.trainable:,} of {prediction.total:,} parameters trained",
+    ]
+    memory = prediction.memory
+    needed = memory["peak"] * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
     rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
-    lines = [f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms]
-    assumed = f"assumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation"
-    return "\n".join([f"{assumed}\npredicted need {needed / GIB:.1f} GiB; room on common GPUs", *lines])
-
-
-def parse(argv: list[str] | None) -> Plan:
-    """The command line; its names are those of `Plan`."""
-    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
-    for name, what in _OPTIONS.items():
-        default = getattr(Plan, name)
-        parser.add_argument(f"--{name}", type=type(default or ""), default=default, help=f"{what} (default {default})")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    if "," in given["targets"]:
-        given["targets"] = given["targets"].split(",")
-    return Plan(**given)
+    lines += [
+        "\npredicted, alive at the peak of one training step",
+        *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*KINDS, "peak")),
+        f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",
+        f"predicted need {needed / GIB:.1f} GiB; room on common GPUs",
+        *(f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms),
+    ]
+    return "\n".join(lines)
 
 
 _OPTIONS = {
@@ -227,6 +195,15 @@ _OPTIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     """`lorakit plan MODEL …`."""
-    plan = parse(argv)
+    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
+    for name, what in _OPTIONS.items():  # their names are those of `Plan`
+        default = getattr(Plan, name)
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, help=f"{what} (default {default})")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    if "," in given["targets"]:
+        given["targets"] = given["targets"].split(",")
+    plan = Plan(**given)
     print(report(plan, predict(plan)))
     return 0

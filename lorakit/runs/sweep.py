@@ -107,17 +107,14 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
-    runs = [Run(root, setting, method, seed) for seed in _numbers(seeds) for method in chosen]
+    try:
+        numbers = [int(seed) for seed in seeds.split() or ["0"]]
+    except ValueError:
+        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
+    runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:
         _ = run.params  # a bad file is told before any run starts
     return runs
-
-
-def _numbers(seeds: str) -> list[int]:
-    try:
-        return [int(seed) for seed in seeds.split() or ["0"]]
-    except ValueError:
-        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
 
 
 def stale(runs: list[Run]) -> list[str]:
@@ -126,7 +123,8 @@ def stale(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.finished() and (changed := run.differences()):
             shown = ", ".join(f"{name}: {was!r} then, {now!r} now" for name, (was, now) in changed.items())
-            lines.append(f"{_short(run.record)} is kept but its params files changed ({shown}); rm it to run it again")
+            path = os.path.relpath(run.record)
+            lines.append(f"{path} is kept but its params files changed ({shown}); rm it to run it again")
     return lines
 
 
@@ -137,12 +135,17 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         with _alone(runs[0]):
-            _call(_snakemake(pending, jobs), cwd=runs[0].root)
+            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records
+            before = signal.signal(signal.SIGINT, lambda *_: None)
+            try:
+                subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root).wait()
+            finally:
+                signal.signal(signal.SIGINT, before)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        seen = f"see {_short(run.executed)}" if run.executed.is_file() else "it did not start"
+        seen = f"see {os.path.relpath(run.executed)}" if run.executed.is_file() else "it did not start"
         _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
     return 1 if unfinished else 0
 
@@ -161,15 +164,6 @@ def _alone(run: Run) -> Iterator[None]:
         raise ParameterError("SETTING", run.setting, "another sweep of it is at work in this folder") from None
 
 
-def _call(command: list[str], cwd: Path) -> None:
-    """Run `command` to its end; Ctrl-C reaches it and its runs directly, which then finish their records."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        subprocess.Popen(command, cwd=cwd).wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _snakemake(pending: list[Run], jobs: int) -> list[str]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     settings = {
@@ -183,10 +177,6 @@ def _snakemake(pending: list[Run], jobs: int) -> list[str]:
         *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
         *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
     ]
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def _say(text: str) -> None:

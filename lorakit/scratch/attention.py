@@ -43,14 +43,12 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear[name](d_model, d_model) for name in PROJECTIONS)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, D) each
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, T, head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
         is_causal = self.causal and visible is None  # `visible` holds the causal triangle already
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
         return self.o_proj(h.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, head_dim)
 
 
 class Block(nn.Module):

@@ -25,21 +25,15 @@ class Parser(argparse.ArgumentParser):
         raise LorakitError(message)
 
 
-def parser() -> Parser:
-    """The options: one for each field of `Settings`, and --output."""
-    options = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in fields(Settings):
-        options.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help=field.metadata["help"]
-        )
-    options.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
-    return options
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison. Exit status: 0 done, 1 training diverged, 2 bad argument."""
+    parser = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for option in fields(Settings):
+        shown = option.metadata["help"]
+        parser.add_argument(f"--{option.name}", type=type(option.default), default=option.default, help=shown)
+    parser.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
     try:
-        options = vars(parser().parse_args(argv))
+        options = vars(parser.parse_args(argv))
         output = options.pop("output")
         if output:
             free = not output.exists() or (output.is_dir() and not any(output.iterdir()))

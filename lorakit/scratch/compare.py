@@ -91,11 +91,8 @@ def compare(settings: Settings, log: Callable[[str], None] = lambda line: None) 
     text = stories(settings.texts, split_seed("pretrain", settings.seed))
     loader = byte_loader(text, settings.length, settings.batch_size, shuffle=True, seed=settings.seed)
     losses = pretrain(model, loader, settings.pretrain_epochs, settings.pretrain_learning_rate, log)
-    trainers = [_adapt(base, settings, log, name) for base, name in ((model, "pretrained"), (untrained, "random"))]
-    return Comparison(settings, losses, *trainers)
-
-
-def _adapt(model: LoRATransformer, settings: Settings, log: Callable[[str], None], name: str) -> LoRATrainer:
-    trainer = LoRATrainer(model, *review_loaders(settings), settings.learning_rate)
-    trainer.train(settings.epochs, lambda line: log(f"LoRA on {name} base, {line}"))
-    return trainer
+    trainers = {}
+    for name, base in {"pretrained": model, "random": untrained}.items():
+        trainers[name] = LoRATrainer(base, *review_loaders(settings), settings.learning_rate)
+        trainers[name].train(settings.epochs, lambda line, name=name: log(f"LoRA on {name} base, {line}"))
+    return Comparison(settings, losses, **trainers)

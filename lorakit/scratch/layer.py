@@ -51,7 +51,8 @@ class LoRALinear(nn.Linear):
         # W0 as it was while the update is merged into `weight`: subtracting B A again would not give its bits back
         self.register_buffer("base_weight", None, persistent=False)
         self.reset_lora()
-        self.freeze_base()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("lora_"))
 
     @property
     def merged(self) -> bool:
@@ -63,11 +64,6 @@ class LoRALinear(nn.Linear):
         self._refuse_if_merged("resetting")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-
-    def freeze_base(self) -> None:
-        """Train A and B only."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("lora_"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

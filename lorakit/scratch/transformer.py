@@ -82,11 +82,18 @@ class LoRATransformer(nn.Module):
 
     def configure_lora_training(self) -> LoRATransformer:
         """Freeze everything but the LoRA factors (unmerging first)."""
-        return self._train_only(lora=True)
+        self.unmerge()
+        adapter = self._lora_parameters()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in adapter)
+        return self
 
     def configure_pretraining(self) -> LoRATransformer:
         """Train every weight of the base and leave the LoRA factors alone (unmerging first)."""
-        return self._train_only(lora=False)
+        self.configure_lora_training()
+        for parameter in self.parameters():
+            parameter.requires_grad_(not parameter.requires_grad)
+        return self
 
     def get_parameter_stats(self) -> dict[str, float]:
         """Counts of scalars: total, trainable, frozen, lora, base; and reduction_factor = total / trainable."""
@@ -174,10 +181,3 @@ class LoRATransformer(nn.Module):
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
-
-    def _train_only(self, lora: bool) -> LoRATransformer:
-        self.unmerge()
-        adapter = self._lora_parameters()
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_((name in adapter) == lora)
-        return self

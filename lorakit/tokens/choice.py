@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from lorakit.head import IGNORED, rows, shifted
+from lorakit.head import IGNORED, shifted
 from lorakit.settings import Gating
 from lorakit.tokens.kept_logits import BestLogits
 
@@ -75,29 +75,25 @@ def proportional(sizes: Tensor, k: int, generator: Generator) -> tuple[Tensor, T
 # of a batch --------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Shares:
     """Picks from scores, as settings say.
 
     Args:
         settings: what to choose and how; kind: "causal" or "masked".
         seed: of the draws; rank: of this process, whose draws are its own.
+        draws: batches there were.
     """
 
-    def __init__(self, settings: Gating, kind: str, *, seed: int = 0, rank: int = 0):
-        self.settings, self.kind, self.seed, self.rank = settings, kind, seed, rank
-        self.draws = 0
-
-    def predictions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in the flattened (B·T) predictions are made, and what is predicted there; (N,) each."""
-        return rows(labels, self.kind)
-
-    def counts(self, labels: Tensor) -> list[int]:
-        """Predictions of each sequence."""
-        return (shifted(labels, self.kind) != IGNORED).sum(1).tolist()
+    settings: Gating
+    kind: str
+    seed: int = 0
+    rank: int = 0
+    draws: int = 0
 
     def groups(self, labels: Tensor) -> list[int]:
         """Predictions of each group that has a share of its own: of the batch, or of its sequences."""
-        counts = self.counts(labels)
+        counts = (shifted(labels, self.kind) != IGNORED).sum(1).tolist()
         return [sum(counts)] if self.settings.per == "batch" else counts
 
     def quotas(self, groups: Sequence[int]) -> list[int]:

@@ -188,8 +188,9 @@ def check_model(model: nn.Module) -> None:
     name = f"{type(getattr(model, 'get_base_model', lambda: model)()).__name__}: mode 'fractional'"
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "use_bidirectional_attention", False):
         raise LorakitError(f"{name} needs a causal decoder; use 'gather'")
+    recurrent = getattr(type(model), "_is_stateful", False)  # state-space models keep no keys
     layers = set(getattr(config, "layer_types", None) or {"full_attention"})
-    if not layers <= LAYERS or not hasattr(config, "num_attention_heads") or _recurrent(model):
+    if not layers <= LAYERS or not hasattr(config, "num_attention_heads") or recurrent:
         raise LorakitError(f"{name} knows {' and '.join(sorted(LAYERS))}, not {sorted(layers)}; use 'gather'")
     if config._attn_implementation not in ATTENTION:
         raise LorakitError(
@@ -203,11 +204,6 @@ def check_model(model: nn.Module) -> None:
             f"{name} does not go with gradient_checkpointing, which drops the recorded keys (its activations are "
             "those of the chosen tokens only); use 'gather' or leave checkpointing out"
         )
-
-
-def _recurrent(model: nn.Module) -> bool:
-    """State-space models keep no keys."""
-    return bool(getattr(type(model), "_is_stateful", False))
 
 
 @torch.no_grad()

@@ -31,10 +31,6 @@ class Places:
         """(R,) which of the B sequences a row belongs to."""
         return self.sequences[self.of]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.columns.shape)
-
 
 def places(where: Tensor, length: int) -> Places:
     """Lay out flat positions `where` (k,), ascending, of sequences of `length` tokens."""
@@ -57,12 +53,9 @@ def row_width(counts: list[int], length: int) -> int:
 
     A row costs its tokens, and a sixteenth of its sequence's `length` for keys and values of its own.
     """
-
-    def cost(width: int) -> float:
-        return sum(-(-count // width) for count in counts) * (width + length / 16)
-
-    longest = max(counts)
-    return min({-(-longest // parts) for parts in range(1, 9)} | set(counts), key=lambda width: (cost(width), -width))
+    widths = {-(-max(counts) // parts) for parts in range(1, 9)} | set(counts)
+    cost = {width: sum(-(-count // width) for count in counts) * (width + length / 16) for width in widths}
+    return min(widths, key=lambda width: (cost[width], -width))
 
 
 def chosen_masks(masks: Masks, at: Places) -> Masks:

@@ -43,7 +43,22 @@ class TokenScore:
             hidden: (n, H); labels: (n,).
             logits: (n, V) float32, capped; overwritten by some, see `overwrites`.
         """
-        return getattr(self, f"_{self.name}")(hidden, logits, labels)
+        if self.name == "entropy":
+            logs = F.log_softmax(logits, dim=1)
+            losses = -logs.gather(1, labels[:, None]).squeeze(1)
+            return -(logs * torch.exp(logs, out=logits)).sum(1), losses
+        if self.name in ("gradient_norm", "hidden_gradient"):
+            error, scale, losses = error_in_place(logits, labels, self.softcap)
+            if self.name == "gradient_norm":
+                return hidden.float().norm(dim=1) * error.norm(dim=1) / scale, losses
+            weight = self.head.module.weight  # W_U (V, H)
+            return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if self.name == "sketch":
+            normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
+            error = sparse_error(logits, labels, self.kept, self.softcap, normaliser)
+            return self.sketch.sparse(hidden.float(), *error).norm(dim=1), losses
+        return (losses if self.name == "loss" else torch.zeros_like(losses)), losses
 
     def flops(self, count: int) -> float:
         """Of scoring `count` predictions beyond matrix products, as `HeadGradientGate.flops` counts."""
@@ -51,31 +66,3 @@ class TokenScore:
             return 5.0 * self.words * count
         transform = 2.5 * self.sketch.size * math.log2(self.sketch.size)
         return count * (4 * self.words + 2 * (self.width + self.kept + 1) + 2 * transform + 3 * self.sketch.size)
-
-    def _none(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return torch.zeros_like(losses), losses
-
-    def _loss(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return losses, losses
-
-    def _entropy(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logs = F.log_softmax(logits, dim=1)
-        losses = -logs.gather(1, labels[:, None]).squeeze(1)
-        return -(logs * torch.exp(logs, out=logits)).sum(1), losses
-
-    def _gradient_norm(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        error, scale, losses = error_in_place(logits, labels, self.softcap)
-        return hidden.float().norm(dim=1) * error.norm(dim=1) / scale, losses
-
-    def _hidden_gradient(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        error, scale, losses = error_in_place(logits, labels, self.softcap)
-        weight = self.head.module.weight  # W_U (V, H)
-        return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
-
-    def _sketch(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
-        error = sparse_error(logits, labels, self.kept, self.softcap, normaliser)
-        return self.sketch.sparse(hidden.float(), *error).norm(dim=1), losses

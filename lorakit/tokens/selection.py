@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
-from lorakit.head import ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input
+from lorakit.head import IGNORED, ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input, rows, shifted
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating
@@ -89,7 +89,7 @@ class TokenGate:
         Raises:
             LorakitError: its logits are not its head's linear map.
         """
-        row = max(range(len(labels)), key=self.shares.counts(labels).__getitem__)
+        row = int((shifted(labels, self.kind) != IGNORED).sum(1).argmax())
         single = {
             name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
             for name, value in inputs.items()
@@ -143,7 +143,7 @@ class TokenGate:
             self.shares.draws, self.seen = before
 
     def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
-        where, targets = self.shares.predictions(labels)
+        where, targets = rows(labels, self.kind)
         picked = self.shares.pick(torch.ones(len(where)), self.shares.groups(labels), self.shares.generator())
         return Plan(where, targets, _chosen(where, targets, *picked))
 
@@ -157,7 +157,7 @@ class TokenGate:
             best = self._best(len(where), len(chosen.where), None)
             self.scored(hidden, where, targets, look, best)
             return replace(chosen, best=best)
-        where, targets = self.shares.predictions(labels)
+        where, targets = rows(labels, self.kind)
         groups = self.shares.groups(labels)
         pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
         if len(where):

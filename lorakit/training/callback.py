@@ -34,21 +34,17 @@ class Progress:
         """`share` in [0, 1]; `facts`: name -> latest number, shown beside it."""
         share = min(share, 1.0)
         if self.style == "bar":
-            self._draw_bar(share, facts)
+            from tqdm.auto import tqdm
+
+            if self._bar is None:
+                drawn = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
+                self._bar = tqdm(total=100, desc=self.title, unit="%", bar_format=drawn)
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()}, refresh=False)
+            self._bar.update(int(100 * share) - self._bar.n)
         elif self.style == "plain" and (share >= 1 or time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
             shown = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
             print(f"{self.title}  {share:4.0%} of {self.amount:g} {self.unit}  {shown}", flush=True)
-
-    def _draw_bar(self, share: float, facts: dict[str, float]) -> None:
-        from tqdm.auto import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=100, desc=self.title, unit="%", bar_format="{desc} {percentage:3.0f}% |{bar}| {postfix}"
-            )
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()}, refresh=False)
-        self._bar.update(int(100 * share) - self._bar.n)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -57,23 +53,19 @@ class Progress:
 
 
 class StepCallback(TrainerCallback):
-    """Keeps the ledger and what acts between steps going, for a run whose length the Trainer's arguments say."""
+    """Keeps the ledger and what acts between steps going; without a budget the Trainer's arguments say the length."""
 
-    def __init__(self, run: RunState):
-        self.run = run
+    def __init__(self, run: RunState, budget: Budget | None = None):
+        self.run, self.budget = run, budget
 
     def share(self, state: Any) -> float:
         """Of the run, done so far."""
-        return self.run.ledger.steps / state.max_steps
-
-    def planned(self, state: Any) -> float | None:
-        """Steps the run will take, None where that is not known."""
-        return state.max_steps
+        return self.budget.share(self.run.ledger) if self.budget else self.run.ledger.steps / state.max_steps
 
     def on_train_begin(self, args, state, control, **_):
         for controller in self.run.controllers:
             controller.begin()
-        self.run.gate_log.begin(self.planned(state))
+        self.run.gate_log.begin(self.budget.steps() if self.budget else state.max_steps)
         self.run.ledger.restart_clock()
 
     def on_step_begin(self, args, state, control, **_):
@@ -90,16 +82,10 @@ class RunCallback(StepCallback):
     """Everything a run of a budget does between its steps."""
 
     def __init__(self, run: RunState, budget: Budget, progress: Progress, evaluations: int, save_steps: int):
-        super().__init__(run)
-        self.budget, self.progress, self.evaluations, self.save_steps = budget, progress, evaluations, save_steps
+        super().__init__(run, budget)
+        self.progress, self.evaluations, self.save_steps = progress, evaluations, save_steps
         self.facts: dict[str, float] = {}
         self.seen, self.training = 0.0, False  # share of the budget at the last step's end; not an evaluation after all
-
-    def share(self, state: Any) -> float:
-        return self.budget.share(self.run.ledger)
-
-    def planned(self, state: Any) -> float | None:
-        return self.budget.steps()
 
     def on_train_begin(self, args, state, control, **_):
         self.seen, self.training = self.share(state), True

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,24 +56,6 @@ def require_room(output_dir: str | Path) -> None:
         )
 
 
-def begin(path: Path) -> None:
-    """Make the folder of a checkpoint, as one of ours."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / MARK).touch()
-
-
-def rotate(output_dir: str | Path, identity: dict[str, Any]) -> None:
-    """Remove the complete checkpoints of the run of that identity but the newest `KEPT`."""
-    plain = json.loads(json.dumps(identity))
-    own = [path for path in complete(output_dir) if _read_run(path)["identity"] == plain]
-    for path in own[:-KEPT]:
-        shutil.rmtree(path)
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    return json.loads((path / RUN).read_text(encoding="utf-8"))
-
-
 def save_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Write the trained parameters of `model`; the frozen ones are the base model's own."""
     Path(path).mkdir(parents=True, exist_ok=True)
@@ -101,7 +82,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def save_run(run: RunState, path: Path) -> None:
-    """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last."""
+    """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last.
+
+    Then remove the run's complete checkpoints but the newest `KEPT`.
+    """
     save_seams(run, path)
     if run.curve.best:
         save_file({name: value.cpu().contiguous() for name, value in run.curve.best.items()}, str(path / BEST))
@@ -112,6 +96,10 @@ def save_run(run: RunState, path: Path) -> None:
         "flops": run.meter.state_dict(),
     }
     write_text(json.dumps(state), path / RUN)
+    identity = json.loads(json.dumps(run.identity))
+    found = {other: json.loads((other / RUN).read_text(encoding="utf-8")) for other in complete(path.parent)}
+    for other in [other for other, about in found.items() if about["identity"] == identity][:-KEPT]:
+        shutil.rmtree(other)
 
 
 def load_run(run: RunState, path: str | Path) -> None:
@@ -124,8 +112,14 @@ def load_run(run: RunState, path: str | Path) -> None:
     for name in (RUN, STATE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
-    state = _read_run(path)
-    _check_identity(path, state["identity"], run.identity)
+    state = json.loads((path / RUN).read_text(encoding="utf-8"))
+    stored, expected = state["identity"], json.loads(json.dumps(run.identity))
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
+                "choose another run_dir, or pass resume=false to start over"
+            )
     run.ledger.load_state_dict(state["ledger"])
     run.curve.load_state_dict(state["curve"])
     run.meter.load_state_dict(state["flops"])
@@ -157,13 +151,3 @@ def load_seams(run: RunState, path: Path) -> None:
     run.tokens.load_state_dict(seams["tokens"])
     for controller in run.controllers:
         controller.load_state_dict(seams["controllers"][controller.name])
-
-
-def _check_identity(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    expected = json.loads(json.dumps(expected))
-    for name in sorted(stored.keys() | expected.keys()):
-        if stored.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
-                "choose another run_dir, or pass resume=false to start over"
-            )

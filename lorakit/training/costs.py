@@ -136,6 +136,7 @@ class Schedule:
         return left if self.name == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
+@dataclass
 class FlopMeter:
     """FLOPs of a pass: counted until they can be computed, since counting takes as long again as a small model's pass.
 
@@ -143,11 +144,13 @@ class FlopMeter:
     made of: a pass over (B, T) needs T and, for attention, T². Every count is one equation; a pass whose sizes are a
     combination of counted ones has the same combination of their FLOPs, exactly. The first that could be computed is
     counted as well: where the two differ the pass is no such sum, and all its sizes are counted.
+
+    Attributes:
+        known: (key, sizes) -> what was counted, in order.
     """
 
-    def __init__(self) -> None:
-        self.known: dict[tuple[Hashable, tuple[int, ...]], int] = {}  # (key, sizes) -> what was counted, in order
-        self._equations: dict[Hashable, _Equations] = {}
+    known: dict[tuple[Hashable, tuple[int, ...]], int] = field(default_factory=dict, init=False)
+    _equations: dict[Hashable, "_Equations"] = field(default_factory=dict, init=False)
 
     def measure(self, key: Hashable, sizes: tuple[int, ...], function: Callable[[], Any]) -> tuple[Any, int]:
         """Run `function`; return its result and its FLOPs.
@@ -171,7 +174,7 @@ class FlopMeter:
 
     def state_dict(self) -> list[list[Any]]:
         """[[key, sizes], FLOPs] of every count, in order, for JSON."""
-        return [[[_plain(key), list(sizes)], flops] for (key, sizes), flops in self.known.items()]
+        return [[[key, list(sizes)], flops] for (key, sizes), flops in self.known.items()]
 
     def load_state_dict(self, state: list[list[Any]]) -> None:
         self.__init__()
@@ -180,12 +183,16 @@ class FlopMeter:
                 self._learn(_frozen(key), tuple(sizes), flops)
 
 
+@dataclass
 class _Equations:
-    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in whole numbers."""
+    """flops = a + Σ bᵢ·sizeᵢ of some passes, reduced as they come (Gauss and Jordan), in whole numbers.
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, list[int]]] = []  # (place of its leading entry, [1, *sizes, flops] reduced)
-        self.holds: bool | None = None  # whether the first that could be computed was as counted; None: not yet known
+    rows: (place of its leading entry, [1, *sizes, flops] reduced).
+    holds: whether the first that could be computed was as counted; None: not yet known.
+    """
+
+    rows: list[tuple[int, list[int]]] = field(default_factory=list)
+    holds: bool | None = None
 
     def solved(self, sizes: tuple[int, ...]) -> int | None:
         """FLOPs of these sizes, None where they must be counted."""
@@ -218,10 +225,6 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
         return int(mask.sum())
     ids = inputs["input_ids"]
     return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())
-
-
-def _plain(key: Any) -> Any:
-    return [_plain(item) for item in key] if isinstance(key, tuple) else key
 
 
 def _frozen(key: Any) -> Any:

@@ -1,5 +1,6 @@
 """The curve of a run: one point per log, with validation where it was evaluated, and the best weights if asked for."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,14 +9,14 @@ from lorakit.records import Point
 from lorakit.training.costs import Ledger
 
 
+@dataclass
 class Curve:
     """Collects points; keeps a copy of the trained weights at the lowest validation loss when `keep_best`."""
 
-    def __init__(self, keep_best: bool = False):
-        self.points: list[Point] = []
-        self.keep_best = keep_best
-        self.best: dict[str, torch.Tensor] = {}
-        self.best_step: int | None = None
+    keep_best: bool = False
+    points: list[Point] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_step: int | None = None
 
     def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float) -> None:
         """Append where the run stands now; `acceptance_rate` is the gate's own, of late and without its burn-in."""

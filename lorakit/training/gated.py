@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class GatedTrainer(Trainer):
         looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
         self._head = HeadInput(find_head(self.model, kind)) if looks else None
         self._part: Part | None = None
-        self._shape: tuple[Hashable, ...] = ()
+        self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
         self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
         self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
@@ -80,7 +80,12 @@ class GatedTrainer(Trainer):
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
         self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
         length = inputs["input_ids"].shape[1]
-        self._shape, self._whole = _shape(inputs, length), (length, length**2)
+        shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
+        self._shape = tuple(
+            (name, (*shape[:1], *("T" if size == length else size for size in shape[1:])))
+            for name, shape in shapes.items()
+        )
+        self._whole = (length, length**2)
         if self.tokens.selective:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels, forward = inputs["labels"], super().compute_loss
@@ -128,7 +133,8 @@ class GatedTrainer(Trainer):
         if seen is None:
             loss, part.finish = part.finish(), None
             return loss
-        part.measured, part.gate_flops = seen.measured(), self.gate.flops(seen.whole(labels, self.kind))
+        labelled = Candidate(torch.zeros(()), None, labels, kind=self.kind)  # its FLOPs depend on the labels only
+        part.measured, part.gate_flops = seen.measured(), self.gate.flops(labelled)
         return (
             selected.chosen_sum.float() * per_chosen if selected.chosen else labels.new_zeros((), dtype=torch.float32)
         )
@@ -208,7 +214,10 @@ class GatedTrainer(Trainer):
             self.watch.window(False)
             return
         decision = self.gate.decide(total[1:])
-        accept = self._as_first_rank(decision.accept)
+        accept = decision.accept
+        if self.accelerator.num_processes > 1:  # equal sums should decide alike, but one rank must be right: the first
+            own = float(accept and self.accelerator.is_main_process)
+            accept = self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0
         self.gate_log.decided(accept, decision.score)
         if decision.score is not None:
             self.ledger.add(score=decision.score, scored=1)
@@ -225,13 +234,6 @@ class GatedTrainer(Trainer):
         if loss.requires_grad:
             _, flops = self.meter.measure(*part.cost, lambda: backward(loss, **part.options))
         self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=part.tokens)
-
-    def _as_first_rank(self, accept: bool) -> bool:
-        """The first process' decision: equal sums should give equal decisions, but one rank must be right."""
-        if self.accelerator.num_processes == 1:
-            return accept
-        own = float(accept) if self.accelerator.is_main_process else 0.0
-        return self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0
 
     def _key(self, kind: str, *more: Hashable) -> Hashable:
         """What the FLOPs of a pass depend on, beside its sizes."""
@@ -254,9 +256,3 @@ class GatedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             checkpoint.save_weights(self.model, output_dir or self.args.output_dir)
-
-
-def _shape(inputs: Mapping[str, Any], length: int) -> tuple[Hashable, ...]:
-    """Every tensor's shape, "T" where it is as long as the batch."""
-    shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
-    return tuple((n, (*s[:1], *("T" if size == length else size for size in s[1:]))) for n, s in shapes.items())

@@ -51,14 +51,10 @@ def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) ->
     if kind == "classify":
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         return torch.stack([loss, torch.ones_like(loss), logits.argmax(-1), labels], dim=1).double()
-    return torch.stack([_sequence_statistics(*row) for row in zip(logits, shifted(labels, kind), strict=True)])
-
-
-def _sequence_statistics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Statistics (4,) of one sequence, logits (T, V) and labels (T,), reading only the positions that have a label."""
-    valid = labels != IGNORED
-    chosen, targets = logits[valid].float(), labels[valid]
-    loss = F.cross_entropy(chosen, targets, reduction="sum").double()
-    count = valid.sum().double()
-    right = (chosen.argmax(-1) == targets).sum().double()
-    return torch.stack([loss, count, right, count])
+    rows = []
+    for sequence, predicted in zip(logits, shifted(labels, kind), strict=True):  # (T, V) and (T,)
+        valid = predicted != IGNORED
+        chosen, targets = sequence[valid].float(), predicted[valid]  # only the positions that have a label are read
+        loss, right = F.cross_entropy(chosen, targets, reduction="sum"), (chosen.argmax(-1) == targets).sum()
+        rows.append(torch.stack([loss.double(), valid.sum().double(), right.double(), valid.sum().double()]))
+    return torch.stack(rows)

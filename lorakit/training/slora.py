@@ -57,7 +57,13 @@ class SLoRATrainer(GatedTrainer):
     ):
         require(gate is None or gate_config is None, "gate_config", gate_config, "must be None where a gate is given")
         kind = known_kind(model)
-        gate = gate or _gate(gate_config, model, kind)
+        if gate_config is not None:
+            unknown = sorted(set(gate_config) - set(KEYS))
+            require(not unknown, "gate_config", unknown, f"unknown keys; known are {', '.join(KEYS)}")
+            head = find_head(model, kind)
+            of_model = {"kind": kind, "softcap": head.softcap, "device": head.module.weight.device}
+            gate = HeadGradientGate(head.d_hidden, head.outputs, **of_model, **gate_config)
+        gate = gate or AlwaysOpen()
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
         super().__init__(
             kind=kind,
@@ -111,14 +117,3 @@ def known_kind(model: torch.nn.Module) -> str:
     if kind := kind_of(model):
         return kind
     raise LorakitError(f"{type(model).__name__}: gates know classifiers, masked and causal language models")
-
-
-def _gate(config: Mapping[str, Any] | None, model: torch.nn.Module, kind: str) -> Gate:
-    if config is None:
-        return AlwaysOpen()
-    unknown = sorted(set(config) - set(KEYS))
-    require(not unknown, "gate_config", unknown, f"unknown keys; known are {', '.join(KEYS)}")
-    head = find_head(model, kind)
-    return HeadGradientGate(
-        head.d_hidden, head.outputs, device=head.module.weight.device, kind=kind, softcap=head.softcap, **config
-    )

@@ -130,11 +130,11 @@ class BudgetTrainer(GatedTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
         if self.args.should_save:
-            checkpoint.begin(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / checkpoint.MARK).touch()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             checkpoint.save_run(self.run, folder)
-            checkpoint.rotate(self.args.output_dir, self.run.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint.load_run(self.run, resume_from_checkpoint)

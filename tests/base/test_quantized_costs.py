@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import four_bit_models
 import pytest
@@ -23,6 +24,7 @@ from four_bit_models import (
     perturb,
 )
 from torch import nn
+from transformers import AutoConfig
 
 from lorakit.adapters import (
     adapter_layers,
@@ -39,7 +41,7 @@ from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
-from lorakit.runs.assembly import optimizer_note
+from lorakit.runs.assembly import Assembled
 
 build = four_bit_models.build
 
@@ -100,7 +102,8 @@ def test_the_honest_ratio_of_real_models(name, kind, ratio):
     from lorakit.models import configs
     from lorakit.runs.plan import build
 
-    model = build(configs._packaged(name).config, kind, "bf16")
+    config = AutoConfig.for_model(**json.loads(configs.PACKAGED.read_text())[name])
+    model = build(config, kind, "bf16")
     table = weight_table(model, quantize="nf4")
     counts = {row["kind"]: row["parameters"] for row in table["rows"]}
     rest = sum(counts.values()) - counts["linear, 4-bit"]
@@ -201,11 +204,13 @@ def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, 
 
 
 def test_the_note_says_that_nothing_pages():
-    assert optimizer_note("paged_adamw_8bit", "cpu") == (
-        "optimizer 'paged_adamw_8bit': nothing pages on cpu; its state stays in memory, unpaged"
-    )
-    assert optimizer_note("paged_adamw_8bit", "cuda") is None
-    assert optimizer_note("adamw_8bit", "cpu") is None
+    def notes(optimizer, device):
+        params, model = SimpleNamespace(optimizer=optimizer), SimpleNamespace(device=torch.device(device))
+        return Assembled(params, model, None, SimpleNamespace(notes=["task"]), SimpleNamespace(notes=["model"])).notes
+
+    paged = "optimizer 'paged_adamw_8bit': nothing pages on cpu; its state stays in memory, unpaged"
+    assert notes("paged_adamw_8bit", "cpu") == ["model", "task", paged]
+    assert notes("paged_adamw_8bit", "cuda") == notes("adamw_8bit", "cpu") == ["model", "task"]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

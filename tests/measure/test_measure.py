@@ -21,6 +21,7 @@ from lorakit.base.nf4 import scale_tensors
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure import environment
 from lorakit.measure.latency import inference_latency
+from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
 from lorakit.runs import plan
@@ -128,9 +129,13 @@ def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
 
 
 def test_plan_margins():
-    assert plan.needed_bytes(10 * plan.GIB) == pytest.approx(12 * plan.GIB)
-    table = plan._by_gpu(20 * plan.GIB).splitlines()  # needs 23 GiB: 24.7 GB
-    assert [line.split()[2] for line in table[2:]] == ["does"] * 4 + ["fits"] * 4
+    def printed(peak):
+        memory = dict.fromkeys(KINDS, 0) | {"peak": peak * plan.GIB}
+        return plan.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, "packaged dimensions"))
+
+    assert "predicted need 12.0 GiB" in printed(10)
+    table = printed(20).splitlines()[-len(plan.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB
+    assert [line.split()[2] for line in table] == ["does"] * 4 + ["fits"] * 4
 
 
 @pytest.mark.parametrize("kind", ["causal", "classify"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_packaged_dimensions_give_the_published_parameter_counts(no_hub, monkeyp
     from transformers import AutoModel
 
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
-    assert set(configs.packaged_names()) == set(COUNTS)
+    assert set(json.loads(configs.PACKAGED.read_text())) == set(COUNTS)
     for name, count in COUNTS.items():
         described = models.describe(name)
         assert described.source == "packaged dimensions"

@@ -209,7 +209,7 @@ def test_the_truncated_gradient_is_another_one_than_gathers():
 def test_rows_of_different_length_and_rows_without_a_choice():
     where = torch.tensor([2, 5, 7, 12, 14, 56, 57, 164])  # of 5 rows of 40 tokens: 5, 2, 0, 0 and 1 of them
     at = places(where, 40)
-    assert at.sequences.tolist() == [0, 1, 4] and at.batch.tolist() == [0, 0, 1, 4] and at.shape == (4, 3)
+    assert at.sequences.tolist() == [0, 1, 4] and at.batch.tolist() == [0, 0, 1, 4] and at.columns.shape == (4, 3)
     assert at.columns.tolist() == [[2, 5, 7], [12, 14, 14], [16, 17, 17], [4, 4, 4]]
     assert at.row.tolist() == [0, 0, 0, 1, 1, 2, 2, 3] and at.slot.tolist() == [0, 1, 2, 0, 1, 0, 1, 0]
     assert at.column.tolist() == [2, 5, 7, 12, 14, 16, 17, 4]

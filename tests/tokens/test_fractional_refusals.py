@@ -102,7 +102,7 @@ def test_keys_of_ones_own_are_refused():
 
 def wrong_positions(inputs, at):
     right = chosen_inputs(inputs, at)
-    return right | {"position_ids": torch.arange(at.shape[1]).expand(at.shape)}
+    return right | {"position_ids": torch.arange(at.columns.shape[1]).expand(at.columns.shape)}
 
 
 chosen_inputs, chosen_masks = fractional.chosen_inputs, fractional.chosen_masks
@@ -110,7 +110,7 @@ chosen_inputs, chosen_masks = fractional.chosen_inputs, fractional.chosen_masks
 
 def shifted(at):
     """Everyone sees as much as the first token of its row."""
-    return replace(at, columns=at.columns[:, :1].expand(at.shape))
+    return replace(at, columns=at.columns[:, :1].expand(at.columns.shape))
 
 
 @pytest.mark.parametrize("broken", ["positions", "masks", "keys"])

@@ -189,7 +189,7 @@ def test_looking_on_measures_what_looking_at_the_whole_batch_does(monkeypatch, n
     tokens.select(model, inputs, labels, look)
     expected = gate.measure(whole)
     torch.testing.assert_close(look.measured(), expected, rtol=1e-4, atol=1e-5 * float(expected.norm()))
-    assert gate.flops(look.whole(labels, "causal")) == gate.flops(whole)
+    assert gate.flops(Candidate(torch.zeros(()), None, labels, kind="causal")) == gate.flops(whole)
     nothing = GateLook(gate, 1.0, find_head(model, "causal")).measured()
     assert nothing.shape == expected.shape and not nothing.any()
 
