@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.adapters import (
-    quantize_nf4,
-)
+from lorakit.adapters import quantize_nf4
 from lorakit.adapters.attachment import trained_tensors
 from lorakit.base.nf4 import dequantise, is_four_bit
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.adapters import (
-    attach,
-    quantize_nf4,
-)
+from lorakit.adapters import attach, quantize_nf4
 
 # what a type needs on layers of 32 by 32
 OPTIONS = {

@@ -6,9 +6,7 @@ import pytest
 import torch
 import training_runs as runs
 
-from lorakit.adapters import (
-    attach,
-)
+from lorakit.adapters import attach
 from lorakit.adapters.attachment import trained_tensors
 from lorakit.adapters.sparsify import Sparsifier
 

@@ -12,14 +12,7 @@ import torch.nn.functional as F
 from hira_models import backward, logits, perturb
 from torch import nn
 
-from lorakit.adapters import (
-    AdapterSettings,
-    HiRALayer,
-    adapter_layers,
-    attach,
-    merge,
-    unmerge,
-)
+from lorakit.adapters import AdapterSettings, HiRALayer, adapter_layers, attach, merge, unmerge
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes

@@ -265,10 +265,7 @@ def test_the_files_hold_the_same_names_and_shapes(build, tmp_path):
     assert config["modules_to_save"] == ["pre_classifier", "classifier"] and config["task_type"] == "SEQ_CLS"
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"bias": "lora_only"}, "bias"), ({"lora_bias": True}, "lora_bias")],
-)
+@pytest.mark.parametrize(("options", "named"), [({"bias": "lora_only"}, "bias"), ({"lora_bias": True}, "lora_bias")])
 def test_peft_features_we_lack_are_refused_by_name(build, tmp_path, options, named):
     from lorakit.errors import CheckpointError
 

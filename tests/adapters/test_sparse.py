@@ -13,11 +13,7 @@ from sparse_models import batch, pruned
 from torch import nn
 from training_runs import Alternating, Closed, equal, kill, trainer, weights
 
-from lorakit.adapters import (
-    adapter_layers,
-    attach,
-    sparsity_report,
-)
+from lorakit.adapters import adapter_layers, attach, sparsity_report
 from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prune_smallest, rank_scores
 from lorakit.adapters.sparsify import Sparsifier
 from lorakit.errors import LorakitError, ParameterError

@@ -8,11 +8,7 @@ import torch
 from four_bit_models import KINDS, assert_close, backward, bits, four_bit_layers, gradients, layer_of, logits, perturb
 from torch import nn
 
-from lorakit.adapters import (
-    adapter_layers,
-    attach,
-    quantize_nf4,
-)
+from lorakit.adapters import adapter_layers, attach, quantize_nf4
 from lorakit.base.nf4 import dequantise, is_four_bit, nf4_bytes, stored_bytes
 from lorakit.errors import LorakitError
 

@@ -24,14 +24,7 @@ from four_bit_models import (
 )
 from torch import nn
 
-from lorakit.adapters import (
-    adapter_layers,
-    attach,
-    merge,
-    parameter_stats,
-    quantize_nf4,
-    unmerge,
-)
+from lorakit.adapters import adapter_layers, attach, merge, parameter_stats, quantize_nf4, unmerge
 from lorakit.adapters.state import adapter_state
 from lorakit.base.nf4 import is_four_bit, stored_bytes
 from lorakit.errors import ParameterError

@@ -12,15 +12,7 @@ import training_runs as runs
 from gate_streams import SMALL, filled
 
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
-from lorakit.gates import (
-    GATES,
-    GateWarning,
-    HeadGradientGate,
-    LossFloor,
-    RandomGate,
-    ThresholdController,
-    build_gate,
-)
+from lorakit.gates import GATES, GateWarning, HeadGradientGate, LossFloor, RandomGate, ThresholdController, build_gate
 from lorakit.gates.log import GateLog
 from lorakit.seams import Candidate
 

@@ -11,10 +11,7 @@ from gate_streams import SMALL, STREAMS, filled, stream
 from training_runs import tiny_bert, tiny_gemma
 
 from lorakit.errors import LorakitError
-from lorakit.gates import (
-    HeadGradientGate,
-    ThresholdController,
-)
+from lorakit.gates import HeadGradientGate, ThresholdController
 from lorakit.head import HeadInput, find_head
 
 

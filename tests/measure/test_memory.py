@@ -254,11 +254,7 @@ def test_attention_dropout_keeps_no_square_matrix_on_cuda(tiny_bert):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [
-        ({"optimizer": "adam"}, "optimizer"),
-        ({"autocast": "fp8"}, "autocast"),
-        ({"device": "mps"}, "device"),
-    ],
+    [({"optimizer": "adam"}, "optimizer"), ({"autocast": "fp8"}, "autocast"), ({"device": "mps"}, "device")],
 )
 def test_bad_input(options, name):
     with pytest.raises(ParameterError, match=name):

@@ -8,19 +8,7 @@ import weakref
 
 import pytest
 import torch
-from decoders import (
-    ALL,
-    B,
-    T,
-    adapted,
-    assert_close,
-    batch,
-    gradients,
-    of,
-    prepared,
-    selection,
-    split,
-)
+from decoders import ALL, B, T, adapted, assert_close, batch, gradients, of, prepared, selection, split
 from torch import Tensor, nn
 
 from lorakit.adapters import quantize_nf4

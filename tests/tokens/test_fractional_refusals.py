@@ -7,13 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import training_runs as runs
-from decoders import (
-    adapted,
-    batch,
-    of,
-    selection,
-    split,
-)
+from decoders import adapted, batch, of, selection, split
 
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.params import Params, check
