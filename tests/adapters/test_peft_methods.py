@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-
 import peft_types
 import pytest
 import torch
 from peft_types import IN_THE_TRAINER, attached, batch, logits, train
+from small_models import bits, same_bits
 
 from lorakit.adapters import (
     adapter_bytes,
@@ -24,7 +23,7 @@ from lorakit.adapters import (
 from lorakit.adapters.peft.types import CANNOT, VARIANTS
 from lorakit.errors import LorakitError, ParameterError
 
-build = peft_types.build
+build, light_collections = peft_types.build, peft_types.light_collections
 
 PEFT_0_21 = """
     PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT ADAPTION_PROMPT IA3
@@ -38,23 +37,8 @@ NOTHING_TO_LEARN = {"SHADOW": ("h.1.", "layer.1.", "layers.1.", "word_embeddings
 NOTHING_TO_LEARN["GLORA"] = ("glora_D",)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light_collections():
-    """The trainer collects garbage twice a run, which takes a second with all that PEFT imports."""
-    import peft  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def may_stay(peft_type, name):
     return any(part in name for part in NOTHING_TO_LEARN.get(peft_type, ()))
-
-
-def bits(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def runs(peft_type, model):
@@ -117,7 +101,7 @@ def test_a_type_trains_saves_loads_merges_and_comes_off(build, tmp_path, peft_ty
         with pytest.raises(LorakitError, match=f"{VARIANTS.get(peft_type, [peft_type])[0]} cannot be merged: "):
             merge(wrapper)
     assert not is_merged(wrapper)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(wrapper).items())
+    assert same_bits(wrapper, before)
 
     assert detach(wrapper) is model
     assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
