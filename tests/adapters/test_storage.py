@@ -129,7 +129,7 @@ def test_damaged_files_are_refused(build, tmp_path):
     refused(build("bert"), tmp_path / "absent", "no adapter here")
     folder = save_adapter(trained(build), tmp_path / "adapter")
     tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads((whole := config.read_text())) | {"r": 0}))
+    config.write_text(json.dumps(json.loads(whole := config.read_text()) | {"r": 0}))
     refused(build("bert"), folder, "rank=0")
     config.write_text(whole)
     tensors.write_bytes(tensors.read_bytes()[:-100])

@@ -30,9 +30,16 @@ def build(request):
     return factory, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def attached(factory, method: str) -> nn.Module:
+    base = factory()
+    return adapters.attach(
+        adapters.quantize_nf4(base) if method == "nf4" else base, "lora" if method == "nf4" else method, seed=0
+    )
+
+
 def measured(factory, batch, method, autocast=None, gradient_checkpointing=False) -> int:
     def prepare():
-        model = adapters.attach(factory(), method, seed=0)
+        model = attached(factory, method)
         model.config.use_cache = False
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -50,24 +57,29 @@ def measured(factory, batch, method, autocast=None, gradient_checkpointing=False
         ("lora", {"autocast": "bf16"}),
         ("full", {"autocast": "bf16"}),
         ("lora", {"gradient_checkpointing": True}),
+        ("hira", {"autocast": "bf16"}),
+        ("hira", {"gradient_checkpointing": True}),
+        ("nf4", {}),
+        ("nf4", {"autocast": "bf16", "gradient_checkpointing": True}),
     ],
 )
 def test_prediction_equals_measurement(build, method, options):
     factory, batch = build
-    predicted = predict_step_memory(adapters.attach(factory(), method, seed=0), batch, **options)
+    predicted = predict_step_memory(attached(factory, method), batch, **options)
     assert predicted["peak"] == pytest.approx(measured(factory, batch, method, **options), rel=0.01)
     assert predicted["peak"] == sum(predicted[kind] for kind in KINDS)
 
 
-def test_meta_model_predicts_as_the_real_one(build):
+@pytest.mark.parametrize("method", ["lora", "hira"])
+def test_meta_model_predicts_as_the_real_one(build, method):
     factory, batch = build
 
     def on_meta():
         with torch.device("meta"):
             model = factory()
-        return adapters.attach(model, "lora", seed=0)
+        return adapters.attach(model, method, seed=0)
 
-    real = predict_step_memory(adapters.attach(factory(), "lora", seed=0), batch)
+    real = predict_step_memory(adapters.attach(factory(), method, seed=0), batch)
     assert predict_training_memory(on_meta, lambda: batch) == real
 
 
