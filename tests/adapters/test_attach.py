@@ -9,7 +9,7 @@ import torch
 from small_models import (
     KINDS,
     STILL,
-    assert_only_trained_moved,
+    assert_only_trained,
     backward,
     batch,
     bits,
@@ -18,6 +18,7 @@ from small_models import (
     logits,
     perturb,
     same_bits,
+    train,
 )
 from torch import nn
 
@@ -47,16 +48,6 @@ def model(request, build):
     return build(request.param, initializer_range=0.2)  # HiRA's update is as large as W0 lets it be
 
 
-def train(model, steps=5):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    model.train()
-    for _ in range(steps):
-        model(**batch()).logits.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
 @methods
 def test_training_leaves_frozen_weights_bit_identical(model, method):
     before = logits(model)
@@ -64,7 +55,7 @@ def test_training_leaves_frozen_weights_bit_identical(model, method):
     assert torch.equal(logits(model), before)  # nothing changes at the start
     stored = bits(model)
     assert not torch.allclose(logits(train(model)), before, atol=1e-3)
-    assert_only_trained_moved(model, stored)
+    assert_only_trained(model, stored)
 
 
 def test_detach_brings_everything_back(model):
@@ -173,26 +164,17 @@ def test_head_trains_the_task_head_only(tiny_bert, tiny_gpt2):
     assert trainable_names(attach(tiny_gpt2(tie_word_embeddings=False), "head")) == {"lm_head.weight"}
 
 
-def test_heads_are_found_by_structure(tiny_gpt2, tiny_gemma):
-    from transformers import (
-        BertForMaskedLM,
-        DistilBertConfig,
-        DistilBertForSequenceClassification,
-        Gemma3TextForSequenceClassification,
-        GPT2ForSequenceClassification,
-        RobertaConfig,
-        RobertaForSequenceClassification,
-    )
+def test_heads_are_found_by_structure(build, tiny_gpt2, tiny_gemma):
+    from transformers import Gemma3TextForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
     from lorakit.head import task_head
 
-    distilbert = DistilBertConfig(vocab_size=99, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     roberta = RobertaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    assert task_head(DistilBertForSequenceClassification(distilbert)) == ["pre_classifier", "classifier"]
-    assert task_head(GPT2ForSequenceClassification(tiny_gpt2().config)) == ["score"]
+    assert task_head(build("distilbert")) == ["pre_classifier", "classifier"]
+    assert task_head(build("gpt2_classifier")) == ["score"]
     assert task_head(Gemma3TextForSequenceClassification(tiny_gemma().config)) == ["score"]
     assert task_head(RobertaForSequenceClassification(roberta)) == ["classifier"]
-    assert task_head(tiny_gpt2()) == task_head(BertForMaskedLM(roberta)) == task_head(nn.Linear(2, 2)) == []
+    assert task_head(tiny_gpt2()) == task_head(build("masked")) == task_head(nn.Linear(2, 2)) == []
 
 
 def test_trainable_names_are_trained_in_full_and_get_no_adapter(tiny_bert):

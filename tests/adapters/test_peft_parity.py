@@ -12,13 +12,13 @@ from lorakit.adapters import AdapterSettings, adapter_layers, adapter_state, att
 from lorakit.adapters.attach import attach_to
 from lorakit.adapters.attachment import trained_tensors
 from lorakit.adapters.peft_format import name_in_file
+from lorakit.base.quantize import quantize_nf4
 from lorakit.errors import CheckpointError
 
 ALL = tuple(LINEARS)
 PEFTS = {"lora": "Lora", "hira": "Hira"}
 INIT = {"lora": "init_lora_weights", "hira": "init_weights"}
 EVERY = [("lora", kind) for kind in ALL] + [("hira", kind) for kind in KINDS]
-every = pytest.mark.parametrize(("method", "kind"), EVERY)
 methods = pytest.mark.parametrize("method", PEFTS)
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -49,11 +49,8 @@ def pair(build, method, kind, change=lambda model: model, dropout=0.0, rslora=Fa
 
 def assert_same_gradients(method, ours, theirs, tolerance=1e-5):
     """The difference is below `tolerance` of the gradient's norm, tensor by tensor."""
-    named = {
-        name.replace(".default", "").replace(".modules_to_save", ""): p
-        for name, p in theirs.named_parameters()
-        if p.requires_grad
-    }
+    trained = ((name, p) for name, p in theirs.named_parameters() if p.requires_grad)
+    named = {name.replace(".default", "").replace(".modules_to_save", ""): p for name, p in trained}
     mine = {name_in_file(method, name): tensor for name, tensor in trained_tensors(ours).items()}
     assert mine.keys() == named.keys()
     for name, tensor in mine.items():
@@ -100,6 +97,19 @@ def test_autocast_agrees_with_peft(build, method, kind):
         mine, peft = backward(ours), backward(theirs)
     assert (mine - peft).norm() <= 0.05 * peft.norm()  # bf16 rounds by up to 1/256 at each of many places
     assert_same_gradients(method, ours, theirs, tolerance=0.15)  # of bf16, in a sum that cancels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("compute_dtype", "outputs", "tolerance"), [("fp32", 1e-5, 1e-4), ("bf16", 5e-3, 0.05)])
+def test_on_4_bits_as_peft(build, kind, compute_dtype, outputs, tolerance):
+    """Gradients of fp32 sums, rounded in bf16."""
+    from peft.tuners.lora.bnb import Linear4bit
+
+    ours, theirs = pair(build, "lora", kind, change=lambda model: quantize_nf4(model, compute_dtype=compute_dtype))
+    assert any(isinstance(module, Linear4bit) for module in theirs.modules())  # PEFT's own for 4 bits
+    mine, peft = backward(ours), backward(theirs)
+    assert (mine - peft).norm() <= outputs * peft.norm()
+    assert_same_gradients("lora", ours, theirs, tolerance)
 
 
 def adapted_in_peft(model):
@@ -156,7 +166,7 @@ def test_peft_loads_our_file_with_equal_logits(build, tmp_path, method, kind, op
     assert torch.equal(logits(again), logits(ours)) and again.lorakit_attachment.method == method
 
 
-@every
+@pytest.mark.parametrize(("method", "kind"), EVERY)
 @pytest.mark.parametrize("attached", [False, True])
 def test_we_load_pefts_file_with_equal_logits(build, tmp_path, method, kind, attached):
     theirs = peft_model(build(kind), kind, PEFTS[method])

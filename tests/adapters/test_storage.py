@@ -155,12 +155,9 @@ def test_merged_is_neither_saved_nor_loaded(build, tmp_path):
     assert names(tmp_path) == ["adapter"]
 
 
-def test_a_bare_model_has_nothing_to_save(build, tmp_path):
+def test_a_bare_model_has_nothing_to_save_and_a_file_is_no_folder(build, tmp_path):
     with pytest.raises(LorakitError, match="no adapter; call attach"):
         save_adapter(build("bert"), tmp_path / "adapter")
-
-
-def test_a_file_is_no_folder(build, tmp_path):
     (tmp_path / "adapter").write_text("")
     with pytest.raises(ParameterError, match="is a file"):
         save_adapter(trained(build), tmp_path / "adapter")
