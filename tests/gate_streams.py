@@ -1,4 +1,4 @@
-"""What the tests of sketches and gates share: small sketches, explicit ones, streams of scores."""
+"""What the tests of sketches, gates and token scores share: small sketches, explicit ones, streams of scores."""
 
 from __future__ import annotations
 

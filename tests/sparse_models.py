@@ -5,21 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import training_runs as runs
-from small_models import STILL, perturb
+from small_models import perturb
 
 from lorakit.adapters import attach
 from lorakit.adapters.sparsify import Sparsifier
 
 
 @pytest.fixture
-def model(build):
+def model():
     """The same tiny BERT with Sparse LoRA, as fresh as attach leaves it."""
+    return lambda method="sparse", **options: attach(bare(), method, **{"rank": 8, "seed": 0} | options)
 
-    def made(method="sparse", **options):
-        base = build("bert", num_hidden_layers=1, **STILL["bert"])
-        return attach(base, method, **{"rank": 8, "seed": 0} | options)
 
-    return made
+def bare():
+    return runs.tiny_bert(num_hidden_layers=1)
 
 
 @pytest.fixture
