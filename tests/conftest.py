@@ -99,6 +99,32 @@ def tiny_gemma():
     return build
 
 
+@pytest.fixture
+def build(tiny_bert, tiny_gpt2, tiny_gemma):
+    """`build(kind)`: the same small model at every call."""
+    import transformers
+
+    def distilbert(**overrides):
+        config = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "pad_token_id": 0}
+        config = transformers.DistilBertConfig(**config | overrides)
+        return transformers.DistilBertForSequenceClassification(config)
+
+    def gpt2_classifier(**overrides):
+        return transformers.GPT2ForSequenceClassification(tiny_gpt2(**overrides).config)
+
+    def masked(**overrides):
+        return transformers.BertForMaskedLM(tiny_bert(**overrides).config)
+
+    kinds = {"bert": tiny_bert, "gpt2": tiny_gpt2, "gemma": tiny_gemma, "masked": masked}
+    kinds |= {"distilbert": distilbert, "gpt2_classifier": gpt2_classifier}
+
+    def build(kind, **overrides):
+        torch.manual_seed(7)
+        return kinds[kind](**overrides).eval()
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def encoder():
     """The toy encoder's tokenizer."""

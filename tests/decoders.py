@@ -9,7 +9,7 @@ from lorakit import models
 from lorakit.adapters import attach
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
-from lorakit.tokens.fractional import FractionalGate
+from lorakit.tokens.selection import Chosen, TokenGate
 
 B, T, WINDOW = 3, 16, 5
 SIZES = {
@@ -54,16 +54,20 @@ def adapted(model: nn.Module, method: str = "lora") -> nn.Module:
 
 
 def prepared(model: nn.Module) -> nn.Module:
+    model.config.use_cache = False
+    return nonzero(model).train()
+
+
+def nonzero(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("_B") or "lora_B" in name:
             nn.init.normal_(parameter, std=0.1, generator=generator)
-    model.config.use_cache = False
-    return model.train()
+    return model
 
 
 def batch(kind: str = "right") -> dict[str, Tensor]:
-    """Three rows of 16, every token a target: padded right or left, packed, or bare."""
+    """Three rows of 16, every token a target: padded right or left, after prompts, packed, or bare."""
     ids = torch.randint(1, 99, (B, T), generator=torch.Generator().manual_seed(2))
     labels, mask = ids.clone(), torch.ones_like(ids)
     if kind == "packed":
@@ -72,17 +76,24 @@ def batch(kind: str = "right") -> dict[str, Tensor]:
     if kind == "bare":
         return {"input_ids": ids, "labels": labels}
     for row, width in ((1, 4), (2, 7)):
-        off = slice(0, width) if kind == "left" else slice(T - width, T)
-        mask[row, off] = 0
+        off = slice(0, width) if kind in ("left", "prompt") else slice(T - width, T)
         labels[row, off] = -100
+        mask[row, off] = int(kind == "prompt")
     if kind == "left":  # what precedes a first real token is padding
         labels[torch.arange(B), mask.argmax(1)] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def selection(model: nn.Module, **settings) -> FractionalGate:
+def selection(model: nn.Module, kind: str = "causal", **settings) -> TokenGate:
     given = {"method": "random", "topk_tokens": 0.9999, "mode": "fractional"} | settings
-    return build_tokens(Gating(**given), model, "causal")
+    return build_tokens(Gating(**given), model, kind)
+
+
+def chosen_of(tokens: TokenGate) -> list[Chosen]:
+    """What `tokens` will have chosen, batch by batch."""
+    found, choose = [], tokens.choose
+    tokens.choose = lambda *given: (found.append(choose(*given)), found[-1])[1]
+    return found
 
 
 def split(given: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

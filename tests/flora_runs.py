@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import decoders
 import pytest
-import torch
 import training_runs as runs
 from torch import nn
 
@@ -22,16 +22,11 @@ modes = pytest.mark.parametrize("mode", MODES)
 
 def decoder(**options) -> nn.Module:
     """Adapters that are no longer zero on a small Gemma with both kinds of layers."""
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-    return adapted(runs.tiny_gemma(**layers | options))
+    return adapted(runs.tiny_gemma(**decoders.MIXED | options))
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    model, generator = attach(model, "lora", rank=4, seed=0), torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
+    return decoders.nonzero(attach(model, "lora", rank=4, seed=0))
 
 
 def arguments(folder, **options):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+import small_models
 import torch
 
-from lorakit.adapters import (
-    attach,
-    quantize_nf4,
-)
+from lorakit.adapters import attach, quantize_nf4
 
 # what a type needs on layers of 32 by 32
 OPTIONS = {
@@ -33,37 +33,25 @@ IN_THE_TRAINER = (
 
 
 @pytest.fixture
-def build(tiny_bert, tiny_gpt2, tiny_gemma):
-    """`build(kind)`: the same small model at every call."""
-
-    def masked():
-        from transformers import BertForMaskedLM
-
-        return BertForMaskedLM(tiny_bert().config)
-
-    def distilbert():
-        from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-        config = DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=2, hidden_dim=64, pad_token_id=0)
-        return DistilBertForSequenceClassification(config)
-
-    def gpt2_classifier():
-        from transformers import GPT2ForSequenceClassification
-
-        return GPT2ForSequenceClassification(tiny_gpt2().config)
+def build(build):
+    """The small models, and one in 4 bits."""
 
     def nf4():
         pytest.importorskip("bitsandbytes")
-        return quantize_nf4(tiny_bert(hidden_size=64, intermediate_size=128))
+        return quantize_nf4(build("bert", hidden_size=64, intermediate_size=128))
 
-    builders = {"bert": tiny_bert, "nf4": nf4, "gpt2": tiny_gpt2, "gemma": tiny_gemma, "masked": masked}
-    builders |= {"distilbert": distilbert, "gpt2_classifier": gpt2_classifier}
+    return lambda kind, **overrides: nf4() if kind == "nf4" else build(kind, **overrides)
 
-    def build(kind):
-        torch.manual_seed(7)
-        return builders[kind]().eval()
 
-    return build
+@pytest.fixture(scope="module", autouse=True)
+def light_collections():
+    """The trainer collects garbage twice a run, which takes a second with all that PEFT imports."""
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def attached(model, peft_type, **given):
@@ -72,14 +60,10 @@ def attached(model, peft_type, **given):
 
 
 def batch(model):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 99, (4, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, -3:] = 0
-    ids = ids * mask
+    inputs = small_models.batch()
     classifier = type(model).__name__.endswith("SequenceClassification")
-    labels = torch.tensor([0, 1, 1, 0]) if classifier else ids.masked_fill(mask == 0, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs | {"labels": torch.tensor([0, 1, 1, 0]) if classifier else labels}
 
 
 def logits(model):

@@ -52,4 +52,14 @@ def prepared(build, tiny_bert, **options) -> tuple[nn.Module, SkipLoRA]:
     return model, skip
 
 
+def backward(model: nn.Module, skip: SkipLoRA, metric: list[float] | None = None, **sizes: int) -> None:
+    """One batch of a step that `skip` begins, with a metric given or its own."""
+    skip.metric = skip.metric if metric is None else metric
+    skip.begin_step(0.5)
+    model(**batch(**sizes)).loss.backward()
+
+
+HALF = [0.01] * 6 + [0.5] * 6
+modes = pytest.mark.parametrize("mode", ["adapter", "prefix"])
+decisions = pytest.mark.parametrize("decide", ["ema", "forward"])
 both = pytest.mark.parametrize("build", [ours, plain_peft], ids=["ours", "peft"])

@@ -6,6 +6,20 @@ import copy
 
 import pytest
 import torch
+from small_models import (
+    KINDS,
+    STILL,
+    assert_only_trained,
+    backward,
+    batch,
+    bits,
+    conv1d,
+    gradients,
+    logits,
+    perturb,
+    same_bits,
+    train,
+)
 from torch import nn
 
 from lorakit.adapters import (
@@ -21,62 +35,27 @@ from lorakit.adapters import (
     merge,
     merged,
     parameter_stats,
+    quantize_nf4,
     unmerge,
 )
 from lorakit.errors import LorakitError
 
-
-@pytest.fixture(params=["bert", "gpt2", "gemma"])
-def model(request, tiny_bert, tiny_gpt2, tiny_gemma):
-    return {"bert": tiny_bert, "gpt2": tiny_gpt2, "gemma": tiny_gemma}[request.param]().eval()
+methods = pytest.mark.parametrize("method", ["lora", "hira"])
 
 
-def batch(rows=4, length=9):
-    ids = torch.randint(3, 99, (rows, length), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+@pytest.fixture(params=KINDS)
+def model(request, build):
+    return build(request.param, initializer_range=0.2)  # HiRA's update is as large as W0 lets it be
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(**batch()).logits
-
-
-def perturb(model):
-    """Adapters as after training: B away from zero."""
-    with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            layer.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
-    return model
-
-
-def train(model, steps=5, weight_decay=0.1):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=weight_decay)
-    model.train()
-    for _ in range(steps):
-        model(**batch()).logits.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def test_nothing_changes_at_the_start(model):
+@methods
+def test_training_leaves_frozen_weights_bit_identical(model, method):
     before = logits(model)
-    assert torch.equal(logits(attach(model, seed=0)), before)
-
-
-def test_training_leaves_frozen_weights_bit_identical(model):
-    attach(model, seed=0)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    before, start = bits(model), logits(model)
-    train(model)
-    assert not torch.allclose(logits(model), start, atol=1e-3)
-    for name, tensor in bits(model).items():
-        assert torch.equal(tensor, before[name]) == (name not in trained), name
+    assert attach(model, method, seed=0) is model
+    assert torch.equal(logits(model), before)  # nothing changes at the start
+    stored = bits(model)
+    assert not torch.allclose(logits(train(model)), before, atol=1e-3)
+    assert_only_trained(model, stored)
 
 
 def test_detach_brings_everything_back(model):
@@ -91,21 +70,20 @@ def test_detach_brings_everything_back(model):
     attach(model, seed=0)  # and it can be attached again
 
 
-def test_merge_and_unmerge(model):
-    perturb(attach(model, seed=0))
+@methods
+def test_merge_and_unmerge(model, method):
+    perturb(attach(model, method, seed=0))
     unmerged_bits, unmerged_logits = bits(model), logits(model)
-    merge(model)
-    once = bits(model)
+    once = bits(merge(model))
     torch.testing.assert_close(logits(model), unmerged_logits, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(tensor, once[name]) for name, tensor in bits(merge(model)).items())  # twice is once
-    unmerge(model)
-    assert all(torch.equal(tensor, unmerged_bits[name]) for name, tensor in bits(unmerge(model)).items())
-    assert torch.equal(logits(model), unmerged_logits)
-    assert all(torch.equal(tensor, once[name]) for name, tensor in bits(merge(model)).items())
-    layer = next(iter(adapter_layers(model).values()))
-    assert not torch.equal(
-        layer.base_layer.weight, unmerged_bits[f"{next(iter(adapter_layers(model)))}.base_layer.weight"]
-    )
+    assert same_bits(merge(model), once)  # twice is once
+    twin = copy.deepcopy(model)
+    for side in (model, twin):
+        assert same_bits(unmerge(side), unmerged_bits) and same_bits(unmerge(side), unmerged_bits)
+        assert torch.equal(logits(side), unmerged_logits)
+    assert same_bits(merge(model), once)
+    weight = f"{next(iter(adapter_layers(model)))}.base_layer.weight"
+    assert not torch.equal(once[weight], unmerged_bits[weight])
 
 
 def test_merged_context_leaves_the_model_as_it_was(model):
@@ -162,12 +140,6 @@ def test_train_and_eval_return_the_model(model):
     assert layer.train() is layer and layer.eval() is layer
 
 
-def test_attach_returns_the_model_and_survives_deepcopy(model):
-    assert attach(model, seed=0) is model
-    twin = copy.deepcopy(merge(perturb(model)))
-    assert torch.equal(logits(unmerge(twin)), logits(unmerge(model)))
-
-
 def test_the_seed_decides_and_the_global_generator_is_left_alone(tiny_bert):
     base = tiny_bert()
     state = torch.get_rng_state()
@@ -192,26 +164,17 @@ def test_head_trains_the_task_head_only(tiny_bert, tiny_gpt2):
     assert trainable_names(attach(tiny_gpt2(tie_word_embeddings=False), "head")) == {"lm_head.weight"}
 
 
-def test_heads_are_found_by_structure(tiny_gpt2, tiny_gemma):
-    from transformers import (
-        BertForMaskedLM,
-        DistilBertConfig,
-        DistilBertForSequenceClassification,
-        Gemma3TextForSequenceClassification,
-        GPT2ForSequenceClassification,
-        RobertaConfig,
-        RobertaForSequenceClassification,
-    )
+def test_heads_are_found_by_structure(build, tiny_gpt2, tiny_gemma):
+    from transformers import Gemma3TextForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
     from lorakit.head import task_head
 
-    distilbert = DistilBertConfig(vocab_size=99, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     roberta = RobertaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    assert task_head(DistilBertForSequenceClassification(distilbert)) == ["pre_classifier", "classifier"]
-    assert task_head(GPT2ForSequenceClassification(tiny_gpt2().config)) == ["score"]
+    assert task_head(build("distilbert")) == ["pre_classifier", "classifier"]
+    assert task_head(build("gpt2_classifier")) == ["score"]
     assert task_head(Gemma3TextForSequenceClassification(tiny_gemma().config)) == ["score"]
     assert task_head(RobertaForSequenceClassification(roberta)) == ["classifier"]
-    assert task_head(tiny_gpt2()) == task_head(BertForMaskedLM(roberta)) == task_head(nn.Linear(2, 2)) == []
+    assert task_head(tiny_gpt2()) == task_head(build("masked")) == task_head(nn.Linear(2, 2)) == []
 
 
 def test_trainable_names_are_trained_in_full_and_get_no_adapter(tiny_bert):
@@ -221,10 +184,11 @@ def test_trainable_names_are_trained_in_full_and_get_no_adapter(tiny_bert):
     assert "bert.encoder.layer.0.output.dense" in adapter_layers(model)
 
 
-def test_parameter_stats_and_bytes_count(tiny_bert):
+@methods
+def test_parameter_stats_and_bytes_count(tiny_bert, method):
     base = tiny_bert()
     frozen = sum(p.numel() for p in base.parameters())
-    model = attach(base, rank=4, target_modules=["query"], seed=0)
+    model = attach(base, method, rank=4, target_modules=["query"], seed=0)
     adapters, head = 2 * 4 * (32 + 32), 2 * 32 + 2
     stats = parameter_stats(model)
     assert (stats.trainable, stats.total) == (adapters + head, frozen + adapters)
@@ -254,12 +218,6 @@ def layer_of(base, **settings):
     return layer
 
 
-def conv1d():
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(7, 5)  # 5 in, 7 out
-
-
 @pytest.mark.parametrize("base", [lambda: nn.Linear(5, 7), lambda: nn.Linear(5, 7, bias=False), conv1d])
 def test_the_layer_is_the_formula(base):
     layer = layer_of(base().double(), rank=3, alpha=5.0)
@@ -282,13 +240,13 @@ def test_gradcheck(base):
     assert torch.autograd.gradcheck(call, (x, layer.lora_A, layer.lora_B))
 
 
-def test_gradients_do_not_depend_on_accumulation(tiny_bert):
-    model = perturb(attach(tiny_bert().eval(), seed=0))
+def test_gradients_do_not_depend_on_accumulation(build):
+    model, whole = perturb(attach(build("bert"), seed=0)), batch(8)
     trained = [p for p in model.parameters() if p.requires_grad]
-    whole = torch.autograd.grad(model(**batch(8)).logits.square().sum(), trained)
-    for rows in batch(8)["input_ids"].split(2):
-        model(input_ids=rows).logits.square().sum().backward()
-    for one, parameter in zip(whole, trained, strict=True):
+    expected = torch.autograd.grad(model(**whole).logits.square().sum(), trained)
+    for part in range(0, 8, 2):
+        model(**{name: rows[part : part + 2] for name, rows in whole.items()}).logits.square().sum().backward()
+    for one, parameter in zip(expected, trained, strict=True):
         assert (parameter.grad - one).norm() <= 1e-5 * one.norm() + 1e-7
 
 
@@ -316,13 +274,20 @@ def test_a_module_used_under_two_names_is_adapted_under_both():
     assert model["a"][0] is model["b"][0] is shared
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_bert):
-    model = perturb(attach(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), seed=0)).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    plain = torch.autograd.grad(model(**batch()).logits.square().sum(), trained)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    again = torch.autograd.grad(model(**batch()).logits.square().sum(), trained)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+@pytest.mark.parametrize("four_bits", [False, True])
+@methods
+def test_gradient_checkpointing_gives_the_same_gradients(build, method, four_bits):
+    """On a 4-bit base the adapter adds into the base's output in place; recomputing must not see the sum twice."""
+    for kind in KINDS:
+        base = build(kind, initializer_range=0.2, **STILL[kind])
+        model = perturb(attach(quantize_nf4(base) if four_bits else base, method, seed=0)).train()
+        model.config.use_cache = False
+        backward(model)
+        plain = {name: grad.clone() for name, grad in gradients(model).items()}
+        model.zero_grad()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        backward(model)
+        assert all(torch.equal(grad, plain[name]) for name, grad in gradients(model).items())
 
 
 def test_it_attaches_on_the_meta_device(tiny_bert):

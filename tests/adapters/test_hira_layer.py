@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 
-import hira_models
 import pytest
 import torch
 import torch.nn.functional as F
-from hira_models import backward, logits, perturb
+from small_models import conv1d
 from torch import nn
 
-from lorakit.adapters import (
-    AdapterSettings,
-    HiRALayer,
-    adapter_layers,
-    attach,
-    merge,
-    unmerge,
-)
+from lorakit.adapters import AdapterSettings, HiRALayer, adapter_layers, attach, merge, unmerge
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
 
-build = hira_models.build
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-
-
-# --- one layer -------------------------------------------------------------------------------------------------------
-
-
-def conv1d(inputs=5, outputs=7):
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(outputs, inputs)
 
 
 BASES = [lambda: nn.Linear(5, 7), lambda: nn.Linear(5, 7, bias=False), conv1d]
@@ -261,10 +242,3 @@ def test_a_base_weight_that_wants_a_gradient_is_refused():
         layer(torch.randn(2, 3))
     with torch.no_grad():
         layer(torch.randn(2, 3))
-
-
-def test_a_copy_is_independent(build):
-    model = perturb(attach(build("bert"), "hira", seed=0))
-    twin, expected = copy.deepcopy(model), logits(model)
-    backward(model), perturb(model)
-    assert torch.equal(logits(twin), expected) and not torch.equal(logits(model), expected)

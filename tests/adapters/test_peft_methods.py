@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-
 import peft_types
 import pytest
 import torch
 from peft_types import IN_THE_TRAINER, attached, batch, logits, train
+from small_models import bits, same_bits
 
-from lorakit.adapters import (
-    adapter_bytes,
-    adapter_state,
-    can_merge,
-    detach,
-    is_merged,
-    load_adapter,
-    load_adapter_state,
-    merge,
-    merged,
-    save_adapter,
-)
+from lorakit import adapters
 from lorakit.adapters.peft.types import CANNOT, VARIANTS
 from lorakit.errors import LorakitError, ParameterError
 
-build = peft_types.build
+build, light_collections = peft_types.build, peft_types.light_collections
 
 PEFT_0_21 = """
     PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT ADAPTION_PROMPT IA3
@@ -38,23 +26,8 @@ NOTHING_TO_LEARN = {"SHADOW": ("h.1.", "layer.1.", "layers.1.", "word_embeddings
 NOTHING_TO_LEARN["GLORA"] = ("glora_D",)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light_collections():
-    """The trainer collects garbage twice a run, which takes a second with all that PEFT imports."""
-    import peft  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def may_stay(peft_type, name):
     return any(part in name for part in NOTHING_TO_LEARN.get(peft_type, ()))
-
-
-def bits(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def runs(peft_type, model):
@@ -96,30 +69,30 @@ def test_a_type_trains_saves_loads_merges_and_comes_off(build, tmp_path, peft_ty
     assert trained.shape == start.shape
     assert not torch.allclose(trained, start, atol=1e-4)
 
-    save_adapter(wrapper, tmp_path)
+    adapters.save_adapter(wrapper, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert adapter_bytes(wrapper) == sum(t.numel() * t.element_size() for t in tensors.values())
-    loaded = load_adapter(build(kind), tmp_path).eval()
+    assert adapters.adapter_bytes(wrapper) == sum(t.numel() * t.element_size() for t in tensors.values())
+    loaded = adapters.load_adapter(build(kind), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), trained, atol=1e-6, rtol=1e-6)
 
-    kept = adapter_state(wrapper)
+    kept = adapters.adapter_state(wrapper)
     train(wrapper, steps=1)
     assert not torch.equal(logits(wrapper), trained)
-    load_adapter_state(wrapper, kept)
+    adapters.load_adapter_state(wrapper, kept)
     torch.testing.assert_close(logits(wrapper), trained, atol=1e-6, rtol=1e-6)
 
     before = bits(wrapper)
-    if can_merge(wrapper):
-        with merged(wrapper):
+    if adapters.can_merge(wrapper):
+        with adapters.merged(wrapper):
             torch.testing.assert_close(logits(wrapper), trained, atol=1e-5, rtol=1e-5)
-            assert is_merged(wrapper)
+            assert adapters.is_merged(wrapper)
     else:
         with pytest.raises(LorakitError, match=f"{VARIANTS.get(peft_type, [peft_type])[0]} cannot be merged: "):
-            merge(wrapper)
-    assert not is_merged(wrapper)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(wrapper).items())
+            adapters.merge(wrapper)
+    assert not adapters.is_merged(wrapper)
+    assert same_bits(wrapper, before)
 
-    assert detach(wrapper) is model
+    assert adapters.detach(wrapper) is model
     assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
     assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
     heads = ("classifier", "score")
@@ -151,9 +124,9 @@ def test_other_models_train_as_well(build, peft_type, kind):
     assert logits(wrapper).shape == start.shape
     assert not torch.allclose(logits(wrapper), start, atol=1e-4)
     if kind == "nf4":
-        assert not can_merge(wrapper)
+        assert not adapters.can_merge(wrapper)
         with pytest.raises(LorakitError, match="round the sum to 4 bits again"):
-            merge(wrapper)
+            adapters.merge(wrapper)
 
 
 # --- what cannot run -------------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 
 import peft_types
 import pytest
 import torch
 from peft_types import IN_THE_TRAINER, attached, batch, logits, train
-from training_runs import equal, trainer, weights
+from training_runs import equal, kill, trainer, weights
 
 from lorakit.adapters import (
     adapter_bytes,
@@ -31,18 +30,7 @@ from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.training import Budget
 
-build = peft_types.build
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light_collections():
-    """The trainer collects garbage twice a run, which takes a second with all that PEFT imports."""
-    import peft  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+build, light_collections = peft_types.build, peft_types.light_collections
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -74,7 +62,10 @@ def _light_collections():
     ],
 )
 def test_mistakes_are_named_and_change_nothing(build, given, message):
-    model = build("bert")
+    refused(build("bert"), message, given)
+
+
+def refused(model, message, given):
     modules, flags, known = list(model.modules()), [p.requires_grad for p in model.parameters()], set(vars(model))
     with pytest.raises(ParameterError, match=message):
         attach(model, "peft", **given)
@@ -82,13 +73,9 @@ def test_mistakes_are_named_and_change_nothing(build, given, message):
     assert set(vars(model)) == known
 
 
-def test_a_layer_refused_halfway_leaves_the_model_as_it_was(tiny_bert):
-    model = tiny_bert(intermediate_size=36)  # blocks of 8 fit the attention's layers, which come first
-    modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ParameterError, match="PEFT refuses: .*block size"):
-        attached(model, "C3A")
-    assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
-    assert not hasattr(model, "peft_config")
+def test_a_layer_refused_halfway_leaves_the_model_as_it_was(build):
+    model = build("bert", intermediate_size=36)  # blocks of 8 fit the attention's layers, which come first
+    refused(model, "PEFT refuses: .*block size", {"peft_type": "C3A", "peft_options": {"block_size": 8}})
 
 
 def test_parameters_reach_the_config_and_options_win(build):
@@ -279,16 +266,7 @@ def test_adalora_resumes_bitwise(tiny_bert, tmp_path):
     whole = start("whole")
     whole.train()
     killed = start("killed")
-    step, count = killed.training_step, iter(range(17))  # two batches a step
-
-    def stopping(*arguments):
-        if next(count) == 16:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    killed.training_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
+    kill(killed, 16)  # two batches a step
     resumed = start("killed")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.ledger.steps == 12
@@ -299,25 +277,20 @@ def test_adalora_resumes_bitwise(tiny_bert, tmp_path):
 def test_adaloras_penalty_has_pefts_gradient(build):
     model = attached(build("bert"), "ADALORA")
     factors = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
-    gradients = {}
-    for given in ("labels", "none"):
-        model.zero_grad()
-        inputs = batch(model)
-        labels = inputs.pop("labels")
-        if given == "labels":
-            model(**inputs, labels=labels).loss.backward()
-        else:
-            torch.nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            schedule = PeftSchedule(model)
-            schedule.begin()
-            optimizer.step()
-            schedule.end()
-            optimizer.step()  # no longer
-        gradients[given] = {n: p.grad.clone() for n, p in factors.items()}
-    for name, gradient in gradients["labels"].items():
+    inputs = batch(model)
+    labels = inputs.pop("labels")
+    model(**inputs, labels=labels).loss.backward()
+    pefts = {name: p.grad.clone() for name, p in factors.items()}
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
+    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.0), PeftSchedule(model)
+    schedule.begin()
+    optimizer.step()
+    schedule.end()
+    optimizer.step()  # no longer
+    for name, gradient in pefts.items():
         assert gradient.norm() > 1e-3
-        torch.testing.assert_close(gradients["none"][name], gradient, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(factors[name].grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_a_step_without_a_backward_is_no_step_of_the_schedule(build):

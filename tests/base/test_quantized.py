@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import four_bit_models
 import pytest
 import torch
-from four_bit_models import KINDS, assert_close, backward, bits, four_bit_layers, gradients, layer_of, logits, perturb
+from four_bit_models import assert_close, four_bit_layers, layer_of
+from small_models import KINDS, STILL, backward, bits, gradients, logits, perturb, same_bits
 from torch import nn
 
-from lorakit.adapters import (
-    adapter_layers,
-    attach,
-    quantize_nf4,
-)
+from lorakit.adapters import adapter_layers, attach, quantize_nf4
 from lorakit.base.nf4 import dequantise, is_four_bit, nf4_bytes, stored_bytes
 from lorakit.errors import LorakitError
-
-build = four_bit_models.build
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -39,28 +33,16 @@ def test_the_codebook_is_the_normal_quantiles():
     torch.testing.assert_close(code.double(), codebook(), atol=1e-6, rtol=0)
 
 
-def test_every_weight_is_rounded_to_the_nearest_code_of_its_block():
-    weight = torch.randn(48, 80)
-    blocks = weight.flatten().view(-1, 64)
-    scales = blocks.abs().amax(1, keepdim=True)
-    nearest = ((blocks / scales)[..., None] - codebook().float()).abs().argmin(-1)
-    expected = (codebook().float()[nearest] * scales).view(48, 80)
-    torch.testing.assert_close(dequantise(layer_of(weight)), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_the_error_is_at_most_half_the_largest_gap(double_quant):
+def test_the_error_of_scales_in_8_bits_is_at_most_half_the_largest_gap_and_theirs():
+    """With exact scales every weight has the nearest code: `test_rows_that_are_not_whole_blocks`."""
     weight = torch.randn(64, 192)
-    layer = layer_of(weight, double_quant)
+    stored = dequantise(layer_of(weight, double_quant=True)).flatten().view(-1, 64)
     scales = weight.flatten().view(-1, 64).abs().amax(1, keepdim=True)
-    error = (dequantise(layer) - weight).flatten().view(-1, 64).abs()
-    allowed = scales * codebook().diff().max() / 2
-    if double_quant:  # a scale is off by half a step of the 8-bit code at the most, here by less than 2 %
-        stored = dequantise(layer).flatten().view(-1, 64).abs().amax(1, keepdim=True)
-        assert ((stored - scales).abs() <= 0.02 * scales).all()
-        allowed = allowed + (stored - scales).abs()
-    assert (error <= allowed + 1e-6).all()
-    assert error.max() > 0.9 * (scales * codebook().diff().max() / 2).min()  # the bound is not idle
+    off = (stored.abs().amax(1, keepdim=True) - scales).abs()
+    assert (off <= 0.02 * scales).all()  # half a step of the 8-bit code at the most, here less than 2 %
+    error, allowed = (stored - weight.flatten().view(-1, 64)).abs(), scales * codebook().diff().max() / 2
+    assert (error <= allowed + off + 1e-6).all()
+    assert error.max() > 0.9 * allowed.min()  # the bound is not idle
 
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
@@ -180,12 +162,12 @@ def foreign(model):
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("loader", ["ours", "foreign"])
 def test_gradients_flow_after_an_evaluation(build, sizes, loader):
-    model = quantize_nf4(build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
+    model = quantize_nf4(build("bert", **STILL["bert"], **sizes))
     attach(foreign(model) if loader == "foreign" else model, seed=0)
     perturb(model).eval()
     packed = bits(model)
     evaluated = logits(model)
-    assert all(torch.equal(tensor, packed[name]) for name, tensor in bits(model).items())
+    assert same_bits(model, packed)
     trained = backward(model.train())
     assert torch.equal(trained, evaluated)
     for name, grad in gradients(model).items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -12,15 +12,7 @@ import training_runs as runs
 from gate_streams import SMALL, filled
 
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
-from lorakit.gates import (
-    GATES,
-    GateWarning,
-    HeadGradientGate,
-    LossFloor,
-    RandomGate,
-    ThresholdController,
-    build_gate,
-)
+from lorakit.gates import GATES, GateWarning, HeadGradientGate, LossFloor, RandomGate, ThresholdController, build_gate
 from lorakit.gates.log import GateLog
 from lorakit.seams import Candidate
 
@@ -49,24 +41,16 @@ def made(name, **options):
 def test_every_gate_keeps_its_rate_and_resumes_bitwise(name):
     gate, stream = made(name), list(candidates(400))
     first = [gate.decide(gate.measure(candidate)) for candidate in stream[:200]]
-    state = gate.state_dict()
-    copied = made(name)
-    copied.load_state_dict(torch.load(_saved(state), weights_only=True))
+    copied, file = made(name), io.BytesIO()
+    torch.save(gate.state_dict(), file)
+    file.seek(0)
+    copied.load_state_dict(torch.load(file, weights_only=True))
     rest = [[g.decide(g.measure(candidate)) for candidate in stream[200:]] for g in (gate, copied)]
     assert rest[0] == rest[1]
     accepted = [decision.accept for decision in first + rest[0]]
     assert all(accepted[:10])
     assert getattr(gate, "updates", 0) in (0, sum(accepted))  # the basis takes in what was accepted, nothing else
     assert abs(np.mean(accepted[10:]) - 0.3) < (0.09 if name == "random" else 0.02)  # 4 standard errors of a coin
-
-
-def _saved(state):
-    import io
-
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return file
 
 
 @pytest.mark.parametrize("name", [name for name in GATES if name != "none"])
@@ -118,21 +102,12 @@ def test_state_stays_below_a_megabyte():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"m": 1}, "m=1"),
-        ({"m": 48}, "m=48: must be a power of two"),
-        ({"k": 64}, "k=64"),
-        ({"k": 8, "rows": 8}, "rows=8: must be above k=8"),
-        ({"target_novelty": 0.0}, "target rate=0.0"),
-        ({"target_novelty": 1.0}, "target rate=1.0"),
-        ({"target_novelty_scaler": 0.0}, "beta=0.0"),
-        ({"novelty_ema_rate": 0.0}, "ema rate=0.0"),
-        ({"novelty_ema_rate": 1.5}, "ema rate=1.5"),
-        ({"burn_in": -1}, "burn_in=-1"),
-        ({"reorth_every": 0}, "reorth_every=0"),
-        ({"decay": 0.0}, "decay=0.0"),
-    ],
-)
+    [({"m": 1}, "m=1"), ({"m": 48}, "m=48: must be a power of two"), ({"k": 64}, "k=64"),
+     ({"k": 8, "rows": 8}, "rows=8: must be above k=8"), ({"target_novelty": 0.0}, "target rate=0.0"),
+     ({"target_novelty": 1.0}, "target rate=1.0"), ({"target_novelty_scaler": 0.0}, "beta=0.0"),
+     ({"novelty_ema_rate": 0.0}, "ema rate=0.0"), ({"novelty_ema_rate": 1.5}, "ema rate=1.5"),
+     ({"burn_in": -1}, "burn_in=-1"), ({"reorth_every": 0}, "reorth_every=0"), ({"decay": 0.0}, "decay=0.0")],
+)  # fmt: skip
 def test_bad_settings(options, message):
     with pytest.raises(ParameterError, match=message):
         HeadGradientGate(16, 9, **SMALL | options)
@@ -170,10 +145,9 @@ def test_a_basis_that_takes_nothing_in_is_noticed():
         for _ in range(16):
             log.decided(True, 1.0)
     falling = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 16}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(16):
-            falling.decided(True, 1 - step / 32)
+    for step in range(16):
+        falling.decided(True, 1 - step / 32)
+    assert falling.warnings == []
 
 
 def test_a_burn_in_longer_than_the_run_and_a_small_sketch_are_noticed():
@@ -182,22 +156,18 @@ def test_a_burn_in_longer_than_the_run_and_a_small_sketch_are_noticed():
         log.begin(100)
     assert [str(one.message)[:25] for one in seen] == ["burn_in=100 is as long as", "the sketch is small for t"]
     quiet = GateLog(LossFloor(ThresholdController(0.3, burn_in=10)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quiet.begin(100)
+    quiet.begin(100)
+    assert quiet.warnings == []
 
 
 def test_points_sum_up_what_was_decided_since_the_last():
     log = GateLog(RandomGate(0.3, burn_in=2))
     for accept, score in ((True, 1.0), (True, 0.5), (False, 0.25), (True, 0.75)):
         log.decided(accept, score)
-    assert log.point(4, 3) | {"gate/acceptance_rate": 0} == {
-        "gate/novelty": 0.625,
-        "gate/accept": 0.75,
-        "gate/acceptance_rate": 0,
-        "gate/accepted_steps": 3,
-        "gate/total_steps": 4,
-    }
+    point = log.point(4, 3)
+    assert 0 <= point.pop("gate/acceptance_rate") <= 1
+    counted = {"gate/accepted_steps": 3, "gate/total_steps": 4}
+    assert point == {"gate/novelty": 0.625, "gate/accept": 0.75} | counted
     report = log.report()
     assert report["acceptance_rate"] == 0.5 and report["decisions"] == 4 and report["log"][0]["step"] == 4
 

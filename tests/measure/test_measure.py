@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import getpass
 import json
@@ -46,19 +47,14 @@ def test_latency_is_the_median_after_the_warm_up(monkeypatch):
     assert len(model.calls) == 5
 
 
-def test_latency_runs_in_evaluation_and_restores_the_modes():
+@pytest.mark.parametrize("fails", [False, True])
+def test_latency_runs_in_evaluation_and_restores_the_modes(fails):
     model = Slow()
     model.inner.eval()
-    inference_latency(model, {"x": torch.zeros(1)}, repeats=1)
-    assert set(model.calls) == {(False, False, True)}
+    with pytest.raises(TypeError) if fails else contextlib.nullcontext():
+        inference_latency(model, {"y" if fails else "x": torch.zeros(1)}, repeats=1)
+    assert set(model.calls) == (set() if fails else {(False, False, True)})
     assert model.training and not model.inner.training
-
-
-def test_latency_restores_the_modes_when_the_model_fails():
-    model = Slow()
-    with pytest.raises(TypeError):
-        inference_latency(model, {"y": torch.zeros(1)}, repeats=1)
-    assert model.training
 
 
 def test_latency_needs_a_repeat():
@@ -90,22 +86,18 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
 
 
 def test_code_fingerprint_follows_the_code_and_not_the_place(tmp_path, monkeypatch):
-    first = environment.code_fingerprint()
+    first, fresh = environment.code_fingerprint(), environment.code_fingerprint.__wrapped__
     copied = tmp_path / "elsewhere"
     shutil.copytree(Path(environment.__file__).parents[1], copied, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(environment, "__file__", str(copied / "measure" / "environment.py"))
-    assert _fresh() == first
+    assert fresh() == first
     file = copied / "errors.py"
     file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert _fresh() == first
+    assert fresh() == first
     file.write_bytes(file.read_bytes() + b"# more\n")
-    changed = _fresh()
+    changed = fresh()
     file.rename(copied / "error.py")
-    assert len({first, changed, _fresh()}) == 3
-
-
-def _fresh() -> str:
-    return environment.code_fingerprint.__wrapped__()
+    assert len({first, changed, fresh()}) == 3
 
 
 @pytest.fixture
@@ -159,13 +151,19 @@ def test_plan_options_change_what_they_should(folder):
 @pytest.mark.parametrize("kind", ["causal", "classify"])
 def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder, kind):
     """Weights by the formula of `weight_table`, and the whole peak as of the real packed layers."""
+
+    def planned(quantize):
+        return plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, quantize=quantize, kind=kind))
+
     config = models.describe(folder).config
     dense, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
     real.tie_weights()
     for parameter in real.parameters():
         nn.init.normal_(parameter)
     real = attach(quantize_nf4(real), rank=4)
-    predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, quantize="nf4", kind=kind))
+    predicted, plain = planned("nf4"), planned("none")
+    assert (predicted.trainable, predicted.total) == (plain.trainable, plain.total)
+    assert predicted.memory["parameters"] < plain.memory["parameters"]
     assert predicted.memory == predict_step_memory(real, plan.make_batch(2, 16, kind), device="cuda")
     adapters = next(row["bytes"] for row in weight_table(real)["rows"] if row["kind"] == "adapters")
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
@@ -187,26 +185,11 @@ def test_layers_quantised_without_data_have_the_form_of_real_ones():
     assert real[0].bias.dtype == empty[0].bias.dtype and empty[0].weight.is_meta
 
 
-def test_a_plan_in_4_bits_counts_the_same_parameters_in_less_memory(folder):
-    dense, packed = (plan.predict(plan.Plan(folder, batch=2, seq=16, quantize=kind)) for kind in ("none", "nf4"))
-    assert (packed.trainable, packed.total) == (dense.trainable, dense.total)
-    assert packed.memory["parameters"] < dense.memory["parameters"]
-
-
 def test_plan_in_4_bits_on_the_command_line(folder, capsys):
     assert plan.main([folder, "--seq", "16", "--quantize", "nf4"]) == 0
     assert "nf4 linear layers, other bf16 weights" in capsys.readouterr().out
     plan.main([folder, "--seq", "16"])
     assert "nf4" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"method": "full"}, "quantize='nf4'.*'full'"), ({"precision": "fp16"}, "precision='fp16'.*NF4")],
-)
-def test_plan_refuses_in_4_bits_what_a_run_would(folder, options, named):
-    with pytest.raises(ParameterError, match=named):
-        plan.Plan(folder, quantize="nf4", **options)
 
 
 def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
@@ -227,9 +210,11 @@ def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
         ({"mode": "masked"}, "mode='masked'"),
         ({"tokens": 0.2, "mode": "fractional", "gradient_checkpointing": True}, "gradient_checkpointing=True: drops"),
         ({"tokens": 0.2, "precision": "fp16"}, "precision='fp16'"),
+        ({"quantize": "nf4", "method": "full"}, "quantize='nf4'.*'full'"),
+        ({"quantize": "nf4", "precision": "fp16"}, "precision='fp16'.*NF4"),
     ],
 )
-def test_plan_refuses_of_chosen_tokens_what_a_run_would(folder, options, named):
+def test_plan_refuses_what_a_run_would(folder, options, named):
     with pytest.raises(ParameterError, match=named):
         plan.Plan(folder, **options)
 
@@ -237,23 +222,16 @@ def test_plan_refuses_of_chosen_tokens_what_a_run_would(folder, options, named):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--batch", "0", "batch=0"),
-        ("--seq", "0", "seq=0"),
-        ("--seq", "-1", "seq=-1"),
-        ("--seq", "65", "seq=65: at most 64"),
-        ("--dtype", "nf5", "dtype='nf5'"),
-        ("--precision", "int8", "precision='int8'"),
-        ("--quantize", "nf5", "quantize='nf5'"),
-        ("--method", "lara", "method='lara'"),
-        ("--rank", "0", "rank=0"),
-        ("--targets", "q_proj,x", "target_modules"),
-        ("--optimizer", "lion", "optimizer='lion'"),
-        ("--kind", "masked", "kind='masked'"),
-        ("--kind", "image", "kind='image'"),
+        *(("--batch", "0", None), ("--seq", "0", None), ("--seq", "-1", None), ("--seq", "65", "seq=65: at most 64")),
+        *(("--dtype", "nf5", None), ("--precision", "int8", None), ("--quantize", "nf5", None), ("--rank", "0", None)),
+        *(("--method", "lara", None), ("--optimizer", "lion", None), ("--kind", "masked", None)),
+        *(("--kind", "image", None), ("--targets", "q_proj,x", "target_modules")),
     ],
 )
 def test_plan_refuses(folder, option, value, message):
-    with pytest.raises(ParameterError, match=message):
+    """By the parameter's name and the value as it would be written in Python, where no other message is given."""
+    written = value if value.lstrip("-").isdigit() else repr(value)
+    with pytest.raises(ParameterError, match=message or f"{option[2:]}={written}"):
         plan.main([folder, "--seq", "16", option, value])
 
 

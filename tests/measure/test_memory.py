@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,9 +31,14 @@ def build(request):
     return factory, {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def attached(factory, method: str) -> nn.Module:
+    base, method = (adapters.quantize_nf4(factory()), "lora") if method == "nf4" else (factory(), method)
+    return adapters.attach(base, method, seed=0)
+
+
 def measured(factory, batch, method, autocast=None, gradient_checkpointing=False) -> int:
     def prepare():
-        model = adapters.attach(factory(), method, seed=0)
+        model = attached(factory, method)
         model.config.use_cache = False
         if gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -50,24 +56,29 @@ def measured(factory, batch, method, autocast=None, gradient_checkpointing=False
         ("lora", {"autocast": "bf16"}),
         ("full", {"autocast": "bf16"}),
         ("lora", {"gradient_checkpointing": True}),
+        ("hira", {"autocast": "bf16"}),
+        ("hira", {"gradient_checkpointing": True}),
+        ("nf4", {}),
+        ("nf4", {"autocast": "bf16", "gradient_checkpointing": True}),
     ],
 )
 def test_prediction_equals_measurement(build, method, options):
     factory, batch = build
-    predicted = predict_step_memory(adapters.attach(factory(), method, seed=0), batch, **options)
+    predicted = predict_step_memory(attached(factory, method), batch, **options)
     assert predicted["peak"] == pytest.approx(measured(factory, batch, method, **options), rel=0.01)
     assert predicted["peak"] == sum(predicted[kind] for kind in KINDS)
 
 
-def test_meta_model_predicts_as_the_real_one(build):
+@pytest.mark.parametrize("method", ["lora", "hira"])
+def test_meta_model_predicts_as_the_real_one(build, method):
     factory, batch = build
 
     def on_meta():
         with torch.device("meta"):
             model = factory()
-        return adapters.attach(model, "lora", seed=0)
+        return adapters.attach(model, method, seed=0)
 
-    real = predict_step_memory(adapters.attach(factory(), "lora", seed=0), batch)
+    real = predict_step_memory(adapters.attach(factory(), method, seed=0), batch)
     assert predict_training_memory(on_meta, lambda: batch) == real
 
 
@@ -168,10 +179,7 @@ class Wide(nn.Module):
         self.layer = nn.Linear(inner, outer, bias=False)
 
     def forward(self, x):
-        class Output:
-            loss = self.layer(x).sum()
-
-        return Output()
+        return SimpleNamespace(loss=self.layer(x).sum())
 
 
 @pytest.mark.parametrize(
@@ -184,21 +192,6 @@ def test_optimizer_state(optimizer, bytes_per_parameter):
     assert predicted["optimizer"] == pytest.approx(bytes_per_parameter * 64 * 256, abs=8)  # 4: the step counter
 
 
-def test_bitsandbytes_state_is_what_the_formula_says():
-    bnb = pytest.importorskip("bitsandbytes")
-    weight = nn.Parameter(torch.randn(64, 256))
-    weight.grad = torch.randn_like(weight)
-    optimizer = bnb.optim.AdamW8bit([weight])
-    try:
-        optimizer.step()
-    except (RuntimeError, NotImplementedError):
-        pytest.skip("bitsandbytes has no 8-bit optimizer on this device")
-    state = optimizer.state[weight]
-    held = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
-    predicted = predict_step_memory(Wide(64, 256), {"x": torch.zeros(2, 64)}, optimizer="adamw_8bit")
-    assert predicted["optimizer"] == held
-
-
 def test_update_of_all_tensors_at_once_needs_a_temporary_of_all():
     model = nn.Sequential(Wide(256, 256), Wide(256, 256))
     model.forward = lambda x: model[1](model[0].layer(x))
@@ -206,9 +199,8 @@ def test_update_of_all_tensors_at_once_needs_a_temporary_of_all():
         predict_step_memory(model, {"x": torch.zeros(1, 256)}, device=device)["peak"] for device in ("cpu", "cuda")
     )
     matrix = 4 * 256 * 256
-    assert one_by_one == pytest.approx(
-        (2 * 4 + 3) * matrix, rel=0.01
-    )  # weights, gradients, moments; Adam's three of one
+    # weights, gradients, moments; Adam's three of one
+    assert one_by_one == pytest.approx((2 * 4 + 3) * matrix, rel=0.01)
     assert at_once == pytest.approx((2 * 4 + 2) * matrix, rel=0.01)  # and √v of all
 
 
@@ -216,31 +208,20 @@ def test_tied_weights_count_once(tiny_gpt2):
     ids = torch.randint(1, 99, (2, 8))
     model = tiny_gpt2()
     assert model.lm_head.weight is model.transformer.wte.weight
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(model)}
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert predict_step_memory(model, {"input_ids": ids, "labels": ids})["parameters"] == sum(storages.values())
-
-
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def test_large_vocabulary_shows_as_logits(tiny_gemma):
     """Nothing but the logits grows with the vocabulary, apart from the embedding."""
     ids = torch.randint(1, 99, (4, 32))
-    small, large = (
-        predict_step_memory(_with_vocabulary(tiny_gemma, size), {"input_ids": ids, "labels": ids})
-        for size in (20_000, 40_000)
-    )
+    with torch.device("meta"):
+        models = [adapters.attach(tiny_gemma(vocab_size=size), "lora", seed=0) for size in (20_000, 40_000)]
+    small, large = (predict_step_memory(model, {"input_ids": ids, "labels": ids}) for model in models)
     assert large["logits"] == pytest.approx(2 * small["logits"], rel=1e-3) and small["logits"] >= 4 * 4 * 32 * 20_000
     assert large["activations"] == pytest.approx(small["activations"], rel=1e-3)
     assert large["parameters"] - small["parameters"] == 4 * 32 * 20_000
-
-
-def _with_vocabulary(factory, size: int) -> nn.Module:
-    config = factory().config
-    config.vocab_size = size
-    with torch.device("meta"):
-        return adapters.attach(type(factory())(config), "lora", seed=0)
 
 
 def test_attention_dropout_keeps_no_square_matrix_on_cuda(tiny_bert):
@@ -253,21 +234,17 @@ def test_attention_dropout_keeps_no_square_matrix_on_cuda(tiny_bert):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("trains", "options", "name"),
     [
-        ({"optimizer": "adam"}, "optimizer"),
-        ({"autocast": "fp8"}, "autocast"),
-        ({"device": "mps"}, "device"),
+        (True, {"optimizer": "adam"}, "optimizer"),
+        (True, {"autocast": "fp8"}, "autocast"),
+        (True, {"device": "mps"}, "device"),
+        (False, {}, "trainable"),
     ],
 )
-def test_bad_input(options, name):
+def test_bad_input(trains, options, name):
     with pytest.raises(ParameterError, match=name):
-        predict_step_memory(Wide(4, 4), {"x": torch.zeros(1, 4)}, **options)
-
-
-def test_nothing_to_train():
-    with pytest.raises(ParameterError, match="trainable"):
-        predict_step_memory(Wide(4, 4).requires_grad_(False), {"x": torch.zeros(1, 4)})
+        predict_step_memory(Wide(4, 4).requires_grad_(trains), {"x": torch.zeros(1, 4)}, **options)
 
 
 class Twice(nn.Module):
@@ -279,11 +256,7 @@ class Twice(nn.Module):
 
     def forward(self, x):  # (B, T, 8)
         hidden = torch.relu(x.flatten(0, 1) @ self.up if self.flat else x @ self.up)  # the one large tensor
-
-        class Output:
-            loss = (hidden @ self.down).square().sum() + (hidden @ self.down).square().sum()
-
-        return Output()
+        return SimpleNamespace(loss=(hidden @ self.down).square().sum() + (hidden @ self.down).square().sum())
 
 
 @pytest.mark.parametrize("flat", [False, True])

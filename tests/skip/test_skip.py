@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_runs as runs
-from skipping import ALWAYS, at_work, batch, both, ours, plain_peft, prepared
+from skipping import ALWAYS, HALF, at_work, backward, batch, both, decisions, modes, ours, plain_peft, prepared
 from torch import nn
 
 from lorakit.adapters import adapter_layers, attach
@@ -26,14 +26,11 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @both
-@pytest.mark.parametrize("share", [0.5])
-def test_active_gradients_above_a_skipped_prefix_are_exactly_those_of_full_backprop(build, share, tiny_bert):
-    model, skip = prepared(build, tiny_bert, share=share)
+def test_active_gradients_above_a_skipped_prefix_are_exactly_those_of_full_backprop(build, tiny_bert):
+    model, skip = prepared(build, tiny_bert, share=0.5)
     reference = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
     reference.load_state_dict(model.state_dict())
-    skip.metric = [0.01] * 6 + [0.5] * 6
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip, HALF)
     reference(**batch()).loss.backward()
     full, part = gradients(reference), gradients(model)
     assert {name for name in full if "layer.0." not in name} == part.keys()
@@ -41,7 +38,7 @@ def test_active_gradients_above_a_skipped_prefix_are_exactly_those_of_full_backp
 
 
 @both
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@modes
 def test_outputs_do_not_change(build, mode, tiny_bert):
     model, skip = prepared(build, tiny_bert, mode=mode, share=0.5)
     before = model(**batch()).logits.detach()
@@ -69,24 +66,22 @@ def test_a_detached_adapter_passes_no_gradient_to_its_input_either(build, tiny_b
     handle = layer.register_forward_pre_hook(keep)
     outputs = []
     layer.register_forward_hook(lambda m, a, out: outputs.append(out) or out.retain_grad())
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip)
     handle.remove()
     expected = F.linear(outputs[0].grad, layer.base_layer.weight.T)
     torch.testing.assert_close(seen["x"].grad, expected, rtol=1e-4, atol=1e-8)
 
 
 @both
-@pytest.mark.parametrize("decide", ["ema", "forward"])
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@decisions
+@modes
 def test_a_skipped_step_leaves_weights_and_moments_bitwise_alone(build, decide, mode, tiny_bert):
     model, skip = prepared(build, tiny_bert, mode=mode, decide=decide, threshold=0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
 
     def step():
-        skip.begin_step(0.5)
-        model(**batch()).loss.backward()
+        backward(model, skip)
         optimizer.step()
         skip.after_step(0.5, optimizer)
 
@@ -110,37 +105,33 @@ def test_a_skipped_step_leaves_weights_and_moments_bitwise_alone(build, decide, 
 
 
 @both
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@modes
 def test_gradients_of_zeros_left_by_the_optimizer_are_no_step_of_the_skipped(build, mode, tiny_bert):
     """`zero_grad(set_to_none=False)` leaves zeros, with which AdamW would still decay the weights."""
     model, skip = prepared(build, tiny_bert, mode=mode, share=0.5)
-    skip.metric = [0.01] * 6 + [0.5] * 6
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     model(**batch()).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     before = [[p.detach().clone() for p in probe.parameters] for probe in skip.probes]
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip, HALF)
     optimizer.step()
-    moved = [
-        not all(map(torch.equal, probe.parameters, values)) for probe, values in zip(skip.probes, before, strict=True)
-    ]
+    pairs = zip(skip.probes, before, strict=True)
+    moved = [not all(map(torch.equal, probe.parameters, values)) for probe, values in pairs]
     assert moved == [probe.active for probe in skip.probes] == [False] * 6 + [True] * 6
 
 
 @both
 @pytest.mark.parametrize("min_active", [1, 3])
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@modes
 def test_decided_in_the_forward_the_last_adapters_stay_active(build, mode, min_active, tiny_bert):
     """In the forward no one knows which will be the largest: the floor is the last ones reached."""
     model, skip = prepared(build, tiny_bert, mode=mode, decide="forward", threshold=10.0, min_active=min_active)
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip)
     assert [probe.active for probe in skip.probes] == [False] * (12 - min_active) + [True] * min_active
 
 
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@modes
 def test_backward_flops_fall_with_the_prefix_and_hardly_without(mode, tiny_bert):
     model, skip = prepared(ours, lambda **o: tiny_bert(num_hidden_layers=4, hidden_size=64, **o), mode=mode, share=0.5)
     counts = {}
@@ -180,53 +171,33 @@ def test_threshold_zero_is_plain_lora_bitwise(tmp_path, tiny_bert):
     assert skip.report()["share_skipped"] == 0
 
 
-@pytest.mark.parametrize("decide", ["ema", "forward"])
-@pytest.mark.parametrize("mode", ["adapter", "prefix"])
+@decisions
+@modes
 def test_resume_is_bitwise(mode, decide, tmp_path, tiny_bert):
-    def made(folder, budget_kill=None):
+    def made(folder):
+        torch.manual_seed(0)
         model = attach(tiny_bert(), "lora", rank=4, seed=0)
         settings = runs.skipping(mode=mode, decide=decide, share=0.5, warmup=0.1, explore=0.3, measure_every=2)
         skip = SkipLoRA(model, settings, seed=3)
-        trainer = runs.trainer(model, folder, budget=Budget(14, "steps"), controllers=[skip], save_steps=5)
-        return model, skip, trainer
+        return skip, runs.trainer(model, folder, budget=Budget(14, "steps"), controllers=[skip], save_steps=5)
 
-    torch.manual_seed(0)
-    model, skip, trainer = made(tmp_path / "whole")
-    trainer.train()
-    torch.manual_seed(0)
-    _, _, trainer = made(tmp_path / "cut")
-    trainer.budget = Budget(14, "steps")
-    kill_after(trainer, 7)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    torch.manual_seed(0)
-    resumed, again, trainer = made(tmp_path / "cut")
-    trainer.train(resume_from_checkpoint=True)
-    assert runs.equal(runs.weights(model), runs.weights(resumed))
+    skip, whole = made(tmp_path / "whole")
+    whole.train()
+    runs.kill(made(tmp_path / "cut")[1], 14)  # two batches a step
+    again, resumed = made(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert again.report() == skip.report()
-    assert trainer.ledger.flops_backward > 0
-
-
-def kill_after(trainer, steps: int) -> None:
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == steps:
-                raise KeyboardInterrupt
-
-    trainer.add_callback(Kill())
+    assert resumed.ledger.flops_backward > 0
 
 
 def test_one_decision_for_all_batches_of_a_step(tiny_bert):
     model, skip = prepared(ours, tiny_bert, decide="forward", mode="adapter", threshold=0.0)
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip)
     skip.after_step(0.5, None)
     first = sorted(skip.metric)
     skip.settings = runs.skipping(**ALWAYS | {"decide": "forward", "mode": "adapter", "threshold": first[6]})
-    skip.begin_step(0.5)
-    model(**batch()).loss.backward()
+    backward(model, skip)
     decided = [probe.active for probe in skip.probes]
     for name, parameter in model.named_parameters():  # the next batch would be decided otherwise
         if "lora_B" in name:
@@ -238,8 +209,7 @@ def test_one_decision_for_all_batches_of_a_step(tiny_bert):
 @both
 def test_under_bf16_autocast_and_checkpointing(build, tiny_bert):
     model, skip = prepared(build, tiny_bert, share=0.5)
-    skip.metric = [0.01] * 6 + [0.5] * 6
-    expected = None
+    skip.metric, expected = HALF, None
     for checkpointed in (False, True):
         if checkpointed:
             bert = next(module for module in model.modules() if type(module).__name__.startswith("BertFor"))
@@ -261,7 +231,7 @@ def test_under_bf16_autocast_and_checkpointing(build, tiny_bert):
 @both
 def test_a_cut_that_would_be_undone_is_refused(build, tiny_bert):
     model, skip = prepared(build, tiny_bert, share=0.5)
-    skip.metric = [0.01] * 6 + [0.5] * 6
+    skip.metric = HALF
     model.enable_input_require_grads()
     skip.begin_step(0.5)
     with pytest.raises(LorakitError, match="enable_input_require_grads"):
@@ -282,8 +252,7 @@ def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
     plain.args.max_steps = 10
     trainer = SLoRATrainer(model, plain.args, runs.rows(), data_collator=runs.collate, controllers=[skip])
     trainer.train()
-    report = skip.report()
-    assert report["share_skipped_per_adapter"] == [0.8] * 6 + [0.0] * 6
+    assert skip.report()["share_skipped_per_adapter"] == [0.8] * 6 + [0.0] * 6
     assert all(probe.active for probe in skip.probes) and not any(probe.handles for probe in skip.probes)
 
 
@@ -292,10 +261,10 @@ def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.25, explore=0.0))
     trainer = runs.trainer(model, tmp_path, controllers=[skip], evaluations=2)
     trainer.train()
-    report = skip.report()
-    assert len(report["history"]["step"]) == len(trainer.curve.points) == len(report["history"]["metric"])
-    assert report["history"]["step"][-1] == 20 and len(report["adapters"]) == len(report["history"]["active"][-1]) == 13
-    assert report["history"]["active"][-1][0] == 0.0 and report["history"]["active"][-1][-1] == 1.0
+    history = skip.report()["history"]
+    assert len(history["step"]) == len(trainer.curve.points) == len(history["metric"]) and history["step"][-1] == 20
+    assert len(skip.report()["adapters"]) == len(history["active"][-1]) == 13
+    assert history["active"][-1][0] == 0.0 and history["active"][-1][-1] == 1.0
     plain = runs.trainer(attach(tiny_bert(), "lora", rank=4, seed=0), tmp_path / "plain")
     plain.train()
     assert trainer.ledger.flops_backward < 0.85 * plain.ledger.flops_backward
@@ -307,18 +276,12 @@ def test_the_ledger_of_a_run(tmp_path, tiny_bert):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        ({"mode": "suffix"}, "skip='suffix'"),
-        ({"decide": "later"}, "skip_decide='later'"),
-        ({"threshold": -0.1}, "skip_threshold=-0.1"),
-        ({"share": 1.0}, "skip_share=1.0"),
-        ({"warmup": 1.0}, "skip_warmup=1.0"),
-        ({"min_active": 0}, "skip_min_active=0"),
-        ({"explore": 1.5}, "skip_explore=1.5"),
-        ({"ema": 0.0}, "skip_ema=0.0"),
-        ({"measure_every": 0}, "skip_measure_every=0"),
-    ],
-)
+    [({"mode": "suffix"}, "skip='suffix'"), ({"decide": "later"}, "skip_decide='later'"),
+     ({"threshold": -0.1}, "skip_threshold=-0.1"), ({"share": 1.0}, "skip_share=1.0"),
+     ({"warmup": 1.0}, "skip_warmup=1.0"), ({"min_active": 0}, "skip_min_active=0"),
+     ({"explore": 1.5}, "skip_explore=1.5"), ({"ema": 0.0}, "skip_ema=0.0"),
+     ({"measure_every": 0}, "skip_measure_every=0")],
+)  # fmt: skip
 def test_bad_settings(options, named):
     with pytest.raises(ParameterError, match=named.replace(".", r"\.")):
         runs.skipping(**options)

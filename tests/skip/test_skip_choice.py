@@ -52,16 +52,15 @@ def test_m_in_a_model_equals_hooks_on_its_layers(build, tiny_bert):
 
 @both
 def test_m_accumulates_over_the_batches_of_a_step(build, tiny_bert):
-    whole, parts = batch(), batch()
     metric = []
     for split in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
         model, skip = prepared(build, tiny_bert, threshold=0.0)
         skip.begin_step(0.5)
         for rows in split:
-            model(**{name: value[rows] for name, value in parts.items()}).loss.backward()
+            model(**{name: value[rows] for name, value in batch().items()}).loss.backward()
         skip.after_step(0.6, None)
         metric.append(skip.metric)
-    assert metric[0] == pytest.approx(metric[1], rel=1e-5) and whole.keys() == parts.keys()
+    assert metric[0] == pytest.approx(metric[1], rel=1e-5)
 
 
 def test_the_average_starts_at_the_first_measurement_and_replaces_while_warm(tiny_bert):
@@ -99,26 +98,20 @@ def pick(metric, **options) -> str:
 
 @pytest.mark.parametrize(
     ("metric", "options", "active"),
-    [
-        ([0.1, 0.01, 0.1, 0.01, 0.1, 0.01], {"mode": "adapter"}, "101010"),
-        ([0.01] * 6, {"mode": "adapter"}, "100000"),  # the floor
-        ([0.01, 0.02, 0.03, 0.04, 0.03, 0.02], {"mode": "adapter", "min_active": 2}, "001100"),
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], {"mode": "adapter", "share": 0.5}, "000111"),
-        ([0.6, 0.1, 0.5, 0.2, 0.4, 0.3], {"mode": "adapter", "share": 0.5}, "101010"),
-        ([0.01, 0.02, 0.01, 0.06, 0.01, 0.01], {}, "001111"),  # one large adapter keeps its block and all above
-        ([0.01, 0.06, 0.01, 0.01, 0.01, 0.01], {}, "111111"),
-        ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.3}, "111111"),
-        ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.31}, "000011"),
-        ([0.01] * 6, {}, "000011"),
-        ([0.01] * 6, {"min_active": 3}, "001111"),
-        ([0.9, 0.8, 0.1, 0.1, 0.2, 0.3], {"share": 0.7}, "000011"),
-        ([0.1, 0.2, 0.3, 0.3, 0.4, 0.5], {"share": 0.3}, "111111"),
-        ([0.05] * 6, {"threshold": 0.05}, "111111"),  # below τ, not at it
-        ([0.0] * 6, {"threshold": 0.0}, "111111"),
-        ([0.01] * 6, {"explore": 1.0}, "111111"),
-        ([0.01] * 6, {"explore": 1.0, "mode": "adapter"}, "111111"),
-    ],
-)
+    [([0.1, 0.01, 0.1, 0.01, 0.1, 0.01], {"mode": "adapter"}, "101010"),
+     ([0.01] * 6, {"mode": "adapter"}, "100000"),  # the floor
+     ([0.01, 0.02, 0.03, 0.04, 0.03, 0.02], {"mode": "adapter", "min_active": 2}, "001100"),
+     ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], {"mode": "adapter", "share": 0.5}, "000111"),
+     ([0.6, 0.1, 0.5, 0.2, 0.4, 0.3], {"mode": "adapter", "share": 0.5}, "101010"),
+     ([0.01, 0.02, 0.01, 0.06, 0.01, 0.01], {}, "001111"),  # one large adapter keeps its block and all above
+     ([0.01, 0.06, 0.01, 0.01, 0.01, 0.01], {}, "111111"), ([0.01] * 6, {}, "000011"),
+     ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.3}, "111111"),
+     ([0.1, 0.3, 0.2, 0.1, 0.5, 0.4], {"threshold": 0.31}, "000011"),
+     ([0.01] * 6, {"min_active": 3}, "001111"), ([0.9, 0.8, 0.1, 0.1, 0.2, 0.3], {"share": 0.7}, "000011"),
+     ([0.1, 0.2, 0.3, 0.3, 0.4, 0.5], {"share": 0.3}, "111111"),
+     ([0.05] * 6, {"threshold": 0.05}, "111111"), ([0.0] * 6, {"threshold": 0.0}, "111111"),  # below τ, not at it
+     ([0.01] * 6, {"explore": 1.0}, "111111"), ([0.01] * 6, {"explore": 1.0, "mode": "adapter"}, "111111")],
+)  # fmt: skip
 def test_choice(metric, options, active):
     assert pick(metric, **options) == active
 

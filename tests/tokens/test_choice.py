@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import decoders
 import pytest
 import torch
 import training_runs as runs
+from decoders import adapted, assert_close, batch, chosen_of, gradients, of, split
 from torch import Tensor, nn
 
-from lorakit.adapters import attach
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.seams import AllTokens
 from lorakit.settings import Gating, TokenSettings
@@ -89,52 +90,15 @@ def test_systematic_sampling_draws_exactly_k_as_often_as_it_says(k):
 
 def causal() -> nn.Module:
     """A small decoder with adapters that are no longer zero."""
-    model = runs.tiny_gemma(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
-    return adapted(model)
+    return adapted(of("gemma"))
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    model = attach(model, "lora", rank=4, seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1, generator=generator())
-    model.config.use_cache = False
-    return model.train()
-
-
-def batch(kind: str = "right") -> dict[str, Tensor]:
-    """Three rows of 16: padded right or left, after prompts, packed (three documents a row), or bare."""
-    ids = torch.randint(1, 99, (3, 16), generator=generator(2))
-    labels, mask = ids.clone(), torch.ones_like(ids)
-    if kind == "packed":
-        positions = torch.tensor([[*range(5), *range(8), *range(3)], [*range(16)], [*range(2), *range(14)]])
-        return {"input_ids": ids, "position_ids": positions, "labels": labels.masked_fill(positions == 0, -100)}
-    for row, width in ((1, 4), (2, 9)):
-        off = slice(0, width) if kind == "left" else slice(16 - width, 16)
-        if kind in ("left", "right"):
-            mask[row, off] = 0
-            labels[row, off] = -100
-        elif kind == "prompt":
-            labels[row, :width] = -100
-    if kind == "left":  # what precedes a first real token is padding
-        labels[torch.arange(3), mask.argmax(1)] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def selection(model: nn.Module, kind: str = "causal", seed: int = 0, **settings) -> TokenGate:
-    return build_tokens(Gating(**{"method": "flora", "topk_tokens": 0.3} | settings), model, kind, seed=seed)
-
-
-def chosen_of(tokens: TokenGate) -> list[Chosen]:
-    """What `tokens` will have chosen, batch by batch."""
-    found, choose = [], tokens.choose
-    tokens.choose = lambda *given: (found.append(choose(*given)), found[-1])[1]
-    return found
+def selection(model: nn.Module, kind: str = "causal", **settings) -> TokenGate:
+    return decoders.selection(model, kind, **{"method": "flora", "topk_tokens": 0.3, "mode": "gather"} | settings)
 
 
 def selected(tokens: TokenGate, model: nn.Module, given: dict[str, Tensor]):
-    inputs = dict(given)
-    return tokens.select(model, inputs, inputs.pop("labels"))
+    return tokens.select(model, *split(given))
 
 
 @pytest.mark.parametrize("method", ["flora", "random"])
@@ -188,7 +152,7 @@ def token_losses(model: nn.Module, given: dict[str, Tensor], kind: str = "causal
     """(B, T) of the model's own logits, at the place of the prediction."""
     mean = MeanLoss(kind)
     with torch.no_grad():
-        mean(model(**{name: value for name, value in given.items() if name != "labels"}), given["labels"])
+        mean(model(**split(given)[0]), given["labels"])
     return mean.token_losses.view(given["labels"].shape)
 
 
@@ -224,20 +188,6 @@ def test_ranks_and_batches_draw_their_own_and_a_seed_draws_again():
 # the gradient of mode "gather" ----------------------------------------------------------------------
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each gradient's difference relative to its norm."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.norm() > 0, name
-        assert (found[name] - value).norm() < tolerance * value.norm(), name
-
-
 def only(labels: Tensor, chosen: Chosen, kind: str) -> Tensor:
     """Labels of all that was not chosen set to -100."""
     kept = torch.full_like(labels, -100).flatten()
@@ -254,8 +204,7 @@ def test_gathering_is_masking_the_labels_of_the_others(kind, method):
     loss = selected(tokens, model, given).finish() / tokens.divisor(labels)
     kept = only(labels, found[0], "causal")
     assert (kept != -100).sum() == tokens.divisor(labels) < (labels[:, 1:] != -100).sum()
-    inputs = {name: value for name, value in given.items() if name != "labels"}
-    assert_close(gradients(model, loss), gradients(model, MeanLoss("causal")(model(**inputs), kept)), 1e-5)
+    assert_close(gradients(model, loss), gradients(model, MeanLoss("causal")(model(**split(given)[0]), kept)), 1e-5)
 
 
 @pytest.mark.parametrize("method", ["flora", "random"])
@@ -267,8 +216,7 @@ def test_gathering_in_an_encoder_is_masking_the_labels_of_the_others(method):
     loss = selected(tokens, model, given).finish() / tokens.divisor(given["labels"])
     kept = only(given["labels"], found[0], "masked")
     assert (kept != -100).sum() == tokens.divisor(given["labels"])
-    inputs = {name: value for name, value in given.items() if name != "labels"}
-    assert_close(gradients(model, loss), gradients(model, MeanLoss("masked")(model(**inputs), kept)), 1e-5)
+    assert_close(gradients(model, loss), gradients(model, MeanLoss("masked")(model(**split(given)[0]), kept)), 1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -279,8 +227,7 @@ def test_gathering_everything_is_the_baseline(kind, softcap):
     tokens = selection(model, topk_tokens=0.999)
     made = selected(tokens, model, given)
     assert made.chosen == made.predictions == tokens.divisor(given["labels"])
-    inputs = {name: value for name, value in given.items() if name != "labels"}
-    plain = gradients(model, MeanLoss("causal")(model(**inputs), given["labels"]))
+    plain = gradients(model, MeanLoss("causal")(model(**split(given)[0]), given["labels"]))
     assert_close(gradients(model, made.finish() / made.chosen), plain, 1e-5)
 
 
@@ -289,7 +236,7 @@ def test_sampled_gradients_average_to_the_full_one_and_top_ks_do_not(per):
     model, given = adapted(runs.tiny_gemma(num_hidden_layers=1)), batch("right")
     given["labels"][:, ::2] = -100
     parameter = next(p for name, p in model.named_parameters() if "lora_A" in name and "q_proj" in name)
-    inputs = {name: value for name, value in given.items() if name != "labels"}
+    inputs, _ = split(given)
     # a spread of losses, so that choosing by it matters
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(10)
@@ -317,22 +264,20 @@ def test_sampled_gradients_average_to_the_full_one_and_top_ks_do_not(per):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [
-        ({"method": "best"}, "^gating.method='best': .*'baseline', 'random' or 'flora'"),
-        ({"topk_tokens": 0.0}, "^gating.topk_tokens=0.0: .*greater than 0"),
-        ({"topk_tokens": -0.2}, "^gating.topk_tokens=-0.2: .*greater than 0"),
-        ({"topk_tokens": 1.01}, "^gating.topk_tokens=1.01: .*less than or equal to 1"),
-        ({"topk_tokens": float("nan")}, "^gating.topk_tokens=nan: "),
-        ({"topk_tokens": "0.2"}, "^gating.topk_tokens='0.2': .*valid number"),
-        ({"sketch_dim": 1}, "^gating.sketch_dim=1: .*greater than or equal to 2"),
-        ({"topk_logits": -1}, "^gating.topk_logits=-1: .*greater than or equal to 0"),
-        ({"score": "norm"}, "^gating.score='norm': .*'sketch', 'gradient_norm'"),
-        ({"policy": "best"}, "^gating.policy='best': .*'topk' or 'pps'"),
-        ({"per": "row"}, "^gating.per='row': .*'batch' or 'sequence'"),
-        ({"mode": "skip"}, "^gating.mode='skip': .*'gather' or 'fractional'"),
-        ({"fraction": 0.2}, "^gating.fraction=0.2: unknown .*; known are method, topk_tokens, score"),
-    ],
-)
+    [({"method": "best"}, "^gating.method='best': .*'baseline', 'random' or 'flora'"),
+     ({"topk_tokens": 0.0}, "^gating.topk_tokens=0.0: .*greater than 0"),
+     ({"topk_tokens": -0.2}, "^gating.topk_tokens=-0.2: .*greater than 0"),
+     ({"topk_tokens": 1.01}, "^gating.topk_tokens=1.01: .*less than or equal to 1"),
+     ({"topk_tokens": float("nan")}, "^gating.topk_tokens=nan: "),
+     ({"topk_tokens": "0.2"}, "^gating.topk_tokens='0.2': .*valid number"),
+     ({"sketch_dim": 1}, "^gating.sketch_dim=1: .*greater than or equal to 2"),
+     ({"topk_logits": -1}, "^gating.topk_logits=-1: .*greater than or equal to 0"),
+     ({"score": "norm"}, "^gating.score='norm': .*'sketch', 'gradient_norm'"),
+     ({"policy": "best"}, "^gating.policy='best': .*'topk' or 'pps'"),
+     ({"per": "row"}, "^gating.per='row': .*'batch' or 'sequence'"),
+     ({"mode": "skip"}, "^gating.mode='skip': .*'gather' or 'fractional'"),
+     ({"fraction": 0.2}, "^gating.fraction=0.2: unknown .*; known are method, topk_tokens, score")],
+)  # fmt: skip
 def test_settings_out_of_range_are_refused_alike_everywhere(given, message):
     from lorakit.params import resolve
 

@@ -8,24 +8,12 @@ import weakref
 
 import pytest
 import torch
-from decoders import (
-    ALL,
-    B,
-    T,
-    adapted,
-    assert_close,
-    batch,
-    gradients,
-    of,
-    prepared,
-    selection,
-    split,
-)
+from decoders import ALL, B, T, adapted, assert_close, batch, chosen_of, gradients, of, prepared, selection, split
 from torch import Tensor, nn
 
 from lorakit.adapters import quantize_nf4
 from lorakit.tokens import positions as rows_of_their_own
-from lorakit.tokens.fractional import FractionalGate, FreshKeys
+from lorakit.tokens.fractional import FreshKeys
 from lorakit.tokens.positions import places, row_width
 from lorakit.training.loss import MeanLoss
 
@@ -62,14 +50,10 @@ def test_with_everything_chosen_the_gradient_is_the_baselines(name, kind, attent
     assert_close(*both(adapted(of(name, attention)), batch(kind)), 1e-5)
 
 
-def test_without_an_attention_mask_too():
-    assert_close(*both(adapted(of("gemma")), batch("bare")), 1e-5)
-
-
-@pytest.mark.parametrize("method", ["hira", "full"])
-def test_other_methods(method):
+@pytest.mark.parametrize(("method", "kind"), [("lora", "bare"), ("hira", "right"), ("full", "right")])
+def test_other_methods_and_no_attention_mask(method, kind):
     """The trained embedding and norms too: every prediction's token is chosen, the last one's input is not needed."""
-    assert_close(*both(adapted(of("gemma"), method), batch("right")), 1e-5)
+    assert_close(*both(adapted(of("gemma"), method), batch(kind)), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
@@ -105,13 +89,6 @@ def test_a_prediction_of_padding_is_chosen_as_well():
 
 
 # a fraction chosen ----------------------------------------------------------------------------------
-
-
-def chosen_of(tokens: FractionalGate) -> list:
-    """What `tokens` will have chosen, batch by batch."""
-    found, choose = [], tokens.choose
-    tokens.choose = lambda *given: (found.append(choose(*given)), found[-1])[1]
-    return found
 
 
 @contextlib.contextmanager
@@ -162,38 +139,28 @@ SOME = [
 ]
 
 
-def name_of(settings: dict) -> str:
-    return "-".join(map(str, settings.values()))
-
-
-@pytest.mark.parametrize("kind", ["right", "left", "packed"])
-@pytest.mark.parametrize("settings", SOME, ids=name_of)
-@pytest.mark.parametrize("name", ["gemma", "llama", "gpt2"])
-def test_the_gradient_flows_through_chosen_tokens_only(name, settings, kind):
-    model, given = adapted(of(name)), batch(kind)
+def assert_truncated(model: nn.Module, given: dict[str, Tensor], **settings) -> None:
     tokens = selection(model, **settings)
     found = chosen_of(tokens)
     ours = gradients(model, tokens.select(model, *split(given)).finish())
     assert_close(ours, truncated(model, given, found[0]), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+@pytest.mark.parametrize("settings", SOME, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("name", ["gemma", "llama", "gpt2"])
+def test_the_gradient_flows_through_chosen_tokens_only(name, settings, kind):
+    assert_truncated(adapted(of(name)), batch(kind), **settings)
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "toy"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_in_every_architecture(name, attention):
-    model, given = adapted(of(name, attention)), batch("right")
-    tokens = selection(model, topk_tokens=0.4)
-    found = chosen_of(tokens)
-    ours = gradients(model, tokens.select(model, *split(given)).finish())
-    expected = truncated(model, given, found[0])
-    assert_close(ours, expected, 1e-5)
+    assert_truncated(adapted(of(name, attention)), batch("right"), topk_tokens=0.4)
 
 
 def test_full_training_is_cut_at_the_same_places():
-    model, given = adapted(of("llama"), "full"), batch("right")
-    tokens = selection(model, topk_tokens=0.4)
-    found = chosen_of(tokens)
-    ours = gradients(model, tokens.select(model, *split(given)).finish())
-    assert_close(ours, truncated(model, given, found[0]), 1e-5)
+    assert_truncated(adapted(of("llama"), "full"), batch("right"), topk_tokens=0.4)
 
 
 def test_the_truncated_gradient_is_another_one_than_gathers():
@@ -257,11 +224,8 @@ def test_a_sequence_in_several_rows_has_the_gradient_of_one(monkeypatch):
 
 
 def test_one_row_alone():
-    model, given = adapted(of("gemma")), batch("right")
-    given = {name: value[:1] for name, value in given.items()}
-    assert tuple(given["labels"].shape) == (1, T)
-    tokens = selection(model, topk_tokens=0.3)
-    made = tokens.select(model, *split(given))
+    model, given = adapted(of("gemma")), {name: value[:1] for name, value in batch("right").items()}
+    made = selection(model, topk_tokens=0.3).select(model, *split(given))
     assert made.chosen == made.backpropagated == 5
     assert all(torch.isfinite(g).all() and g.any() for g in gradients(model, made.finish()).values())
 
@@ -303,14 +267,15 @@ def test_positions_shared_by_all_rows_may_be_given_once():
 def test_recorded_keys_are_given_up_layer_by_layer(monkeypatch):
     model, given = adapted(of("gemma", num_hidden_layers=4, layer_types=["full_attention"] * 4)), batch("right")
     tokens = selection(model, topk_tokens=0.3)
-    recorded, alive = [], []
+    recorded, graph, alive = [], [], []
     record, update = tokens._record, FreshKeys.update
 
     def recording(*given):
         made = record(*given)
-        recorded.extend(
-            weakref.ref(t.untyped_storage()) for layer in made[1].layers for t in (layer.keys, layer.values)
-        )
+        tensors = [t for layer in made[1].layers for t in (layer.keys, layer.values)]
+        recorded.extend(weakref.ref(t.untyped_storage()) for t in tensors)
+        graph.extend(t.requires_grad for t in tensors)
+        assert made[1].layers[0].keys.shape == (B, 1, T, 16)
         return made
 
     def updating(self, *given, **options):
@@ -322,16 +287,9 @@ def test_recorded_keys_are_given_up_layer_by_layer(monkeypatch):
     monkeypatch.setattr(FreshKeys, "update", updating)
     made = tokens.select(model, *split(given))
     assert len(recorded) == 8 and all(storage() is not None for storage in recorded)
+    assert not any(graph)
     loss = made.finish()
     gc.collect()
     assert alive == [8, 6, 4, 2]
     assert all(storage() is None for storage in recorded)
     loss.backward()
-
-
-def test_nothing_recorded_has_a_graph():
-    model, given = adapted(of("gemma")), batch("right")
-    tokens = selection(model, topk_tokens=0.3)
-    _, recorded, _ = tokens._record(model, *split(given), None)
-    assert not any(t.requires_grad for layer in recorded.layers for t in (layer.keys, layer.values))
-    assert recorded.layers[0].keys.shape == (B, 1, T, 16)

@@ -7,13 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import training_runs as runs
-from decoders import (
-    adapted,
-    batch,
-    of,
-    selection,
-    split,
-)
+from decoders import adapted, batch, of, selection, split
 
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.params import Params, check
@@ -29,41 +23,53 @@ def test_encoders_are_refused():
         build_tokens(Gating(method="flora", mode="fractional"), runs.tiny_masked(), "masked")
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_other_attention_is_refused(attention):
-    model = of("gemma")
-    model.config._attn_implementation = attention
-    with pytest.raises(
-        LorakitError, match=f"Gemma3ForCausalLM: .*needs attention 'sdpa' or 'eager', not '{attention}'"
-    ):
-        selection(model)
-
-
-def test_models_without_keys_are_refused():
+def mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(LorakitError, match="MambaForCausalLM: mode 'fractional'.*use 'gather'"):
-        selection(model)
+    return MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4))
 
 
-def test_layers_it_does_not_know_are_refused():
-    model = of("llama")
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(LorakitError, match="LlamaForCausalLM: .*not .*linear_attention.*use 'gather'"):
-        selection(model)
+def prompted():
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(of("gemma"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 
-def test_bidirectional_attention_is_refused():
-    with pytest.raises(LorakitError, match="needs a causal decoder"):
-        selection(of("gemma", use_bidirectional_attention=True))
+def changed(name, **config):
+    model = of(name)
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    return model
 
 
-def test_checkpointing_is_refused():
+def linear_attention():
+    return changed("llama", layer_types=["full_attention", "linear_attention"])
+
+
+def checkpointing():
     model = of("gemma")
     model.activation_checkpointing_enable()
-    with pytest.raises(LorakitError, match="does not go with gradient_checkpointing"):
-        selection(model)
+    return model
+
+
+GEMMA, ATTENTION = "Gemma3ForCausalLM: .*", "needs attention 'sdpa' or 'eager', not "
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: changed("gemma", _attn_implementation="flash_attention_2"), GEMMA + ATTENTION + "'flash_attention_2'"),
+        (lambda: changed("gemma", _attn_implementation="flex_attention"), GEMMA + ATTENTION + "'flex_attention'"),
+        (mamba, "MambaForCausalLM: mode 'fractional'.*use 'gather'"),
+        (linear_attention, "LlamaForCausalLM: .*not .*linear_attention.*use 'gather'"),
+        (lambda: of("gemma", use_bidirectional_attention=True), "needs a causal decoder"),
+        (checkpointing, "does not go with gradient_checkpointing"),
+        (prompted, GEMMA + "does not go with prompt learning"),
+    ],
+)
+def test_models_it_cannot_serve_are_refused(make, message):
+    with pytest.raises(LorakitError, match=message):
+        selection(make())
 
 
 def test_checkpointing_switched_on_later_is_noticed():
@@ -81,14 +87,6 @@ def test_a_model_whose_code_fails_on_prepared_masks_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(LorakitError, match=r"BloomForCausalLM: .*cannot serve this model.*ValueError.*use 'gather'"):
         selection(model).verify(model, *split(batch("right")))
-
-
-def test_virtual_tokens_are_refused():
-    from peft import PromptTuningConfig, get_peft_model
-
-    model = get_peft_model(of("gemma"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(LorakitError, match="Gemma3ForCausalLM: .*does not go with prompt learning"):
-        selection(model)
 
 
 def test_keys_of_ones_own_are_refused():

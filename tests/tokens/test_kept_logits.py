@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+import training_runs as runs
 from decoders import adapted, assert_close, batch, gradients, of, prepared, selection, split
 from torch import Tensor, nn
 
@@ -41,35 +42,14 @@ def rows_of(best: BestLogits) -> Tensor:
 # what is kept ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", ["random", "rising", "falling"])
 @pytest.mark.parametrize("kept", [1, 7, 20, 49, 50])
-@pytest.mark.parametrize("chunk", [1, 3, 20, 50, 64])
-def test_kept_are_the_largest_of_all(chunk, kept):
+@pytest.mark.parametrize("chunk", [1, 3, 4, 20, 50, 64])
+def test_kept_are_the_largest_of_all(chunk, kept, order):
     scores = torch.randn(50, generator=torch.Generator().manual_seed(kept))
+    scores = scores if order == "random" else scores.sort(descending=order == "falling").values
     best = filled(scores, chunk, functools.partial(policies.largest, k=kept), kept)
     assert torch.equal(best.places, policies.largest(scores, kept))
-    assert torch.equal(rows_of(best), best.places)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_best_may_come_last_or_first(order):
-    scores = torch.arange(30.0) * order
-    best = filled(scores, 4, functools.partial(policies.largest, k=6), 6)
-    assert torch.equal(best.places, policies.largest(scores, 6)) and torch.equal(rows_of(best), best.places)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 9])
-def test_equal_scores_are_not_lost(chunk):
-    scores = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1)).float()
-    generator = torch.Generator().manual_seed(chunk)
-
-    def pick(given: Tensor) -> Tensor:
-        """Whichever of the largest, at every call others."""
-        order = torch.randperm(len(given), generator=generator)
-        return order[policies.largest(given[order], 9)].sort().values
-
-    best = filled(scores, chunk, pick, 9)
-    assert len(set(best.places.tolist())) == 9 and (best.places >= 0).all()
-    assert torch.equal(scores[best.places].sort().values, scores.topk(9).values.sort().values)
     assert torch.equal(rows_of(best), best.places)
 
 
@@ -87,22 +67,23 @@ def test_each_sequence_keeps_its_own_best(first, chunk):
         assert torch.equal(rows_of(best), best.places)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 10, 15])
-def test_equal_scores_of_a_sequence_make_no_room_for_anothers(chunk):
-    """Whichever of the equal ones are picked, one that was given up does not come back."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 2, (30,), generator=generator).float()
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 9, 10, 15])
+def test_equal_scores_are_not_lost_and_make_no_room_for_another_sequences(chunk, groups):
+    """Whichever of the equal ones are picked, at every call others, one that was given up does not come back."""
+    generator, size, k = torch.Generator().manual_seed(0), 30 // groups, 9 // groups
+    scores = torch.randint(0, 2 if groups > 1 else 3, (30,), generator=generator).float()
 
     def pick(given: Tensor) -> Tensor:
-        orders = [10 * group + torch.randperm(10, generator=generator) for group in range(3)]
-        return torch.cat([order[policies.largest(given[order], 3)] for order in orders]).sort().values
+        orders = [size * group + torch.randperm(size, generator=generator) for group in range(groups)]
+        return torch.cat([order[policies.largest(given[order], k)] for order in orders]).sort().values
 
     for _ in range(20):
         best = filled(scores, chunk, pick, 9)
-        assert torch.equal(rows_of(best), best.places)
-        assert (best.places // 10).tolist() == [0] * 3 + [1] * 3 + [2] * 3 and len(set(best.places.tolist())) == 9
-        for group, places in enumerate(best.places.split(3)):
-            assert scores[places].sum() == scores[10 * group : 10 * group + 10].topk(3).values.sum()
+        assert torch.equal(rows_of(best), best.places) and len(set(best.places.tolist())) == 9
+        assert torch.bincount(best.places // size).tolist() == [k] * groups
+        for mine, all_of_them in zip(best.places.split(k), scores.split(size), strict=True):
+            assert torch.equal(scores[mine].sort(descending=True).values, all_of_them.topk(k).values)
 
 
 # their losses ---------------------------------------------------------------------------------------
@@ -136,7 +117,7 @@ class Rows:
     """How many predictions the head was run for."""
 
     def __init__(self, model: nn.Module):
-        self.count, self.given = 0, []
+        self.count = 0
         model.get_output_embeddings().register_forward_hook(self._add)
 
     def _add(self, _: nn.Module, arguments: tuple, output: Tensor) -> None:
@@ -194,18 +175,12 @@ def test_under_autocast_too(name, mode, kind):
 
 
 def test_a_masked_language_models_head_is_not_run_again():
-    import training_runs as runs
-
-    from lorakit.tokens import build_tokens
-
     model = prepared(attach(runs.tiny_masked(), "lora", rank=4, seed=0)).eval()
     given = batch("right")
-    given["labels"] = given["labels"].masked_fill(
-        torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.5, -100
-    )
+    given["labels"][:, ::2] = -100
     rows, made = Rows(model), []
     for keeps in (True, False):
-        tokens = build_tokens(Gating(method="flora", topk_tokens=0.3), model, "masked")
+        tokens = selection(model, "masked", method="flora", topk_tokens=0.3, mode="gather")
         tokens._keeps = keeps
         one = tokens.select(model, *split(given))
         made.append(gradients(model, one.finish()))
@@ -226,26 +201,19 @@ def head_adapted() -> nn.Module:
     return prepared(attach(of("llama"), "lora", rank=4, seed=0, target_modules=["lm_head", "q_proj"]))
 
 
-@pytest.mark.parametrize("mode", ["gather", "fractional"])
-@pytest.mark.parametrize("make", [head_trained, head_adapted])
-def test_a_head_that_learns_runs_for_the_chosen(make, mode):
-    model, given = make(), batch("right")
-    rows = Rows(model)
-    tokens = selection(model, method="flora", topk_tokens=0.3, mode=mode)
-    made = tokens.select(model, *split(given))
-    found = gradients(model, made.finish())
-    assert rows.count == made.predictions + made.chosen
-    assert any("lm_head" in name and gradient.norm() > 0 for name, gradient in found.items())
+FLORA, DRAWS = {"method": "flora"}, [{"method": "random"}, {"method": "flora", "policy": "pps"}]
+AGAIN = [(head_trained, FLORA), (head_adapted, FLORA), *((lambda: adapted(of("llama")), given) for given in DRAWS)]
 
 
-@pytest.mark.parametrize("settings", [{"method": "random"}, {"method": "flora", "policy": "pps"}])
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
-def test_draws_need_the_head_again(settings, mode):
-    model = adapted(of("llama"))
+@pytest.mark.parametrize(("make", "settings"), AGAIN)
+def test_a_head_that_learns_runs_again_for_the_chosen_and_for_draws(make, settings, mode):
+    model = make()
     rows = Rows(model)
     made = selection(model, topk_tokens=0.3, mode=mode, **settings).select(model, *split(batch("right")))
-    made.finish()
+    found = gradients(model, made.finish())
     assert rows.count == made.chosen + (made.predictions if settings["method"] == "flora" else 0)
+    assert settings is not FLORA or any("lm_head" in name and grad.norm() > 0 for name, grad in found.items())
 
 
 def peft_model(kind: str, **options) -> nn.Module:
