@@ -26,6 +26,7 @@ def test_every_command_has_help(name, capsys):
     [
         (["tarin"], "'tarin' is not a command; there are demo"),
         (["train", "-p", "rank=0"], "lorakit train: rank=0: "),
+        (["train", "-p", "gating.topk_tokens=2.0"], "gating.topk_tokens=2.0: "),
         (["train", "-p", "rank"], "-p='rank': must be name=value"),
         (["train", "-f", "missing.yaml"], "-f='missing.yaml': no such params file"),
         (["search"], "search_rates=[]: must list"),

@@ -14,24 +14,8 @@ from lorakit.tasks import corpus
 from lorakit.tasks import task as judged
 from lorakit.tasks.toy import tokenizer as toy
 
-WORDS = [
-    "a",
-    "the",
-    "film",
-    "plot",
-    "cast",
-    "is",
-    "was",
-    "not",
-    "very",
-    "good",
-    "bad",
-    "dull",
-    "and",
-    "but",
-    "with",
-    "of",
-]
+WORDS = ["a", "the", "film", "plot", "cast", "is", "was", "not", "very", "good", "bad", "dull", "and", "but"]
+WORDS += ["with", "of"]
 
 
 def sentences(count: int, length: int = 9, seed: int = 0) -> list[str]:
@@ -120,19 +104,11 @@ def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
     assert sizes(task) == (40, 5, 5)
     assert '"quoted"\nand more' in texts(task, encoder, "train")[0]
     held_out = texts(task, encoder, "validation")[0]
-    (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n"{sentences(1)[0]}",0\n')
-    given = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert len(given.test) == 2 and len(given.train) + len(given.validation) == 50
+    (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n{rows[3].upper()}\n')
+    given = tasks.load("imdb", encoder, data_dir=str(tmp_path))  # without the row that the test file holds too
+    assert len(given.test) == 2 and len(given.train) + len(given.validation) == 49
     assert held_out in texts(given, encoder, "train") + texts(given, encoder, "validation")
-
-
-def test_rows_of_a_given_test_split_leave_the_training_rows(tmp_path, encoder):
-    rows = [f'"{text}",1' for text in sentences(30)]
-    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
-    (tmp_path / "test.csv").write_text("\n".join(["text,label", rows[3].upper(), rows[7]]))
-    task = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert len(task.train) + len(task.validation) == 28 and len(task.test) == 2
-    assert any("later split" in note for note in task.notes)
+    assert any("later split" in note for note in given.notes)
 
 
 def write_mrpc(path, pairs, start=0):

@@ -123,7 +123,7 @@ def choosing_tokens(folder: str) -> dict:
     """What this process ended with, by choice."""
     ended = {}
     for name in CHOICES:
-        trainer = runs.ran(choosing(folder, name, batch_size=8))
+        trainer = runs.ran(choosing(folder, name))
         ended[name] = {
             "weights": runs.weights(trainer.model),
             "decisions": trainer.gate_log.decisions,
@@ -166,15 +166,8 @@ def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):
     quick = ["budget=6", "gate_burn_in=3", "batch_size=4", "max_test=16", "max_validation=16", "evaluations=1"]
     given = [*quick, "latency_repeats=0", "predict_memory=false", f"record={tmp_path / 'record.json'}"]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--config_file",
-        "params/accelerate/two_processes_cpu.yaml",
-        "--main_process_port",
-        "0",
-        "-m",
-        "lorakit",
-    ]
-    command += ["train", "-f", "params/toy/_setting.yaml", "-f", "params/toy/slora.yaml"]
+    command += ["--config_file", "params/accelerate/two_processes_cpu.yaml", "--main_process_port", "0"]
+    command += ["-m", "lorakit", "train", "-f", "params/toy/_setting.yaml", "-f", "params/toy/slora.yaml"]
     command += [word for one in given for word in ("-p", one)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
     done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=280)
