@@ -41,6 +41,11 @@ def test_a_new_row_of_the_palette_changes_no_other_rows_look(monkeypatch):
 
 def test_every_known_row_has_a_look_and_a_label():
     assert {*names.LABELS} == {*style.PALETTE}
+    assert len({names.label(row) for row in style.PALETTE}) == len(style.PALETTE)
+    of_gates = {"baseline", "full_length", "same_flops", "random", "slora", "loss_floor", "gradient_norm"}
+    of_gates |= {"novelty_loss", "least_novel", "random50", "slora50"}
+    chosen = {f"{name}{mode}" for name in ("random20", "flora20", "flora40", "pps20") for mode in ("", "_gather")}
+    assert of_gates | chosen | {"random_tokens", "targets_only"} <= {*style.PALETTE}
 
 
 def luminance(color) -> float:
@@ -82,17 +87,12 @@ def test_memory_shades_are_told_apart_by_lightness_alone():
 def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
     import matplotlib
 
+    before = matplotlib.get_backend()
     with matplotlib.rc_context({"font.size": 3, "axes.facecolor": "red", "legend.fontsize": 3}):
         drawn = figures.loss_curve(runs())
         assert matplotlib.rcParams["font.size"] == 3
     assert drawn.axes[0].get_facecolor() == (1, 1, 1, 1)
     assert drawn._repr_png_() == figures.loss_curve(runs())._repr_png_()
-
-
-def test_the_readers_backend_is_left_alone():
-    import matplotlib
-
-    before = matplotlib.get_backend()
     try:
         matplotlib.use("svg")
         figures.loss_curve(runs())
@@ -107,19 +107,17 @@ def test_the_readers_backend_is_left_alone():
 def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
     from IPython.core.formatters import DisplayFormatter
     from matplotlib.figure import Figure
+    from matplotlib.image import imread
 
     drawn = figures.loss_curve(runs())
     shown, _ = DisplayFormatter().format(drawn)
     assert set(shown) == {"text/plain", "image/png"}
-    assert shown["image/png"].startswith(b"\x89PNG")
+    assert imread(io.BytesIO(shown["image/png"])).shape[1] == 780
+    assert repr(drawn) == repr(figures.loss_curve(runs()))
+    assert repr(drawn).startswith("<Figure size 780x")  # no address, which would differ
     inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
     inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
     assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
-
-
-def test_the_text_beside_the_png_is_the_same_every_time():
-    assert repr(figures.loss_curve(runs())) == repr(figures.loss_curve(runs()))
-    assert repr(figures.loss_curve(runs())).startswith("<Figure size 780x")  # no address, which would differ
 
 
 def test_what_draws_is_loaded_when_drawing():
@@ -131,12 +129,6 @@ def test_what_draws_is_loaded_when_drawing():
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []"
     )
     subprocess.run([sys.executable, "-W", "error:::lorakit", "-c", code], check=True)
-
-
-def test_the_png_is_780_pixels_wide():
-    from matplotlib.image import imread
-
-    assert imread(io.BytesIO(figures.loss_curve(runs())._repr_png_())).shape[1] == 780
 
 
 def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from lorakit import models
 from lorakit.errors import AssetError, ParameterError
 from lorakit.models import configs, sources
+
+
+def raising(error: Exception):
+    def asked(*_, **__):
+        raise error
+
+    return asked
 
 
 def test_fingerprint_follows_every_byte_that_matters(bert):
@@ -46,12 +54,7 @@ def test_unreachable_hub_is_one_line_naming_what_was_tried_and_what_works_offlin
 
 
 def test_hub_switched_off_answers_at_once(monkeypatch):
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def model_info(*_, **__):
-        raise OfflineModeIsEnabled("off")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", raising(OfflineModeIsEnabled("off")))
     with pytest.raises(AssetError, match="switched off .HF_HUB_OFFLINE"):
         models.load("surely-not/cached-here", "classify")
 
@@ -92,10 +95,7 @@ def test_hub_download_takes_one_format_of_weights(monkeypatch):
 
 
 def test_lost_connection_during_download_is_one_line(monkeypatch):
-    def lost(*_, **__):
-        raise TimeoutError("read timed out")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lost)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", raising(TimeoutError("read timed out")))
     online = sources.Source("org/bert", "org/bert", "hub", "hub commit c0ffee", "c0ffee", offline=False)
     with pytest.raises(AssetError, match="model='org/bert': download from the hub failed: TimeoutError: read timed"):
         sources.download(online)
