@@ -151,14 +151,10 @@ def test_the_code_fingerprint_is_of_what_a_run_executes():
 def house(tmp_path):
     """A small one of sound modules, and how to add a line to it."""
     files = {
-        "errors": "",
-        "seams": "import torch",
-        "records": "from lorakit.errors import LorakitError",
-        "analysis/frame": "from lorakit import records",
-        "gates/random": "from lorakit.seams import Gate",
-        "training/gated": "from lorakit import seams",
-        "studies/gates": "from lorakit.analysis import frame",
-    }
+        "errors": "", "seams": "import torch", "records": "from lorakit.errors import LorakitError",
+        "analysis/frame": "from lorakit import records", "gates/random": "from lorakit.seams import Gate",
+        "training/gated": "from lorakit import seams", "studies/gates": "from lorakit.analysis import frame",
+    }  # fmt: skip
     for name, text in files.items():
         path = tmp_path / "lorakit" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ from lorakit import files
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.gates import GATES
 from lorakit.gates.log import GateLog
-from lorakit.params import params_of
 from lorakit.seams import Decision, Gate
 from lorakit.settings import AdapterSettings
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe
@@ -103,16 +102,6 @@ def test_an_adapter_a_gate_a_task_and_a_figure_from_outside_run_end_to_end(tmp_p
     assert 0 < record.parameters.trainable < record.parameters.total
     drawn = seconds(lorakit.read_all(tmp_path / "records"))
     assert len(drawn.axes[0].patches) == 1 and isinstance(lorakit.frame([record]).runs, pd.DataFrame)
-
-
-def test_a_row_is_a_file(tmp_path, monkeypatch):
-    setting = tmp_path / "mine"
-    setting.mkdir()
-    (setting / "_setting.yaml").write_text("model: toy-encoder\ntask: toy-reviews\n")
-    (setting / "lora.yaml").write_text("")
-    (setting / "lora_r2.yaml").write_text("rank: 2\nlabel: LoRA, rank 2\n")
-    monkeypatch.setattr("lorakit.params.doors.PARAMS", tmp_path)
-    assert params_of("mine", "lora_r2")["rank"] == 2
 
 
 def test_a_gate_says_itself_whether_it_scores_novelty():

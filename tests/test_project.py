@@ -114,8 +114,7 @@ def test_makefile_has_its_targets_and_ci_calls_one():
     assert "set -euo pipefail" in script and script.endswith("\nmake test\n")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
-
-def test_notebook_metadata_is_stripped_alike_by_hook_and_by_make():
+    # notebooks' metadata is stripped alike by the hook and by make
     assert RUN_METADATA in (ROOT / ".pre-commit-config.yaml").read_text()
 
 

@@ -18,17 +18,21 @@ from lorakit.training.loss import MeanLoss
 QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
 
 
-def rows(count: int = 100, seed: int = 0):
-    """Rows of 5 to 20 tokens; the label is whether the first token is odd."""
+def _random_rows(count: int, seed: int, shortest: int, above: int, labels):
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
-        length = int(torch.randint(5, 20, (1,), generator=generator))
+        length = int(torch.randint(shortest, above, (1,), generator=generator))
         ids = torch.randint(1, 99, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids[0] % 2})
+        made.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels(ids)})
     return Dataset.from_list(made)
+
+
+def rows(count: int = 100, seed: int = 0):
+    """Rows of 5 to 20 tokens; the label is whether the first token is odd."""
+    return _random_rows(count, seed, 5, 20, lambda ids: ids[0] % 2)
 
 
 def _padded(batch, width: int, **pads: int) -> dict[str, torch.Tensor]:
@@ -179,15 +183,7 @@ def tiny_gemma(**options):
 
 def language_rows(count: int = 100, seed: int = 0):
     """Token rows (8 to 16 of 99 words) whose labels are the tokens themselves, the first three unlabelled."""
-    from datasets import Dataset
-
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        length = int(torch.randint(8, 17, (1,), generator=generator))
-        ids = torch.randint(1, 99, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
-    return Dataset.from_list(made)
+    return _random_rows(count, seed, 8, 17, lambda ids: [-100] * 3 + ids[3:])
 
 
 def half_empty(count: int = 80, every: int = 16):

@@ -69,13 +69,6 @@ def test_how_often_the_interval_covers_the_truth(count, trials, share):
     assert abs(covered - share) <= 4 * math.sqrt(share * (1 - share) / trials)
 
 
-def test_a_bootstrap_of_three_seeds_would_not_cover():
-    """Why few seeds get a t-interval: not even their whole range holds the truth more than 75 % of the time."""
-    draws = np.random.default_rng(4).normal(size=(4000, 3))
-    inside = np.mean((draws.min(axis=1) <= 0) & (draws.max(axis=1) >= 0))
-    assert inside == pytest.approx(0.75, abs=0.03)
-
-
 def test_differences_are_paired_by_seed_whatever_the_order():
     a = [final("lora", seed, loss) for seed, loss in [(2, 0.5), (0, 0.1), (1, 0.3)]]
     b = [final("full", seed, loss) for seed, loss in [(1, 0.2), (2, 0.2), (0, 0.2), (7, 0.9)]]

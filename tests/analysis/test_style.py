@@ -7,8 +7,13 @@ import itertools
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from synthetic_records import record
 
 from lorakit.analysis import figures, names, style
@@ -50,8 +55,6 @@ def test_every_known_row_has_a_look_and_a_label():
 
 def luminance(color) -> float:
     """Relative luminance of WCAG 2."""
-    from matplotlib.colors import to_rgb
-
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
@@ -71,8 +74,6 @@ BLINDNESS = {
 
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_the_three_methods_of_every_setting_differ_for_all_kinds_of_colour_vision(kind):
-    from matplotlib.colors import to_rgb
-
     rows = ("full", "lora", "head")
     linear = np.array([to_rgb(style.PALETTE[name].color) for name in rows]) ** 2.2
     seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
@@ -85,8 +86,6 @@ def test_memory_shades_are_told_apart_by_lightness_alone():
 
 
 def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
-    import matplotlib
-
     before = matplotlib.get_backend()
     with matplotlib.rc_context({"font.size": 3, "axes.facecolor": "red", "legend.fontsize": 3}):
         drawn = figures.loss_curve(runs())
@@ -105,10 +104,6 @@ def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
 
 
 def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
-    from IPython.core.formatters import DisplayFormatter
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-
     drawn = figures.loss_curve(runs())
     shown, _ = DisplayFormatter().format(drawn)
     assert set(shown) == {"text/plain", "image/png"}

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from lorakit import assets, models
 from lorakit.errors import AssetError, ParameterError
@@ -38,8 +40,6 @@ def test_gpt2_pads_with_its_end_token(gpt2):
 
 
 def test_weights_are_the_checkpoints(bert, gemma):
-    from safetensors.torch import load_file
-
     stored = load_file(Path(bert) / "model.safetensors")
     loaded = models.load(bert, "classify").model.bert.state_dict()
     assert stored and all(torch.equal(loaded[name], stored[name]) for name in stored)
@@ -73,8 +73,6 @@ def test_masked_head_missing_from_a_base_model_is_told_and_tied(bert):
 
 
 def test_loading_prints_and_logs_nothing(bert, capfd):
-    from transformers.utils import logging
-
     logged = []
     handler = Handler()
     handler.emit = logged.append
@@ -87,8 +85,6 @@ def test_loading_prints_and_logs_nothing(bert, capfd):
 
 
 def test_verbosity_returns_to_what_it_was_also_after_errors(bert):
-    from transformers.utils import logging
-
     logging.set_verbosity_info()
     logging.enable_progress_bar()
     try:
@@ -130,8 +126,6 @@ def test_damaged_files_are_one_line(bert, file, text, message):
 
 
 def test_weights_without_some_layers_are_refused(bert):
-    from safetensors.torch import load_file, save_file
-
     file = Path(bert) / "model.safetensors"
     kept = {name: value for name, value in load_file(file).items() if "layer.1." not in name}
     save_file(kept, file, metadata={"format": "pt"})

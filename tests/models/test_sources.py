@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
+from transformers import AutoModel, T5Config
 
 from lorakit import models
 from lorakit.errors import AssetError, ParameterError
@@ -113,9 +114,6 @@ def test_folders_that_are_no_model_say_why(bert, tmp_path):
     with pytest.raises(AssetError, match="has no weights"):
         models.load(bert, "classify")
     assert models.family(bert) == "encoder"  # its configuration is enough for a plan
-
-
-def test_data_set_is_no_model():
     with pytest.raises(ParameterError, match="model='review-sentences': is a data set"):
         models.load("review-sentences", "classify")
     with pytest.raises(ParameterError, match="model='review-sentences'"):
@@ -125,22 +123,14 @@ def test_data_set_is_no_model():
 # Parameters of the base models as their publishers state them (for Gemma 4B and 12B: keras-hub's count of the
 # text model with 262144 tokens; the hub's checkpoints have 64 more rows in the embedding).
 COUNTS = {
-    "bert-base-uncased": 109482240,
-    "distilbert-base-uncased": 66362880,
-    "gpt2": 124439808,
-    "google/gemma-3-270m": 268098176,
-    "google/gemma-3-1b-pt": 999885952,
-    "google/gemma-3-4b-pt": 3880099328 + 64 * 2560,
-    "google/gemma-3-12b-pt": 11765788416 + 64 * 3840,
-    "meta-llama/Llama-3.2-1B": 1235814400,
-    "all-MiniLM-L6-v2": 22713216,
-    "gemma-3-270m": 268098176,
-}
+    "bert-base-uncased": 109482240, "distilbert-base-uncased": 66362880, "all-MiniLM-L6-v2": 22713216,
+    "gpt2": 124439808, "meta-llama/Llama-3.2-1B": 1235814400, "gemma-3-270m": 268098176,
+    "google/gemma-3-270m": 268098176, "google/gemma-3-1b-pt": 999885952,
+    "google/gemma-3-4b-pt": 3880099328 + 64 * 2560, "google/gemma-3-12b-pt": 11765788416 + 64 * 3840,
+}  # fmt: skip
 
 
 def test_packaged_dimensions_give_the_published_parameter_counts(no_hub, monkeypatch, tmp_path):
-    from transformers import AutoModel
-
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     assert set(configs.packaged_names()) == set(COUNTS)
     for name, count in COUNTS.items():
@@ -157,8 +147,6 @@ def test_family_needs_no_weights_and_own_files_are_preferred(no_hub, bert):
     assert models.family("gpt2") == models.family("google/gemma-3-1b-pt") == "decoder"
     with pytest.raises(AssetError, match="unreachable.*packaged dimensions: all-MiniLM-L6-v2, bert-base"):
         models.family("unknown-model")
-    from transformers import T5Config
-
     with pytest.raises(ParameterError, match="model='t5': is an encoder-decoder"):
         configs.family_of(T5Config())
 

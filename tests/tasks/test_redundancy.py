@@ -190,18 +190,12 @@ def test_bags_are_unit_vectors_whose_products_are_those_of_tf_idf():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        ({"share": 1.0}, r"redundancy=1\.0"),
-        ({"share": -0.1}, r"redundancy=-0\.1"),
-        ({"share": float("nan")}, "redundancy=nan"),
-        ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
-        ({"pool": 0}, "redundancy_pool=0"),
-        ({"pool": ROWS}, f"redundancy_pool={ROWS}"),
-        ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"kind": "near", "drop": 1.0}, r"drop=1\.0"),
-    ],
-)
+    [({"share": 1.0}, r"redundancy=1\.0"), ({"share": -0.1}, r"redundancy=-0\.1"),
+     ({"share": float("nan")}, "redundancy=nan"), ({"pool": 0}, "redundancy_pool=0"),
+     ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
+     ({"pool": ROWS}, f"redundancy_pool={ROWS}"), ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
+     ({"batch_size": 0}, "batch_size=0"), ({"kind": "near", "drop": 1.0}, r"drop=1\.0")],
+)  # fmt: skip
 def test_bad_input(options, named):
     with pytest.raises(ParameterError, match=named):
         stream(**options)

@@ -20,9 +20,11 @@ from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer
 
 
-def ledger(trainer) -> dict:
-    """Without what is each process' own: its time, and its loss since the last point."""
-    return trainer.ledger.state_dict() | {"seconds": 0, "loss_sum": 0, "score_sum": 0}
+def outcome(trainer, **more) -> dict:
+    """What a run ended with; its ledger without what is each process' own: time, and the loss since the last point."""
+    ledger = trainer.ledger.state_dict() | {"seconds": 0, "loss_sum": 0, "score_sum": 0}
+    kept = {"weights": runs.weights(trainer.model), "decisions": trainer.gate_log.decisions, "ledger": ledger}
+    return kept | {"processes": trainer.accelerator.num_processes} | more
 
 
 def skipping(folder: str, **options) -> dict:
@@ -66,14 +68,7 @@ def gating(folder: str) -> dict:
         trainer = runs.ran(
             runs.trainer(model, f"{folder}/{name}", budget=Budget(14, "steps"), gate=gate, save_steps=14)
         )
-        ended[name] = {
-            "weights": runs.weights(model),
-            "decisions": trainer.gate_log.decisions,
-            "log": trainer.gate_log.points,
-            "ledger": ledger(trainer),
-            "processes": trainer.accelerator.num_processes,
-            "basis": getattr(gate, "basis", None),
-        }
+        ended[name] = outcome(trainer, log=trainer.gate_log.points, basis=getattr(gate, "basis", None))
     return ended
 
 
@@ -124,13 +119,7 @@ def choosing_tokens(folder: str) -> dict:
     ended = {}
     for name in CHOICES:
         trainer = runs.ran(choosing(folder, name))
-        ended[name] = {
-            "weights": runs.weights(trainer.model),
-            "decisions": trainer.gate_log.decisions,
-            "ledger": ledger(trainer),
-            "processes": trainer.accelerator.num_processes,
-            "seen": getattr(trainer.tokens, "seen", None),
-        }
+        ended[name] = outcome(trainer, seen=getattr(trainer.tokens, "seen", None))
     return ended
 
 

@@ -127,14 +127,9 @@ def test_looking_on_measures_what_looking_at_the_whole_batch_does(monkeypatch, n
     handle.remove()
     mean = MeanLoss("causal")
     whole = Candidate(
-        loss=mean(outputs, labels).detach(),
-        logits=outputs.logits.detach(),
-        labels=labels,
-        hidden=hidden[0],
-        kind="causal",
-        softcap=softcap,
-        token_losses=mean.token_losses,
-    )
+        loss=mean(outputs, labels).detach(), logits=outputs.logits.detach(), labels=labels, hidden=hidden[0],
+        kind="causal", softcap=softcap, token_losses=mean.token_losses,
+    )  # fmt: skip
     monkeypatch.setattr(head_gradient, "BLOCK", 1)  # chunks of 16
     look = GateLook(gate, 1 / whole.targets, find_head(model, "causal"))
     tokens.select(model, inputs, labels, look)
