@@ -1,4 +1,4 @@
-"""One adapter, one gate, one task, one figure and one row from outside the package, and what each costs."""
+"""One adapter, one gate, one task and one figure from outside the package, and what each costs."""
 
 from __future__ import annotations
 

@@ -143,18 +143,13 @@ def test_who_brings_a_model_or_a_task_gets_the_methods_stated_rate(method):
     for given in ({"model": "gpt2"}, {"task": "mrpc"}, {"model": "gpt2", "task": "mrpc", "setting": "toy"}):
         given |= {"method": method}
         cell = {"setting": "toy", "row": "lora", "seed": 0} | given
-        runs = [
-            params.resolve(given), params.resolve(params.collect(cell)), params.resolve(params.given([], typed(given))),
-        ]  # fmt: skip
+        typed = [f"{name}={value}" for name, value in given.items()]
+        runs = [params.resolve(asked) for asked in (given, params.collect(cell), params.given([], typed))]
         assert {run.learning_rate for run in runs} == {RATES[method][0]}
         assert {params.rate_note(run) for run in runs} == {"learning rate not searched"}
         assert params.resolve(given | {"learning_rate": 0.1}).learning_rate == 0.1
     toy = params.resolve({"method": method, "model": "toy-decoder", "task": "toy-instruct"})
     assert toy.learning_rate == TOY_RATE and params.rate_note(toy) is None
-
-
-def typed(given: dict) -> list[str]:
-    return [f"{name}={value}" for name, value in given.items()]
 
 
 def test_files_of_two_settings_are_refused(place):

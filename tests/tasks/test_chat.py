@@ -101,13 +101,8 @@ def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatc
     assert len(corpus.train) == 24 and "1 rows dropped: not user and assistant in turn" in corpus.notes
 
 
-NO_CHATS = [
-    say("only a question"),
-    [{"role": "robot", "content": "hi"}],
-    say("q", "a")[::-1],
-    say("q", "  "),
-    say(3, "a"),
-]
+NO_CHATS = [say("only a question"), say("q", "a")[::-1], say("q", "  "), say(3, "a")]
+NO_CHATS += [[{"role": "robot", "content": "hi"}]]
 BAD_CHATS = ["not json", '["a list"]', '{"text": "no messages"}', '{"messages": []}']
 BAD_CHATS += [json.dumps({"messages": messages}) for messages in NO_CHATS]
 

@@ -76,6 +76,7 @@ def test_redundant_batches_are_spread_and_drawn_from_a_small_pool():
     assert sorted(fresh) != fresh.tolist()
     source = classified()
     assert all(row == source[row["row"]] for row in rows)  # whole rows, as they were
+    assert len(pool_of(*stream(pool=3))) == 3  # smaller than a batch
 
 
 def test_fresh_rows_start_over_when_used_up_and_never_enter_the_pool():
@@ -96,11 +97,6 @@ def test_the_pool_and_the_walk_do_not_depend_on_share_or_kind():
     assert near["row"] == rows["row"] and (same == redundant).all()
     fresh, fewer = numbers(rows)[~redundant].ravel(), numbers(more)[~most].ravel()
     assert (fresh[: len(fewer)] == fewer).all()
-
-
-def test_a_pool_smaller_than_a_batch():
-    rows, redundant = stream(pool=3)
-    assert len(pool_of(rows, redundant)) == 3
 
 
 @pytest.mark.parametrize("build", [classified, causal])

@@ -136,9 +136,9 @@ def test_bad_input(tmp_path):
         ((lora(), args, {"m": 64, "k": 64}), "k=64"),
         ((lora(), args, {}, runs.Open()), "gate_config"),
         ((lora(), half, GATE), "fp16"),
-        ((runs.tiny_bert().bert, args, GATE), "BertModel: gates know classifiers"),
     ):
         model, chosen, config, *gate = given
-        with pytest.raises(LorakitError, match=says) as caught:
+        with pytest.raises(ParameterError, match=says):
             SLoRATrainer(model, chosen, gate_config=config, gate=gate[0] if gate else None)
-        assert isinstance(caught.value, ParameterError) == ("BertModel" not in says)
+    with pytest.raises(LorakitError, match="BertModel: gates know classifiers"):
+        SLoRATrainer(runs.tiny_bert().bert, args, gate_config=GATE)
