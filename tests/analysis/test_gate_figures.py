@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from pages import assert_readable
+from pages import apart, assert_readable
 from synthetic_records import gated, record
 
 from lorakit.analysis import curves, gate_figures
@@ -163,4 +163,4 @@ def test_nothing_is_clipped_or_overlaps(name):
     drawn = CASES[name]()
     assert_readable(drawn)
     (_,), (ax,) = drawn.legends, drawn.axes
-    assert ax.get_xlabel() and (ax.get_ylabel() or name == "ledger")
+    assert apart(ax.texts) and ax.get_xlabel() and (ax.get_ylabel() or name == "ledger")

@@ -67,5 +67,4 @@ def files_of_a_step(run: BudgetTrainer) -> list[str]:
 )
 def test_a_step_passes_through_few_files(tmp_path, options, limit):
     files = files_of_a_step(trainer(tmp_path, **options))
-    print(len(files), files)
     assert "training/gated.py" in files and len(files) <= limit, files
