@@ -54,9 +54,9 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, 
     def stop(*args, **options):
         raise error("no space left")
 
-    for place, raised in ((failing, stop), ((Path, "write_text"), half)):
-        with monkeypatch.context() as patch, pytest.raises((error, OSError), match="no space left"):
-            patch.setattr(*place, raised)
+    for place, put_in, raised in ((failing, stop, error), ((Path, "write_text"), half, OSError)):
+        with monkeypatch.context() as patch, pytest.raises(raised, match="no space left"):
+            patch.setattr(*place, put_in)
             records.write(record(seed=2), path)
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["s.json"]
