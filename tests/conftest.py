@@ -62,13 +62,9 @@ def data_dir() -> Path:
 def tiny_bert():
     """Factory of 2-layer BERT sequence classifiers with random weights."""
 
-    def build(**overrides):
-        from transformers import BertConfig, BertForSequenceClassification
+    import training_runs
 
-        config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        return BertForSequenceClassification(BertConfig(**(TINY | config | {"num_labels": 2} | overrides)))
-
-    return build
+    return training_runs.bert
 
 
 @pytest.fixture

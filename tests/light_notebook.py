@@ -52,6 +52,19 @@ print(get_connection_info())
 """
 
 
+def outputs(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [output for cell in cells for output in cell.get("outputs", []) if output.output_type == kind]
+
+
+def errors(path: Path) -> list[str]:
+    return [output.ename for output in outputs(path, "error")]
+
+
+def printed(path: Path) -> str:
+    return "".join(output.text for output in outputs(path, "stream"))
+
+
 def write(path: Path, parameters: str | None = PARAMETERS, body: str = BODY) -> Path:
     """Write the notebook to `path`; without `parameters` it has no such cell."""
     cells = [nbformat.v4.new_markdown_cell("# A light notebook"), nbformat.v4.new_code_cell(body)]

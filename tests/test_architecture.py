@@ -118,24 +118,16 @@ def _is_a_method(module: str) -> bool:
     return module.startswith(METHODS) and module not in SEAMS_OF_GATES
 
 
-def test_imports_go_down_the_floors():
-    assert upward(imports()) == []
+RULES = {
+    "floors": upward, "circle": circle, "studies": lambda graph: importers(graph, "studies"),
+    "torch": lambda graph: torch_under(ROOT, graph, "analysis"), "methods": methods_in_training,
+}  # fmt: skip
 
 
-def test_there_is_no_circle():
-    assert circle(imports()) == []
-
-
-def test_nothing_imports_studies():
-    assert importers(imports(), "studies") == []
-
-
-def test_analysis_imports_no_torch():
-    assert torch_under(ROOT, imports(), "analysis") == []
-
-
-def test_training_names_no_method_but_in_its_two_doors():
-    assert methods_in_training(imports()) == []
+@pytest.mark.parametrize("rule", RULES)
+def test_the_house_stands(rule):
+    """Imports go down the floors, in no circle; none of a study, of torch under analysis, of a method in training."""
+    assert RULES[rule](imports()) == []
 
 
 def test_the_root_is_small_and_files_are_short():
@@ -159,14 +151,10 @@ def test_the_code_fingerprint_is_of_what_a_run_executes():
 def house(tmp_path):
     """A small one of sound modules, and how to add a line to it."""
     files = {
-        "errors": "",
-        "seams": "import torch",
-        "records": "from lorakit.errors import LorakitError",
-        "analysis/frame": "from lorakit import records",
-        "gates/random": "from lorakit.seams import Gate",
-        "training/gated": "from lorakit import seams",
-        "studies/gates": "from lorakit.analysis import frame",
-    }
+        "errors": "", "seams": "import torch", "records": "from lorakit.errors import LorakitError",
+        "analysis/frame": "from lorakit import records", "gates/random": "from lorakit.seams import Gate",
+        "training/gated": "from lorakit import seams", "studies/gates": "from lorakit.analysis import frame",
+    }  # fmt: skip
     for name, text in files.items():
         path = tmp_path / "lorakit" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,38 +170,16 @@ def house(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "from lorakit.gates import random",
-        "def f():\n    import lorakit.gates.random",
-        "if T:\n    import lorakit.gates.random",
-    ],
-)
-def test_an_import_upward_is_seen(house, line):
-    assert upward(house("records", "")) == []
-    assert upward(house("records", line)) != []
-
-
-def test_a_circle_is_seen(house):
-    assert circle(house("errors", "")) == []
-    assert circle(house("errors", "def late():\n    from lorakit.records import Record")) != []
-
-
-def test_an_import_of_a_study_is_seen(house):
-    assert importers(house("training/gated", ""), "studies") == []
-    assert importers(house("training/gated", "from lorakit.studies import gates"), "studies") == [
-        "lorakit.training.gated"
-    ]
-
-
-def test_torch_under_analysis_is_seen(house, tmp_path):
-    assert torch_under(tmp_path, house("errors", ""), "analysis") == []
-    assert torch_under(tmp_path, house("records", "from lorakit import seams"), "analysis") == ["lorakit.seams"]
-
-
-def test_a_method_in_training_is_seen(house):
-    assert methods_in_training(house("training/gated", "")) == []
-    assert methods_in_training(house("training/gated", "from lorakit.gates.random import R")) != []
-    assert methods_in_training(house("training/gated", "import lorakit.training.slora")) == methods_in_training(
-        house("training/gated", "")
-    )
+    ("rule", "module", "line", "named"),
+    [("floors", "records", "from lorakit.gates import random", "lorakit.records -> lorakit.gates.random"),
+     ("floors", "records", "def f():\n    import lorakit.gates.random", "lorakit.records -> lorakit.gates.random"),
+     ("floors", "records", "if T:\n    import lorakit.gates.random", "lorakit.records -> lorakit.gates.random"),
+     ("circle", "errors", "def late():\n    from lorakit.records import Record", "lorakit.records"),
+     ("studies", "training/gated", "from lorakit.studies import gates", "lorakit.training.gated"),
+     ("torch", "records", "from lorakit import seams", "lorakit.seams"),
+     ("methods", "training/gated", "from lorakit.gates.random import R", "lorakit.gates.random")],
+)  # fmt: skip
+def test_a_breach_is_seen(house, tmp_path, monkeypatch, rule, module, line, named):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert RULES[rule](house(module, "")) == []
+    assert named in " ".join(RULES[rule](house(module, line)))

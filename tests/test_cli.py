@@ -23,16 +23,12 @@ def test_every_command_has_help(name, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [
-        (["tarin"], "'tarin' is not a command; there are demo"),
-        (["train", "-p", "rank=0"], "lorakit train: rank=0: "),
-        (["train", "-p", "rank"], "-p='rank': must be name=value"),
-        (["train", "-f", "missing.yaml"], "-f='missing.yaml': no such params file"),
-        (["search"], "search_rates=[]: must list"),
-        (["plan", "no-such/model"], "no-such/model"),
-        (["fetch", "gemma-4"], "gemma-4"),
-    ],
-)
+    [(["tarin"], "'tarin' is not a command; there are demo"), (["plan", "no-such/model"], "no-such/model"),
+     (["train", "-p", "rank=0"], "lorakit train: rank=0: "), (["train", "-p", "rank"], "-p='rank': must be name=value"),
+     (["train", "-p", "gating.topk_tokens=2.0"], "gating.topk_tokens=2.0: "),
+     (["train", "-f", "missing.yaml"], "-f='missing.yaml': no such params file"),
+     (["search"], "search_rates=[]: must list"), (["fetch", "gemma-4"], "gemma-4")],
+)  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert cli.main(argv) == 2
     error = capsys.readouterr().err.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
@@ -32,8 +33,6 @@ def test_a_failure_leaves_what_was_there(tmp_path, folder, existing):
 
 
 def test_a_folder_keeps_what_is_not_written_anew_and_gets_its_config_last(tmp_path, monkeypatch):
-    import os
-
     write_text("kept", tmp_path / "run" / "notes.md")
     write_text("old", tmp_path / "run" / "config.json")
     moved, replace = [], os.replace

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from lorakit import params
+from lorakit import cli, params
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.params import Params, beside, complete
 from lorakit.params.whole import GROUPS
-from lorakit.settings import AdapterSettings, Gating
+from lorakit.records import AXES
+from lorakit.settings import RATES, AdapterSettings, Gating
 
 
-def test_the_defaults_are_valid_and_are_the_toy_run():
-    defaults = params.resolve({})
-    assert defaults == Params()
-    assert (defaults.setting, defaults.method, defaults.model, defaults.task) == (
-        "toy", "lora", "toy-encoder", "toy-reviews",
-    )  # fmt: skip
-
-
-def test_every_default_passes_its_own_check_and_survives_yaml():
-    values = Params().model_dump()
-    assert params.resolve(values) == Params()
-    assert params.resolve(yaml.safe_load(yaml.safe_dump(values))) == Params()
+def test_the_defaults_are_the_toy_run_pass_their_own_check_and_survive_yaml():
+    defaults = Params()
+    toy = ("toy", "lora", "toy-encoder", "toy-reviews")
+    assert (defaults.setting, defaults.method, defaults.model, defaults.task) == toy
+    for given in ({}, values := defaults.model_dump(), yaml.safe_load(yaml.safe_dump(values))):
+        assert params.resolve(given) == defaults
 
 
 BAD = {
@@ -38,6 +34,8 @@ BAD = {
     "evaluations": [0], "eval_batch_size": [0], "save_steps": [-1], "latency_repeats": [-1], "exact_match_rows": [-1],
     "search_budget": [0], "search_rates": [["1e-4"], [0.1, 0.0], [-1.0], 0.1, None], "init": ["zeros"],
     "schedule": ["step"], "precision": ["fp8", 16], "dtype": ["fp16"], "attention": ["flash"], "select": ["test"],
+    "gate_rate": [1.0], "gate_beta": [0.0], "gate_ema": [2.0], "redundancy": [1.0],
+    "gating": [0.3, "flora", ["flora"], None],
     "rslora": [1, "true"], "resume": ["yes"], "packing": [0], "model": [1, None], "target_modules": [3, [1], None],
 }  # fmt: skip
 
@@ -68,9 +66,6 @@ def test_yamls_scientific_notation_is_explained():
     with pytest.raises(ParameterError, match=r"^learning_rate='1e-4': .*it is a string.*write 1\.0e-04"):
         params.resolve(given)
     assert params.resolve(yaml.safe_load("learning_rate: 1.0e-4")).learning_rate == 1e-4
-
-
-def test_text_that_is_no_number_is_not_explained_as_one():
     with pytest.raises(ParameterError) as caught:
         params.resolve({"learning_rate": "fast"})
     assert "YAML" not in str(caught.value)
@@ -156,8 +151,6 @@ def test_the_reference_names_every_parameter_once(markdown):
 
 
 def test_the_table_of_what_goes_together_is_the_check_itself(capsys):
-    from lorakit import cli
-
     table = params.capabilities()
     assert table["full"]["4 bits"] == "quantize: 4-bit weights cannot be trained: method 'full'"
     assert table["hira"]["SkipLoRA"].startswith("skip: needs a method of lora")
@@ -168,8 +161,6 @@ def test_the_table_of_what_goes_together_is_the_check_itself(capsys):
 
 
 def test_shown_says_who_says_what():
-    from lorakit.settings import RATES
-
     given = params.collect({"setting": "sst2-minilm", "row": "full", "batch_size": 8})
     table = params.shown(given)
     assert tuple(table.loc["learning_rate"]) == (1e-4, "the row") and tuple(table.loc["batch_size"]) == (8, "given")
@@ -200,30 +191,21 @@ def test_later_files_win(tmp_path):
     merged = params.read_files([setting, str(method)])
     assert merged == {"setting": "s", "rank": 16, "search_rates": [0.3], "method": "lora"}
     assert params.read_files([method, setting])["rank"] == 4
-    assert params.read_files([]) == {}
-
-
-def test_an_empty_file_changes_nothing(tmp_path):
-    assert params.read_files([put(tmp_path, "empty.yaml", "# only a comment\n")]) == {}
+    assert params.read_files([]) == params.read_files([put(tmp_path, "empty.yaml", "# only a comment\n")]) == {}
 
 
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [("- rank\n- 4\n", ParameterError, "must be a mapping"), ("rank", ParameterError, "must be a mapping"),
      ("[]", ParameterError, "must be a mapping"), ("1: 2", ParameterError, "must be a mapping"),
-     ("rank: [4", LorakitError, "bad.yaml: not YAML: .*line")],
+     ("rank: [4", LorakitError, "bad.yaml: not YAML: .*line"), (b"rank: \xff\n", LorakitError, "bad.yaml")],
 )  # fmt: skip
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path, text, error, says):
-    with pytest.raises(error, match=says) as caught:
-        params.read_files([put(tmp_path, "bad.yaml", text)])
-    assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_text_is_an_error(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_bytes(b"rank: \xff\n")
-    with pytest.raises(LorakitError, match="bad.yaml"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(error, match=says) as caught:
         params.read_files([path])
+    assert "bad.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_an_error(tmp_path):
@@ -247,9 +229,6 @@ def test_an_override_has_the_parameters_own_type(text, name, value):
 def test_an_override_without_a_name_is_an_error(text):
     with pytest.raises(ParameterError, match=f"^-p={text!r}: must be name=value"):
         params.parse_override(text)
-
-
-def test_an_override_that_is_not_yaml_is_one_clear_error():
     with pytest.raises(ParameterError, match="search_rates"):
         params.parse_override("search_rates=[1,")
 
@@ -272,13 +251,6 @@ def test_a_bad_value_inside_a_mapping_is_named_with_it(key, value, allowed):
     assert (caught.value.name, caught.value.value) == (f"gating.{key}", value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [0.3, "flora", ["flora"], None])
-def test_a_mapping_is_a_mapping(value):
-    with pytest.raises(ParameterError) as caught:
-        params.resolve({"gating": value})
-    assert (caught.value.name, caught.value.value) == ("gating", value)
-
-
 def test_mappings_are_merged_key_by_key(tmp_path):
     setting = put(tmp_path, "first.yaml", "rank: 4\ngating:\n  topk_tokens: 0.2\n  mode: fractional\n")
     method = put(tmp_path, "second.yaml", "gating: {method: flora, topk_tokens: 0.3}\n")
@@ -297,13 +269,6 @@ def test_an_override_may_be_one_key_or_the_mapping():
     assert params.parse_override("model.x=gather") == ("model.x", "gather")  # no mapping: refused as unknown
 
 
-def test_the_command_line_names_a_key_of_a_mapping(capsys):
-    from lorakit import cli
-
-    assert cli.main(["train", "-p", "gating.topk_tokens=2.0"]) == 2
-    assert "gating.topk_tokens=2.0: " in capsys.readouterr().err
-
-
 def test_what_runs_beside_a_run_is_the_readers_too():
     given = complete({"setting": "sst2-minilm", "row": "slora", "seed": 3, "budget": 40, "run_dir": "kept"})
     other = params.resolve(beside(given, "lora"))
@@ -318,8 +283,4 @@ def test_what_runs_beside_a_run_is_the_readers_too():
 
 
 def test_a_budget_is_of_something_that_curves_are_drawn_against():
-    from typing import get_args
-
-    from lorakit.records import AXES
-
     assert set(get_args(params.BudgetUnit)) <= set(AXES)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import lorakit
 from lorakit import params, records
 from lorakit.errors import ParameterError
 from lorakit.fields import APART, FREE, UNTRIED, flagged
-from lorakit.files import PARAMS, PROJECT, RESULTS
+from lorakit.files import PARAMS, PROJECT
 from lorakit.params import Params, doors, files
 from lorakit.runs.search import best_rate
 from lorakit.settings import RATES
@@ -36,52 +35,21 @@ def write(root: Path, setting: str, **texts: str) -> None:
         (root / setting / f"{name}.yaml").write_text(text + "\n")
 
 
-def doors_of(setting: str, row: str) -> dict[str, Params]:
-    """The run by each of the doors: a notebook (papermill's -p, then its -f too), -p and -f of the command line."""
-    named = {"setting": setting, "row": row}
-    paths = [PARAMS / setting / "_setting.yaml", PARAMS / setting / f"{row}.yaml"]
-    read = [yaml.safe_load(path.read_text()) or {} for path in paths]
-    cell = {"seed": 0, "record": "", "run_dir": "", "In": [""], "_": 3, "lorakit": lorakit}
-    return {
-        "cell": params.resolve(params.collect(cell | named)),
-        "papermill -f": params.resolve(params.collect(cell | params.merge(*read) | named)),
-        "-p": params.resolve(params.given([], [f"setting={setting}", f"row={row}"])),
-        "-f": params.resolve(params.given(paths, [])), "-f of the row": params.resolve(params.given(paths[1:], [])),
-        "params_of": params.resolve(params.params_of(setting, row)), "run": params.resolve(named),
-    }  # fmt: skip
-
-
-@each_row
-def test_every_door_gives_the_same_run_which_goes_together(setting, row):
-    runs = doors_of(setting, row)
-    assert {name for name, run in runs.items() if run != runs["run"]} == set()
-    run = runs["run"]
-    assert (run.setting, run.row) == (setting, row) and run.label == yaml_of(setting, row).get("label", "")
-    params.check(run)
-    assert setting.startswith("toy") or run.learning_rate != TOY_RATE or "learning_rate" in yaml_of(setting, row)
-
-
 def yaml_of(setting: str, row: str) -> dict:
     return yaml.safe_load((PARAMS / setting / f"{row}.yaml").read_text()) or {}
 
 
 @each_row
-def test_a_rate_that_names_a_search_is_the_best_of_it(setting, row):
+def test_a_row_goes_together_and_a_rate_that_names_a_search_is_the_best_of_it(setting, row):
     run = params.resolve({"setting": setting, "row": row})
+    assert (run.setting, run.row) == (setting, row) and run.label == yaml_of(setting, row).get("label", "")
+    params.check(run)
+    assert setting.startswith("toy") or run.learning_rate != TOY_RATE or "learning_rate" in yaml_of(setting, row)
     if run.learning_rate_from.endswith(".json"):
         record = records.read(PROJECT / run.learning_rate_from)
         assert record.kind == "lr_search" and best_rate(record) == run.learning_rate
         assert record.resolved["model"] == run.model
     assert (params.rate_note(run) is None) == (bool(run.learning_rate_from) or setting.startswith("toy"))
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*/s[0-9]*.json")), ids=lambda path: "/".join(path.parts[-3:]))
-def test_committed_records_are_what_the_params_files_ask_for(path):
-    record = records.read(path)
-    was = Params(**{name: value for name, value in record.resolved.items() if name in Params.model_fields})
-    now = params.resolve({"setting": path.parts[-3], "row": path.parts[-2], "seed": record.seed})
-    matter = set(Params.model_fields) - flagged(Params, APART)
-    assert {name for name in matter if getattr(was, name) != getattr(now, name)} == set()
 
 
 def test_the_two_kept_lists_are_flags_of_the_fields():
@@ -120,24 +88,17 @@ BROKEN = [
 def test_a_row_that_breaks_the_rule_is_refused_by_every_door(place, text, says):
     write(place, "s", x=text)
     named = {"setting": "s", "row": "x"}
-    for door in (
-        lambda: params.params_of("s", "x"),
-        lambda: params.resolve(named),
-        lambda: params.collect(named),
-        lambda: params.given([place / "s" / "x.yaml"], []),
-    ):
+    doors = {params.params_of: ("s", "x"), params.resolve: (named,), params.collect: (named,)}
+    for door, asked in (doors | {params.given: ([place / "s" / "x.yaml"], [])}).items():
         with pytest.raises(ParameterError, match=says) as caught:
-            door()
+            door(*asked)
         assert "\n" not in str(caught.value)
 
 
-def test_a_method_that_a_file_is_called_after_is_its_change(place):
+def test_a_file_called_after_a_method_changes_it_and_a_settings_file_has_no_runs_own(place):
     write(place, "s", hira="quantize: nf4")
     with pytest.raises(ParameterError, match=r"quantize='nf4': in s/hira.yaml"):
         params.params_of("s", "hira")
-
-
-def test_a_setting_file_has_parameters_of_its_own_only(place):
     write(place, "s", _setting="seed: 3")
     with pytest.raises(ParameterError, match=r"seed=3: in s/_setting.yaml: is a run's own"):
         params.params_of("s", "lora")
@@ -181,18 +142,13 @@ def test_who_brings_a_model_or_a_task_gets_the_methods_stated_rate(method):
     for given in ({"model": "gpt2"}, {"task": "mrpc"}, {"model": "gpt2", "task": "mrpc", "setting": "toy"}):
         given |= {"method": method}
         cell = {"setting": "toy", "row": "lora", "seed": 0} | given
-        runs = [
-            params.resolve(given), params.resolve(params.collect(cell)), params.resolve(params.given([], typed(given))),
-        ]  # fmt: skip
+        typed = [f"{name}={value}" for name, value in given.items()]
+        runs = [params.resolve(asked) for asked in (given, params.collect(cell), params.given([], typed))]
         assert {run.learning_rate for run in runs} == {RATES[method][0]}
         assert {params.rate_note(run) for run in runs} == {"learning rate not searched"}
         assert params.resolve(given | {"learning_rate": 0.1}).learning_rate == 0.1
     toy = params.resolve({"method": method, "model": "toy-decoder", "task": "toy-instruct"})
     assert toy.learning_rate == TOY_RATE and params.rate_note(toy) is None
-
-
-def typed(given: dict) -> list[str]:
-    return [f"{name}={value}" for name, value in given.items()]
 
 
 def test_files_of_two_settings_are_refused(place):

@@ -31,25 +31,11 @@ def run(module: str, function: str, folder: Path, timeout: float = 240) -> list[
     processes = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = (
-            os.environ | place | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
-        )
-        arguments = [
-            ":".join(map(str, (FOLDER, FOLDER / "training"))),
-            module,
-            function,
-            str(folder),
-            str(folder / f"{function}-{rank}.pt"),
-        ]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, *arguments],
-                env=environment,
-                cwd=FOLDER.parent,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        place |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
+        paths = ":".join(map(str, (FOLDER, FOLDER / "training")))
+        command = [sys.executable, "-c", WORKER, paths, module, function, folder, folder / f"{function}-{rank}.pt"]
+        options = {"env": os.environ | place, "cwd": FOLDER.parent, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([str(word) for word in command], **options))
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
     finally:

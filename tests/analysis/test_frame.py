@@ -20,14 +20,12 @@ def test_a_line_a_run():
     assert runs["row"].to_list() == ["lora", "slora", "full"] and runs["seed"].to_list() == [2, 1, 0]
     assert runs["label"].to_list() == ["LoRA", "SLoRA", "full fine-tuning"]
     lora, slora, full = runs.to_dict("records")
-    assert (lora["tokens"], lora["latency_ms"], lora["adapter_bytes"], lora["nonzero"]) == (
-        30_360, 1.25, 1.5 * 2**20, 900,
-    )  # fmt: skip
+    costs = [lora[name] for name in ("tokens", "latency_ms", "adapter_bytes", "nonzero")]
+    assert costs == [30_360, 1.25, 1.5 * 2**20, 900]
     assert lora["test accuracy"] == 0.9 - 0.04 - 0.02 and lora["gate"] == "none" and np.isnan(lora["target_rate"])
     assert (slora["gate"], slora["target_rate"], slora["acceptance_rate"]) == ("novelty", 0.3, 0.3)
-    assert (slora["model"], slora["task"], slora["learning_rate"], slora["redundancy"]) == (
-        "a-model", "sst2", 1e-3, 0.8,
-    )  # fmt: skip
+    asked = [slora[name] for name in ("model", "task", "learning_rate", "redundancy")]
+    assert asked == ["a-model", "sst2", 1e-3, 0.8]
     assert full["status"] == "diverged" and np.isnan(full["validation loss"])
     assert all(runs[name].dtype == float for name in ("peak_memory_bytes", "trainable", "budget"))
 
@@ -61,18 +59,14 @@ def test_a_line_a_kind_of_memory():
      ("model fingerprint", {"fingerprints": {"model": "0" * 64}})],
 )  # fmt: skip
 def test_runs_on_something_else_are_refused_unless_the_reader_insists(what, change):
-    stated = {
-        "resolved": {"model": "b", "task": "sst2"},
-        "fingerprints": {"data": {"train.tsv": "e" * 64}, "model": "1"},
-    }
+    prints = {"data": {"train.tsv": "e" * 64}, "model": "1"}
+    stated = {"resolved": {"model": "b", "task": "sst2"}, "fingerprints": prints}
     same = [record("lora", seed, **stated) for seed in (0, 1)]
     assert require_comparable([*same, record("full")]) == ""  # an old record that states nothing
+    other = record("head", 4, **stated | change)
     with pytest.raises(ParameterError, match=f"lora seed 0: .*; head seed 4: .*must be of one {what}"):
-        require_comparable([*same, record("head", 4, **stated | change)])
-    assert (
-        require_comparable([*same, record("head", 4, **stated | change)], mixed=True)
-        == f"not comparable: {what} differ"
-    )
+        require_comparable([*same, other])
+    assert require_comparable([*same, other], mixed=True) == f"not comparable: {what} differ"
 
 
 def test_every_axis_is_a_field_of_a_point_and_known_rows_come_first():
@@ -82,10 +76,6 @@ def test_every_axis_is_a_field_of_a_point_and_known_rows_come_first():
 
 
 def test_reading_needs_no_torch_and_the_front_door_no_pandas():
-    code = (
-        "import sys, lorakit, lorakit.cli, lorakit.params; assert not {'pandas', 'scipy', 'torch'} & {*sys.modules}\n"
-    )
-    code += (
-        "import lorakit.analysis.report, lorakit.analysis.stats; assert not {'torch', 'matplotlib'} & {*sys.modules}"
-    )
+    code = "import sys, lorakit.cli, lorakit.params\nassert not {'pandas', 'scipy', 'torch'} & {*sys.modules}\n"
+    code += "from lorakit.analysis import report, stats\nassert not {'torch', 'matplotlib'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import pytest
+from pages import apart, assert_readable
 from synthetic_records import gated, record
 
-from lorakit.analysis import curves, gate_figures, names, style
+from lorakit.analysis import curves, gate_figures
 from lorakit.errors import ParameterError
 
 ROWS = {
@@ -100,8 +100,8 @@ def test_the_ledger_is_the_mean_over_finished_runs():
     slora[0].costs.flops_gate, slora[1].costs.flops_gate = 1e9, 3e9
     slora.append(gated("slora", 2, status="diverged", accepted=60))
     table = gate_figures.ledger_table([*slora, *runs("baseline")])
-    assert table.loc["slora"].to_dict() == {
-        "forward": 3.53e12, "backward": 1.2e12, "gate": 2e9, "accepted": 120 / 353}  # fmt: skip
+    expected = {"forward": 3.53e12, "backward": 1.2e12, "gate": 2e9, "accepted": 120 / 353}
+    assert table.loc["slora"].to_dict() == expected
     assert table.loc["baseline"].to_dict() == {"forward": 1.2e12, "backward": 1.2e12, "gate": 0, "accepted": 1}
 
 
@@ -132,8 +132,6 @@ def test_the_gain_is_novelty_minus_random_share_by_share():
     assert ax.collections[1].get_offsets()[:, 1].tolist() == pytest.approx([-0.03, -0.02, -0.01])
     assert ax.lines[-1].get_xydata() == pytest.approx(np.array([[0, 0], [0.8, -0.02]]))
 
-
-def test_two_seeds_have_points_but_no_interval_and_a_share_without_pairs_is_left_out():
     records = redundant(0.5, [-0.02, -0.01]) + [gated("slora", 0, redundancy=0.9, setting="at 0.9")]
     assert list(gate_figures.redundancy_table(records)) == [0.5]
     assert not bars(gate_figures.gain_by_redundancy(records).axes[0])
@@ -163,18 +161,6 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_clipped_or_overlaps(name):
     drawn = CASES[name]()
-    drawn.draw_without_rendering()
-    page = drawn.bbox
-    (legend,), (ax,) = drawn.legends, drawn.axes
-    for box in (legend.get_window_extent(), ax.get_tightbbox()):
-        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1 and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1
-    assert not legend.get_window_extent().overlaps(ax.get_tightbbox())
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    assert ax.get_xlabel() and (ax.get_ylabel() or name == "ledger") and drawn.get_figwidth() == style.WIDTH
-
-
-def test_the_rows_about_gates_have_looks_and_labels_of_their_own():
-    looks = style.looks(ROWS)
-    assert all(name in style.PALETTE for name in ROWS)
-    assert len({names.label(row) for row in ROWS}) == len({look.color for look in looks.values()}) == len(ROWS)
+    assert_readable(drawn)
+    (_,), (ax,) = drawn.legends, drawn.axes
+    assert apart(ax.texts) and ax.get_xlabel() and (ax.get_ylabel() or name == "ledger")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from textwrap import dedent
 
 import pytest
 from synthetic_records import diverged, gated, record
@@ -21,19 +22,13 @@ ROWS = {  # row -> acceptance rate, accepted steps
 
 
 def runs(*rows: str, seeds=range(3), **floors: float):
-    return [
-        gated(row, seed, rate=ROWS[row][0], accepted=ROWS[row][1], floor=floors.get(row, 0.4))
-        for row in rows or ROWS
-        for seed in seeds
-    ]
+    named = [(row, seed) for row in rows or ROWS for seed in seeds]
+    return [gated(r, s, rate=ROWS[r][0], accepted=ROWS[r][1], floor=floors.get(r, 0.4)) for r, s in named]
 
 
 def final(row: str, losses: dict[int, float], accepted: int = 70):
-    rate = ROWS[row][0]
-    return [
-        gated(row, seed, rate=rate, accepted=accepted, final={"validation": {"loss": loss}})
-        for seed, loss in losses.items()
-    ]
+    given = {"rate": ROWS[row][0], "accepted": accepted}
+    return [gated(row, seed, final={"validation": {"loss": loss}}, **given) for seed, loss in losses.items()]
 
 
 def pairs_of(records, axis: str, baseline: str = "") -> dict[tuple[str, str], stats.Comparison]:
@@ -58,9 +53,7 @@ def section(text: str, title: str) -> str:
 
 
 def test_the_baseline_comes_first_then_ungated_random_and_slora():
-    assert list(equal_cost.rows_of(runs())) == [
-        *("baseline", "full_length", "same_flops", "random", "slora", "loss_floor", "random50", "slora50")
-    ]
+    assert list(equal_cost.rows_of(runs())) == [*ROWS]
     assert list(equal_cost.rows_of(runs(), "slora"))[:2] == ["slora", "baseline"]
     assert next(iter(equal_cost.rows_of([record("full"), record("lora"), record("head")]))) == "lora"
     assert next(iter(equal_cost.rows_of([record("full"), record("head")]))) == "full"
@@ -116,10 +109,10 @@ def test_a_difference_and_its_interval_are_those_worked_out_by_hand():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("floor", "verdict"), [(0.39, "below"), (0.41, "above")])
-def test_below_means_a_lower_loss(floor, verdict):
-    found = pairs_of(runs(slora=floor), "accepted_steps")
-    assert {found["slora", other].gap.verdict for other in ("baseline", "random")} == {verdict}
+def test_below_means_a_lower_loss():
+    for floor, verdict in ((0.39, "below"), (0.41, "above")):
+        found = pairs_of(runs(slora=floor), "accepted_steps")
+        assert {found["slora", other].gap.verdict for other in ("baseline", "random")} == {verdict}
 
 
 def test_the_run_that_goes_on_is_interpolated_and_the_pair_marked():
@@ -144,10 +137,10 @@ def test_an_unfinished_baseline_brings_in_the_ungated_row_that_fits():
     assert ("full_length", "same_flops") not in tokens  # ungated rows have only the one baseline
 
 
-@pytest.mark.parametrize(("accepted", "fair"), [(126, True), (127, False)])
-def test_a_run_counts_as_finished_from_95_percent_on(accepted, fair):
-    records = [gated(row, s, rate=1, accepted=n) for row, n in (("baseline", 120), ("lora", accepted)) for s in (0, 1)]
-    assert pairs_of(records, "accepted_steps")["lora", "baseline"].fair is fair
+def test_a_run_counts_as_finished_from_95_percent_on():
+    for accepted, fair in ((126, True), (127, False)):
+        records = [gated(r, s, rate=1, accepted=n) for r, n in (("baseline", 120), ("lora", accepted)) for s in (0, 1)]
+        assert pairs_of(records, "accepted_steps")["lora", "baseline"].fair is fair
 
 
 def test_a_constant_learning_rate_has_no_end_to_be_at():
@@ -186,15 +179,11 @@ def test_rows_without_a_common_seed_are_a_dash():
 
 @pytest.mark.parametrize(
     ("losses", "accepted", "verdict", "reason"),
-    [
-        ((1.005, 1.005, 1.005), 70, "passed", ""),  # both limits are inside
-        ((0.99, 0.991, 0.989), 70, "passed", ""),
-        ((1.0051, 1.0051, 1.0051), 70, "failed", "loss too high"),
-        ((1.000, 1.006, 1.004), 70, "undecided", "interval holds the limit"),
-        ((0.9, 0.9, 0.9), 71, "failed", "too many steps"),
-        ((0.9, 0.9), 70, "undecided", "too few seeds"),
-    ],
-)
+    [((1.005, 1.005, 1.005), 70, "passed", ""),  # both limits are inside
+     ((0.99, 0.991, 0.989), 70, "passed", ""), ((1.0051, 1.0051, 1.0051), 70, "failed", "loss too high"),
+     ((1.000, 1.006, 1.004), 70, "undecided", "interval holds the limit"),
+     ((0.9, 0.9, 0.9), 71, "failed", "too many steps"), ((0.9, 0.9), 70, "undecided", "too few seeds")],
+)  # fmt: skip
 def test_the_criterion(losses, accepted, verdict, reason):
     reference = final("full_length", dict.fromkeys(range(3), 1.0), accepted=100)
     found = equal_cost.criterion(final("slora", dict(enumerate(losses)), accepted), reference)
@@ -250,18 +239,17 @@ def test_the_header_says_what_rows_share_and_where_they_differ():
     records[-1].resolved["learning_rate"] = 3e-3
     records[-1].environment = {"cpu": "another", "device": "cpu"}
     lines = report.report(records, sources=["results/here"]).split("\n")
-    for line in (
-        "- Read: 9 records under `results/here`",
-        "- Model: a-model (fedcba987654)",
-        "- Data: sst2: train.tsv (0123456789ab)",
-        "- Seeds: 0, 1, 2",
-        "- Learning rate: 0.001; but `slora` 0.001, 0.003",
-        "- Budget: 120 accepted steps",
-        "- Versions: torch 2.13.0",
-        "- Machine: a cpu, cpu; another, cpu (seconds are not comparable)",
-        f"- Code: {'c' * 12}",
-    ):
-        assert line in lines
+    expected = f"""
+        - Read: 9 records under `results/here`
+        - Model: a-model (fedcba987654)
+        - Data: sst2: train.tsv (0123456789ab)
+        - Seeds: 0, 1, 2
+        - Learning rate: 0.001; but `slora` 0.001, 0.003
+        - Budget: 120 accepted steps
+        - Versions: torch 2.13.0
+        - Machine: a cpu, cpu; another, cpu (seconds are not comparable)
+        - Code: {"c" * 12}"""
+    assert set(dedent(expected).strip().split("\n")) <= set(lines)
 
 
 def test_no_run_is_dropped_in_silence():
@@ -270,9 +258,8 @@ def test_no_run_is_dropped_in_silence():
     for run in records:
         run.notes = ["a small data set"]
     text = report.report(records)
-    assert section(text, "Runs that did not finish").strip() == (
-        "- `slora` seed 3: interrupted after step 353: stopped at step 60"
-    )
+    unfinished = "- `slora` seed 3: interrupted after step 353: stopped at step 60"
+    assert section(text, "Runs that did not finish").strip() == unfinished
     assert section(text, "Warnings of the gates").strip() == "- `slora50` seed 2: acceptance is stuck at 0 %"
     assert section(text, "Notes of the runs").strip() == "- all runs: a small data set"
     assert "3 (without seed 3)" in text and "3 done, 1 interrupted" in text
@@ -284,12 +271,9 @@ def test_only_unfinished_runs_still_make_a_report():
     assert "1 diverged" in text and "- all runs: diverged after step 40: train loss is NaN" in text
 
 
-def test_one_row_has_nothing_to_be_compared_with():
+def test_one_row_has_nothing_to_be_compared_with_and_interpolation_is_told():
     text = report.report([record("lora")])
     assert "One row: nothing to compare it with." in text and "criterion" not in text
-
-
-def test_it_says_that_it_interpolates_and_from_how_many_points():
     assert "(4 times a run); in between it is interpolated" in report.report(runs())
 
 
@@ -310,10 +294,8 @@ def test_main_writes_the_report_and_the_figures_it_refers_to(folder, tmp_path, c
     text = output.read_text(encoding="utf-8")
     assert text.startswith("# made-up-gates: 3 rows compared\n")
     named = [line.partition("](")[2].rstrip(")") for line in text.split("\n") if line.startswith("![")]
-    assert [name.removeprefix("pictures/") for name in named] == [
-        *(f"loss_by_{axis}.png" for axis in ("accepted_steps", "tokens", "flops", "seconds")),
-        *("acceptance.png", "novelty.png", "ledger.png"),
-    ]
+    drawn = [f"loss_by_{axis}" for axis in ("accepted_steps", "tokens", "flops", "seconds")]
+    assert named == [f"pictures/{name}.png" for name in (*drawn, "acceptance", "novelty", "ledger")]
     assert all((output.parent / name).read_bytes().startswith(b"\x89PNG") for name in named)
     assert sorted(path.name for path in output.parent.iterdir()) == ["pictures", "report.md"]
     assert capsys.readouterr().out == f"{output}: 9 runs of 3 rows\n"
@@ -328,15 +310,11 @@ def test_main_takes_another_baseline_and_replaces_an_old_report(folder, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["{results}", "--baseline", "sloar"], "--baseline='sloar': must be one of baseline, random, slora"),
-        (["{results}", "{other}"], "records=.*must be of one setting"),
-        (["{results}", "{results}"], "one record per row and seed"),
-        (["{empty}"], "no records there"),
-        (["{empty}/missing.json"], "not a record"),
-        (["{results}", "--figures", "{file}"], "--figures=.*cannot be written to"),
-    ],
-)
+    [("{results} --baseline sloar", "--baseline='sloar': must be one of baseline, random, slora"),
+     ("{results} {other}", "records=.*must be of one setting"), ("{results} {results}", "one record per row and seed"),
+     ("{empty}", "no records there"), ("{empty}/missing.json", "not a record"),
+     ("{results} --figures {file}", "--figures=.*cannot be written to")],
+)  # fmt: skip
 def test_bad_input_is_one_error_and_writes_nothing(arguments, message, folder, tmp_path):
     places = {name: tmp_path / name for name in ("other", "empty", "file")} | {"results": folder}
     write(gated("slora", setting="another"), places["other"] / "s0.json")
@@ -344,7 +322,9 @@ def test_bad_input_is_one_error_and_writes_nothing(arguments, message, folder, t
     places["file"].write_text("")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((ParameterError, DataError), match=message):
-        report.main([*(text.format(**places) for text in arguments), "--output", str(tmp_path / "out" / "report.md")])
+        report.main(
+            [*(text.format(**places) for text in arguments.split()), "--output", str(tmp_path / "out" / "report.md")]
+        )
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -7,8 +7,13 @@ import itertools
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from synthetic_records import record
 
 from lorakit.analysis import figures, names, style
@@ -41,12 +46,15 @@ def test_a_new_row_of_the_palette_changes_no_other_rows_look(monkeypatch):
 
 def test_every_known_row_has_a_look_and_a_label():
     assert {*names.LABELS} == {*style.PALETTE}
+    assert len({names.label(row) for row in style.PALETTE}) == len(style.PALETTE)
+    of_gates = {"baseline", "full_length", "same_flops", "random", "slora", "loss_floor", "gradient_norm"}
+    of_gates |= {"novelty_loss", "least_novel", "random50", "slora50"}
+    chosen = {f"{name}{mode}" for name in ("random20", "flora20", "flora40", "pps20") for mode in ("", "_gather")}
+    assert of_gates | chosen | {"random_tokens", "targets_only"} <= {*style.PALETTE}
 
 
 def luminance(color) -> float:
     """Relative luminance of WCAG 2."""
-    from matplotlib.colors import to_rgb
-
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
@@ -66,8 +74,6 @@ BLINDNESS = {
 
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_the_three_methods_of_every_setting_differ_for_all_kinds_of_colour_vision(kind):
-    from matplotlib.colors import to_rgb
-
     rows = ("full", "lora", "head")
     linear = np.array([to_rgb(style.PALETTE[name].color) for name in rows]) ** 2.2
     seen = np.clip(linear @ np.array(BLINDNESS[kind]).T, 0, 1) ** (1 / 2.2)
@@ -80,19 +86,12 @@ def test_memory_shades_are_told_apart_by_lightness_alone():
 
 
 def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
-    import matplotlib
-
+    before = matplotlib.get_backend()
     with matplotlib.rc_context({"font.size": 3, "axes.facecolor": "red", "legend.fontsize": 3}):
         drawn = figures.loss_curve(runs())
         assert matplotlib.rcParams["font.size"] == 3
     assert drawn.axes[0].get_facecolor() == (1, 1, 1, 1)
     assert drawn._repr_png_() == figures.loss_curve(runs())._repr_png_()
-
-
-def test_the_readers_backend_is_left_alone():
-    import matplotlib
-
-    before = matplotlib.get_backend()
     try:
         matplotlib.use("svg")
         figures.loss_curve(runs())
@@ -105,21 +104,15 @@ def test_the_readers_backend_is_left_alone():
 
 
 def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
-    from IPython.core.formatters import DisplayFormatter
-    from matplotlib.figure import Figure
-
     drawn = figures.loss_curve(runs())
     shown, _ = DisplayFormatter().format(drawn)
     assert set(shown) == {"text/plain", "image/png"}
-    assert shown["image/png"].startswith(b"\x89PNG")
+    assert imread(io.BytesIO(shown["image/png"])).shape[1] == 780
+    assert repr(drawn) == repr(figures.loss_curve(runs()))
+    assert repr(drawn).startswith("<Figure size 780x")  # no address, which would differ
     inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
     inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
     assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
-
-
-def test_the_text_beside_the_png_is_the_same_every_time():
-    assert repr(figures.loss_curve(runs())) == repr(figures.loss_curve(runs()))
-    assert repr(figures.loss_curve(runs())).startswith("<Figure size 780x")  # no address, which would differ
 
 
 def test_what_draws_is_loaded_when_drawing():
@@ -131,12 +124,6 @@ def test_what_draws_is_loaded_when_drawing():
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []"
     )
     subprocess.run([sys.executable, "-W", "error:::lorakit", "-c", code], check=True)
-
-
-def test_the_png_is_780_pixels_wide():
-    from matplotlib.image import imread
-
-    assert imread(io.BytesIO(figures.loss_curve(runs())._repr_png_())).shape[1] == 780
 
 
 def test_save_writes_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from lorakit import assets, models
 from lorakit.errors import AssetError, ParameterError
@@ -38,15 +40,13 @@ def test_gpt2_pads_with_its_end_token(gpt2):
 
 
 def test_weights_are_the_checkpoints(bert, gemma):
-    from safetensors.torch import load_file
-
     stored = load_file(Path(bert) / "model.safetensors")
     loaded = models.load(bert, "classify").model.bert.state_dict()
     assert stored and all(torch.equal(loaded[name], stored[name]) for name in stored)
-    as_stored = models.load(gemma, "causal", dtype="auto").model
-    assert as_stored.dtype == torch.bfloat16
-    assert models.load(gemma, "causal", dtype="bf16").model.dtype == torch.bfloat16
-    widened = models.load(gemma, "causal").model
+    as_stored = models.load(gemma, "causal", dtype="auto", attention="eager").model
+    assert as_stored.dtype == models.load(gemma, "causal", dtype="bf16").model.dtype == torch.bfloat16
+    widened = models.load(gemma, "causal", attention="sdpa").model
+    assert [m.config._attn_implementation for m in (as_stored, widened)] == ["eager", "sdpa"]
     assert widened.dtype == torch.float32
     assert torch.equal(widened.model.norm.weight, as_stored.model.norm.weight.float())
 
@@ -59,8 +59,6 @@ def test_a_new_head_depends_on_the_seed_alone(bert):
     assert torch.equal(first.model.classifier.weight, again) and not torch.equal(again, other)
     assert first.notes == ["new, not pre-trained, initialised from seed 1: classifier"]
 
-
-def test_loading_disturbs_no_global_generator(bert):
     torch.manual_seed(5), np.random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     models.load(bert, "masked", seed=3)
@@ -74,14 +72,7 @@ def test_masked_head_missing_from_a_base_model_is_told_and_tied(bert):
     assert loaded.notes[0].endswith("its decoder is tied to the word embeddings")
 
 
-def test_attention_implementation_is_passed_on(gemma):
-    for attention in ("sdpa", "eager"):
-        assert models.load(gemma, "causal", attention=attention).model.config._attn_implementation == attention
-
-
 def test_loading_prints_and_logs_nothing(bert, capfd):
-    from transformers.utils import logging
-
     logged = []
     handler = Handler()
     handler.emit = logged.append
@@ -94,8 +85,6 @@ def test_loading_prints_and_logs_nothing(bert, capfd):
 
 
 def test_verbosity_returns_to_what_it_was_also_after_errors(bert):
-    from transformers.utils import logging
-
     logging.set_verbosity_info()
     logging.enable_progress_bar()
     try:
@@ -110,15 +99,13 @@ def test_verbosity_returns_to_what_it_was_also_after_errors(bert):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        ({"kind": "regress"}, "kind='regress': must be one of classify, masked, causal"),
-        ({"num_labels": 1}, "num_labels=1: must be at least 2"),
-        ({"dtype": "fp64"}, "dtype='fp64': must be one of fp32, bf16, auto"),
-        ({"attention": "flash"}, "attention='flash': must be one of sdpa, eager"),
-        ({"kind": "causal"}, "kind='causal': needs a decoder; model=.* is an encoder"),
-        ({"kind": "masked", "name": "toy-decoder"}, "kind='masked': needs an encoder; model=.* is a decoder"),
-    ],
-)
+    [({"kind": "regress"}, "kind='regress': must be one of classify, masked, causal"),
+     ({"num_labels": 1}, "num_labels=1: must be at least 2"),
+     ({"dtype": "fp64"}, "dtype='fp64': must be one of fp32, bf16, auto"),
+     ({"attention": "flash"}, "attention='flash': must be one of sdpa, eager"),
+     ({"kind": "causal"}, "kind='causal': needs a decoder; model=.* is an encoder"),
+     ({"kind": "masked", "name": "toy-decoder"}, "kind='masked': needs an encoder; model=.* is a decoder")],
+)  # fmt: skip
 def test_parameters_out_of_range(bert, arguments, message):
     with pytest.raises(ParameterError, match=message):
         models.load(**{"name": bert, "kind": "classify"} | arguments)
@@ -126,13 +113,11 @@ def test_parameters_out_of_range(bert, arguments, message):
 
 @pytest.mark.parametrize(
     "file, text, message",
-    [
-        ("config.json", "{", "config.json cannot be read"),
-        ("config.json", '{"model_type": "nope"}', "config.json cannot be read"),
-        ("model.safetensors", "short", "cannot be loaded as a classify model"),
-        ("tokenizer.json", "{}", "tokenizer cannot be read"),
-    ],
-)
+    [("config.json", "{", "config.json cannot be read"),
+     ("config.json", '{"model_type": "nope"}', "config.json cannot be read"),
+     ("model.safetensors", "short", "cannot be loaded as a classify model"),
+     ("tokenizer.json", "{}", "tokenizer cannot be read")],
+)  # fmt: skip
 def test_damaged_files_are_one_line(bert, file, text, message):
     (Path(bert) / file).write_text(text)
     with pytest.raises(AssetError, match=message) as caught:
@@ -141,8 +126,6 @@ def test_damaged_files_are_one_line(bert, file, text, message):
 
 
 def test_weights_without_some_layers_are_refused(bert):
-    from safetensors.torch import load_file, save_file
-
     file = Path(bert) / "model.safetensors"
     kept = {name: value for name, value in load_file(file).items() if "layer.1." not in name}
     save_file(kept, file, metadata={"format": "pt"})

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
+from transformers import AutoModel, T5Config
 
 from lorakit import models
 from lorakit.errors import AssetError, ParameterError
 from lorakit.models import configs, sources
+
+
+def raising(error: Exception):
+    def asked(*_, **__):
+        raise error
+
+    return asked
 
 
 def test_fingerprint_follows_every_byte_that_matters(bert):
@@ -47,12 +56,7 @@ def test_unreachable_hub_is_one_line_naming_what_was_tried_and_what_works_offlin
 
 
 def test_hub_switched_off_answers_at_once(monkeypatch):
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def model_info(*_, **__):
-        raise OfflineModeIsEnabled("off")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", raising(OfflineModeIsEnabled("off")))
     with pytest.raises(AssetError, match="switched off .HF_HUB_OFFLINE"):
         models.load("surely-not/cached-here", "classify")
 
@@ -93,10 +97,7 @@ def test_hub_download_takes_one_format_of_weights(monkeypatch):
 
 
 def test_lost_connection_during_download_is_one_line(monkeypatch):
-    def lost(*_, **__):
-        raise TimeoutError("read timed out")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lost)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", raising(TimeoutError("read timed out")))
     online = sources.Source("org/bert", "org/bert", "hub", "hub commit c0ffee", "c0ffee", offline=False)
     with pytest.raises(AssetError, match="model='org/bert': download from the hub failed: TimeoutError: read timed"):
         sources.download(online)
@@ -114,9 +115,6 @@ def test_folders_that_are_no_model_say_why(bert, tmp_path):
     with pytest.raises(AssetError, match="has no weights"):
         models.load(bert, "classify")
     assert models.family(bert) == "encoder"  # its configuration is enough for a plan
-
-
-def test_data_set_is_no_model():
     with pytest.raises(ParameterError, match="model='review-sentences': is a data set"):
         models.load("review-sentences", "classify")
     with pytest.raises(ParameterError, match="model='review-sentences'"):
@@ -126,22 +124,14 @@ def test_data_set_is_no_model():
 # Parameters of the base models as their publishers state them (for Gemma 4B and 12B: keras-hub's count of the
 # text model with 262144 tokens; the hub's checkpoints have 64 more rows in the embedding).
 COUNTS = {
-    "bert-base-uncased": 109482240,
-    "distilbert-base-uncased": 66362880,
-    "gpt2": 124439808,
-    "google/gemma-3-270m": 268098176,
-    "google/gemma-3-1b-pt": 999885952,
-    "google/gemma-3-4b-pt": 3880099328 + 64 * 2560,
-    "google/gemma-3-12b-pt": 11765788416 + 64 * 3840,
-    "meta-llama/Llama-3.2-1B": 1235814400,
-    "all-MiniLM-L6-v2": 22713216,
-    "gemma-3-270m": 268098176,
-}
+    "bert-base-uncased": 109482240, "distilbert-base-uncased": 66362880, "all-MiniLM-L6-v2": 22713216,
+    "gpt2": 124439808, "meta-llama/Llama-3.2-1B": 1235814400, "gemma-3-270m": 268098176,
+    "google/gemma-3-270m": 268098176, "google/gemma-3-1b-pt": 999885952,
+    "google/gemma-3-4b-pt": 3880099328 + 64 * 2560, "google/gemma-3-12b-pt": 11765788416 + 64 * 3840,
+}  # fmt: skip
 
 
 def test_packaged_dimensions_give_the_published_parameter_counts(no_hub, monkeypatch, tmp_path):
-    from transformers import AutoModel
-
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     assert set(json.loads(configs.PACKAGED.read_text())) == set(COUNTS)
     for name, count in COUNTS.items():
@@ -158,8 +148,6 @@ def test_family_needs_no_weights_and_own_files_are_preferred(no_hub, bert):
     assert models.family("gpt2") == models.family("google/gemma-3-1b-pt") == "decoder"
     with pytest.raises(AssetError, match="unreachable.*packaged dimensions: all-MiniLM-L6-v2, bert-base"):
         models.family("unknown-model")
-    from transformers import T5Config
-
     with pytest.raises(ParameterError, match="model='t5': is an encoder-decoder"):
         configs.family_of(T5Config())
 

@@ -12,36 +12,29 @@ import yaml
 
 from lorakit import cli, records
 from lorakit.errors import ParameterError
-from lorakit.params import Params, collect, given, params_of, resolve
+from lorakit.params import Params, collect, given, merge, params_of, resolve
+from lorakit.params.files import read
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
 from lorakit.runs.rows import notebook_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
-SETTINGS = ROOT / "params"
+SETTING_FILES = sorted((ROOT / "params").rglob("*.yaml"))
 
 each_notebook = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-each_params_file = pytest.mark.parametrize(
-    "path",
-    [path for path in sorted(SETTINGS.glob("*/[!_]*.yaml")) if (path.parent / "_setting.yaml").exists()],
-    ids=lambda path: f"{path.parent.name}-{path.stem}",
-)
-each_record = pytest.mark.parametrize(
-    "path",
-    sorted(ROOT.glob("results/*/*/s[0-9]*.json")),
-    ids=lambda path: path.relative_to(ROOT / "results").as_posix(),
-)
+
+
+def cells(path: Path) -> list[nbformat.NotebookNode]:
+    return nbformat.read(path, as_version=4).cells
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
-    return [
-        cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
-    ]
+    return [cell for cell in cells(path) if cell.cell_type == "code" and cell.source.strip()]
 
 
 def tags(path: Path) -> list[str]:
-    return [tag for cell in nbformat.read(path, as_version=4).cells for tag in cell.metadata.get("tags", [])]
+    return [tag for cell in cells(path) for tag in cell.metadata.get("tags", [])]
 
 
 def outputs(path: Path) -> list[nbformat.NotebookNode]:
@@ -49,13 +42,9 @@ def outputs(path: Path) -> list[nbformat.NotebookNode]:
 
 
 @each_notebook
-def test_executed_from_top_to_bottom(path):
+def test_executed_from_top_to_bottom_without_failure_and_without_stderr(path):
     assert [cell.execution_count for cell in code_cells(path)] == list(range(1, len(code_cells(path)) + 1))
     assert outputs(path), "no outputs: make notebooks"
-
-
-@each_notebook
-def test_nothing_failed_and_nothing_went_to_stderr(path):
     assert [o for o in outputs(path) if o.output_type == "error" or o.get("name") == "stderr"] == []
 
 
@@ -79,7 +68,7 @@ def test_kernel_and_metadata_are_those_of_any_machine(path):
 
 @each_notebook
 def test_cells_are_few_and_short_and_end_in_values(path):
-    assert len(nbformat.read(path, as_version=4).cells) < 35
+    assert len(cells(path)) < 35
     for cell in code_cells(path):
         assert len(cell.source.splitlines()) <= 20, cell.source
         assert not cell.source.rstrip().endswith(";"), cell.source
@@ -119,13 +108,21 @@ def test_the_next_cell_collects_before_it_defines_anything_and_shows_what_it_fou
     assert ast.unparse(last) == "lorakit.shown(given)"
 
 
-@pytest.mark.parametrize("path", sorted(SETTINGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def name(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+@pytest.mark.parametrize("path", SETTING_FILES, ids=name)
 def test_params_files_name_known_parameters(path):
     if path.parent.name != "accelerate":  # whose files are accelerate's own
         assert (yaml.safe_load(path.read_text()) or {}).keys() <= Params.model_fields.keys()
 
 
-@each_params_file
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SETTING_FILES if path.stem[0] != "_" and (path.parent / "_setting.yaml").exists()],
+    ids=name,
+)
 def test_all_doors_ask_for_the_same_run(path):
     """Of every params file, through its method's notebook, whose own cell asks for another run."""
     setting, row = path.parent.name, path.stem
@@ -138,6 +135,9 @@ def test_all_doors_ask_for_the_same_run(path):
     runs = {
         "by hand, as papermill -p": collect(cell | named),
         "papermill -f": collect(cell | params_of(setting, row) | own),
+        "papermill -f, its last": collect(cell | merge(*map(read, files)) | named),
+        "-f of the row": given(files[1:], own_typed),
+        "params_of": params_of(setting, row) | own,
         "lorakit run -p": collect(cell | checked(notebook, given([], typed))),
         "lorakit run -f": collect(cell | whole(notebook, given(files, own_typed))),
         "lorakit train -p": cli._given("train", [text for pair in typed for text in ("-p", pair)]),
@@ -154,7 +154,7 @@ def test_a_mistyped_name_is_refused_by_the_cell_that_collects(path, wrong, meant
         collect(parameters(path) | {wrong: 1})
 
 
-@each_record
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*/s[0-9]*.json")), ids=lambda p: "/".join(p.parts[-3:]))
 def test_committed_records_are_what_the_params_files_ask_for(path):
     record = records.read(path)
     if record.kind != "run":

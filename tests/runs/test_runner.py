@@ -12,6 +12,7 @@ from pathlib import Path
 import light_notebook
 import nbformat
 import pytest
+from light_notebook import errors, printed
 
 from lorakit.errors import ParameterError
 from lorakit.runs import notebooks
@@ -22,29 +23,15 @@ def notebook(tmp_path) -> Path:
     return light_notebook.write(tmp_path / "notebooks" / "light.ipynb")
 
 
-def printed(path: Path) -> str:
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.text for cell in cells for o in cell.get("outputs", []) if o.output_type == "stream")
-
-
-def errors(path: Path) -> list[str]:
-    cells = nbformat.read(path, as_version=4).cells
-    return [o.ename for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
-
-
 def run(*arguments: str | Path) -> int:
     return notebooks.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
     ("given", "complaint"),
-    [
-        ("rnak=4", "rnak=4: unknown parameter"),
-        ("learning_rate=1e-4", "learning_rate='1e-4'"),
-        ("rank=0", "rank=0"),
-        ("rank", "-p='rank'"),
-    ],
-)
+    [("rnak=4", "rnak=4: unknown parameter"), ("learning_rate=1e-4", "learning_rate='1e-4'"),
+     ("rank=0", "rank=0"), ("rank", "-p='rank'")],
+)  # fmt: skip
 def test_bad_parameters_are_refused_before_anything_runs(notebook, tmp_path, capsys, given, complaint):
     assert run(notebook, "-p", given, "--output", tmp_path / "out" / "done.ipynb") == 2
     assert complaint in capsys.readouterr().err
@@ -89,9 +76,8 @@ def test_files_then_pairs_and_places_as_the_caller_sees_them(notebook, tmp_path,
 
 
 def test_what_no_file_names_is_not_the_notebooks_toy_run(tmp_path):
-    path = light_notebook.write(
-        tmp_path / "a.ipynb", parameters='method = "hira"\ngate_k = 5\ngate = "novelty"\nrank = 9'
-    )
+    lines = 'method = "hira"\ngate_k = 5\ngate = "novelty"\nrank = 9'
+    path = light_notebook.write(tmp_path / "a.ipynb", parameters=lines)
     assert notebooks.whole(path, {"rank": 3}) == {"gate_k": 64, "gate": "none", "rank": 3}
     assert notebooks.whole(path, {"rank": 9, "max_length": 3}).items() >= {"rank": 9, "max_length": 3}.items()
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import light_notebook
-import nbformat
 import pytest
 import yaml
 
@@ -47,11 +46,6 @@ def repair(run: sweep.Run) -> None:
     (run.run_dir / "repaired").touch()
 
 
-def errors(path: Path) -> list[str]:
-    cells = nbformat.read(path, as_version=4).cells
-    return [o.ename for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
-
-
 @pytest.mark.parametrize("status", ["done", "diverged", "interrupted", "out_of_memory", "running"])
 def test_only_unfinished_runs_are_planned(place, status):
     (run,) = sweep.plan(place, "toy", "lora")
@@ -68,8 +62,8 @@ def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
 
     assert sweep.sweep(runs, jobs=2) == 1
     assert [run.status() for run in runs] == ["missing", "out_of_memory", "done", "done"]
-    assert errors(head.executed) == ["AssertionError"]
-    assert errors(full.executed) == errors(lora.executed) == []
+    assert light_notebook.errors(head.executed) == ["AssertionError"]
+    assert light_notebook.errors(full.executed) == light_notebook.errors(lora.executed) == []
     told = capfd.readouterr().err
     assert "4 runs: 1 finished before, 3 to do" in told
     assert f"toy/head/s0: missing: see {os.path.relpath(head.executed)}" in told
@@ -125,23 +119,16 @@ def test_two_sweeps_of_a_setting_do_not_meet(place):
 
 @pytest.mark.parametrize(
     ("asked", "complaint"),
-    [
-        ({"setting": "tyo"}, "SETTING='tyo': must be one of toy"),
-        ({"setting": "toy", "methods": "lora hed"}, "METHODS='hed': toy has full, head, lora"),
-        ({"setting": "toy", "seeds": "0 x"}, "SEEDS='0 x'"),
-        ({"setting": "toy", "seeds": "-1"}, "seed=-1"),
-    ],
-)
+    [({"setting": "tyo"}, "SETTING='tyo': must be one of toy"), ({"setting": "toy", "seeds": "-1"}, "seed=-1"),
+     ({"setting": "toy", "methods": "lora hed"}, "METHODS='hed': toy has bad, full, head, lora"),
+     ({"setting": "toy", "seeds": "0 x"}, "SEEDS='0 x'"),
+     ({"setting": "toy", "methods": "bad"}, "learning_rate='1e-4'")],
+)  # fmt: skip
 def test_bad_input_is_told_before_anything_runs(place, asked, complaint):
+    write_params(place, bad="learning_rate: 1e-4")
     with pytest.raises(ParameterError, match=complaint):
-        sweep.plan(place, **asked)
+        sweep.plan(place, **{"methods": "lora"} | asked)
     assert not (place / "results").exists()
-
-
-def test_a_bad_params_file_is_told_before_anything_runs(place):
-    write_params(place, head="learning_rate: 1e-4")
-    with pytest.raises(ParameterError, match="learning_rate='1e-4'"):
-        sweep.plan(place, "toy")
 
 
 @pytest.mark.parametrize(("jobs", "threads", "cores"), [(1, 8, 8), (2, 4, 8), (3, 2, 6), (16, 1, 16)])
@@ -152,15 +139,20 @@ def test_runs_at_once_share_the_cores(place, monkeypatch, jobs, threads, cores):
     assert command[command.index("--cores") + 1] == str(cores)
 
 
+def planned(place: Path, *arguments: str, python: str = sys.executable) -> str:
+    """What snakemake by itself says that it would do."""
+    command = [python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
+    done = subprocess.run([*command, "--dry-run", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("profile", ["default", "slurm"])
 def test_snakemake_by_itself_plans_what_is_unfinished(place, profile):
     for run in sweep.plan(place, "toy", "head"):
         write_record(run, "diverged")
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
-    command += ["--workflow-profile", str(ROOT / "profiles" / profile), "--dry-run", "--cores", "2"]
-    planned = subprocess.run([*command, "--config", "setting=toy", "seeds=0 1"], capture_output=True, text=True)
-    assert planned.returncode == 0, planned.stderr
-    assert "fine_tune        5" in planned.stdout + planned.stderr
+    arguments = ["--workflow-profile", str(ROOT / "profiles" / profile), "--cores", "2"]
+    assert "fine_tune        5" in planned(place, *arguments, "--config", "setting=toy", "seeds=0 1")
     assert not (place / "results/toy/lora").exists()
 
 
@@ -171,27 +163,14 @@ def test_a_python_whose_path_holds_a_space_is_quoted(place, tmp_path):
     (environment / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
     (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
     python = str(environment / "bin" / "python")
-    command = [python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(place)]
-    command += [
-        "--dry-run",
-        "--workflow-profile",
-        "none",
-        "--printshellcmds",
-        "--cores",
-        "1",
-        "--config",
-        "setting=toy",
-        "methods=lora",
-    ]
-    planned = subprocess.run(command, capture_output=True, text=True)
-    assert planned.returncode == 0, planned.stderr
-    assert f"'{python}' -m lorakit run" in planned.stdout + planned.stderr
+    arguments = ["--workflow-profile", "none", "--printshellcmds", "--cores", "1"]
+    arguments += ["--config", "setting=toy", "methods=lora"]
+    assert f"'{python}' -m lorakit run" in planned(place, *arguments, python=python)
 
 
 def test_slurm_profile_behaves_as_the_local_one():
-    local, slurm = (
-        yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text()) for name in ("default", "slurm")
-    )
+    folder = ROOT / "profiles"
+    local, slurm = (yaml.safe_load((folder / name / "config.yaml").read_text()) for name in ("default", "slurm"))
     del local["quiet"]
     assert slurm["executor"] == "slurm"
     assert slurm.items() >= local.items()

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lorakit.scratch import LoRATransformer, main
+from lorakit.scratch import LoRATransformer, Settings, evaluate, main
 from lorakit.scratch import cli as command
+from lorakit.scratch.compare import review_loaders
 
 SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 1, "length": 32, "texts": 40, "lora_r": 2}
 TINY = [f"--{name}={value}" for name, value in {**SIZES, "pretrain_epochs": 2, "epochs": 2}.items()]
 
 
 def test_prints_the_comparison_and_writes_a_folder_that_loads(tmp_path: Path, capsys):
-    from safetensors.torch import load_file
-
     output = tmp_path / "new" / "run"
     assert main([*TINY, "--output", str(output)]) == 0
     printed = capsys.readouterr()
@@ -34,9 +34,6 @@ def test_prints_the_comparison_and_writes_a_folder_that_loads(tmp_path: Path, ca
     history = json.loads((output / "history.json").read_text())
     assert history["settings"]["lora_r"] == 2 and len(history["pretrain_loss"]) == 2
     assert [len(history[base]["val_loss"]) for base in ("pretrained", "random")] == [2, 2]
-    from lorakit.scratch import Settings, evaluate
-    from lorakit.scratch.compare import review_loaders
-
     loss = evaluate(model, review_loaders(Settings(**history["settings"]))[1])
     assert loss == pytest.approx(history["pretrained"]["val_loss"][-1], abs=1e-6)
     assert history["pretrained"]["parameters"] == model.configure_lora_training().get_parameter_stats()
@@ -53,23 +50,18 @@ def test_the_same_seed_prints_the_same(capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [
-        ("--lora_r", "0", "lora_r=0: must be >= 1"),
-        ("--epochs", "0", "epochs=0: must be >= 1"),
-        ("--pretrain_epochs", "0", "pretrain_epochs=0: must be >= 1"),
-        ("--learning_rate", "0", "learning_rate=0.0: must be a number > 0"),
-        ("--learning_rate", "-0.001", "learning_rate=-0.001: must be a number > 0"),
-        ("--learning_rate", "nan", "learning_rate=nan: must be a number > 0"),
-        ("--pretrain_learning_rate", "0", "pretrain_learning_rate=0.0: must be a number > 0"),
-        ("--lora_alpha", "-1", "lora_alpha=-1.0: must be a number > 0"),
-        ("--batch_size", "0", "batch_size=0: must be >= 1"),
-        ("--num_heads", "3", "d_model=16: must be a multiple of 2 * num_heads = 6"),
-        ("--seed", "-1", "seed=-1: must be >= 0"),
-        ("--length", "100000", "fewer than a row of 100000"),
-        ("--epochs", "two", "argument --epochs: invalid int value: 'two'"),
-        ("--rank", "2", "unrecognized arguments: --rank 2"),
-    ],
-)
+    [("--lora_r", "0", "lora_r=0: must be >= 1"), ("--epochs", "0", "epochs=0: must be >= 1"),
+     ("--pretrain_epochs", "0", "pretrain_epochs=0: must be >= 1"),
+     ("--learning_rate", "0", "learning_rate=0.0: must be a number > 0"),
+     ("--learning_rate", "-0.001", "learning_rate=-0.001: must be a number > 0"),
+     ("--learning_rate", "nan", "learning_rate=nan: must be a number > 0"),
+     ("--pretrain_learning_rate", "0", "pretrain_learning_rate=0.0: must be a number > 0"),
+     ("--lora_alpha", "-1", "lora_alpha=-1.0: must be a number > 0"),
+     ("--batch_size", "0", "batch_size=0: must be >= 1"), ("--seed", "-1", "seed=-1: must be >= 0"),
+     ("--num_heads", "3", "d_model=16: must be a multiple of 2 * num_heads = 6"),
+     ("--length", "100000", "fewer than a row of 100000"), ("--rank", "2", "unrecognized arguments: --rank 2"),
+     ("--epochs", "two", "argument --epochs: invalid int value: 'two'")],
+)  # fmt: skip
 def test_a_bad_argument_is_one_clear_line_and_leaves_nothing(tmp_path: Path, capsys, option, value, words):
     output = tmp_path / "run"
     assert main([*TINY, "--output", str(output), option, value]) == 2

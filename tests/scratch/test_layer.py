@@ -57,11 +57,13 @@ def test_starts_with_nn_linears_own_weights():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_dense_formula(bias):
+def test_forward_is_the_dense_formula_with_an_update_of_at_most_rank_r(bias):
     layer = trained(bias).double()
     x = torch.randn(4, 5, D_IN, dtype=torch.float64)
-    dense = layer.weight + ALPHA / R * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(layer(x), F.linear(x, dense, layer.bias), atol=1e-12, rtol=0)
+    update = ALPHA / R * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + update, layer.bias), atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.delta_weight(), update)
+    assert torch.linalg.matrix_rank(layer.delta_weight()) == R
 
 
 def test_gradients_are_the_closed_form():
@@ -100,12 +102,6 @@ def test_equals_peft_through_twenty_training_steps():
         if step == 0:
             torch.testing.assert_close(layer(x), twin(x), atol=1e-6, rtol=0)
         ours.step(), theirs.step()
-
-
-def test_the_update_has_at_most_rank_r():
-    layer = trained().double()
-    assert torch.linalg.matrix_rank(layer.delta_weight()) == R
-    torch.testing.assert_close(layer.delta_weight(), ALPHA / R * layer.lora_B @ layer.lora_A)
 
 
 def test_dropout_touches_the_update_only_and_only_in_training():
@@ -156,12 +152,9 @@ def test_saving_or_loading_while_merged_is_refused():
     layer = trained()
     state = layer.state_dict()
     layer.merge()
-    with pytest.raises(ParameterError, match="unmerge"):
-        layer.state_dict()
-    with pytest.raises(ParameterError, match="unmerge"):
-        layer.load_state_dict(state)
-    with pytest.raises(ParameterError, match="unmerge"):
-        layer.reset_lora()
+    for use in (layer.state_dict, lambda: layer.load_state_dict(state), layer.reset_lora):
+        with pytest.raises(ParameterError, match="unmerge"):
+            use()
 
 
 def test_state_goes_through_a_file_and_a_copy_keeps_the_merge():
@@ -185,11 +178,6 @@ def test_moves_and_casts_as_a_linear_does():
     layer.merge()
     layer.double().unmerge()
     assert layer.weight.dtype == torch.float64
-
-
-def test_train_and_eval_return_the_layer():
-    layer = trained()
-    assert layer.train() is layer and layer.eval() is layer
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import synthetic_records as synthetic
 import torch
 import training_runs as runs
 
+import lorakit
 from lorakit.adapters import attach
 from lorakit.errors import ParameterError
 from lorakit.gates import ThresholdController, build_gate
@@ -88,8 +89,6 @@ def test_agreement_draws_a_point_per_batch():
 
 
 def test_only_accepted_batches_move_weights_and_moments():
-    import lorakit
-
     given = lorakit.params_of("toy", "random") | gates.QUICK | TINY
     steps = gates.watched(given)
     assert sum(step.accepted for step in steps) == 4 < len(steps)
@@ -107,8 +106,6 @@ def test_thresholded_meets_the_target():
 
 
 def test_ablate_runs_every_variant_with_every_seed_from_the_same_start():
-    import lorakit
-
     ready = gates.trained(lorakit.params_of("toy", "lora") | gates.QUICK | TINY | {"budget": 1})
     sizes = [len(batch["labels"]) for batch in gates.batches(ready.task, 7, 3, seed=0)]
     assert sizes == [7, 7, 7] and not ready.model.training
@@ -119,11 +116,8 @@ def test_ablate_runs_every_variant_with_every_seed_from_the_same_start():
 
 
 def made(*methods, seeds=3):
-    return [
-        synthetic.gated(method, seed, floor=0.4 + 0.1 * place + 0.001 * seed * place)
-        for place, method in enumerate(methods)
-        for seed in range(seeds)
-    ]
+    places = [(place, method, seed) for place, method in enumerate(methods) for seed in range(seeds)]
+    return [synthetic.gated(method, s, floor=0.4 + 0.1 * n + 0.001 * s * n) for n, method, s in places]
 
 
 def test_gap_table_says_the_loss_the_rate_and_the_paired_difference():
@@ -154,6 +148,4 @@ def test_redundant_shares_are_of_seen_and_of_accepted():
     records[1].details["gate"] |= counts
     assert gates.redundant_shares(records).T.to_dict("list") == {"slora": [0.8, 0.5]}
 
-
-def test_a_setting_that_was_not_run_has_no_records():
     assert gates.recorded("no-such-setting") == []

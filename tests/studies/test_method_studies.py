@@ -11,21 +11,11 @@ from lorakit.errors import ParameterError
 from lorakit.studies import hira, qlora, skip, sparse
 
 HISTORY = [[0, 0.0, 0.0], [10, 0.25, 0.2], [20, 0.5, 0.5]]
-SPARSITY = {
-    "history": HISTORY,
-    "zeros": {"A": 0.5, "B": 0.5, "BA": 0.1, "merged": 0.0},
-    "bytes": {"dense": 400, "packed": 212, "compacted": 200},
-}
-SKIP = {
-    "adapters": ["layer.0.q", "layer.0.k", "layer.1.q", "layer.1.k"],
-    "blocks": [0, 0, 1, 1],
-    "share_skipped": 0.4,
-    "history": {
-        "step": [5, 10],
-        "metric": [[], [0.1, 0.2, 0.3, 0.4]],  # nothing was measured before the first point
-        "active": [[1.0, 1.0, 1.0, 1.0], [0.0, 0.5, 1.0, 1.0]],
-    },
-}
+SPARSITY = {"history": HISTORY, "zeros": {"A": 0.5, "B": 0.5, "BA": 0.1, "merged": 0.0}}
+SPARSITY["bytes"] = {"dense": 400, "packed": 212, "compacted": 200}
+SKIP = {"adapters": ["layer.0.q", "layer.0.k", "layer.1.q", "layer.1.k"], "blocks": [0, 0, 1, 1], "share_skipped": 0.4}
+SKIP["history"] = {"step": [5, 10], "active": [[1.0, 1.0, 1.0, 1.0], [0.0, 0.5, 1.0, 1.0]]}
+SKIP["history"]["metric"] = [[], [0.1, 0.2, 0.3, 0.4]]  # nothing was measured before the first point
 
 
 def images(figure):
@@ -41,18 +31,13 @@ def test_zeros_over_time_draws_what_was_reached_and_what_was_asked_for():
     figure = sparse.zeros_over_time([record("sparse", 0, details={"sparsity": free})])
     assert len(figure.axes[0].lines) == 1
 
-
-def test_two_seeds_are_told_apart():
     figure = sparse.zeros_over_time([record("sparse", seed, details={"sparsity": SPARSITY}) for seed in (0, 1)])
     assert figure.axes[0].get_legend_handles_labels()[1] == ["Sparse LoRA, seed 0", "Sparse LoRA, seed 1"]
 
 
 def test_zeros():
     table = sparse.zeros(record("sparse", 0, details={"sparsity": SPARSITY}))
-    assert table == {
-        **{"A": 0.5, "B": 0.5, "BA": 0.1, "merged": 0.0},
-        **{"packed / dense bytes": 0.53, "compacted / dense bytes": 0.5},
-    }
+    assert table == SPARSITY["zeros"] | {"packed / dense bytes": 0.53, "compacted / dense bytes": 0.5}
 
 
 def test_spectrum_is_of_the_matrix_and_falls_at_its_rank():
@@ -65,10 +50,8 @@ def test_spectrum_is_of_the_matrix_and_falls_at_its_rank():
 
 
 def test_weight_bytes_are_bits_over_all_parameters():
-    rows = [
-        {"kind": "linear, 4-bit", "parameters": 100, "bytes": 52},
-        {"kind": "heads", "parameters": 100, "bytes": 400},
-    ]
+    kinds = (("linear, 4-bit", 52), ("heads", 400))
+    rows = [{"kind": kind, "parameters": 100, "bytes": size} for kind, size in kinds]
     figure = qlora.weight_bytes({"one": {"rows": rows}, "two": {"rows": rows[1:]}})
     widths = [bar.get_width() for container in figure.axes[0].containers for bar in container]
     assert widths == pytest.approx([52 * 8 / 200, 0, 400 * 8 / 200, 32])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import lines
 from scipy.stats import spearmanr
 
 from lorakit.studies import sketches
@@ -30,10 +31,6 @@ def batches() -> list[sketches.Batch]:
 @pytest.fixture(scope="module")
 def cosines(batches) -> sketches.Sketched:
     return sketches.cosine_table(batches, SIZES, seeds=20)
-
-
-def lines(ax) -> dict[str, np.ndarray]:
-    return {line.get_label(): line.get_xydata() for line in ax.lines}
 
 
 def test_head_gradient_is_autograds(batches):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from lorakit import tasks
 from lorakit.errors import DataError, ParameterError
-from lorakit.tasks import chat, collate
+from lorakit.tasks import chat, collate, conversations
 from lorakit.tasks.collate import IGNORED
 from lorakit.tasks.exact_match import exact_match, generate, gsm8k_answer
 
@@ -80,9 +82,6 @@ def test_validation_file_gives_validation_and_test_unless_test_is_there(instruct
 
 
 def test_tulu_reads_jsonl_and_parquet(tmp_path, decoder):
-    import pyarrow
-    from pyarrow import parquet
-
     write(tmp_path / "a.jsonl", [say(f"j{i}", "yes") for i in range(20)])
     table = pyarrow.table({"id": list(range(20)), "messages": [say(f"p{i}", "no") for i in range(20)]})
     parquet.write_table(table, tmp_path / "b.parquet")
@@ -94,11 +93,6 @@ def test_tulu_reads_jsonl_and_parquet(tmp_path, decoder):
 
 
 def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatch):
-    import pyarrow
-    from pyarrow import parquet
-
-    from lorakit.tasks import conversations
-
     (tmp_path / "data").mkdir()
     chats = [*[say(f"q{i}", "a") for i in range(30)], say("no answer")]
     parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "data" / "train-0.parquet")
@@ -107,13 +101,8 @@ def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatc
     assert len(corpus.train) == 24 and "1 rows dropped: not user and assistant in turn" in corpus.notes
 
 
-NO_CHATS = [
-    say("only a question"),
-    [{"role": "robot", "content": "hi"}],
-    say("q", "a")[::-1],
-    say("q", "  "),
-    say(3, "a"),
-]
+NO_CHATS = [say("only a question"), say("q", "a")[::-1], say("q", "  "), say(3, "a")]
+NO_CHATS += [[{"role": "robot", "content": "hi"}]]
 BAD_CHATS = ["not json", '["a list"]', '{"text": "no messages"}', '{"messages": []}']
 BAD_CHATS += [json.dumps({"messages": messages}) for messages in NO_CHATS]
 

@@ -5,33 +5,22 @@ from __future__ import annotations
 import hashlib
 import random
 
+import huggingface_hub
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
+from tokenizers.processors import TemplateProcessing
 
 from lorakit import tasks
 from lorakit.errors import AssetError, DataError, ParameterError
 from lorakit.tasks import corpus
 from lorakit.tasks import task as judged
+from lorakit.tasks.build import labelled_columns
 from lorakit.tasks.toy import tokenizer as toy
 
-WORDS = [
-    "a",
-    "the",
-    "film",
-    "plot",
-    "cast",
-    "is",
-    "was",
-    "not",
-    "very",
-    "good",
-    "bad",
-    "dull",
-    "and",
-    "but",
-    "with",
-    "of",
-]
+WORDS = ["a", "the", "film", "plot", "cast", "is", "was", "not", "very", "good", "bad", "dull", "and", "but"]
+WORDS += ["with", "of"]
 
 
 def sentences(count: int, length: int = 9, seed: int = 0) -> list[str]:
@@ -76,7 +65,7 @@ def test_sst2_splits_share_no_row_and_no_phrase(tmp_path, encoder):
     assert not {*train, *validation} & set(test)
 
 
-def test_files_lie_in_data_dir_itself_or_its_subfolder_and_are_fingerprinted(tmp_path, encoder):
+def test_files_lie_in_data_dir_its_subfolder_or_the_environments_and_are_fingerprinted(tmp_path, encoder, monkeypatch):
     write_sst2(tmp_path / "sst2")
     outer = tasks.load("sst2", encoder, data_dir=str(tmp_path))
     inner = tasks.load("sst2", encoder, data_dir=str(tmp_path / "sst2"))
@@ -84,10 +73,6 @@ def test_files_lie_in_data_dir_itself_or_its_subfolder_and_are_fingerprinted(tmp
     content = (tmp_path / "sst2" / "dev.tsv").read_bytes()
     assert outer.files["sst2/dev.tsv"] == hashlib.sha256(content).hexdigest() and len(outer.files) == 2
     assert "data_dir" in outer.source and str(tmp_path) not in outer.source
-
-
-def test_environment_is_used_without_data_dir(tmp_path, encoder, monkeypatch):
-    write_sst2(tmp_path / "sst2")
     monkeypatch.setenv("LORAKIT_DATA", str(tmp_path))
     assert "LORAKIT_DATA" in tasks.load("sst2", encoder).source
 
@@ -120,19 +105,11 @@ def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
     assert sizes(task) == (40, 5, 5)
     assert '"quoted"\nand more' in texts(task, encoder, "train")[0]
     held_out = texts(task, encoder, "validation")[0]
-    (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n"{sentences(1)[0]}",0\n')
-    given = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert len(given.test) == 2 and len(given.train) + len(given.validation) == 50
+    (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n{rows[3].upper()}\n')
+    given = tasks.load("imdb", encoder, data_dir=str(tmp_path))  # without the row that the test file holds too
+    assert len(given.test) == 2 and len(given.train) + len(given.validation) == 49
     assert held_out in texts(given, encoder, "train") + texts(given, encoder, "validation")
-
-
-def test_rows_of_a_given_test_split_leave_the_training_rows(tmp_path, encoder):
-    rows = [f'"{text}",1' for text in sentences(30)]
-    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
-    (tmp_path / "test.csv").write_text("\n".join(["text,label", rows[3].upper(), rows[7]]))
-    task = tasks.load("imdb", encoder, data_dir=str(tmp_path))
-    assert len(task.train) + len(task.validation) == 28 and len(task.test) == 2
-    assert any("later split" in note for note in task.notes)
+    assert any("later split" in note for note in given.notes)
 
 
 def write_mrpc(path, pairs, start=0):
@@ -152,8 +129,6 @@ def test_mrpc_keeps_quotes_and_pairs_that_share_a_sentence_together(tmp_path, en
     plain = tasks.load("mrpc", decoder, data_dir=str(tmp_path))
     assert all(text.count("\n") == 1 for text in texts(plain, decoder, "train"))  # no separator token: a line break
 
-
-def test_mrpc_test_file_is_the_test_split(tmp_path, encoder):
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", zip(sentences(40), sentences(40, seed=1), strict=True))
     write_mrpc(tmp_path / "msr_paraphrase_test.txt", zip(sentences(8, seed=2), sentences(8, seed=3), strict=True))
     task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
@@ -161,21 +136,14 @@ def test_mrpc_test_file_is_the_test_split(tmp_path, encoder):
 
 
 def test_pairs_carry_token_types_where_the_tokenizer_gives_them(encoder):
-    from lorakit.tasks.build import labelled_columns
-
     encoder = toy.encoder_tokenizer()
     encoder.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     assert "token_type_ids" not in labelled_columns([corpus.Labelled("a b", None, 1)], encoder, 32)
-    encoder.backend_tokenizer.post_processor = _pair_template(encoder)
+    special = [(token, encoder.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    template = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1", "special_tokens": special}
+    encoder.backend_tokenizer.post_processor = TemplateProcessing(**template)
     pair = labelled_columns([corpus.Labelled("ab", "cd", 1)], encoder, 32)
     assert pair["token_type_ids"] == [[0, 0, 0, 0, 1, 1, 1]]
-
-
-def _pair_template(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
-    return TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special)
 
 
 def test_reviews_are_deduplicated_and_labelled_by_sign(tmp_path, encoder):
@@ -273,8 +241,6 @@ def test_kind_needs_only_the_name_and_the_family():
 
 @pytest.mark.parametrize("name", ["sst2", "imdb", "mrpc", "tulu", "wikitext2"])
 def test_an_unreachable_hub_names_the_ways_out(name, decoder, monkeypatch, tmp_path):
-    import huggingface_hub
-
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to host")
 
@@ -286,9 +252,6 @@ def test_an_unreachable_hub_names_the_ways_out(name, decoder, monkeypatch, tmp_p
 
 
 def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeypatch):
-    import pyarrow
-    from pyarrow import parquet
-
     write_sst2(tmp_path)
     local = tasks.load("sst2", encoder, data_dir=str(tmp_path))
     (tmp_path / "sst2").mkdir()

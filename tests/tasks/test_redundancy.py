@@ -76,6 +76,7 @@ def test_redundant_batches_are_spread_and_drawn_from_a_small_pool():
     assert sorted(fresh) != fresh.tolist()
     source = classified()
     assert all(row == source[row["row"]] for row in rows)  # whole rows, as they were
+    assert len(pool_of(*stream(pool=3))) == 3  # smaller than a batch
 
 
 def test_fresh_rows_start_over_when_used_up_and_never_enter_the_pool():
@@ -96,11 +97,6 @@ def test_the_pool_and_the_walk_do_not_depend_on_share_or_kind():
     assert near["row"] == rows["row"] and (same == redundant).all()
     fresh, fewer = numbers(rows)[~redundant].ravel(), numbers(more)[~most].ravel()
     assert (fresh[: len(fewer)] == fewer).all()
-
-
-def test_a_pool_smaller_than_a_batch():
-    rows, redundant = stream(pool=3)
-    assert len(pool_of(rows, redundant)) == 3
 
 
 @pytest.mark.parametrize("build", [classified, causal])
@@ -190,18 +186,12 @@ def test_bags_are_unit_vectors_whose_products_are_those_of_tf_idf():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        ({"share": 1.0}, r"redundancy=1\.0"),
-        ({"share": -0.1}, r"redundancy=-0\.1"),
-        ({"share": float("nan")}, "redundancy=nan"),
-        ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
-        ({"pool": 0}, "redundancy_pool=0"),
-        ({"pool": ROWS}, f"redundancy_pool={ROWS}"),
-        ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"kind": "near", "drop": 1.0}, r"drop=1\.0"),
-    ],
-)
+    [({"share": 1.0}, r"redundancy=1\.0"), ({"share": -0.1}, r"redundancy=-0\.1"),
+     ({"share": float("nan")}, "redundancy=nan"), ({"pool": 0}, "redundancy_pool=0"),
+     ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
+     ({"pool": ROWS}, f"redundancy_pool={ROWS}"), ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
+     ({"batch_size": 0}, "batch_size=0"), ({"kind": "near", "drop": 1.0}, r"drop=1\.0")],
+)  # fmt: skip
 def test_bad_input(options, named):
     with pytest.raises(ParameterError, match=named):
         stream(**options)

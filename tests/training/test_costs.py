@@ -11,6 +11,7 @@ import training_runs as runs
 
 from lorakit.adapters import attach
 from lorakit.measure.flops import FlopCount
+from lorakit.skip.controller import SkipLoRA
 from lorakit.training import FLoRATrainer
 from lorakit.training.costs import FlopMeter
 from lorakit.training.gated import GatedTrainer
@@ -37,9 +38,8 @@ def data(count: int = 300):
     for _ in range(count):
         length, prompt = (int(torch.randint(low, 33, (), generator=generator)) for low in (4, 0))
         ids = torch.randint(1, 90, (length,), generator=generator).tolist()
-        rows.append(
-            {"input_ids": ids, "attention_mask": [1] * length, "labels": ([-100] * prompt + ids[prompt:])[:length]}
-        )
+        labels = ([-100] * prompt + ids[prompt:])[:length]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
     return rows
 
 
@@ -76,22 +76,18 @@ def trained(model, folder, gating, gate=None, steps=STEPS):
     return run.meter
 
 
+KINDS = {
+    "random": {"method": "random"}, "weighted": {"policy": "pps"}, "sequence": {"per": "sequence"},
+    "scored": {"score": "hidden_gradient"}, "gated": {}, "hira": {}, "eager": {},
+}  # fmt: skip
 CASES = {
     **{f"{name}-fractional": (name, {"mode": "fractional"}) for name in ("gemma", "llama", "qwen2", "gpt2", "toy")},
     **{f"{name}-gather": (name, {"mode": "gather"}) for name in ("gemma", "gpt2", "llama")},
     **{f"{name}-plain": (name, {"method": "baseline"}) for name in ("gemma", "gpt2", "llama")},
     **{
-        f"gemma-{mode}-{name}": ("gemma", {"mode": mode} | given)
+        f"gemma-{mode}-{n}": ("gemma", {"mode": mode} | v)
         for mode in ("gather", "fractional")
-        for name, given in {
-            "random": {"method": "random"},
-            "weighted": {"policy": "pps"},
-            "sequence": {"per": "sequence"},
-            "scored": {"score": "hidden_gradient"},
-            "gated": {},
-            "hira": {},
-            "eager": {},
-        }.items()
+        for n, v in KINDS.items()
     },
 }
 
@@ -121,11 +117,8 @@ def test_chunks_count_where_the_head_does_something_once_a_call(tmp_path, monkey
 
 
 def test_classifiers_and_controllers_signatures(tmp_path):
-    from lorakit.settings import SkipSettings
-    from lorakit.skip.controller import SkipLoRA
-
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
-    skip = SkipLoRA(model, SkipSettings(skip="prefix", skip_share=0.5, skip_warmup=0.1, skip_measure_every=3))
+    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.1, measure_every=3))
     run = runs.trainer(model, tmp_path, controllers=[skip])
     run.meter = run.run.meter = Recounted()
     run.train()

@@ -14,13 +14,17 @@ from lorakit import records
 from lorakit.adapters import attach
 from lorakit.files import PROJECT
 from lorakit.gates import build_gate
-from lorakit.params import Params
-from lorakit.seams import Gate
 from lorakit.settings import Gating
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer
-from lorakit.training.arguments import training_arguments
+
+
+def outcome(trainer, **more) -> dict:
+    """What a run ended with; its ledger without what is each process' own: time, and the loss since the last point."""
+    ledger = trainer.ledger.state_dict() | {"seconds": 0, "loss_sum": 0, "score_sum": 0}
+    kept = {"weights": runs.weights(trainer.model), "decisions": trainer.gate_log.decisions, "ledger": ledger}
+    return kept | {"processes": trainer.accelerator.num_processes} | more
 
 
 def skipping(folder: str, **options) -> dict:
@@ -31,18 +35,10 @@ def skipping(folder: str, **options) -> dict:
     decided = []
     after = skip.after_step
     skip.after_step = lambda *a: (decided.append(skip.signature()[0]), after(*a))
-    trainer = runs.trainer(
-        model, folder, budget=Budget(12, "steps"), controllers=[skip], params={"skip": options["mode"]}
-    )
-    trainer.train()
-    return {
-        "weights": runs.weights(model),
-        "decided": decided,
-        "metric": skip.metric,
-        "tokens": trainer.ledger.tokens,
-        "processes": trainer.accelerator.num_processes,
-        "loss": [point.train_loss for point in trainer.curve.points],
-    }
+    given = {"budget": Budget(12, "steps"), "params": {"skip": options["mode"]}}
+    trainer = runs.ran(runs.trainer(model, folder, controllers=[skip], **given))
+    seen = {"metric": skip.metric, "tokens": trainer.ledger.tokens, "processes": trainer.accelerator.num_processes}
+    return seen | {"weights": runs.weights(model), "decided": decided}
 
 
 def both_kinds(folder: str) -> dict:
@@ -62,29 +58,17 @@ def test_skiplora_decides_alike_everywhere(tmp_path):
         assert not runs.equal(first["weights"], untrained)
 
 
-class Open(Gate):
-    """Accepts everything at the window's end, so that gradients are averaged as the gates' are."""
-
-    name, selective = "open", True
-
-
 def gating(folder: str) -> dict:
     """Runs with a novelty gate, with a gate that is open, and without one; what this process ended with."""
     ended = {}
     for name in ("novelty", "open", "none"):
         model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
         settings = runs.batch_gate(name, rate=0.4, burn_in=3, m=64, k=8, topk=0, ema=0.1, refresh=2)
-        gate = Open() if name == "open" else build_gate(settings, model, "classify")
-        trainer = runs.trainer(model, f"{folder}/{name}", budget=Budget(14, "steps"), gate=gate, save_steps=14)
-        trainer.train()
-        ended[name] = {
-            "weights": runs.weights(model),
-            "decisions": trainer.gate_log.decisions,
-            "log": trainer.gate_log.points,
-            "ledger": trainer.ledger.state_dict() | {"seconds": 0},
-            "processes": trainer.accelerator.num_processes,
-            "basis": getattr(gate, "basis", None),
-        }
+        gate = runs.Open() if name == "open" else build_gate(settings, model, "classify")
+        trainer = runs.ran(
+            runs.trainer(model, f"{folder}/{name}", budget=Budget(14, "steps"), gate=gate, save_steps=14)
+        )
+        ended[name] = outcome(trainer, log=trainer.gate_log.points, basis=getattr(gate, "basis", None))
     return ended
 
 
@@ -93,19 +77,12 @@ def test_a_gate_decides_alike_everywhere(tmp_path):
     mine, other = first["novelty"], second["novelty"]
     assert mine["processes"] == other["processes"] == 2
     assert 3 < sum(mine["decisions"]) < 14  # some were rejected, in windows of two micro-batches a process
-    for name in ("decisions", "log", "ledger"):
-        local = ("loss_sum", "score_sum")  # the loss since the last point is each process' own
-        values = [
-            {k: v for k, v in side[name].items() if k not in local} if name == "ledger" else side[name]
-            for side in (mine, other)
-        ]
-        assert values[0] == values[1], name
+    assert all(mine[name] == other[name] for name in ("decisions", "log", "ledger"))
     assert torch.equal(mine["basis"], other["basis"])
     assert runs.equal(mine["weights"], other["weights"])
     # averaging once per accepted window is what DistributedDataParallel does
     assert runs.equal(first["open"]["weights"], second["open"]["weights"])
-    pairs = zip(first["open"]["weights"], first["none"]["weights"], strict=True)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    assert runs.near(first["open"]["weights"], first["none"]["weights"])
     untrained = runs.weights(attach(runs.tiny_bert(), "lora", rank=4, seed=0))
     assert not runs.equal(first["open"]["weights"], untrained)
 
@@ -119,46 +96,36 @@ CHOICES = {
 }
 
 
-def choosing(folder: str, name: str, batch_size: int) -> BudgetTrainer:
+def choosing(folder: str, name: str, batch_size: int = 8) -> BudgetTrainer:
     """A run on chosen tokens; the first eight rows of sixteen have no label: one rank's batch, every other step."""
-    rows = runs.language_rows(96).map(
-        lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 32 < 8 else row, with_indices=True
-    )
+    rows = runs.half_empty(96, every=32)
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
     model = attach(runs.tiny_gemma(**layers), "lora", rank=4, seed=0)
-    values = {"batch_size": batch_size, "learning_rate": 0.3, "optimizer": "sgd", "schedule": "constant", "warmup": 0.0}
-    args = training_arguments(Params(**values, seed=3), f"{folder}/{name}")
-    args.train_sampling_strategy = "sequential"
+    settings = Gating(**{"method": "flora", "topk_tokens": 0.3} | CHOICES[name])
     gate = runs.batch_gate("novelty" if name == "gated" else "none", rate=0.5, burn_in=2, m=64, k=8)
-    return BudgetTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows.select(range(8, 16)),
-        data_collator=runs.collate_language,
-        compute_metrics=runs.metrics,
-        kind="causal",
-        budget=Budget(6, "steps"),
+    constant = {
+        "batch_size": batch_size,
+        "learning_rate": 0.3,
+        "optimizer": "sgd",
+        "schedule": "constant",
+        "warmup": 0.0,
+    }
+    run = runs.trainer(
+        model, f"{folder}/{name}", budget=Budget(6, "steps"), params=constant | {"gradient_accumulation": 1},
+        language=True, train_dataset=rows, eval_dataset=rows.select(range(8, 16)),
         gate=build_gate(gate, model, "causal"),
-        tokens=build_tokens(
-            Gating(**{"method": "flora", "topk_tokens": 0.3} | CHOICES[name]), model, "causal", rank=args.process_index
-        ),
-    )
+        tokens=build_tokens(settings, model, "causal", rank=int(os.environ.get("RANK", 0))),
+    )  # fmt: skip
+    run.args.train_sampling_strategy = "sequential"
+    return run
 
 
 def choosing_tokens(folder: str) -> dict:
     """What this process ended with, by choice."""
     ended = {}
     for name in CHOICES:
-        trainer = choosing(folder, name, batch_size=8)
-        trainer.train()
-        ended[name] = {
-            "weights": runs.weights(trainer.model),
-            "decisions": trainer.gate_log.decisions,
-            "ledger": trainer.ledger.state_dict() | {"seconds": 0, "loss_sum": 0, "score_sum": 0},
-            "processes": trainer.accelerator.num_processes,
-            "seen": getattr(trainer.tokens, "seen", None),
-        }
+        trainer = runs.ran(choosing(folder, name))
+        ended[name] = outcome(trainer, seen=getattr(trainer.tokens, "seen", None))
     return ended
 
 
@@ -174,19 +141,12 @@ def test_tokens_are_chosen_on_each_process_and_learnt_by_both(tmp_path):
     assert sum(first["gated"]["decisions"]) >= 2 and len(first["gated"]["decisions"]) == 6
     drawn = [side["drawn"]["seen"]["chosen"] for side in (first, second)]
     assert first["drawn"]["ledger"]["tokens_backpropagated"] == sum(drawn)
-    _steps_as_one_process_does(first, tmp_path)
-
-
-def _steps_as_one_process_does(both: dict, tmp_path) -> None:
-    """On the batches of both: chosen per sequence, what is kept does not depend on who has the sequence."""
+    # one process on the batches of both: chosen per sequence, what is kept does not depend on who has the sequence
     untrained = runs.weights(choosing(str(tmp_path), "gather", batch_size=16).model)
     for name in ("gather", "fractional", "all"):
-        trainer = choosing(f"{tmp_path}/one", name, batch_size=16)
-        trainer.train()
-        moved = [
-            torch.cat([(a - b).flatten() for a, b in zip(side, untrained, strict=True)])
-            for side in (runs.weights(trainer.model), both[name]["weights"])
-        ]
+        trainer = runs.ran(choosing(f"{tmp_path}/one", name, batch_size=16))
+        sides = (runs.weights(trainer.model), first[name]["weights"])
+        moved = [torch.cat([(a - b).flatten() for a, b in zip(side, untrained, strict=True)]) for side in sides]
         assert moved[0].norm() > 0.1
         assert (moved[0] - moved[1]).norm() < 1e-4 * moved[0].norm()
 
@@ -195,15 +155,8 @@ def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):
     quick = ["budget=6", "gate_burn_in=3", "batch_size=4", "max_test=16", "max_validation=16", "evaluations=1"]
     given = [*quick, "latency_repeats=0", "predict_memory=false", f"record={tmp_path / 'record.json'}"]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--config_file",
-        "params/accelerate/two_processes_cpu.yaml",
-        "--main_process_port",
-        "0",
-        "-m",
-        "lorakit",
-    ]
-    command += ["train", "-f", "params/toy/_setting.yaml", "-f", "params/toy/slora.yaml"]
+    command += ["--config_file", "params/accelerate/two_processes_cpu.yaml", "--main_process_port", "0"]
+    command += ["-m", "lorakit", "train", "-f", "params/toy/_setting.yaml", "-f", "params/toy/slora.yaml"]
     command += [word for one in given for word in ("-p", one)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
     done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=280)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,15 +10,11 @@ from flora_runs import MODES, arguments, budgeted, decoder, flora, ledger, modes
 
 from lorakit.gates import build_gate
 from lorakit.training import FLoRATrainer
-from lorakit.training.loss import MeanLoss
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_is_no_garbage():
-    """Every `train()` collects garbage, and looking through all that was imported costs more than these runs."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def losses(run) -> list[float]:
+    """What was logged of the training loss."""
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 # everything is the plain trainer ---------------------------------------------------------------------
@@ -28,21 +22,10 @@ def _what_was_imported_is_no_garbage():
 
 @modes
 def test_every_token_is_bitwise_the_plain_trainer(tmp_path, mode):
-    from transformers import Trainer
-
-    ours = flora(decoder(), tmp_path / "a", {"topk_tokens": 1.0, "mode": mode})
-    plain = Trainer(
-        decoder(),
-        arguments(tmp_path / "b"),
-        train_dataset=runs.language_rows(),
-        data_collator=runs.collate_language,
-        compute_loss_func=MeanLoss("causal"),
-    )
-    ours.train()
-    plain.train()
+    ours = runs.ran(flora(decoder(), tmp_path / "a", {"topk_tokens": 1.0, "mode": mode}))
+    plain = runs.ran(runs.plain(decoder(), arguments(tmp_path / "b"), language=True))
     assert runs.equal(runs.weights(ours.model), runs.weights(plain.model))
-    logged = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (ours, plain)]
-    assert logged[0] == logged[1]
+    assert losses(ours) == losses(plain)
 
 
 @modes
@@ -50,11 +33,9 @@ def test_nearly_every_token_is_the_plain_trainer_but_for_rounding(tmp_path, mode
     sgd = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "gradient_accumulation_steps": 2}
     rows = runs.language_rows().map(lambda row: {"labels": row["input_ids"]})  # a prompt's tokens would not be chosen
     ours, plain = (
-        flora(decoder(), tmp_path / str(share), {"topk_tokens": share, "mode": mode}, data=rows, **sgd)
+        runs.ran(flora(decoder(), tmp_path / str(share), {"topk_tokens": share, "mode": mode}, data=rows, **sgd))
         for share in (0.9999, 1.0)
     )
-    ours.train()
-    plain.train()
     moved = False
     for a, b, before in zip(*(runs.weights(m) for m in (ours.model, plain.model, decoder())), strict=True):
         assert (a - b).norm() <= 1e-4 * (b - before).norm() + 1e-7
@@ -89,12 +70,8 @@ def test_micro_batches_of_one_window_give_the_step_of_one_batch(tmp_path, mode, 
         assert (other - moved[0]).norm() < 1e-4 * moved[0].norm()
 
 
-CHOICES = [
-    {"method": "random"},
-    {"score": "loss"},
-    {"policy": "pps", "score": "loss"},
-    {"policy": "pps", "score": "loss", "per": "sequence"},
-]
+DRAWN = {"policy": "pps", "score": "loss"}
+CHOICES = [{"method": "random"}, {"score": "loss"}, DRAWN, DRAWN | {"per": "sequence"}]
 
 
 @pytest.mark.parametrize("settings", CHOICES, ids=lambda settings: "-".join(settings.values()))
@@ -132,41 +109,30 @@ STILL = {"learning_rate": 1e-30, "max_steps": 4, "gradient_accumulation_steps": 
 
 @pytest.mark.parametrize(
     ("mode", "gate", "policy"),
-    [
-        ("gather", None, "topk"),
-        ("fractional", None, "pps"),
-        ("gather", runs.Alternating, "pps"),
-        ("fractional", runs.Closed, "topk"),
-    ],
-)
+    [("gather", None, "topk"), ("fractional", None, "pps"),
+     ("gather", runs.Alternating, "pps"), ("fractional", runs.Closed, "topk")],
+)  # fmt: skip
 def test_the_loss_logged_is_the_mean_over_all_labels(tmp_path, mode, gate, policy):
     chosen = flora(decoder(), tmp_path / "a", {"mode": mode, "policy": policy}, gate=gate and gate(), **STILL)
     plain = flora(decoder(), tmp_path / "b", {"method": "baseline"}, **STILL)
-    for run in (chosen, plain):
-        run.train()
-    logged = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (chosen, plain)]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-4) and len(logged[0]) == 4
+    expected = losses(runs.ran(plain))
+    assert losses(runs.ran(chosen)) == pytest.approx(expected, rel=1e-4) and len(expected) == 4
 
 
 def test_the_curves_training_loss_is_the_mean_over_all_labels(tmp_path):
-    still = {"params": {"learning_rate": 1e-30}, "evaluations": 3}
-    chosen = budgeted(decoder(), tmp_path / "a", {"mode": "fractional"}, **still)
-    plain = budgeted(decoder(), tmp_path / "b", {"method": "baseline"}, **still)
-    for run in (chosen, plain):
-        run.train()
-    losses = [[point.train_loss for point in run.curve.points] for run in (chosen, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    found = []
+    for name, gating in (("a", {"mode": "fractional"}), ("b", {"method": "baseline"})):
+        still = {"params": {"learning_rate": 1e-30}, "evaluations": 3}
+        run = runs.ran(budgeted(decoder(), tmp_path / name, gating, **still))
+        found.append([point.train_loss for point in run.curve.points])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "random"}])
 def test_costs_of_both_modes(tmp_path, settings):
-    made = {}
-    for mode in (*MODES, "none"):
-        given = settings | {"mode": mode} if mode != "none" else {"method": "baseline"}
-        run = budgeted(decoder(), tmp_path / mode, given)
-        run.train()
-        made[mode] = run
-    gather, fractional, plain = (made[mode].ledger for mode in (*MODES, "none"))
+    gatings = {mode: settings | {"mode": mode} for mode in MODES} | {"none": {"method": "baseline"}}
+    made = {mode: runs.ran(budgeted(decoder(), tmp_path / mode, gating)) for mode, gating in gatings.items()}
+    gather, fractional, plain = (run.ledger for run in made.values())
     seen = made["fractional"].tokens.seen
     assert gather.tokens == fractional.tokens == plain.tokens > seen["predictions"] > 0
     assert gather.tokens_backpropagated == plain.tokens_backpropagated == plain.tokens
@@ -182,19 +148,15 @@ def test_evaluation_is_the_trainers(tmp_path):
     for made in (flora, budgeted):
         model = decoder()
         made(model, tmp_path / "a", {"mode": "fractional"}).train()
-        metrics = [
-            made(model, tmp_path / name, gating).evaluate()
-            for name, gating in (("b", {"mode": "fractional"}), ("c", {"method": "baseline"}))
-        ]
-        assert metrics[0]["eval_loss"] == metrics[1]["eval_loss"] > 0
+        gatings = {"b": {"mode": "fractional"}, "c": {"method": "baseline"}}
+        found = {made(model, tmp_path / name, gating).evaluate()["eval_loss"] for name, gating in gatings.items()}
+        assert len(found) == 1 and min(found) > 0
 
 
 def test_evaluating_often_changes_nothing(tmp_path):
     gating = {"mode": "fractional", "policy": "pps"}
-    often = flora(decoder(), tmp_path / "a", gating, eval_strategy="steps", eval_steps=3)
-    never = flora(decoder(), tmp_path / "b", gating)
-    often.train()
-    never.train()
+    often = runs.ran(flora(decoder(), tmp_path / "a", gating, eval_strategy="steps", eval_steps=3))
+    never = runs.ran(flora(decoder(), tmp_path / "b", gating))
     assert runs.equal(runs.weights(often.model), runs.weights(never.model))
     assert ledger(often) == ledger(never) and often.tokens.state_dict() == never.tokens.state_dict()
 
@@ -202,28 +164,16 @@ def test_evaluating_often_changes_nothing(tmp_path):
 # batches without labels ------------------------------------------------------------------------------
 
 
-def half_empty():
-    """Every other batch of eight rows has no label, the first one too."""
-    rows = runs.language_rows(80)
-    return rows.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 16 < 8 else row, with_indices=True)
-
-
 @pytest.mark.parametrize(
     ("mode", "method", "gate"),
-    [
-        ("gather", "random", "none"),
-        ("fractional", "random", "none"),
-        ("fractional", "flora", "none"),
-        ("gather", "random", "novelty"),
-        ("fractional", "flora", "novelty"),
-        ("fractional", "random", "random"),
-    ],
-)
+    [("gather", "random", "none"), ("fractional", "random", "none"), ("fractional", "flora", "none"),
+     ("gather", "random", "novelty"), ("fractional", "flora", "novelty"), ("fractional", "random", "random")],
+)  # fmt: skip
 def test_batches_without_a_label_are_skipped_and_counted(tmp_path, mode, method, gate):
     model = decoder()
     made = build_gate(runs.batch_gate(gate, rate=0.9, burn_in=3, m=64, k=8), model, "causal")
     settings = {"method": method, "mode": mode}
-    options = {"params": {"gradient_accumulation": 1}, "data": half_empty(), "gate": made, "budget": 8}
+    options = {"params": {"gradient_accumulation": 1}, "data": runs.half_empty(), "gate": made, "budget": 8}
     run = budgeted(model, tmp_path, settings, **options)
     run.args.train_sampling_strategy = "sequential"
     run.train()
@@ -235,12 +185,10 @@ def test_batches_without_a_label_are_skipped_and_counted(tmp_path, mode, method,
 @modes
 def test_a_micro_batch_without_a_label_weighs_nothing(tmp_path, mode):
     """Two micro-batches, one of them empty, step as the other does alone."""
-    rows = half_empty()
+    rows = runs.half_empty()
     settings = {"mode": mode, "score": "loss", "per": "sequence"}
     options = SGD | {"max_steps": 1, "train_sampling_strategy": "sequential"}
-    both = flora(decoder(), tmp_path / "a", settings, data=rows, gradient_accumulation_steps=2, **options)
-    alone = flora(decoder(), tmp_path / "b", settings, data=rows.select(range(8, 16)), **options)
-    for run in (both, alone):
-        run.train()
+    both = runs.ran(flora(decoder(), tmp_path / "a", settings, data=rows, gradient_accumulation_steps=2, **options))
+    alone = runs.ran(flora(decoder(), tmp_path / "b", settings, data=rows.select(range(8, 16)), **options))
     for a, b in zip(runs.weights(both.model), runs.weights(alone.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 import training_runs as runs
-from flora_runs import adapted, arguments, budgeted, decoder, flora, ledger, modes
+from flora_runs import MODES, adapted, arguments, budgeted, decoder, flora, ledger, modes
+from slora_runs import GATE
 from torch import Tensor, nn
 
 import lorakit
@@ -15,7 +14,7 @@ from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import build_gate
 from lorakit.gates.look import GateLook
 from lorakit.head import find_head
-from lorakit.seams import Candidate, Gate
+from lorakit.seams import Candidate
 from lorakit.settings import Gating
 from lorakit.sketches import head_gradient
 from lorakit.skip.controller import SkipLoRA
@@ -23,46 +22,18 @@ from lorakit.tokens import build_tokens
 from lorakit.training import FLoRATrainer, SLoRATrainer
 from lorakit.training.loss import MeanLoss
 
-GATE = {"m": 64, "k": 8, "target_novelty": 0.4, "burn_in": 4, "reorth_every": 2, "k_topk": 16, "novelty_ema_rate": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_is_no_garbage():
-    """Every `train()` collects garbage, and looking through all that was imported costs more than these runs."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-class Open(Gate):
-    """Accepts everything, but through the window's end like every gate that selects."""
-
-    name, selective = "open", True
-
-
 # resume ---------------------------------------------------------------------------------------------
 
 
-RESUMED = [
-    {"method": "random", "mode": "gather"},
-    {"method": "random", "mode": "fractional"},
-    {"policy": "topk", "mode": "gather"},
-    {"policy": "topk", "mode": "fractional"},
-    {"policy": "pps", "mode": "gather"},
-    {"policy": "pps", "mode": "fractional", "per": "sequence"},
-]
+CHOICES = [{"method": "random"}, {"policy": "topk"}, {"policy": "pps"}]
+RESUMED = [choice | {"mode": mode} for choice in CHOICES for mode in MODES]
+RESUMED[-1]["per"] = "sequence"
 
 
 @pytest.mark.parametrize("settings", RESUMED, ids=lambda settings: "-".join(settings.values()))
 def test_a_budget_run_resumes_bitwise(tmp_path, settings):
-    def made(folder):
-        return budgeted(decoder(), folder, settings, save_steps=3)
-
-    whole, killed = made(tmp_path / "whole"), made(tmp_path / "killed")
-    whole.train()
-    runs.kill(killed, 9)
-    resumed = made(tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=True)
+    made = lambda part: budgeted(decoder(), tmp_path / part, settings, save_steps=3)  # noqa: E731
+    whole, resumed = runs.killed_and_resumed(made, 9)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert whole.tokens.state_dict() == resumed.tokens.state_dict()
     assert whole.tokens.shares.draws == 12
@@ -73,13 +44,8 @@ def test_a_budget_run_resumes_bitwise(tmp_path, settings):
 @pytest.mark.parametrize("settings", RESUMED[-2:], ids=lambda settings: settings["mode"])
 def test_flora_trainer_resumes_bitwise(tmp_path, settings, gate_config):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
-    whole, killed, resumed = (
-        flora(decoder(), tmp_path / folder, settings, gate_config, **options)
-        for folder in ("whole", "killed", "killed")
-    )
-    whole.train()
-    runs.kill(killed, 5)
-    resumed.train(resume_from_checkpoint=True)
+    made = lambda part: flora(decoder(), tmp_path / part, settings, gate_config, **options)  # noqa: E731
+    whole, resumed = runs.killed_and_resumed(made, 5)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert whole.tokens.state_dict() == resumed.tokens.state_dict()
     assert whole.gate_log.decisions == resumed.gate_log.decisions
@@ -91,15 +57,6 @@ def test_a_checkpoint_without_the_selections_state_is_an_error(tmp_path):
     flora(decoder(), tmp_path, {"method": "baseline"}, **options).train()
     with pytest.raises(CheckpointError, match=r"no state of .*tokens \(flora\)"):
         flora(decoder(), tmp_path, {}, **options).train(resume_from_checkpoint=True)
-
-
-def test_a_budget_run_of_another_selection_is_another_run(tmp_path):
-    given = {"model": "toy-decoder", "task": "toy-instruct", "budget": 2, "save_steps": 1, "run_dir": str(tmp_path)}
-    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 4, "max_validation": 4}
-    small = {"batch_size": 2, "max_length": 64, "max_train": 16}
-    lorakit.run(given | quick | small | {"gating": {"method": "flora", "topk_tokens": 0.2}})
-    with pytest.raises(CheckpointError, match="checkpoint of another run: gating="):
-        lorakit.run(given | quick | small | {"gating": {"method": "flora", "topk_tokens": 0.4}})
 
 
 # a batch gate first ---------------------------------------------------------------------------------
@@ -118,8 +75,9 @@ def passes(model: nn.Module) -> list[int]:
 def test_a_rejected_window_runs_no_second_pass_and_leaves_no_trace(tmp_path, mode):
     model = decoder()
     before, seen = runs.weights(model), passes(model)
-    run = flora(model, tmp_path, {"mode": mode}, gate=runs.Closed(), max_steps=6, gradient_accumulation_steps=2)
-    run.train()
+    run = runs.ran(
+        flora(model, tmp_path, {"mode": mode}, gate=runs.Closed(), max_steps=6, gradient_accumulation_steps=2)
+    )
     assert len(seen) == 12 and set(seen) == {16}
     assert runs.equal(runs.weights(model), before)
     assert run.ledger.accepted_steps == run.ledger.flops_backward == run.ledger.tokens_backpropagated == 0
@@ -130,8 +88,9 @@ def test_an_accepted_window_runs_the_chosen_tokens_again(tmp_path):
     model = decoder()
     seen = passes(model)
     settings = {"mode": "fractional", "per": "sequence"}
-    run = flora(model, tmp_path, settings, gate=runs.Alternating(), max_steps=4, gradient_accumulation_steps=2)
-    run.train()
+    run = runs.ran(
+        flora(model, tmp_path, settings, gate=runs.Alternating(), max_steps=4, gradient_accumulation_steps=2)
+    )
     assert run.gate_log.decisions == [True, False, True, False]
     assert [width == 16 for width in seen] == [True, True, False, False, True, True] * 2
     assert set(seen) - {16} <= {2, 3, 4}  # 0.3 of the longest row's 12 or 13 predictions, in one row or two
@@ -142,19 +101,11 @@ def test_an_accepted_window_runs_the_chosen_tokens_again(tmp_path):
     [("gather", {"method": "random"}), ("gather", {"policy": "pps"}), ("fractional", {"policy": "topk"})],
 )
 def test_an_open_gate_is_bitwise_no_gate(tmp_path, mode, settings):
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4}
     made = [
-        flora(
-            decoder(),
-            tmp_path / str(i),
-            settings | {"mode": mode},
-            gate=gate,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-        )
-        for i, gate in enumerate((Open(), None))
+        runs.ran(flora(decoder(), tmp_path / str(gate), settings | {"mode": mode}, gate=gate, **options))
+        for gate in (runs.Open(), None)
     ]
-    for run in made:
-        run.train()
     assert runs.equal(*(runs.weights(run.model) for run in made))
     assert made[0].ledger.tokens_backpropagated == made[1].ledger.tokens_backpropagated > 0
     assert made[0].ledger.flops_backward == made[1].ledger.flops_backward
@@ -176,14 +127,9 @@ def test_looking_on_measures_what_looking_at_the_whole_batch_does(monkeypatch, n
     handle.remove()
     mean = MeanLoss("causal")
     whole = Candidate(
-        loss=mean(outputs, labels).detach(),
-        logits=outputs.logits.detach(),
-        labels=labels,
-        hidden=hidden[0],
-        kind="causal",
-        softcap=softcap,
-        token_losses=mean.token_losses,
-    )
+        loss=mean(outputs, labels).detach(), logits=outputs.logits.detach(), labels=labels, hidden=hidden[0],
+        kind="causal", softcap=softcap, token_losses=mean.token_losses,
+    )  # fmt: skip
     monkeypatch.setattr(head_gradient, "BLOCK", 1)  # chunks of 16
     look = GateLook(gate, 1 / whole.targets, find_head(model, "causal"))
     tokens.select(model, inputs, labels, look)
@@ -196,8 +142,7 @@ def test_looking_on_measures_what_looking_at_the_whole_batch_does(monkeypatch, n
 
 @modes
 def test_sloras_gate_goes_first(tmp_path, mode):
-    run = flora(decoder(), tmp_path, {"mode": mode}, GATE, max_steps=14)
-    run.train()
+    run = runs.ran(flora(decoder(), tmp_path, {"mode": mode}, GATE, max_steps=14))
     accepted = sum(run.gate_log.decisions)
     assert 4 <= accepted < 14 == len(run.gate_log.decisions) == run.ledger.steps
     assert run.ledger.accepted_steps == accepted
@@ -210,39 +155,33 @@ def test_sloras_gate_goes_first(tmp_path, mode):
 
 
 @pytest.mark.parametrize("which", ["masked", "peft", "nf4", "gpt2", "bf16"])
-def test_flora_trainer_trains(tmp_path, which):
+def test_flora_trainer_trains(tmp_path, tiny_gpt2, which):
     from peft import LoraConfig, get_peft_model
 
-    options = {"bf16": True} if which == "bf16" else {}
-    settings = {"mode": "gather" if which == "masked" else "fractional"}
-    if which == "masked":
-        model = adapted(runs.tiny_masked())
-    elif which == "peft":
-        model = get_peft_model(runs.tiny_gemma(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    elif which == "nf4":
-        model = adapted(lorakit.adapters.quantize_nf4(runs.tiny_gemma(hidden_size=64)))
-    elif which == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model = adapted(GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=32)))
-    else:
-        model = decoder()
+    peft = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = {
+        "masked": lambda: adapted(runs.tiny_masked()),
+        "peft": lambda: get_peft_model(runs.tiny_gemma(), peft),
+        "nf4": lambda: adapted(lorakit.adapters.quantize_nf4(runs.tiny_gemma(hidden_size=64))),
+        "gpt2": lambda: adapted(tiny_gpt2()),
+        "bf16": decoder,
+    }[which]()
     before = runs.weights(model)
-    run = flora(model, tmp_path, settings, **options)
-    run.train()
+    settings = {"mode": "gather" if which == "masked" else "fractional"}
+    run = runs.ran(flora(model, tmp_path, settings, bf16=which == "bf16"))
     assert run.ledger.accepted_steps == 6 and run.tokens.seen["chosen"] > 0
     after = runs.weights(model)
     assert not runs.equal(before, after) and all(torch.isfinite(weight).all() for weight in after)
 
 
 TOY = {"model": "toy-decoder", "task": "toy-instruct", "budget": 3, "batch_size": 4, "max_length": 96, "rank": 4}
-QUICK = {"evaluations": 1, "latency_repeats": 0, "max_test": 4, "max_validation": 4, "max_train": 32}
+QUICK = runs.QUICK | {"max_train": 32}
 
 
 @pytest.mark.parametrize(("mode", "packing"), [("gather", False), ("fractional", True)])
 def test_a_run_keeps_what_was_chosen(mode, packing):
     gating = {"method": "flora", "topk_tokens": 0.25, "mode": mode}
-    record = lorakit.run(TOY | QUICK | {"gating": gating, "packing": packing})
+    record = lorakit.run(TOY | QUICK | {"gating": gating, "packing": packing, "predict_memory": True})
     tokens = record.details["tokens"]
     assert record.status == "done" and record.method == "flora"
     assert tokens["gating"] == Gating(**gating).model_dump() == record.resolved["gating"]
@@ -256,27 +195,14 @@ def test_a_run_keeps_what_was_chosen(mode, packing):
 def test_predicting_memory_draws_nothing():
     """The record is the same with and without; the selection's draws are the run's."""
     gating = {"method": "random", "topk_tokens": 0.25, "mode": "gather"}
-    losses = [
-        [point.train_loss for point in lorakit.run(TOY | QUICK | {"gating": gating, "predict_memory": known}).curve]
-        for known in (False, True)
-    ]
+    made = [lorakit.run(TOY | QUICK | {"gating": gating, "predict_memory": known}).curve for known in (False, True)]
+    losses = [[point.train_loss for point in curve] for curve in made]
     assert losses[0] == losses[1]
 
 
-def test_a_baseline_has_no_tokens_in_its_record():
-    record = lorakit.run(TOY | QUICK | {"predict_memory": False, "budget": 1})
-    assert "tokens" not in record.details
-
-
 def test_an_encoder_and_a_gate_and_skipped_layers():
-    given = {
-        "task": "toy-stories",
-        "gating": {"method": "flora"},
-        "gate": "novelty",
-        "gate_burn_in": 2,
-        "skip": "prefix",
-    }
-    record = lorakit.run(QUICK | given | {"budget": 4, "batch_size": 4, "max_length": 64, "predict_memory": False})
+    given = {"task": "toy-stories", "gating": {"method": "flora"}, "gate": "novelty", "gate_burn_in": 2}
+    record = lorakit.run(QUICK | given | {"skip": "prefix", "budget": 4, "batch_size": 4, "max_length": 64})
     assert record.status == "done" and set(record.details) == {"tokens", "gate", "skip"}
     assert record.details["tokens"]["chosen"] > 0
 
@@ -284,23 +210,9 @@ def test_an_encoder_and_a_gate_and_skipped_layers():
 # bad input ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("gating", "message"),
-    [
-        ({"fraction": 0.2}, "^gating.fraction=0.2: unknown parameter; known are method, topk_tokens"),
-        ({"topk_tokens": 0.0}, "^gating.topk_tokens=0.0: .*greater than 0"),
-        ({"topk_tokens": 1.2}, "^gating.topk_tokens=1.2: .*less than or equal to 1"),
-        ({"sketch_dim": 1}, "^gating.sketch_dim=1: "),
-        ({"topk_logits": -1}, "^gating.topk_logits=-1: "),
-        ({"method": "slora"}, "^gating.method='slora': "),
-    ],
-)
-def test_bad_settings_are_one_clear_error(tmp_path, gating, message):
-    with pytest.raises(ParameterError, match=message):
-        flora(decoder(), tmp_path, gating)
-
-
 def test_what_does_not_go_together(tmp_path):
+    with pytest.raises(ParameterError, match="^gating.fraction=0.2: unknown parameter; known are method, topk_tokens"):
+        flora(decoder(), tmp_path, {"fraction": 0.2})
     half = arguments(tmp_path)
     half.fp16 = True
     for gating in ({"method": "random"}, {"method": "flora", "mode": "fractional"}):
@@ -319,38 +231,13 @@ def test_what_does_not_go_together(tmp_path):
 
 
 def test_checkpointing_goes_with_gather(tmp_path):
-    kept = {"activation_checkpointing_kwargs": {"use_reentrant": False}, "max_steps": 3}
+    kept = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     made = [
-        flora(
-            decoder(),
-            tmp_path / str(on),
-            {"score": "loss"},
-            activation_checkpointing=on,
-            **kept if on else {"max_steps": 3},
-        )
-        for on in (True, False)
+        runs.ran(flora(decoder(), tmp_path / str(i), {"score": "loss"}, max_steps=3, **options))
+        for i, options in enumerate((kept, {}))
     ]
-    for run in made:
-        run.train()
     for a, b in zip(*(runs.weights(run.model) for run in made), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"gating": {"method": "flora"}}, "^gating.method='flora': needs a language model"),
-        ({"gating": {"method": "flora"}, "precision": "fp16"}, "^precision='fp16'"),
-        ({"gating": {"method": "flora", "mode": "fractional"}, "gradient_checkpointing": True}, "^gradient_check"),
-        ({"gating": {"method": "flora", "mode": "fractional"}, "skip": "prefix"}, "^gating.mode='fractional'"),
-        ({"gating": {"method": "flora", "mode": "fractional"}, "task": "toy-stories"}, "^gating.mode='fractional'"),
-        ({"gating": {"topk": 0.3}}, "^gating.topk=0.3: unknown"),
-        ({"gating": 0.3}, "^gating=0.3: "),
-    ],
-)
-def test_bad_parameters_of_a_run(given, message):
-    with pytest.raises(ParameterError, match=message):
-        lorakit.run(QUICK | given)
 
 
 def test_a_model_it_cannot_serve_is_refused_before_its_first_step(tmp_path):
@@ -366,14 +253,8 @@ def test_a_model_it_cannot_serve_is_refused_before_its_first_step(tmp_path):
 def test_slora_trainer_takes_tokens(tmp_path):
     model = decoder()
     tokens = build_tokens(Gating(method="random"), model, "causal")
-    run = SLoRATrainer(
-        model,
-        arguments(tmp_path, max_steps=2),
-        train_dataset=runs.language_rows(),
-        data_collator=runs.collate_language,
-        tokens=tokens,
-    )
-    run.train()
+    data = {"train_dataset": runs.language_rows(), "data_collator": runs.collate_language}
+    run = runs.ran(SLoRATrainer(model, arguments(tmp_path, max_steps=2), tokens=tokens, **data))
     assert run.tokens is tokens and tokens.seen["chosen"] > 0
 
 

@@ -14,7 +14,6 @@ from lorakit.gates import build_gate
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer
-from lorakit.training.arguments import training_arguments
 
 PACKAGE = Path(lorakit.__file__).parent
 PLAIN, GATED, CHOSEN = 12, 18, 20
@@ -27,20 +26,12 @@ class _Over(Exception):
 
 def trainer(folder, gate: str = "none", mode: str = "") -> BudgetTrainer:
     model = decoders.adapted(decoders.of("gemma"))
-    params = lorakit.params.resolve({"batch_size": 4, "budget": 200})
-    chosen = build_tokens(Gating(method="flora", topk_tokens=0.3, mode=mode), model, "causal") if mode else None
-    return BudgetTrainer(
-        model=model,
-        args=training_arguments(params, str(folder)),
-        train_dataset=runs.language_rows(),
-        eval_dataset=runs.language_rows(8),
-        data_collator=runs.collate_language,
-        compute_metrics=runs.metrics,
-        kind="causal",
-        budget=Budget(200, "steps"),
+    settings = Gating(method="flora", topk_tokens=0.3, mode=mode or "gather")
+    return runs.trainer(
+        model, folder, budget=Budget(200, "steps"), language=True, params={"batch_size": 4, "gradient_accumulation": 1},
         gate=build_gate(runs.batch_gate(gate), model, "causal") if gate != "none" else None,
-        tokens=chosen,
-    )
+        tokens=build_tokens(settings, model, "causal") if mode else None,
+    )  # fmt: skip
 
 
 def files_of_a_step(run: BudgetTrainer) -> list[str]:
@@ -76,5 +67,4 @@ def files_of_a_step(run: BudgetTrainer) -> list[str]:
 )
 def test_a_step_passes_through_few_files(tmp_path, options, limit):
     files = files_of_a_step(trainer(tmp_path, **options))
-    print(len(files), files)
     assert "training/gated.py" in files and len(files) <= limit, files

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import training_runs as runs
-from slora_runs import Open, lora, slora
+from slora_runs import lora, slora
 
 from lorakit.adapters import attach
 from lorakit.errors import CheckpointError
@@ -25,9 +25,8 @@ def novelty(model, kind="classify"):
 
 
 def test_accepting_every_window_is_bitwise_no_gate_at_all(tmp_path):
-    gated, plain = (runs.trainer(lora(), tmp_path / name, gate=gate) for name, gate in (("a", Open()), ("b", None)))
-    gated.train()
-    plain.train()
+    gates = (("a", runs.Open()), ("b", None))
+    gated, plain = (runs.ran(runs.trainer(lora(), tmp_path / name, gate=gate)) for name, gate in gates)
     assert runs.equal(runs.weights(gated.model), runs.weights(plain.model))
     assert gated.ledger.flops == plain.ledger.flops
     assert gated.ledger.tokens_backpropagated == plain.ledger.tokens_backpropagated
@@ -37,27 +36,26 @@ def test_accepting_every_window_is_bitwise_no_gate_at_all(tmp_path):
 def test_a_rejected_window_leaves_weights_moments_and_gradients(tmp_path):
     run = runs.trainer(lora(), tmp_path, gate=novelty(lora()), params={"weight_decay": 0.1})
     run.gate = novelty(run.model)
-    seen = []
-    step = run._close_window
+    step, bare, states = run._close_window, [], []
+
+    def state():
+        return runs.weights(run.model), copy.deepcopy(run.optimizer.state_dict()["state"])
 
     def watching(backward):
-        before = (runs.weights(run.model), copy.deepcopy(run.optimizer.state_dict()["state"]))
+        states.append(state())
         step(backward)
-        seen.append((run.gate_log.decisions[-1], before, [p.grad is None for p in run.model.parameters()]))
+        bare.append(all(p.grad is None for p in run.model.parameters()))
 
     run._close_window = watching
     run.train()
-    states = [before for _, before, _ in seen] + [
-        (runs.weights(run.model), copy.deepcopy(run.optimizer.state_dict()["state"]))
-    ]
-    rejected = [i for i, (accept, _, _) in enumerate(seen) if not accept]
-    assert 3 < len(rejected) < 16
-    for i in rejected:
-        assert all(seen[i][2])
-        assert runs.equal(states[i][0], states[i + 1][0])
+    states.append(state())
+    decisions = run.gate_log.decisions
+    assert 3 < decisions.count(False) < 16 and len(bare) == len(decisions)
+    for i in (i for i, accepted in enumerate(decisions) if not accepted):
+        assert bare[i] and runs.equal(states[i][0], states[i + 1][0])
         for a, b in zip(states[i][1].values(), states[i + 1][1].values(), strict=True):
             assert runs.equal(list(a.values()), list(b.values()))
-    accepted = next(i for i, (accept, _, _) in enumerate(seen) if accept)
+    accepted = decisions.index(True)
     assert not runs.equal(states[accepted][0], states[accepted + 1][0])
 
 
@@ -89,10 +87,9 @@ def test_the_gate_sees_the_gradient_of_the_whole_window(tmp_path):
 
 
 def test_a_rejected_batch_logs_the_loss_it_had(tmp_path):
-    run = runs.trainer(lora(), tmp_path, gate=runs.Closed(), params={"gradient_accumulation": 1})
-    run.train()
-    still = runs.trainer(lora(), tmp_path / "b", params={"gradient_accumulation": 1, "learning_rate": 1e-30})
-    still.train()
+    params = {"gradient_accumulation": 1}
+    run = runs.ran(runs.trainer(lora(), tmp_path, gate=runs.Closed(), params=params))
+    still = runs.ran(runs.trainer(lora(), tmp_path / "b", params=params | {"learning_rate": 1e-30}))
     losses = [[p.train_loss for p in r.curve.points] for r in (run, still)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -102,22 +99,10 @@ def test_a_rejected_batch_logs_the_loss_it_had(tmp_path):
 
 @pytest.mark.parametrize("gate", ["none", "novelty", "loss_floor", "random"])
 def test_batches_without_a_label_are_skipped_and_counted(tmp_path, gate):
-    rows = runs.language_rows(80)
-    empty = rows.map(lambda row, i: {"labels": [-100] * len(row["labels"])} if i % 16 < 8 else row, with_indices=True)
     model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
-    settings = runs.batch_gate(gate, rate=0.9, burn_in=3, m=64, k=8)
-    run = runs.trainer(model, tmp_path, budget=Budget(10, "steps"), params={"gradient_accumulation": 1})
-    run = type(run)(
-        model=model,
-        args=run.args,
-        train_dataset=empty,
-        eval_dataset=rows.select(range(8)),
-        data_collator=runs.collate_language,
-        kind="causal",
-        budget=Budget(10, "steps"),
-        gate=build_gate(settings, model, "causal"),
-        compute_metrics=runs.metrics,
-    )
+    made = build_gate(runs.batch_gate(gate, rate=0.9, burn_in=3, m=64, k=8), model, "causal")
+    options = {"params": {"gradient_accumulation": 1}, "train_dataset": runs.half_empty(), "gate": made}
+    run = runs.trainer(model, tmp_path, budget=Budget(10, "steps"), language=True, **options)
     run.args.train_sampling_strategy = "sequential"
     run.train()
     assert run.ledger.steps == 10 and run.ledger.steps_without_labels == 5
@@ -134,7 +119,7 @@ def test_a_run_that_never_trains_is_ended(tmp_path, monkeypatch):
 
 def test_adapters_without_gradient_are_noticed(tmp_path):
     model = lora()
-    run = runs.trainer(model, tmp_path, gate=Open(), budget=Budget(6, "steps"))
+    run = runs.trainer(model, tmp_path, gate=runs.Open(), budget=Budget(6, "steps"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.register_hook(torch.zeros_like)
@@ -147,16 +132,12 @@ def test_adapters_without_gradient_are_noticed(tmp_path):
 
 @pytest.mark.parametrize("name", ["novelty", "novelty_loss", "random"])
 def test_a_budget_run_resumes_bitwise(tmp_path, name):
-    def made(folder):
+    def made(part):
         model = lora()
         settings = runs.batch_gate(name, rate=0.4, burn_in=4, m=64, k=8, topk=0, ema=0.1, refresh=2)
-        return runs.trainer(model, folder, gate=build_gate(settings, model, "classify"), save_steps=4)
+        return runs.trainer(model, tmp_path / part, gate=build_gate(settings, model, "classify"), save_steps=4)
 
-    whole, killed = made(tmp_path / "whole"), made(tmp_path / "killed")
-    whole.train()
-    runs.kill(killed, 21)
-    resumed = made(tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=True)
+    whole, resumed = runs.killed_and_resumed(made, 21)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert whole.gate_log.decisions == resumed.gate_log.decisions
     assert 0 < sum(whole.gate_log.decisions) < len(whole.gate_log.decisions)
@@ -175,12 +156,7 @@ def same(first, second) -> bool:
 
 def test_slora_trainer_resumes_bitwise(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 7}
-    whole = slora(lora(), tmp_path / "whole", **options)
-    whole.train()
-    killed = slora(lora(), tmp_path / "killed", **options)
-    runs.kill(killed, 11)
-    resumed = slora(lora(), tmp_path / "killed", **options)
-    resumed.train(resume_from_checkpoint=True)
+    whole, resumed = runs.killed_and_resumed(lambda part: slora(lora(), tmp_path / part, **options), 11)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert same(whole.gate.state_dict(), resumed.gate.state_dict())
     assert whole.gate_log.decisions == resumed.gate_log.decisions

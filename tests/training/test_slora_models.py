@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import training_runs as runs
-from slora_runs import GATE, Open, arguments, lora, slora
+from slora_runs import GATE, arguments, lora, slora
 
-from lorakit.adapters import attach, quantize_nf4
+import lorakit
+from lorakit.adapters import quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
-from lorakit.seams import Decision
 from lorakit.training import SLoRATrainer
 
 # models --------------------------------------------------------------------------------------------
@@ -26,11 +26,7 @@ def peft_model(model, task):
 def test_slora_trainer_trains(tmp_path, which):
     language = which in ("ours-causal", "peft-causal", "nf4", "masked")
     if which == "masked":
-        from transformers import BertConfig, BertForMaskedLM
-
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        model = attach(BertForMaskedLM(BertConfig(vocab_size=99, pad_token_id=0, **sizes)), "lora", rank=4, seed=0)
+        model = lora(runs.tiny_masked(num_hidden_layers=1))
     elif which.startswith("peft"):
         base = runs.tiny_gemma() if language else runs.tiny_bert()
         model = peft_model(base, "CAUSAL_LM" if language else "SEQ_CLS")
@@ -39,20 +35,16 @@ def test_slora_trainer_trains(tmp_path, which):
         model = lora(quantize_nf4(model) if which == "nf4" else model)
     before = runs.weights(model)
     options = {"gradient_accumulation_steps": 2} if which == "accumulated" else {}
-    run = slora(model, tmp_path, language=language, **options)
-    run.train()
+    run = runs.ran(slora(model, tmp_path, language=language, **options))
     assert run.state.global_step == run.ledger.steps == 20
     assert 4 <= run.ledger.accepted_steps < 20
     after = runs.weights(model)
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert any(changed)
     assert all(p.requires_grad or not moved for p, moved in zip(model.parameters(), changed, strict=True))
-    logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert {"gate/novelty", "gate/accept", "gate/acceptance_rate", "gate/accepted_steps", "gate/total_steps"} <= set(
-        logged[-1]
-    )
-    assert logged[-1]["gate/accepted_steps"] == run.ledger.accepted_steps
-    assert logged[-1]["gate/total_steps"] == 20
+    last = [entry for entry in run.state.log_history if "loss" in entry][-1]
+    assert {"gate/novelty", "gate/accept", "gate/acceptance_rate"} <= set(last)
+    assert (last["gate/accepted_steps"], last["gate/total_steps"]) == (run.ledger.accepted_steps, 20)
 
 
 def test_peft_checkpoints_stay_pefts_own(tmp_path):
@@ -67,10 +59,8 @@ def test_peft_checkpoints_stay_pefts_own(tmp_path):
 
 
 def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
-    often = slora(lora(), tmp_path / "a", eval_strategy="steps", eval_steps=4)
-    never = slora(lora(), tmp_path / "b")
-    often.train()
-    never.train()
+    often = runs.ran(slora(lora(), tmp_path / "a", eval_strategy="steps", eval_steps=4))
+    never = runs.ran(slora(lora(), tmp_path / "b"))
     assert len([entry for entry in often.state.log_history if "eval_loss" in entry]) == 5
     assert runs.equal(runs.weights(often.model), runs.weights(never.model))
     ledgers = [run.ledger.state_dict() | {"seconds": 0} for run in (often, never)]
@@ -79,54 +69,21 @@ def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
 
 @pytest.mark.parametrize("task", [{}, {"model": "toy-decoder", "task": "toy-instruct", "rank": 4}])
 def test_a_gate_works_under_bf16_autocast(task):
-    import lorakit
-
-    given = {
-        "gate": "novelty",
-        "gate_burn_in": 3,
-        "gate_k": 16,
-        "precision": "bf16",
-        "budget": 5,
-        "batch_size": 4,
-    } | task
-    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
-    assert lorakit.run(given | quick).status == "done"
+    given = {"gate": "novelty", "gate_burn_in": 3, "gate_k": 16, "precision": "bf16", "budget": 5, "batch_size": 4}
+    assert lorakit.run(runs.QUICK | given | task).status == "done"
 
 
 def test_a_gate_goes_with_skipped_layers_and_a_four_bit_base():
-    import lorakit
-
-    given = {
-        "gate": "novelty",
-        "gate_burn_in": 4,
-        "gate_k": 16,
-        "skip": "prefix",
-        "skip_share": 0.5,
-        "quantize": "nf4",
-        "budget": 8,
-    }
-    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 8, "max_validation": 8}
-    record = lorakit.run(given | quick | {"batch_size": 4})
+    given = {"gate": "novelty", "gate_burn_in": 4, "gate_k": 16, "skip": "prefix", "skip_share": 0.5}
+    record = lorakit.run(runs.QUICK | given | {"quantize": "nf4", "budget": 8, "batch_size": 4})
     assert record.status == "done" and record.method == "lora+nf4+skip+slora"
     assert record.costs.accepted_steps == 8 < record.costs.steps
     assert set(record.details) == {"gate", "skip", "weights"}
 
 
 def test_no_gate_config_is_the_plain_trainer(tmp_path):
-    from transformers import Trainer
-
-    ours = slora(lora(), tmp_path / "a", gate_config=None)
-    ours.train()
-    from lorakit.training.loss import MeanLoss
-
-    plain = Trainer(
-        lora(),
-        arguments(tmp_path / "b"),
-        train_dataset=runs.rows(),
-        data_collator=runs.collate,
-        compute_loss_func=MeanLoss("classify"),
-    )
-    plain.train()
+    ours = runs.ran(slora(lora(), tmp_path / "a", gate_config=None))
+    plain = runs.ran(runs.plain(lora(), arguments(tmp_path / "b")))
     assert runs.equal(runs.weights(ours.model), runs.weights(plain.model))
 
 
@@ -135,8 +92,7 @@ def test_no_gate_config_is_the_plain_trainer(tmp_path):
 
 def test_metrics_reach_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = slora(lora(), tmp_path, report_to="tensorboard", max_steps=8)
-    run.train()
+    run = runs.ran(slora(lora(), tmp_path, report_to="tensorboard", max_steps=8))
     (file,) = [path for path in tmp_path.rglob("events.out.tfevents.*")]
     events = event_accumulator.EventAccumulator(str(file)).Reload()
     for name in ("novelty", "accept", "acceptance_rate", "accepted_steps", "total_steps"):
@@ -148,8 +104,7 @@ def test_metrics_reach_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="W&B is not a dependency of lorakit")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = slora(lora(), tmp_path, report_to="wandb", max_steps=8)
-    run.train()
+    run = runs.ran(slora(lora(), tmp_path, report_to="wandb", max_steps=8))
     import wandb
 
     summary = dict(wandb.run.summary)
@@ -157,12 +112,9 @@ def test_metrics_reach_wandb_offline(tmp_path, monkeypatch):
     assert summary["train/gate/accepted_steps"] == run.ledger.accepted_steps
 
 
-def test_a_record_keeps_what_the_gate_did(tmp_path):
-    import lorakit
-
+def test_a_record_keeps_what_the_gate_did():
     given = {"gate": "novelty", "gate_rate": 0.4, "gate_burn_in": 5, "gate_m": 64, "gate_k": 8, "budget": 12}
-    quick = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 20, "max_validation": 20}
-    record = lorakit.run(given | quick | {"redundancy": 0.5, "batch_size": 4})
+    record = lorakit.run(runs.QUICK | given | {"redundancy": 0.5, "batch_size": 4})
     gate = record.details["gate"]
     assert record.method == "slora" and record.status == "done"
     assert gate["name"] == "novelty" and gate["target_rate"] == 0.4 and gate["burn_in"] == 5
@@ -177,43 +129,16 @@ def test_a_record_keeps_what_the_gate_did(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ParameterError, match=r"gate_config=\['target'\]: unknown keys; known are m, k, target_novelty"):
-        slora(lora(), tmp_path, gate_config={"target": 0.3})
-    with pytest.raises(ParameterError, match="k=64"):
-        slora(lora(), tmp_path, gate_config={"m": 64, "k": 64})
-    with pytest.raises(ParameterError, match="gate_config"):
-        SLoRATrainer(lora(), arguments(tmp_path), gate_config={}, gate=Open())
-    half = arguments(tmp_path)
+    args, half = arguments(tmp_path), arguments(tmp_path)
     half.fp16 = True
-    with pytest.raises(ParameterError, match="fp16"):
-        SLoRATrainer(lora(), half, train_dataset=runs.rows(), gate_config=GATE)
-    from transformers import BertConfig, BertModel
-
-    bare = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    for given, says in (
+        ((lora(), args, {"target": 0.3}), r"gate_config=\['target'\]: unknown keys; known are m, k, target_novelty"),
+        ((lora(), args, {"m": 64, "k": 64}), "k=64"),
+        ((lora(), args, {}, runs.Open()), "gate_config"),
+        ((lora(), half, GATE), "fp16"),
+    ):
+        model, chosen, config, *gate = given
+        with pytest.raises(ParameterError, match=says):
+            SLoRATrainer(model, chosen, gate_config=config, gate=gate[0] if gate else None)
     with pytest.raises(LorakitError, match="BertModel: gates know classifiers"):
-        SLoRATrainer(bare, arguments(tmp_path), gate_config=GATE)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"gate": "slora"}, "gate='slora': must be one of none, random"),
-        ({"gate": "novelty", "precision": "fp16"}, "precision='fp16'.*gradient scaler"),
-        ({"gate": "novelty", "gate_m": 100}, "gate_m=100: must be a power of two"),
-        ({"gate": "novelty", "gate_k": 512}, "gate_k=512: must be below gate_m=512"),
-        ({"gate": "novelty", "gate_rows": 64}, "gate_rows=64"),
-        ({"gate_rate": 1.0}, "gate_rate=1.0"),
-        ({"gate_beta": 0.0}, "gate_beta=0.0"),
-        ({"gate_ema": 2.0}, "gate_ema=2.0"),
-        ({"redundancy": 1.0}, "redundancy=1.0"),
-    ],
-)
-def test_bad_parameters(given, message):
-    import lorakit
-
-    with pytest.raises(ParameterError, match=message):
-        lorakit.run(given)
-
-
-def test_a_decision_needs_no_score():
-    assert Decision(True).score is None
+        SLoRATrainer(runs.tiny_bert().bert, args, gate_config=GATE)
