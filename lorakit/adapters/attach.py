@@ -7,6 +7,7 @@ from torch import Generator, nn
 
 from lorakit.adapters.attachment import Attachment
 from lorakit.adapters.layer import ADAPTERS
+from lorakit.adapters.saving import Saving
 from lorakit.base.mending import prepare_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head
@@ -112,6 +113,8 @@ def attach_to(
                 parameter.requires_grad_(True)
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
+    if method in ADAPTERS and hasattr(model, "save_pretrained"):
+        model.save_pretrained = Saving(model)
     return model
 
 

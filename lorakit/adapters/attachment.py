@@ -34,9 +34,25 @@ class Attachment:
         """What the method needs between the steps of a run with these parameters."""
         return ADAPTERS[self.method].controllers(model, run) if self.method in ADAPTERS else []
 
-    def merge(self, model: nn.Module) -> None:
-        for layer in adapter_layers(model).values():
-            layer.merge()
+    def merge(self, model: nn.Module, safe: bool = False) -> None:
+        fresh = {path: layer for path, layer in adapter_layers(model).items() if not layer.is_merged}
+        for path, layer in fresh.items():
+            try:
+                layer.merge(safe)
+            except Exception as error:  # all layers or none, whatever a base layer raises
+                for other in fresh.values():
+                    other.unmerge()
+                raise LorakitError(f"{path} cannot be merged: {error}") from error
+
+    @contextmanager
+    def bare(self, model: nn.Module) -> Iterator[nn.Module]:
+        """While inside, the model with its base layers in the adapters' places, merged or not."""
+        layers = adapter_layers(model).values()
+        replace_modules(model, {layer: layer.base_layer for layer in layers})
+        try:
+            yield model
+        finally:
+            replace_modules(model, {layer.base_layer: layer for layer in layers})
 
     def unmerge(self, model: nn.Module) -> None:
         for layer in adapter_layers(model).values():
@@ -53,6 +69,7 @@ class Attachment:
         """The model as it was, but for the modules trained in full; what is merged is unmerged before."""
         replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
         del model.lorakit_attachment
+        vars(model).pop("save_pretrained", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
         return model
@@ -76,8 +93,11 @@ class Attachment:
         return {name: found[name] for name in once.values()}
 
     def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
-        """The tensors that an adapter file holds."""
-        return self.tensors(model)
+        """The tensors that an adapter file holds: PEFT's format has a tied one under each of its names."""
+        found = self.tensors(model)
+        if self.method not in ADAPTERS:
+            return found
+        return found | {name: found[first] for name, first in tied_names(model).items() if first in found}
 
     def idle_numel(self, model: nn.Module) -> int:
         """Parameters that lie in the model without taking part."""
@@ -89,6 +109,13 @@ class Attachment:
     def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Of a foreign kind: take in what `write` wrote."""
         return model
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Of parameters with several names: each further name -> the first."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -131,16 +158,19 @@ def detach(model: nn.Module) -> nn.Module:
     return attachment_of(unmerge(model)).detach(model)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, safe: bool = False) -> nn.Module:
     """Fold every adapter into its base weight, for inference without the adapter's cost.
 
     Costs a second copy of the adapted weights while merged, which is what makes `unmerge` exact. Merging twice is
-    merging once; "head" and "full" have nothing to merge.
+    merging once; "head" and "full" have nothing to merge. `detach` takes the merging back; `export` keeps it.
+
+    Args:
+        safe: refuse to merge what is not finite.
 
     Raises:
-        LorakitError: a type of PEFT that cannot be merged (see `can_merge`).
+        LorakitError: a type of PEFT or a base that cannot be merged (see `can_merge`), or `safe`; nothing is merged.
     """
-    attachment_of(model).merge(model)
+    attachment_of(model).merge(model, safe)
     return model
 
 
@@ -151,11 +181,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
+def merged(model: nn.Module, safe: bool = False) -> Iterator[nn.Module]:
     """`with merged(model):` runs merged and leaves the model as it found it."""
     before = is_merged(model)
     try:
-        yield merge(model)
+        yield merge(model, safe)
     finally:
         if not before:
             unmerge(model)

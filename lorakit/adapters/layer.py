@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.base.nf4 import dequantise, is_four_bit
+from lorakit.base.nf4 import dense, dequantise, is_four_bit
 from lorakit.errors import LorakitError
 from lorakit.fields import Settings
 from lorakit.modules import is_conv1d
@@ -124,27 +124,28 @@ class AdapterLayer(nn.Module, ABC):
     def is_merged(self) -> bool:
         return bool(self._unmerged)
 
-    def merge(self) -> None:
+    def merge(self, safe: bool = False) -> None:
         """Put W0 + ΔW in W0's place; W0 itself is kept, so while merged the layer holds two weights.
 
         A new parameter, not an in-place sum: a weight tied to another module's (an embedding) stays what it was. A
         4-bit base makes room for a dense one; its sum in 4 bits would be another (see `requantisation_error`).
+
+        Raises:
+            LorakitError: `safe`, and the sum is not finite; nothing has changed.
         """
         if self._unmerged:
             return
         with torch.no_grad():
-            merged = nn.Parameter(self.merged_weight().contiguous(), requires_grad=False)
-        if not is_four_bit(self.base_layer):
-            self._unmerged = (self.base_layer.weight,)
-            self.base_layer.weight = merged
-            return
-        packed = self.base_layer
-        with torch.device("meta"):  # no values are drawn
-            dense = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-        dense.weight = merged
-        if packed.bias is not None:
-            dense.bias = nn.Parameter(packed.bias.detach().to(merged.dtype), requires_grad=False)
-        self._unmerged, self.base_layer = (packed,), dense.train(packed.training)
+            merged = self.merged_weight().contiguous()
+        if safe and not torch.isfinite(merged).all():
+            raise LorakitError("NaN or infinite values would be merged into its weight")
+        base = self.base_layer
+        if is_four_bit(base):
+            self._unmerged, self.base_layer = (base,), dense(base, merged)
+        else:
+            original = base.weight
+            base.weight = nn.Parameter(merged, requires_grad=False)
+            self._unmerged = (original,)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit the tensor it was."""
@@ -157,6 +158,21 @@ class AdapterLayer(nn.Module, ABC):
             original.data = original.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
             self.base_layer.weight = original
         self._unmerged = ()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unmerged()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unmerged()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _require_unmerged(self) -> None:
+        if self._unmerged:  # who reads both names, base and adapter, adds the update a second time
+            raise LorakitError(
+                "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded; "
+                "lorakit.export(model, folder) writes the merged model"
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())

@@ -1,4 +1,4 @@
-"""Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
+"""Adapter files read: what `saving` writes, and PEFT."""
 
 import json
 from pathlib import Path
@@ -10,71 +10,18 @@ from lorakit.adapters import peft_format
 from lorakit.adapters.attach import attach_to
 from lorakit.adapters.attachment import (
     Attachment,
-    attachment_of,
     check_state,
     detach,
     require_unmerged,
     trained_tensors,
 )
 from lorakit.adapters.layer import ADAPTERS
-from lorakit.adapters.packed import PACKED_FILE, pack, unpack
+from lorakit.adapters.packed import PACKED_FILE, unpack
 from lorakit.adapters.peft_format import StoredAdapter
+from lorakit.adapters.saving import OWN_CONFIG_FILE, OWN_TENSORS_FILE
 from lorakit.adapters.state import load_adapter_state
-from lorakit.errors import CheckpointError, ParameterError, require
-from lorakit.files import written
+from lorakit.errors import CheckpointError, ParameterError
 from lorakit.settings import AdapterSettings
-
-OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
-
-
-def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
-    """Write what was trained, task head included, to `folder`: whole, or nothing.
-
-    An adapter is written as PEFT does (`PeftModel.from_pretrained` reads it); "head" and "full" as
-    `lorakit_config.json` and `lorakit_trained.safetensors`. Other files in `folder` stay.
-
-    Args:
-        packed: store the tensors of an adapter in `lorakit_packed.safetensors`, those with enough zeros as a bitmap and
-            their non-zero values: smaller, exact, and read by `load_adapter` alone; PEFT cannot read it.
-
-    Raises:
-        CheckpointError: the adapter is merged.
-        LorakitError: nothing is attached.
-        ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
-    """
-    attachment, folder = attachment_of(model), Path(folder)
-    require_unmerged(model)
-    require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
-    adapter = attachment.method in ADAPTERS
-    require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
-    with written(folder, folder=True) as temporary:
-        if attachment.foreign:
-            attachment.write(model, temporary)
-        else:
-            _write(model, attachment, temporary, packed)
-        # what stood there goes before the new files come: a crash never leaves a mixed pair
-        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
-            (folder / name).unlink(missing_ok=True)
-    return folder
-
-
-def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool) -> None:
-    from safetensors.torch import save_file
-
-    method = attachment.method
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attachment.tensors(model).items()}
-    metadata = {"format": "pt"}
-    if method in ADAPTERS:
-        config_file, tensors_file = peft_format.CONFIG_FILE, peft_format.TENSORS_FILE
-        config = peft_format.to_config(model, attachment)
-        tensors = {peft_format.name_in_file(method, name): tensor for name, tensor in tensors.items()}
-    else:
-        config_file, tensors_file = OWN_CONFIG_FILE, OWN_TENSORS_FILE
-        config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
-    if packed:
-        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    save_file(tensors, folder / tensors_file, metadata=metadata)
-    (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -104,6 +51,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         return load_adapter_state(model, stored.tensors)
     except (CheckpointError, ParameterError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
+    """What an adapter's files say of its model: the base's name, its kind, a classifier's number of labels.
+
+    Raises:
+        CheckpointError: there is no adapter in `folder`.
+    """
+    folder = Path(folder)
+    own = not (folder / peft_format.CONFIG_FILE).is_file()
+    try:
+        config = _read_json(folder / (OWN_CONFIG_FILE if own else peft_format.CONFIG_FILE))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no adapter here: no {peft_format.CONFIG_FILE}") from None
+    kind = {"SEQ_CLS": "classify", "CAUSAL_LM": "causal"}.get(config.get("task_type"))
+    heads = config.get("trained" if own else "modules_to_save") or []
+    names = next(
+        (folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()), ""
+    )
+    tensors = _read_tensors(names).items() if names else ()
+    rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
+    return config.get("base_model_name_or_path"), kind, min(rows, default=None)
 
 
 def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:

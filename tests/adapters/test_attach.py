@@ -61,7 +61,8 @@ def train(model, steps=5, weight_decay=0.1):
 
 
 def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def test_nothing_changes_at_the_start(model):
