@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import Attachment
+from lorakit.adapters.attachment import Attachment, tied_names
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError
 from lorakit.head import kind_of, task_head
@@ -93,7 +94,13 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     targets = {
         path: _own_settings(config, settings, method, path, tensors) for path in _adapted_paths(model, method, tensors)
     }
+    for name, first in tied_names(model).items():  # stored under each name, or by older versions under one
+        if name in tensors and first in tensors and not torch.equal(tensors[name], tensors.pop(first)):
+            raise CheckpointError(f"{name} and {first} differ in the file, and are one tensor in this model")
+        if name in tensors:
+            tensors[first] = tensors.pop(name)
     others = [name for name in tensors if not inside(name, list(targets))]
+    others += [name for name, first in tied_names(model).items() if first in others]
     listed = config.get("modules_to_save") or []  # PEFT lists some that no model has
     paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
     trained = [path for path in paths if any(inside(name, [path]) for name in others)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,17 +96,53 @@ def test_a_failed_save_keeps_the_old_adapter(tiny_bert, tmp_path, monkeypatch):
     assert names(tmp_path) == ["adapter"]
 
 
+def test_a_folder_below_a_read_only_one_is_saved_into(tiny_bert, tmp_path, monkeypatch):
+    mount, make = tmp_path / "mount", tempfile.mkdtemp
+    mount.mkdir()
+
+    def guarded(dir, **options):
+        if Path(dir) == tmp_path:
+            raise PermissionError(f"read-only: {dir}")
+        return make(dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", guarded)
+    model = trained(tiny_bert)
+    for _ in range(2):
+        save_adapter(model, mount)
+        assert names(mount) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(logits(load_adapter(twin(tiny_bert), mount)), logits(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", ["lora", "hira"])
+def test_both_names_of_a_tied_weight_in_trainable_come_back(tiny_gpt2, tmp_path, method, packed):
+    model = trained(tiny_gpt2, method, trainable=["wte", "lm_head"])
+    folder = save_adapter(model, tmp_path / "adapter", packed=packed)
+    for other in (twin(tiny_gpt2), attach(twin(tiny_gpt2), method, trainable=["wte", "lm_head"])):
+        assert torch.equal(logits(load_adapter(other, folder)), logits(model))
+        assert other.lm_head.weight is other.transformer.wte.weight
+    if packed:
+        return
+    from peft import PeftModel
+
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(twin(tiny_gpt2), folder)), logits(model))
+    edit(folder, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))  # as older versions stored it
+    assert torch.equal(logits(load_adapter(twin(tiny_gpt2), folder)), logits(model))
+    edit(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.zeros(99, 32)}))
+    refused(twin(tiny_gpt2), folder, r"lm_head\.weight and transformer\.wte\.weight differ in the file")
+
+
 # --- files that do not fit -------------------------------------------------------------------------------------------
 
 
 def refused(model, folder, match):
     """Loading raises, and the model is what it was."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(CheckpointError, match=match) as error:
         load_adapter(model, folder)
     assert str(folder) in str(error.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
