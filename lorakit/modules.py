@@ -1,7 +1,6 @@
 """Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,6 +10,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.head import output_head, task_head
 
 ALL_LINEAR = "all-linear"
+MATCHING_SECONDS = 0.5  # a pattern of names takes microseconds
 
 
 @contextlib.contextmanager
@@ -39,6 +39,22 @@ def is_linear(module: nn.Module) -> bool:
 def name_matches(name: str, path: str) -> bool:
     """PEFT's rule for a listed name: the whole path or the end of it, at a dot."""
     return path == name or path.endswith(f".{name}")
+
+
+def fullmatch(pattern: str, path: str, parameter: str) -> bool:
+    """Whether the regular expression `pattern`, which `parameter` holds, matches the whole `path`.
+
+    Raises:
+        ParameterError: it is none, or one that takes exponential time.
+    """
+    import regex  # unlike `re`, it can give up
+
+    try:
+        return regex.fullmatch(pattern, path, timeout=MATCHING_SECONDS) is not None
+    except regex.error as error:
+        raise ParameterError(parameter, pattern, f"not a regular expression: {error}") from None
+    except TimeoutError:
+        raise ParameterError(parameter, pattern, f"takes over {MATCHING_SECONDS} s to match {path}") from None
 
 
 def inside(path: str, roots: Sequence[str]) -> bool:
@@ -112,10 +128,7 @@ def _require_names(parameter: str, value: object, allowed: str) -> None:
 def _matches(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str):
-        try:
-            return [path for path in paths if re.fullmatch(target_modules, path)]
-        except re.error as error:
-            raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
+        return [path for path in paths if fullmatch(target_modules, path, "target_modules")]
     _require_names("target_modules", target_modules, 'must be "all-linear", a list of names, or a regular expression')
     for name in target_modules:
         if not any(name_matches(name, path) for path in paths):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
@@ -203,6 +204,17 @@ def check_state(here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
             listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
             raise CheckpointError(f"the adapter does not fit this model: {len(names)} {problem} tensors: {listed}")
     for name, tensor in here.items():
-        if tensor.shape != state[name].shape:
-            given, own = tuple(state[name].shape), tuple(tensor.shape)
-            raise CheckpointError(f"the adapter is for another base: {name} is {given}, this model has {own}")
+        given = state[name]
+        if tensor.shape != given.shape:
+            shapes = f"{name} is {tuple(given.shape)}, this model has {tuple(tensor.shape)}"
+            raise CheckpointError(f"the adapter is for another base: {shapes}")
+        if (tensor.is_floating_point(), tensor.is_complex()) != (given.is_floating_point(), given.is_complex()):
+            raise CheckpointError(f"{name} is {given.dtype}, this model has {tensor.dtype}")
+        if not _finite(given) and _finite(tensor):  # a mask among the buffers may hold −∞
+            raise CheckpointError(f"{name} holds NaN or infinite values")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(
+        torch.isfinite(tensor.detach().float() if tensor.is_floating_point() else tensor).all()
+    )

@@ -14,7 +14,7 @@ from lorakit.errors import CheckpointError
 from lorakit.settings import AdapterSettings
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
-_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoRALayer(AdapterLayer):
@@ -75,7 +75,7 @@ class LoRALayer(AdapterLayer):
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
             init="gaussian" if init == "gaussian" else "kaiming",
-            rslora=config.get("use_rslora", False),
+            rslora=config.get("use_rslora") or False,
         )
 
 

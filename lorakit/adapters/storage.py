@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
@@ -76,24 +77,27 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
 
 
 def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
-    """Whether PEFT's own code must read `folder`: it is attached, or the file is of a type that lorakit lacks."""
+    """Whether PEFT must read `folder`: it is attached, or the file is of a type or has a feature that lorakit lacks."""
     if attachment is not None:
         return attachment.foreign
     if not (folder / peft_format.CONFIG_FILE).is_file():
         return False
     config = _read_json(folder / peft_format.CONFIG_FILE)
-    kind = config.get("peft_type")
-    if kind in {adapter.peft_type for adapter in ADAPTERS.values()}:
-        return kind == "LORA" and bool(config.get("use_dora"))
     from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return kind in [known.value for known in PeftType]
+    kind = config.get("peft_type")
+    if kind not in {adapter.peft_type for adapter in ADAPTERS.values()}:
+        return kind in [known.value for known in PeftType]
+    if feature := peft_format.foreign_feature(config):
+        return hasattr(PEFT_TYPE_TO_CONFIG_MAPPING[kind], feature)  # PEFT drops what it does not know
+    return not (folder / PACKED_FILE).is_file() and peft_format.adapts_more(_peft_tensors(folder))
 
 
 def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) -> nn.Module:
     from lorakit.adapters.peft.method import attach_file
 
-    tensors = _read_tensors(folder / peft_format.TENSORS_FILE)
+    tensors = peft_format.renamed(model, _peft_tensors(folder))
     if attachment is None:
         return attach_file(model, folder, tensors)
     require_unmerged(model)
@@ -119,18 +123,23 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (folder / peft_format.CONFIG_FILE).is_file():
         config = _read_json(folder / peft_format.CONFIG_FILE)
         if not (folder / PACKED_FILE).is_file():
-            return peft_format.read(model, config, _read_tensors(folder / peft_format.TENSORS_FILE))
+            return peft_format.read(model, config, peft_format.renamed(model, _peft_tensors(folder)))
         from safetensors import safe_open
 
         stored = _read_tensors(folder / PACKED_FILE)
         with safe_open(folder / PACKED_FILE, "pt") as file:
             return peft_format.read(model, config, unpack(stored, file.metadata() or {}))
     if not (folder / OWN_CONFIG_FILE).is_file():
-        raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
+        below = sorted(path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG_FILE}"))
+        named = f"; PEFT keeps a named adapter one folder down: name {folder / below[0]}" if below else ""
+        raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}{named}")
     config, tensors = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
     method, trained = config.get("method"), config.get("trained", [])
     if method not in ("head", "full"):
         raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
+    if (config.get("format"), config.get("version")) != ("lorakit", 1):
+        found = f"format={config.get('format')!r}, version={config.get('version')!r}"
+        raise CheckpointError(f"{OWN_CONFIG_FILE}: {found}; this lorakit reads format 'lorakit', version 1")
     absent = [path for path in trained if path not in dict(model.named_modules())]
     if absent:
         raise CheckpointError(f"the file is for another base: this model has no module {absent[0]}")
@@ -145,6 +154,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path.name} is not a mapping")
     return config
+
+
+def _peft_tensors(folder: Path) -> dict[str, Tensor]:
+    """What PEFT stored, the older pickled form too."""
+    pickled = folder / "adapter_model.bin"
+    if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
+        return _read_tensors(folder / peft_format.TENSORS_FILE)
+    try:
+        return torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling raises
+        raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

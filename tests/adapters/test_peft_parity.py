@@ -267,7 +267,7 @@ def test_the_files_hold_the_same_names_and_shapes(build, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"bias": "lora_only"}, "bias"), ({"lora_bias": True}, "lora_bias")],
+    [({"bias": "lora_only"}, "bias"), ({"use_dora": True, "bias": "lora_only"}, "bias")],
 )
 def test_peft_features_we_lack_are_refused_by_name(build, tmp_path, options, named):
     from lorakit.errors import CheckpointError

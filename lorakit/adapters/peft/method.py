@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import NOISE
+from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.base.mending import prepare_four_bit
@@ -184,6 +184,9 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         ParameterError: PEFT refuses it.
     """
     config = files.read_config(folder)
+    plain = config.to_dict()
+    told = {name: plain[name] for name in ("init_lora_weights", *CHANGE_THE_BASE) if name in plain}
+    require_frozen_base(told, "adapter_config.json")
     config.inference_mode = not files.holds_weights(config)
     named = getattr(config, "modules_to_save", None) or []
     trained = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in named)]
