@@ -1,5 +1,6 @@
 """What is attached to a model: one interface, whoever's code it is, to take off, merge and read it."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
-from lorakit.errors import CheckpointError, LorakitError
+from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.fields import Settings
-from lorakit.modules import replace_modules
+from lorakit.modules import replace_modules, unwrapping
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
@@ -64,7 +65,9 @@ class Attachment:
 
     def merge_obstacle(self, model: nn.Module) -> str:
         """Why there is nothing to merge, or why it cannot be; empty where it can."""
-        return "" if adapter_layers(model) else "no adapter"
+        layers = adapter_layers(model)
+        found = (f"{path}: {problem}" for path, layer in layers.items() if (problem := layer.merge_obstacle()))
+        return next(found, "") if layers else "no adapter"
 
     def detach(self, model: nn.Module) -> nn.Module:
         """The model as it was, but for the modules trained in full; what is merged is unmerged before."""
@@ -141,6 +144,19 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return attachment_of(model).tensors(model)
 
 
+def require_bare(model: nn.Module, method: str) -> None:
+    """Raise `ParameterError` where an adapter, ours or PEFT's, is on `model`, in it, or around it."""
+    if (present := getattr(model, "lorakit_attachment", None)) is not None:
+        raise ParameterError("method", method, f"the model already has {present.method!r}; detach(model) first")
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # a model that has one has imported it
+    foreign = () if tuners is None else (tuners.BaseTunerLayer, tuners.BaseTuner, sys.modules["peft"].PeftModel)
+    for path, module in model.named_modules():
+        theirs = isinstance(module, foreign)
+        if theirs or isinstance(module, AdapterLayer) or hasattr(module, "lorakit_attachment"):
+            whose, off = ("PEFT's", "unload()") if theirs else ("an", "detach(…)")
+            raise ParameterError("method", method, f"{path or 'the model'} already has {whose} adapter; {off} it first")
+
+
 def is_merged(model: nn.Module) -> bool:
     attachment = getattr(model, "lorakit_attachment", None)
     return attachment is not None and attachment.is_merged(model)
@@ -151,6 +167,7 @@ def require_unmerged(model: nn.Module) -> None:
         raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
 
 
+@unwrapping
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off: the original modules and `requires_grad` flags are back, merged weights are unmerged.
 
@@ -159,6 +176,7 @@ def detach(model: nn.Module) -> nn.Module:
     return attachment_of(unmerge(model)).detach(model)
 
 
+@unwrapping
 def merge(model: nn.Module, safe: bool = False) -> nn.Module:
     """Fold every adapter into its base weight, for inference without the adapter's cost.
 
@@ -175,6 +193,7 @@ def merge(model: nn.Module, safe: bool = False) -> nn.Module:
     return model
 
 
+@unwrapping
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the base weights are back bit for bit."""
     attachment_of(model).unmerge(model)
