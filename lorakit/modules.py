@@ -1,8 +1,10 @@
 """Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +25,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(model, "_orig_mod", model)
+        result = function(inner, *args, **kwargs)
+        return model if result is inner else result
+
+    return call
 
 
 def is_conv1d(module: nn.Module) -> bool:

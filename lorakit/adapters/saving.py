@@ -16,12 +16,13 @@ from lorakit.adapters.packed import PACKED_FILE, pack
 from lorakit.base.nf4 import dense, is_four_bit
 from lorakit.errors import require
 from lorakit.files import written
-from lorakit.modules import replace_modules
+from lorakit.modules import replace_modules, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 RESUMED_FILE = "model.safetensors"  # what the Trainer resumes from and looks for its best model in
 
 
+@unwrapping
 def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
     """Write what was trained, task head included, to `folder`: whole, or nothing.
 
@@ -92,6 +93,7 @@ def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]
     return found
 
 
+@unwrapping
 def export(model: nn.Module, folder: str | Path) -> Path:
     """Write `model` with its adapter merged in and gone, as a plain transformers model: `from_pretrained` reads it.
 

@@ -13,6 +13,7 @@ from lorakit.adapters.attachment import (
     Attachment,
     check_state,
     detach,
+    require_bare,
     require_unmerged,
     trained_tensors,
 )
@@ -22,9 +23,11 @@ from lorakit.adapters.peft_format import StoredAdapter
 from lorakit.adapters.saving import OWN_CONFIG_FILE, OWN_TENSORS_FILE
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError
+from lorakit.modules import unwrapping
 from lorakit.settings import AdapterSettings
 
 
+@unwrapping
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load what `save_adapter` or PEFT wrote: into the adapter `model` has, or attaching one as the file says.
 
@@ -37,6 +40,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     attachment: Attachment | None = getattr(model, "lorakit_attachment", None)
     try:
+        if attachment is None:
+            require_bare(model, "load_adapter")
         if _is_for_peft(Path(folder), attachment):
             return _load_peft(model, Path(folder), attachment)
         stored = _read(model, Path(folder))
