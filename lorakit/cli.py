@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from lorakit.errors import AssetError, LorakitError
+from lorakit.errors import AssetError, LorakitError, require
 
 COMMANDS = {  # name -> the module whose `main` it is (empty: the function of this name below), what it does
     "demo": ("", "the README's run: LoRA against head-only and full fine-tuning, with table and figure"),
@@ -23,6 +23,7 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
+    "export": ("", "an adapter merged into its base, as a plain model: lorakit export ADAPTER --merge --output FOLDER"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
 }
 DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sentences")}
@@ -149,6 +150,32 @@ def fetch(argv: Sequence[str]) -> int:
     else:
         for name in options.names:
             print(f"{name}: {assets.fetch(name)}")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Merge an adapter into its base and write a plain model, with its tokenizer, that `from_pretrained` reads."""
+    from lorakit import adapters, models
+    from lorakit.adapters.storage import described
+
+    parser = argparse.ArgumentParser(prog="lorakit export", description=export.__doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder that save_adapter, a run or PEFT wrote")
+    parser.add_argument(
+        "--merge", action="store_true", required=True, help="an adapter alone is in PEFT's format as is"
+    )
+    parser.add_argument("--base", help="the base model; else as the adapter's config says")
+    parser.add_argument("--kind", choices=["classify", "masked", "causal"], help="else as the adapter's config says")
+    parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: ADAPTER-merged)")
+    options = parser.parse_args(argv)
+    base, kind, labels = described(options.adapter)
+    base, kind = options.base or base, options.kind or kind
+    for name, value in (("--base", base), ("--kind", kind)):
+        require(bool(value), name, value, f"{options.adapter} does not say it: give {name}")
+    loaded = models.load(base, kind, num_labels=labels or 2, dtype="auto")
+    model = adapters.load_adapter(loaded.model, options.adapter)
+    folder = adapters.export(model, options.output or f"{options.adapter.rstrip('/')}-merged")
+    loaded.tokenizer.save_pretrained(folder)
+    print(f"{folder}: {base} with {options.adapter} merged in")
     return 0
 
 

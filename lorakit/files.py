@@ -24,7 +24,9 @@ def written(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    # a folder that exists may be a mount: above it is another file system, or nothing that can be written to
+    where = path if folder and path.is_dir() else path.parent
+    aside = Path(tempfile.mkdtemp(dir=where, prefix=f".{path.name}."))
     temporary = aside / path.name
     try:
         if folder:

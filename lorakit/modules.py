@@ -1,9 +1,10 @@
 """Names to modules: which linear layers get an adapter (PEFT's rules), what is trained in full, replacing."""
 
 import contextlib
-import re
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.head import output_head, task_head
 
 ALL_LINEAR = "all-linear"
+MATCHING_SECONDS = 0.5  # a pattern of names takes microseconds
 
 
 @contextlib.contextmanager
@@ -23,6 +25,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(model, "_orig_mod", model)
+        result = function(inner, *args, **kwargs)
+        return model if result is inner else result
+
+    return call
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -39,6 +53,22 @@ def is_linear(module: nn.Module) -> bool:
 def name_matches(name: str, path: str) -> bool:
     """PEFT's rule for a listed name: the whole path or the end of it, at a dot."""
     return path == name or path.endswith(f".{name}")
+
+
+def fullmatch(pattern: str, path: str, parameter: str) -> bool:
+    """Whether the regular expression `pattern`, which `parameter` holds, matches the whole `path`.
+
+    Raises:
+        ParameterError: it is none, or one that takes exponential time.
+    """
+    import regex  # unlike `re`, it can give up
+
+    try:
+        return regex.fullmatch(pattern, path, timeout=MATCHING_SECONDS) is not None
+    except regex.error as error:
+        raise ParameterError(parameter, pattern, f"not a regular expression: {error}") from None
+    except TimeoutError:
+        raise ParameterError(parameter, pattern, f"takes over {MATCHING_SECONDS} s to match {path}") from None
 
 
 def inside(path: str, roots: Sequence[str]) -> bool:
@@ -93,10 +123,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
         excluded = [*excluded, *task_head(model), *output_head(model)]
         found = linear_paths(model)
     elif isinstance(target_modules, str):
-        try:
-            found = [path for path in paths if re.fullmatch(target_modules, path)]
-        except re.error as error:
-            raise ParameterError("target_modules", target_modules, f"not a regular expression: {error}") from None
+        found = [path for path in paths if fullmatch(target_modules, path, "target_modules")]
     else:
         listed = isinstance(target_modules, Sequence) and all(isinstance(name, str) for name in target_modules)
         allowed = 'must be "all-linear", a list of names, or a regular expression'

@@ -75,13 +75,20 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _held(model):
+    """Everything a model holds, merged or not, the scales of 4-bit weights too."""
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    states = {name: tensor.quant_state for name, tensor in held.items() if getattr(tensor, "quant_state", None)}
+    scales = {f"{name}.{key}": value for name, state in states.items() for key, value in state.as_dict(True).items()}
+    return held | scales
+
+
 def bits(model):
-    """Everything stored, the scales of 4-bit weights too."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in _held(model).items()}
 
 
 def same_bits(model, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    return all(torch.equal(tensor, before[name]) for name, tensor in _held(model).items())
 
 
 def assert_only_trained(model, before):

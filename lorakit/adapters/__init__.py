@@ -5,6 +5,7 @@ from lorakit.adapters.attachment import Attachment, adapter_layers, can_merge, d
 from lorakit.adapters.hira import HiRALayer
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
+from lorakit.adapters.saving import export, save_adapter
 from lorakit.adapters.sparsify import SparseLoRALayer
 from lorakit.adapters.state import (
     adapter_bytes,
@@ -13,7 +14,7 @@ from lorakit.adapters.state import (
     parameter_stats,
     requantisation_error,
 )
-from lorakit.adapters.storage import load_adapter, save_adapter
+from lorakit.adapters.storage import load_adapter
 from lorakit.adapters.zeros import compact, sparsity_report
 from lorakit.base.quantize import quantize_nf4
 from lorakit.settings import AdapterSettings, SparseSettings

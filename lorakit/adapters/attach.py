@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Generator, nn
 
-from lorakit.adapters.attachment import Attachment
+from lorakit.adapters.attachment import Attachment, require_bare
 from lorakit.adapters.layer import ADAPTERS
+from lorakit.adapters.saving import Saving
 from lorakit.base.mending import prepare_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head
-from lorakit.modules import inside, replace_modules, resolve_targets, resolve_trainable
+from lorakit.modules import inside, replace_modules, resolve_targets, resolve_trainable, unwrapping
 from lorakit.settings import AdapterSettings, AttachSettings
 
 
@@ -26,6 +27,7 @@ def methods() -> list[str]:
     return [*ADAPTERS, "peft", "head", "full"]
 
 
+@unwrapping
 def attach(
     model: nn.Module,
     method: str = "lora",
@@ -60,8 +62,7 @@ def attach(
         asked["target_modules"] = list(asked["target_modules"])
     whole = Attaching(**{"alpha": None, "method": method} | asked)
     settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))
-    if (present := getattr(model, "lorakit_attachment", None)) is not None:
-        raise ParameterError("method", method, f"the model already has {present.method!r}; detach(model) first")
+    require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
     if method == "peft":
         from lorakit.adapters.peft.config import build_config
@@ -112,6 +113,8 @@ def attach_to(
                 parameter.requires_grad_(True)
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
+    if method in ADAPTERS and hasattr(model, "save_pretrained"):
+        model.save_pretrained = Saving(model)
     return model
 
 

@@ -1,17 +1,19 @@
 """What is attached to a model: one interface, whoever's code it is, to take off, merge and read it."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
-from lorakit.errors import CheckpointError, LorakitError
+from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.fields import Settings
-from lorakit.modules import replace_modules
+from lorakit.modules import replace_modules, unwrapping
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
@@ -34,9 +36,25 @@ class Attachment:
         """What the method needs between the steps of a run with these parameters."""
         return ADAPTERS[self.method].controllers(model, run) if self.method in ADAPTERS else []
 
-    def merge(self, model: nn.Module) -> None:
-        for layer in adapter_layers(model).values():
-            layer.merge()
+    def merge(self, model: nn.Module, safe: bool = False) -> None:
+        fresh = {path: layer for path, layer in adapter_layers(model).items() if not layer.is_merged}
+        for path, layer in fresh.items():
+            try:
+                layer.merge(safe)
+            except Exception as error:  # all layers or none, whatever a base layer raises
+                for other in fresh.values():
+                    other.unmerge()
+                raise LorakitError(f"{path} cannot be merged: {error}") from error
+
+    @contextmanager
+    def bare(self, model: nn.Module) -> Iterator[nn.Module]:
+        """While inside, the model with its base layers in the adapters' places, merged or not."""
+        layers = adapter_layers(model).values()
+        replace_modules(model, {layer: layer.base_layer for layer in layers})
+        try:
+            yield model
+        finally:
+            replace_modules(model, {layer.base_layer: layer for layer in layers})
 
     def unmerge(self, model: nn.Module) -> None:
         for layer in adapter_layers(model).values():
@@ -47,12 +65,15 @@ class Attachment:
 
     def merge_obstacle(self, model: nn.Module) -> str:
         """Why there is nothing to merge, or why it cannot be; empty where it can."""
-        return "" if adapter_layers(model) else "no adapter"
+        layers = adapter_layers(model)
+        found = (f"{path}: {problem}" for path, layer in layers.items() if (problem := layer.merge_obstacle()))
+        return next(found, "") if layers else "no adapter"
 
     def detach(self, model: nn.Module) -> nn.Module:
         """The model as it was, but for the modules trained in full; what is merged is unmerged before."""
         replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
         del model.lorakit_attachment
+        vars(model).pop("save_pretrained", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
         return model
@@ -76,8 +97,11 @@ class Attachment:
         return {name: found[name] for name in once.values()}
 
     def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
-        """The tensors that an adapter file holds."""
-        return self.tensors(model)
+        """The tensors that an adapter file holds: PEFT's format has a tied one under each of its names."""
+        found = self.tensors(model)
+        if self.method not in ADAPTERS:
+            return found
+        return found | {name: found[first] for name, first in tied_names(model).items() if first in found}
 
     def idle_numel(self, model: nn.Module) -> int:
         """Parameters that lie in the model without taking part."""
@@ -89,6 +113,13 @@ class Attachment:
     def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Of a foreign kind: take in what `write` wrote."""
         return model
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Of parameters with several names: each further name -> the first."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -113,6 +144,19 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return attachment_of(model).tensors(model)
 
 
+def require_bare(model: nn.Module, method: str) -> None:
+    """Raise `ParameterError` where an adapter, ours or PEFT's, is on `model`, in it, or around it."""
+    if (present := getattr(model, "lorakit_attachment", None)) is not None:
+        raise ParameterError("method", method, f"the model already has {present.method!r}; detach(model) first")
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # a model that has one has imported it
+    foreign = () if tuners is None else (tuners.BaseTunerLayer, tuners.BaseTuner, sys.modules["peft"].PeftModel)
+    for path, module in model.named_modules():
+        theirs = isinstance(module, foreign)
+        if theirs or isinstance(module, AdapterLayer) or hasattr(module, "lorakit_attachment"):
+            whose, off = ("PEFT's", "unload()") if theirs else ("an", "detach(…)")
+            raise ParameterError("method", method, f"{path or 'the model'} already has {whose} adapter; {off} it first")
+
+
 def is_merged(model: nn.Module) -> bool:
     attachment = getattr(model, "lorakit_attachment", None)
     return attachment is not None and attachment.is_merged(model)
@@ -123,6 +167,7 @@ def require_unmerged(model: nn.Module) -> None:
         raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
 
 
+@unwrapping
 def detach(model: nn.Module) -> nn.Module:
     """Take the adapter off: the original modules and `requires_grad` flags are back, merged weights are unmerged.
 
@@ -131,19 +176,24 @@ def detach(model: nn.Module) -> nn.Module:
     return attachment_of(unmerge(model)).detach(model)
 
 
-def merge(model: nn.Module) -> nn.Module:
+@unwrapping
+def merge(model: nn.Module, safe: bool = False) -> nn.Module:
     """Fold every adapter into its base weight, for inference without the adapter's cost.
 
     Costs a second copy of the adapted weights while merged, which is what makes `unmerge` exact. Merging twice is
-    merging once; "head" and "full" have nothing to merge.
+    merging once; "head" and "full" have nothing to merge. `detach` takes the merging back; `export` keeps it.
+
+    Args:
+        safe: refuse to merge what is not finite.
 
     Raises:
-        LorakitError: a type of PEFT that cannot be merged (see `can_merge`).
+        LorakitError: a type of PEFT or a base that cannot be merged (see `can_merge`), or `safe`; nothing is merged.
     """
-    attachment_of(model).merge(model)
+    attachment_of(model).merge(model, safe)
     return model
 
 
+@unwrapping
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the base weights are back bit for bit."""
     attachment_of(model).unmerge(model)
@@ -151,11 +201,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
+def merged(model: nn.Module, safe: bool = False) -> Iterator[nn.Module]:
     """`with merged(model):` runs merged and leaves the model as it found it."""
     before = is_merged(model)
     try:
-        yield merge(model)
+        yield merge(model, safe)
     finally:
         if not before:
             unmerge(model)
@@ -173,6 +223,17 @@ def check_state(here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
             listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
             raise CheckpointError(f"the adapter does not fit this model: {len(names)} {problem} tensors: {listed}")
     for name, tensor in here.items():
-        if tensor.shape != state[name].shape:
-            given, own = tuple(state[name].shape), tuple(tensor.shape)
-            raise CheckpointError(f"the adapter is for another base: {name} is {given}, this model has {own}")
+        given = state[name]
+        if tensor.shape != given.shape:
+            shapes = f"{name} is {tuple(given.shape)}, this model has {tuple(tensor.shape)}"
+            raise CheckpointError(f"the adapter is for another base: {shapes}")
+        if (tensor.is_floating_point(), tensor.is_complex()) != (given.is_floating_point(), given.is_complex()):
+            raise CheckpointError(f"{name} is {given.dtype}, this model has {tensor.dtype}")
+        if not _finite(given) and _finite(tensor):  # a mask among the buffers may hold −∞
+            raise CheckpointError(f"{name} holds NaN or infinite values")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or bool(
+        torch.isfinite(tensor.detach().float() if tensor.is_floating_point() else tensor).all()
+    )

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.adapters.lora import initial_A
+from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, require
 from lorakit.settings import AdapterSettings
 
@@ -23,7 +24,7 @@ class HiRALayer(AdapterLayer):
     As many trainable values as LoRA of the same rank, and rank(ΔW) up to rank(W0)·r. Where W0 is 0, W' stays 0.
 
     Raises:
-        ParameterError: `settings` have an alpha or rsLoRA; the update is not scaled.
+        ParameterError: `settings` have an alpha or rsLoRA, as the update is not scaled; W0 is in 8 bits.
     """
 
     has_alpha = False
@@ -35,6 +36,8 @@ class HiRALayer(AdapterLayer):
         require(settings.alpha is None, "alpha", settings.alpha, "HiRA has none: its update is not scaled")
         require(not settings.rslora, "rslora", settings.rslora, "HiRA has no alpha, so nothing to rescale")
         super().__init__(base_layer, settings)
+        readable = is_four_bit(base_layer) or base_layer.weight.is_floating_point()
+        require(readable, "method", "hira", f"needs to read W0, which is {base_layer.weight.dtype} here")
         self.hira_A = self.new_parameter(initial_A(settings, self.in_features, generator))
         self.hira_B = self.new_parameter(torch.zeros(self.out_features, settings.rank))
 
@@ -42,7 +45,8 @@ class HiRALayer(AdapterLayer):
         return self.base_weight() * (self.hira_B @ self.hira_A)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """One product with W'; two, W0 and W0 ⊙ BA apart, under dropout and where W0 is coarser than the adapter.
+        """One product with W'; two, W0 and W0 ⊙ BA apart, under dropout, where W0 is coarser than the adapter, and
+        where the base does more than its product.
 
         A bf16 W0 rounds W0·(1 + ε) back to W0 for |ε| < 2⁻⁹: the update would have no effect until it is larger.
 
@@ -53,10 +57,13 @@ class HiRALayer(AdapterLayer):
         if weight.requires_grad and torch.is_grad_enabled():
             raise LorakitError("HiRA needs a frozen base weight: call requires_grad_(False) on it")
         dropout = self.settings.dropout if self.training else 0.0
-        if not dropout and weight.element_size() >= self.hira_A.element_size():  # W0 + ΔW keeps the digits
-            return _Modulated.apply(x, self.hira_A, self.hira_B, self.base_layer.bias, self, True)
-        out, inner = self.base_layer(x), F.dropout(x, dropout) if dropout else x
-        return _Modulated.apply(inner, self.hira_A, self.hira_B, None, self, False).to(out.dtype).add_(out)
+        rows = x.reshape(-1, self.in_features)
+        if self.is_plain and not dropout and weight.element_size() >= self.hira_A.element_size():  # W0 + ΔW is exact
+            out = _Modulated.apply(rows, self.hira_A, self.hira_B, self.base_layer.bias, self, True)
+            return out.view(*x.shape[:-1], self.out_features)
+        out, inner = self.base_layer(x), F.dropout(rows, dropout) if dropout else rows
+        delta = _Modulated.apply(inner, self.hira_A, self.hira_B, None, self, False)
+        return delta.to(out.dtype).view_as(out).add_(out)
 
     @staticmethod
     def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
@@ -111,7 +118,8 @@ class _Modulated(torch.autograd.Function):
 def _weight(W0: Tensor, A: Tensor, B: Tensor, whole: bool) -> Tensor:
     """W0 ⊙ (1 + BA) or W0 ⊙ BA, (out_features, in_features) in the adapter's precision: BA's memory, filled again."""
     product = _laid_out(W0, B, A)
-    return torch.addcmul(W0, W0, product, out=product) if whole else product.mul_(W0)
+    product.mul_(W0)
+    return product.add_(W0) if whole else product
 
 
 def _laid_out(W0: Tensor, left: Tensor, right: Tensor) -> Tensor:

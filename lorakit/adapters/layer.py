@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.base.nf4 import dequantise, is_four_bit
+from lorakit.base.nf4 import dense, dequantise, is_four_bit
 from lorakit.errors import LorakitError
 from lorakit.fields import Settings
 from lorakit.modules import is_conv1d
@@ -52,7 +52,10 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:
-        """(rows, in_features) to (rows, out_features): the output with the update, in the base's dtype."""
+        """(..., in_features) to (..., out_features): the output with the update, in the base's dtype.
+
+        What `base_layer(x)` gives is not ours to change: a hook or the layer itself may have kept it.
+        """
 
     @staticmethod
     def controllers(model: nn.Module, run: Settings) -> list[Controller]:
@@ -78,12 +81,14 @@ class AdapterLayer(nn.Module, ABC):
         if self._unmerged:
             if self.training and torch.is_grad_enabled():
                 raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
-            return self.base_layer(x)
+            if isinstance(self._unmerged[0], nn.Parameter) or torch.is_autocast_enabled(x.device.type):
+                return self.base_layer(x)
+            # in place of a 4-bit layer, which gives what it is given in its own dtype too
+            return self.base_layer(x.to(self.base_layer.weight.dtype)).to(x.dtype)
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
             # cast once here; the base and the adapter would each keep a copy of their own
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self.adapted(x.reshape(-1, self.in_features))
-        return out.view(*x.shape[:-1], self.out_features)
+        return self.adapted(x)
 
     def new_parameter(self, values: Tensor) -> nn.Parameter:
         """A trainable tensor on the base's device, in fp32 or the base's dtype if that is finer.
@@ -99,10 +104,16 @@ class AdapterLayer(nn.Module, ABC):
         return {name: getattr(self, name) for name in self.parameter_names}
 
     def base_weight(self) -> Tensor:
-        """W0, (out_features, in_features): a view where the base stores it plainly, new where it is in 4 bits."""
+        """W0, (out_features, in_features): a view where the base stores it plainly, new where it is in 4 bits.
+
+        Raises:
+            LorakitError: it is stored in a way that cannot be read here (8 bits).
+        """
         if is_four_bit(self.base_layer):
             return dequantise(self.base_layer)
         weight = self.base_layer.weight
+        if not weight.is_floating_point():
+            raise LorakitError(f"the base weight is {weight.dtype} ({type(self.base_layer).__name__}), not read here")
         return weight.T if self.transposed else weight
 
     def merged_weight(self) -> Tensor:
@@ -124,27 +135,50 @@ class AdapterLayer(nn.Module, ABC):
     def is_merged(self) -> bool:
         return bool(self._unmerged)
 
-    def merge(self) -> None:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the base's forward is x Wᵀ + b and nothing else: no subclass's own, no hook that looks on."""
+        base = self.base_layer
+        hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
+        return (self.transposed or type(base).forward is nn.Linear.forward) and not any(hooks)
+
+    def merge_obstacle(self) -> str:
+        """Why the update cannot be folded into the base's weight; empty where it can."""
+        base = self.base_layer
+        if is_four_bit(base):
+            return ""
+        if "weight" not in base._parameters:
+            return "its weight is computed from others (weight_norm, a parametrisation)"
+        if not base.weight.is_floating_point():
+            return f"its weight is {base.weight.dtype} ({type(base).__name__})"
+        if not self.transposed and type(base).forward is not nn.Linear.forward:
+            return f"the forward of its {type(base).__name__} does more than a linear map with its weight"
+        return ""
+
+    def merge(self, safe: bool = False) -> None:
         """Put W0 + ΔW in W0's place; W0 itself is kept, so while merged the layer holds two weights.
 
         A new parameter, not an in-place sum: a weight tied to another module's (an embedding) stays what it was. A
         4-bit base makes room for a dense one; its sum in 4 bits would be another (see `requantisation_error`).
+
+        Raises:
+            LorakitError: see `merge_obstacle`, or `safe` and the sum is not finite; nothing has changed.
         """
         if self._unmerged:
             return
+        if obstacle := self.merge_obstacle():
+            raise LorakitError(obstacle)
         with torch.no_grad():
-            merged = nn.Parameter(self.merged_weight().contiguous(), requires_grad=False)
-        if not is_four_bit(self.base_layer):
-            self._unmerged = (self.base_layer.weight,)
-            self.base_layer.weight = merged
-            return
-        packed = self.base_layer
-        with torch.device("meta"):  # no values are drawn
-            dense = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-        dense.weight = merged
-        if packed.bias is not None:
-            dense.bias = nn.Parameter(packed.bias.detach().to(merged.dtype), requires_grad=False)
-        self._unmerged, self.base_layer = (packed,), dense.train(packed.training)
+            merged = self.merged_weight().contiguous()
+        if safe and not torch.isfinite(merged).all():
+            raise LorakitError("NaN or infinite values would be merged into its weight")
+        base = self.base_layer
+        if is_four_bit(base):
+            self._unmerged, self.base_layer = (base,), dense(base, merged)
+        else:
+            original = base.weight
+            base.weight = nn.Parameter(merged, requires_grad=False)
+            self._unmerged = (original,)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit the tensor it was."""
@@ -157,6 +191,21 @@ class AdapterLayer(nn.Module, ABC):
             original.data = original.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
             self.base_layer.weight = original
         self._unmerged = ()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unmerged()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unmerged()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _require_unmerged(self) -> None:
+        if self._unmerged:  # who reads both names, base and adapter, adds the update a second time
+            raise LorakitError(
+                "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded; "
+                "lorakit.export(model, folder) writes the merged model"
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())

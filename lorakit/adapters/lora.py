@@ -14,7 +14,7 @@ from lorakit.errors import CheckpointError
 from lorakit.settings import AdapterSettings
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
-_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva")
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoRALayer(AdapterLayer):
@@ -35,7 +35,9 @@ class LoRALayer(AdapterLayer):
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def adapted(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)  # (N, out)
+        given = self.base_layer(x)
+        # (N, in), (N, out)
+        x, out = x.reshape(-1, self.in_features), given.reshape(-1, self.out_features)
         inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
         if not torch.is_autocast_enabled(x.device.type):
             inner = inner.to(self.lora_A.dtype)
@@ -46,11 +48,9 @@ class LoRALayer(AdapterLayer):
                 self.probe.require_cut(x)
                 inner, B = inner.detach(), B.detach()
         if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
-            return out.add_(F.linear(inner, B), alpha=self.scaling)
-        B = B.to(out.dtype).T
-        if out._is_view():  # Conv1D returns one, and autograd copies a view's base when it is changed in place
-            return torch.addmm(out, inner, B, alpha=self.scaling)
-        return out.addmm_(inner, B, alpha=self.scaling)  # scale and sum inside the product: no (N, out) temporary
+            return F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype).view_as(given)
+        # scale and sum inside the product: no second (N, out) temporary
+        return torch.addmm(out, inner, B.to(out.dtype).T, alpha=self.scaling).view_as(given)
 
     @staticmethod
     def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class LoRALayer(AdapterLayer):
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
             init="gaussian" if init == "gaussian" else "kaiming",
-            rslora=config.get("use_rslora", False),
+            rslora=config.get("use_rslora") or False,
         )
 
 

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import Attachment
+from lorakit.adapters.attachment import Attachment, tied_names
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError
 from lorakit.head import kind_of, task_head
-from lorakit.modules import inside, is_conv1d, is_linear, name_matches
+from lorakit.modules import ALL_LINEAR, fullmatch, inside, is_conv1d, is_linear, name_matches
 from lorakit.settings import AdapterSettings
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -20,7 +22,7 @@ PREFIX = "base_model.model."
 _COMMON_FIELDS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "runtime_config", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 # methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
 _BARE_PARAMETERS = {"HIRA"}
@@ -53,12 +55,17 @@ def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(path).base_layer) for path in targets),
         "target_modules": list(targets),
         "modules_to_save": list(attachment.trained) or None,
-        "rank_pattern": {path: own.rank for path, own in targets.items() if own.rank != common.rank},
-        "alpha_pattern": {path: own.alpha for path, own in targets.items() if own.alpha != common.alpha},
+        "rank_pattern": {_key(path): own.rank for path, own in targets.items() if own.rank != common.rank},
+        "alpha_pattern": {_key(path): own.alpha for path, own in targets.items() if own.alpha != common.alpha},
         **adapter.settings_to_peft(common),
     }
     absent = () if adapter.has_alpha else ("bias", "alpha_pattern")  # HiraConfig warns of fields it does not have
     return {name: value for name, value in config.items() if name not in absent}
+
+
+def _key(path: str) -> str:
+    """A pattern of `path` alone: PEFT would find a bare one at the end of other paths too."""
+    return f"^{re.escape(path)}"
 
 
 def name_in_file(method: str, name: str) -> str:
@@ -84,7 +91,8 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     if method is None:
         known = ", ".join(dict.fromkeys(types.values()))
         raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
-    _refuse_foreign(config, ADAPTERS[method].peft_fields)
+    if feature := foreign_feature(config):
+        raise CheckpointError(f"{feature}={config[feature]!r}: a PEFT feature that lorakit does not have")
     tensors = {}
     for stored, tensor in raw.items():
         name = stored.removeprefix(PREFIX)
@@ -93,20 +101,110 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     targets = {
         path: _own_settings(config, settings, method, path, tensors) for path in _adapted_paths(model, method, tensors)
     }
-    others = [name for name in tensors if not inside(name, list(targets))]
     listed = config.get("modules_to_save") or []  # PEFT lists some that no model has
     paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
-    trained = [path for path in paths if any(inside(name, [path]) for name in others)]
+    for name, first in tied_names(model).items():  # stored under each name, or by older versions under one
+        if name in tensors and first in tensors and not torch.equal(tensors[name], tensors.pop(first)):
+            raise CheckpointError(f"{name} and {first} differ in the file, and are one tensor in this model")
+        if name in tensors:
+            tensors[first] = tensors.pop(name)
+    embeddings = _embeddings(model, tensors, paths)
+    others = [name for name in tensors if not inside(name, list(targets))]
+    others += [name for name, first in tied_names(model).items() if first in others]
+    trained = [path for path in [*paths, *embeddings] if any(inside(name, [path]) for name in others)]
+    absent = [
+        path for path in paths if path not in trained and any(True for _ in model.get_submodule(path).parameters())
+    ]
+    if absent := absent or _lacking(model, config, targets, paths):
+        raise CheckpointError(f"the file lacks {len(absent)} of the layers its config names, first {absent[0]}")
+    if config.get("ensure_weight_tying") or embeddings:
+        trained += [name.rpartition(".")[0] for name in tied_names(model) if name in others]
     return StoredAdapter(method, settings, targets, trained, tensors)
 
 
-def _refuse_foreign(config: dict[str, Any], fields: frozenset[str]) -> None:
-    """Refuse PEFT features that would change the output and that lorakit does not have."""
-    for name, value in config.items():
-        if value and name not in _COMMON_FIELDS | fields:
-            raise CheckpointError(f"{name}={value!r}: a PEFT feature that lorakit does not have")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"bias={config['bias']!r}: must be 'none'")
+def foreign_feature(config: Mapping[str, Any]) -> str:
+    """The field of a PEFT config, of a type that lorakit has, that its layers cannot follow; empty: none."""
+    fields = next(adapter.peft_fields for adapter in ADAPTERS.values() if adapter.peft_type == config["peft_type"])
+    if config.get("bias") not in (None, "none"):
+        return "bias"
+    return next((name for name, value in config.items() if value and name not in _COMMON_FIELDS | fields), "")
+
+
+def adapts_more(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT adapted what is no linear map: embeddings, convolutions."""
+    return any("_embedding_" in name or (".lora_" in name and tensor.ndim > 2) for name, tensor in tensors.items())
+
+
+def renamed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` by today's names, where transformers has renamed the model's modules since they were stored."""
+    paths = dict(model.named_modules()).keys()
+
+    def known(name: str) -> bool:  # <path>.lora_A.weight, and of HiRA <path>.hira_A
+        return name.rpartition(".")[0] in paths or name.rsplit(".", 2)[0] in paths
+
+    bare = {name: name.removeprefix(PREFIX) for name in tensors}
+    if not hasattr(model, "config") or all(map(known, bare.values())):
+        return dict(tensors)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    today = {}
+    for name, old in bare.items():
+        new = reduce(lambda name, rule: rule.rename_source_key(name)[0], rules, old)
+        today[name.replace(old, new) if known(new) and not known(old) else name] = tensors[name]
+    return today
+
+
+def _embeddings(model: nn.Module, tensors: dict[str, Tensor], trained: Sequence[str]) -> list[str]:
+    """Paths of embeddings that the file holds unasked; those that are the base's leave `tensors`.
+
+    Raises:
+        CheckpointError: one, trained or not, is of another vocabulary.
+    """
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    held = []
+    for path, module in model.named_modules():
+        given = tensors.get(f"{path}.weight")
+        if given is None or not any(module is end for end in ends):
+            continue
+        own = module.weight
+        if given.shape[1:] == own.shape[1:] and len(given) != len(own):
+            raise CheckpointError(
+                f"the adapter is for another vocabulary: {path}.weight is {tuple(given.shape)}, this model has "
+                f"{tuple(own.shape)}; model.resize_token_embeddings({len(given)}) first"
+            )
+        if not inside(path, trained) and torch.equal(given.to(own.device, own.dtype), own):
+            del tensors[f"{path}.weight"]
+        else:
+            held.append(path)
+    return held
+
+
+def _lacking(
+    model: nn.Module, config: Mapping[str, Any], targets: Mapping[str, Any], trained: Sequence[str]
+) -> list[str]:
+    """Linear layers that `config` names as PEFT reads it, and that are not among the `targets` its tensors show."""
+    wanted = config.get("target_modules")
+    if not targets or not wanted or config.get("layers_to_transform") not in (None, []) or wanted == ALL_LINEAR:
+        return [] if targets else ["any"]
+    apart = config.get("exclude_modules") or []
+    linear = [path for path, module in model.named_modules() if is_linear(getattr(module, "base_layer", module))]
+    return [
+        path
+        for path in linear
+        if path not in targets
+        and not path.endswith(".base_layer")
+        and not inside(path, trained)
+        and _names(wanted, path, "target_modules")
+        and not _names(apart, path, "exclude_modules")
+    ]
+
+
+def _names(wanted: str | Sequence[str], path: str, parameter: str) -> bool:
+    if isinstance(wanted, str):
+        return fullmatch(wanted, path, parameter)
+    return any(name_matches(name, path) for name in wanted)
 
 
 def _adapted_paths(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -135,5 +233,5 @@ def _own_settings(
 
 def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT's rule: a key is a regular expression for the end of the path."""
-    matching = [value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)]
-    return matching[0] if matching else default
+    matching = (value for key, value in (pattern or {}).items() if fullmatch(rf"(.*\.)?({key})", path, "rank_pattern"))
+    return next(matching, default)

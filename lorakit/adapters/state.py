@@ -17,9 +17,11 @@ from lorakit.adapters.attachment import (
 )
 from lorakit.base.nf4 import bitsandbytes, dense_numel, is_four_bit, unpack
 from lorakit.errors import LorakitError
+from lorakit.modules import unwrapping
 from lorakit.records import Parameters
 
 
+@unwrapping
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of everything trained, task head included; it holds weights, not settings.
 
@@ -31,6 +33,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
 
 
+@unwrapping
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Put `state` in place of what is trained now: all of it or, on an error, nothing.
 
@@ -68,6 +71,7 @@ def adapter_bytes(model: nn.Module) -> int:
 
 
 @torch.no_grad()
+@unwrapping
 def requantisation_error(model: nn.Module) -> dict[str, Any]:
     """What storing the merged weight in 4 bits again would cost: ‖Q(W) − W‖ / ‖W‖ with W = dequantise(W0) + ΔW.
 

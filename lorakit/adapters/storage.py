@@ -1,82 +1,33 @@
-"""Adapters as files: PEFT's format for adapters, one of our own for "head" and "full", which PEFT does not have."""
+"""Adapter files read: what `saving` writes, and PEFT."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
 from lorakit.adapters.attach import attach_to
 from lorakit.adapters.attachment import (
     Attachment,
-    attachment_of,
     check_state,
     detach,
+    require_bare,
     require_unmerged,
     trained_tensors,
 )
 from lorakit.adapters.layer import ADAPTERS
-from lorakit.adapters.packed import PACKED_FILE, pack, unpack
+from lorakit.adapters.packed import PACKED_FILE, unpack
 from lorakit.adapters.peft_format import StoredAdapter
+from lorakit.adapters.saving import OWN_CONFIG_FILE, OWN_TENSORS_FILE
 from lorakit.adapters.state import load_adapter_state
-from lorakit.errors import CheckpointError, ParameterError, require
-from lorakit.files import written
+from lorakit.errors import CheckpointError, ParameterError
+from lorakit.modules import unwrapping
 from lorakit.settings import AdapterSettings
 
-OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 
-
-def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
-    """Write what was trained, task head included, to `folder`: whole, or nothing.
-
-    An adapter is written as PEFT does (`PeftModel.from_pretrained` reads it); "head" and "full" as
-    `lorakit_config.json` and `lorakit_trained.safetensors`. Other files in `folder` stay.
-
-    Args:
-        packed: store the tensors of an adapter in `lorakit_packed.safetensors`, those with enough zeros as a bitmap and
-            their non-zero values: smaller, exact, and read by `load_adapter` alone; PEFT cannot read it.
-
-    Raises:
-        CheckpointError: the adapter is merged.
-        LorakitError: nothing is attached.
-        ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
-    """
-    attachment, folder = attachment_of(model), Path(folder)
-    require_unmerged(model)
-    require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
-    adapter = attachment.method in ADAPTERS
-    require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
-    with written(folder, folder=True) as temporary:
-        if attachment.foreign:
-            attachment.write(model, temporary)
-        else:
-            _write(model, attachment, temporary, packed)
-        # what stood there goes before the new files come: a crash never leaves a mixed pair
-        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
-            (folder / name).unlink(missing_ok=True)
-    return folder
-
-
-def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool) -> None:
-    from safetensors.torch import save_file
-
-    method = attachment.method
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in attachment.tensors(model).items()}
-    metadata = {"format": "pt"}
-    if method in ADAPTERS:
-        config_file, tensors_file = peft_format.CONFIG_FILE, peft_format.TENSORS_FILE
-        config = peft_format.to_config(model, attachment)
-        tensors = {peft_format.name_in_file(method, name): tensor for name, tensor in tensors.items()}
-    else:
-        config_file, tensors_file = OWN_CONFIG_FILE, OWN_TENSORS_FILE
-        config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
-    if packed:
-        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    save_file(tensors, folder / tensors_file, metadata=metadata)
-    (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
+@unwrapping
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load what `save_adapter` or PEFT wrote: into the adapter `model` has, or attaching one as the file says.
 
@@ -89,6 +40,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     attachment: Attachment | None = getattr(model, "lorakit_attachment", None)
     try:
+        if attachment is None:
+            require_bare(model, "load_adapter")
         if _is_for_peft(Path(folder), attachment):
             return _load_peft(model, Path(folder), attachment)
         stored = _read(model, Path(folder))
@@ -106,25 +59,50 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
+def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
+    """What an adapter's files say of its model: the base's name, its kind, a classifier's number of labels.
+
+    Raises:
+        CheckpointError: there is no adapter in `folder`.
+    """
+    folder = Path(folder)
+    own = not (folder / peft_format.CONFIG_FILE).is_file()
+    try:
+        config = _read_json(folder / (OWN_CONFIG_FILE if own else peft_format.CONFIG_FILE))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no adapter here: no {peft_format.CONFIG_FILE}") from None
+    kind = {"SEQ_CLS": "classify", "CAUSAL_LM": "causal"}.get(config.get("task_type"))
+    heads = config.get("trained" if own else "modules_to_save") or []
+    names = next(
+        (folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()), ""
+    )
+    tensors = _read_tensors(names).items() if names else ()
+    rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
+    return config.get("base_model_name_or_path"), kind, min(rows, default=None)
+
+
 def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
-    """Whether PEFT's own code must read `folder`: it is attached, or the file is of a type that lorakit lacks."""
+    """Whether PEFT must read `folder`: it is attached, or the file is of a type or has a feature that lorakit lacks."""
     if attachment is not None:
         return attachment.foreign
     if not (folder / peft_format.CONFIG_FILE).is_file():
         return False
     config = _read_json(folder / peft_format.CONFIG_FILE)
-    kind = config.get("peft_type")
-    if kind in {adapter.peft_type for adapter in ADAPTERS.values()}:
-        return kind == "LORA" and bool(config.get("use_dora"))
     from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return kind in [known.value for known in PeftType]
+    kind = config.get("peft_type")
+    if kind not in {adapter.peft_type for adapter in ADAPTERS.values()}:
+        return kind in [known.value for known in PeftType]
+    if feature := peft_format.foreign_feature(config):
+        return hasattr(PEFT_TYPE_TO_CONFIG_MAPPING[kind], feature)  # PEFT drops what it does not know
+    return not (folder / PACKED_FILE).is_file() and peft_format.adapts_more(_peft_tensors(folder))
 
 
 def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) -> nn.Module:
     from lorakit.adapters.peft.method import attach_file
 
-    tensors = _read_tensors(folder / peft_format.TENSORS_FILE)
+    tensors = peft_format.renamed(model, _peft_tensors(folder))
     if attachment is None:
         return attach_file(model, folder, tensors)
     require_unmerged(model)
@@ -150,18 +128,23 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (folder / peft_format.CONFIG_FILE).is_file():
         config = _read_json(folder / peft_format.CONFIG_FILE)
         if not (folder / PACKED_FILE).is_file():
-            return peft_format.read(model, config, _read_tensors(folder / peft_format.TENSORS_FILE))
+            return peft_format.read(model, config, peft_format.renamed(model, _peft_tensors(folder)))
         from safetensors import safe_open
 
         stored = _read_tensors(folder / PACKED_FILE)
         with safe_open(folder / PACKED_FILE, "pt") as file:
             return peft_format.read(model, config, unpack(stored, file.metadata() or {}))
     if not (folder / OWN_CONFIG_FILE).is_file():
-        raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}")
+        below = sorted(path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG_FILE}"))
+        named = f"; PEFT keeps a named adapter one folder down: name {folder / below[0]}" if below else ""
+        raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}{named}")
     config, tensors = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
     method, trained = config.get("method"), config.get("trained", [])
     if method not in ("head", "full"):
         raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
+    if (config.get("format"), config.get("version")) != ("lorakit", 1):
+        found = f"format={config.get('format')!r}, version={config.get('version')!r}"
+        raise CheckpointError(f"{OWN_CONFIG_FILE}: {found}; this lorakit reads format 'lorakit', version 1")
     absent = [path for path in trained if path not in dict(model.named_modules())]
     if absent:
         raise CheckpointError(f"the file is for another base: this model has no module {absent[0]}")
@@ -176,6 +159,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path.name} is not a mapping")
     return config
+
+
+def _peft_tensors(folder: Path) -> dict[str, Tensor]:
+    """What PEFT stored, the older pickled form too."""
+    pickled = folder / "adapter_model.bin"
+    if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
+        return _read_tensors(folder / peft_format.TENSORS_FILE)
+    try:
+        return torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling raises
+        raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.packed import stored_bytes
 from lorakit.adapters.sparse import lora_layers
 from lorakit.errors import LorakitError
-from lorakit.modules import replace_modules
+from lorakit.modules import replace_modules, unwrapping
 
 COUNTED = ("A", "B", "BA", "merged")
 
 
+@unwrapping
 def sparsity_report(model: nn.Module) -> dict[str, Any]:
     """Zeros, ranks and sizes of the LoRA on `model`, however it was trained; JSON values.
 
@@ -95,6 +96,7 @@ def effective_rank(sigma: Tensor) -> float:
 # compaction --------------------------------------------------------------------------------------------
 
 
+@unwrapping
 def compact(model: nn.Module) -> nn.Module:
     """Replace every LoRA layer by one without its zero ranks, in place, and return `model`; its output is the same.
 

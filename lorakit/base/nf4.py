@@ -57,6 +57,17 @@ def unpack(packed: Tensor, state: Any, dtype: torch.dtype | None = None) -> Tens
     return unpacked.view(-1)[:count].view(state.shape)
 
 
+def dense(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
+    """The plain linear layer of a 4-bit one, frozen, with its unpacked weight or `weight`."""
+    weight = dequantise(layer) if weight is None else weight
+    with torch.device("meta"):  # no values are drawn
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return linear.train(layer.training)
+
+
 def dense_numel(parameter: Tensor) -> int:
     """Number of weights `parameter` stands for; a packed one has fewer elements."""
     state = getattr(parameter, "quant_state", None)

@@ -10,12 +10,13 @@ from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, bitsandbytes, is_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head, task_head
-from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, replace_modules
+from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, replace_modules, unwrapping
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STORABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@unwrapping
 def quantize_nf4(
     model: nn.Module, *, double_quant: bool = True, compute_dtype: str = "bf16", exclude: str | Sequence[str] = "heads"
 ) -> nn.Module:

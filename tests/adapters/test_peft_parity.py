@@ -244,9 +244,8 @@ def test_the_files_hold_the_same_names_shapes_and_fields(build, tmp_path, method
     ("method", "kind", "options", "named"),
     [
         ("Lora", "bert", {"bias": "lora_only"}, "bias"),
-        ("Lora", "bert", {"lora_bias": True}, "lora_bias"),
+        ("Lora", "bert", {"use_dora": True, "bias": "lora_only"}, "bias"),
         ("Lora", "bert", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ("Hira", "gpt2", {"target_modules": ["c_fc", "wte"]}, "hira_embedding"),
     ],
 )
 def test_peft_features_we_lack_are_refused_by_name(build, tmp_path, method, kind, options, named):

@@ -47,7 +47,7 @@ build, light_collections = peft_types.build, peft_types.light_collections
         ),
         ({"peft_type": "VERA", "peft_options": {"peft_type": "LORA"}}, r"unknown option 'peft_type'"),
         ({"peft_type": "LORA", "peft_options": {"init_lora_weights": "pissa"}}, r"'pissa' changes the base"),
-        ({"peft_type": "LORA", "peft_options": {"bias": "all"}}, r"'bias' changes the base"),
+        ({"peft_type": "LORA", "peft_options": {"bias": "all"}}, r"bias='all' changes the base"),
         ({"peft_type": "ADAMSS", "peft_options": {"use_asa": True}}, r"checkpoints cannot follow"),
         ({"peft_type": "SHADOW", "peft_options": {"auxiliary_loss_weight": 0.1}}, r"needs labels"),
         ({"peft_type": "ADALORA"}, r"peft_options.total_step=None: must be the number of optimizer steps"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,42 @@ def test_a_failed_save_keeps_the_old_adapter_and_leaves_nothing_else(build, tmp_
                 save_adapter(perturb(trained(build)), tmp_path / name)
     assert names(tmp_path) == ["adapter"]
     assert torch.equal(logits(load_adapter(build("bert"), tmp_path / "adapter")), logits(old))
+
+
+def test_a_folder_below_a_read_only_one_is_saved_into(build, tmp_path, monkeypatch):
+    mount, make = tmp_path / "mount", tempfile.mkdtemp
+    mount.mkdir()
+
+    def guarded(dir, **options):
+        if Path(dir) == tmp_path:
+            raise PermissionError(f"read-only: {dir}")
+        return make(dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", guarded)
+    model = trained(build)
+    for _ in range(2):
+        save_adapter(model, mount)
+        assert names(mount) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(logits(load_adapter(build("bert"), mount)), logits(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", ["lora", "hira"])
+def test_both_names_of_a_tied_weight_in_trainable_come_back(build, tmp_path, method, packed):
+    model = perturb(attach(build("gpt2"), method, seed=0, trainable=["wte", "lm_head"]))
+    folder = save_adapter(model, tmp_path / "adapter", packed=packed)
+    for other in (build("gpt2"), attach(build("gpt2"), method, trainable=["wte", "lm_head"])):
+        assert torch.equal(logits(load_adapter(other, folder)), logits(model))
+        assert other.lm_head.weight is other.transformer.wte.weight
+    if packed:
+        return
+    from peft import PeftModel
+
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(build("gpt2"), folder)), logits(model))
+    edit(folder, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))  # as older versions stored it
+    assert torch.equal(logits(load_adapter(build("gpt2"), folder)), logits(model))
+    edit(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.zeros(99, 32)}))
+    refused(build("gpt2"), folder, r"lm_head\.weight and transformer\.wte\.weight differ in the file")
 
 
 # --- files that do not fit -------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ _ALPHA = {
     "RANDLORA": "randlora_alpha",
 }
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
-_CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-_SAFE_INITS = (True, False, None, "gaussian", "orthogonal")
+CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
+_SAFE_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # What only the user can say: the option, and what it must be.
 _NEEDS = {
     "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
@@ -82,7 +82,7 @@ def build_config(
     if "modules_to_save" in allowed:
         values["modules_to_save"] = list(trained) or None
     values |= _settings(kind, allowed, settings)
-    values |= _own_defaults(model, kind, allowed, settings, total_steps)
+    values |= _own_defaults(model, kind, allowed, settings, total_steps, options)
     values |= options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
@@ -98,20 +98,26 @@ def build_config(
 
 def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
     require(isinstance(options, Mapping), "peft_options", options, "must be a mapping of names to values")
-    for name, value in options.items():
+    for name in options:
         fits = f"unknown option {name!r} of {kind}; known are {', '.join(sorted(allowed))}"
         require(name in allowed, "peft_options", dict(options), fits)
-        if name in _CHANGE_THE_BASE and value and value != "none":
-            raise ParameterError("peft_options", dict(options), f"{name!r} changes the base, which stays frozen here")
-    init = options.get("init_lora_weights")
-    changes = f"init_lora_weights={init!r} changes the base, which stays frozen here"
-    require(init in _SAFE_INITS, "peft_options", dict(options), changes)
+    require_frozen_base(options, "peft_options")
     if options.get("use_asa"):
         wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
         raise ParameterError("peft_options", dict(options), wrong)
     if kind == "SHADOW" and options.get("auxiliary_loss_weight"):
         wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
         raise ParameterError("peft_options", dict(options), wrong)
+
+
+def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
+    """Refuse fields of a config of PEFT that change the base."""
+    for name, value in options.items():
+        unsafe = value not in _SAFE_INITS if name == "init_lora_weights" else name in CHANGE_THE_BASE
+        if unsafe and value and value != "none":
+            raise ParameterError(
+                parameter, dict(options), f"{name}={value!r} changes the base, which stays frozen here"
+            )
 
 
 def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
@@ -180,7 +186,12 @@ _SIZES = {"token_dim": "hidden_size", "num_attention_heads": "num_attention_head
 
 
 def _own_defaults(
-    model: nn.Module, kind: str, allowed: set[str], settings: AdapterSettings, total_steps: int | None
+    model: nn.Module,
+    kind: str,
+    allowed: set[str],
+    settings: AdapterSettings,
+    total_steps: int | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What PEFT leaves open, asks of the model, or would ask on the terminal."""
     config = getattr(model, "config", None)
@@ -189,7 +200,9 @@ def _own_defaults(
         values = {name: getattr(config, of, None) for name, of in _SIZES.items()}
         values["num_virtual_tokens"] = VIRTUAL_TOKENS
     if "fan_in_fan_out" in allowed:
-        values["fan_in_fan_out"] = any(is_conv1d(module) for module in model.modules())
+        # PEFT's layer around bare parameters refuses it, and the others find it out by themselves
+        conv1d = any(is_conv1d(module) for module in model.modules())
+        values["fan_in_fan_out"] = conv1d and not options.get("target_parameters")
     if kind == "ADALORA":
         values |= {"init_r": -(-3 * settings.rank // 2), "total_step": total_steps}  # PEFT's own ratio, 12 to 8
     own = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, detach
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import NOISE
+from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.fields import Settings
-from lorakit.modules import name_matches
+from lorakit.modules import name_matches, replace_modules
 from lorakit.quiet import quiet
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
@@ -44,9 +45,7 @@ class Base:
     required_grad: Mapping[str, bool]
 
     def restore(self, model: nn.Module) -> None:
-        for module, children in self.children.items():
-            module._modules.clear()
-            module._modules.update(children)
+        put_back(self.children)
         vars(model).pop("peft_config", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad[name])
@@ -76,7 +75,7 @@ class PeftAttachment(Attachment):
     def is_merged(self, model: nn.Module) -> bool:
         return bool(model.lorakit_unmerged)
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module, safe: bool = False) -> None:
         if model.lorakit_unmerged:
             return
         if obstacle := self.merge_obstacle(model):
@@ -85,8 +84,26 @@ class PeftAttachment(Attachment):
             for name, parameter in layer.named_parameters(recurse=False):
                 model.lorakit_unmerged.append((layer, name, parameter))
                 layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        with quiet(*NOISE):
-            model.base_model.merge_adapter()
+        try:
+            with quiet(*NOISE):
+                model.base_model.merge_adapter()
+            if safe and not all(torch.isfinite(layer.weight).all() for layer in _base_layers(model)):
+                raise LorakitError("NaN or infinite values would be merged into the weights")
+        except Exception:
+            self.unmerge(model)
+            raise
+
+    @contextmanager
+    def bare(self, model: nn.Module) -> Iterator[nn.Module]:
+        inner = model.get_base_model()
+        wrapped = {module: dict(module._modules) for module in inner.modules()}
+        heads = {head.original_module: head.modules_to_save[ADAPTER] for head in _heads(model)}
+        put_back(model.lorakit_base.children)
+        replace_modules(inner, heads)
+        try:
+            yield inner
+        finally:
+            put_back(wrapped)
 
     def unmerge(self, model: nn.Module) -> None:
         if not model.lorakit_unmerged:
@@ -167,6 +184,9 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         ParameterError: PEFT refuses it.
     """
     config = files.read_config(folder)
+    plain = config.to_dict()
+    told = {name: plain[name] for name in ("init_lora_weights", *CHANGE_THE_BASE) if name in plain}
+    require_frozen_base(told, "adapter_config.json")
     config.inference_mode = not files.holds_weights(config)
     named = getattr(config, "modules_to_save", None) or []
     trained = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in named)]
@@ -177,6 +197,12 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         detach(wrapper)
         raise
     return wrapper
+
+
+def put_back(children: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
+    for module, named in children.items():
+        module._modules.clear()
+        module._modules.update(named)
 
 
 def _heads(wrapper: nn.Module) -> list[Any]:

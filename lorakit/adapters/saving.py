@@ -1,0 +1,153 @@
+"""What was trained, written: as PEFT's adapter file, as our own for "head" and "full", or whole, merged, for anyone."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorakit.adapters import peft_format
+from lorakit.adapters.attachment import Attachment, attachment_of, is_merged, merged, require_unmerged, tied_names
+from lorakit.adapters.layer import ADAPTERS
+from lorakit.adapters.packed import PACKED_FILE, pack
+from lorakit.base.nf4 import dense, is_four_bit
+from lorakit.errors import require
+from lorakit.files import written
+from lorakit.modules import replace_modules, unwrapping
+
+OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
+RESUMED_FILE = "model.safetensors"  # what the Trainer resumes from and looks for its best model in
+
+
+@unwrapping
+def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> Path:
+    """Write what was trained, task head included, to `folder`: whole, or nothing.
+
+    An adapter is written as PEFT does (`PeftModel.from_pretrained` reads it); "head" and "full" as
+    `lorakit_config.json` and `lorakit_trained.safetensors`. Other files in `folder` stay.
+
+    Args:
+        packed: store the tensors of an adapter in `lorakit_packed.safetensors`, those with enough zeros as a bitmap and
+            their non-zero values: smaller, exact, and read by `load_adapter` alone; PEFT cannot read it.
+
+    Raises:
+        CheckpointError: the adapter is merged.
+        LorakitError: nothing is attached.
+        ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
+    """
+    require_unmerged(model)
+    _save(model, Path(folder), packed)
+    return Path(folder)
+
+
+def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool = False) -> None:
+    attachment = attachment_of(model)
+    require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
+    adapter = attachment.method in ADAPTERS
+    require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
+    with written(folder, folder=True) as temporary:
+        if attachment.foreign:
+            attachment.write(model, temporary)
+        else:
+            _write(model, attachment, temporary, packed)
+        if resumable:
+            save_file(_by_own_names(model, attachment), temporary / RESUMED_FILE, metadata={"format": "pt"})
+        # what stood there goes before the new files come: a crash never leaves a mixed pair
+        for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool) -> None:
+    method = attachment.method
+    stored = attachment.stored(model)
+    again = {name for name, first in tied_names(model).items() if first in stored}  # safetensors shares no memory
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() if name in again else tensor.detach().cpu().contiguous()
+        for name, tensor in stored.items()
+    }
+    metadata = {"format": "pt"}
+    if method in ADAPTERS:
+        config_file, tensors_file = peft_format.CONFIG_FILE, peft_format.TENSORS_FILE
+        config = peft_format.to_config(model, attachment)
+        tensors = {peft_format.name_in_file(method, name): tensor for name, tensor in tensors.items()}
+    else:
+        config_file, tensors_file = OWN_CONFIG_FILE, OWN_TENSORS_FILE
+        config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
+    if packed:
+        tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
+    save_file(tensors, folder / tensors_file, metadata=metadata)
+    (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
+    """What was trained, each tensor once, by its name in the model's `state_dict`."""
+    left = {id(tensor) for tensor in attachment.tensors(model).values()}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in left:
+            left.remove(id(tensor))
+            found[name] = tensor.detach().cpu().contiguous()
+    return found
+
+
+@unwrapping
+def export(model: nn.Module, folder: str | Path) -> Path:
+    """Write `model` with its adapter merged in and gone, as a plain transformers model: `from_pretrained` reads it.
+
+    What was in 4 bits is written dense. `model` itself stays as it is, merged or not.
+
+    Args:
+        folder: new, or empty.
+
+    Raises:
+        LorakitError: nothing is attached, it cannot be merged, or merged weights are not finite.
+        ParameterError: `folder` holds something, or `model` is no transformers model.
+    """
+    attachment, folder = attachment_of(model), Path(folder)
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", str(folder), "not empty")
+    with merged(model, safe=True), attachment.bare(model) as plain:
+        known = hasattr(type(plain), "save_pretrained")
+        require(known, "model", type(plain).__name__, "is no transformers model, which alone has save_pretrained")
+        packed = [module for module in plain.modules() if is_four_bit(module)]
+        with ExitStack() as stack, written(folder, folder=True) as temporary:
+            replace_modules(plain, new := {module: dense(module) for module in packed})
+            stack.callback(replace_modules, plain, {module: old for old, module in new.items()})
+            for config in {id(c): c for c in (plain.config, plain.config.get_text_config())}.values():
+                if getattr(config, "tie_word_embeddings", False):
+                    stack.callback(setattr, config, "tie_word_embeddings", True)
+                    config.tie_word_embeddings = _tied(plain)
+            for owner, name in ((plain, "hf_quantizer"), (plain.config, "quantization_config")):
+                if vars(owner).get(name) is not None:
+                    stack.callback(setattr, owner, name, vars(owner).pop(name))
+            type(plain).save_pretrained(plain, temporary)
+    return folder
+
+
+def _tied(model: nn.Module) -> bool:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    return outputs is None or inputs.weight is outputs.weight
+
+
+@dataclass
+class Saving:
+    """`save_pretrained` of an adapted model: PEFT's adapter files; of a merged one, the whole model without adapter.
+
+    transformers' own would write names that nobody can load. `RESUMED_FILE` is for a plain Trainer, whose checkpoints
+    this writes.
+    """
+
+    model: nn.Module
+
+    def __call__(
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
+    ) -> None:
+        require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
+        if not is_main_process:
+            return
+        if is_merged(self.model):
+            export(self.model, save_directory)
+        else:
+            _save(self.model, Path(save_directory), resumable=True)
