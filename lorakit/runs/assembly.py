@@ -15,6 +15,7 @@ from lorakit.params import check as refuse
 from lorakit.records import Record
 from lorakit.seams import Controller, TokenSelection
 from lorakit.skip.controller import SkipLoRA
+from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer, Schedule
@@ -61,6 +62,8 @@ def assemble(params: Params) -> Assembled:
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
+    if params.packing:
+        require_apart(loaded.model, task.train, task.collator)
     task, redundant = _redundant(params, task, loaded.tokenizer) if params.redundancy else (task, None)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
