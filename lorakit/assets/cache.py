@@ -1,6 +1,7 @@
 """The cache: a folder per asset that is there whole, with a manifest of sizes and hashes, or not there."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,19 @@ def cached(asset: Asset) -> Path | None:
     sizes = {folder / name: entry["size"] for name, entry in _manifest(folder, asset).items()}
     whole = sizes and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
     return folder if whole else None
+
+
+def intact(asset: Asset) -> Path | None:
+    """As `cached`, its bytes hashed too: once, and again after a change of a file's size or time."""
+    folder = cached(asset)
+    stats = [(folder / name).stat() for name in _manifest(folder, asset)] if folder else []
+    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return folder if folder and not _damaged(asset, folder, stamps) else None
+
+
+@functools.lru_cache
+def _damaged(asset: Asset, folder: Path, stamps: tuple[tuple[int, int], ...]) -> bool:
+    return bool(damaged(asset))
 
 
 def damaged(asset: Asset) -> list[str]:

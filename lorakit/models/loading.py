@@ -89,7 +89,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer, with a padding token (the end-of-text token where it has none of its own).
 
     Raises:
-        AssetError: the model cannot be had, or has no tokenizer.
+        AssetError: the model cannot be had, or has no tokenizer, or one without a word.
     """
     return read_tokenizer(sources.resolve(name))
 
@@ -102,6 +102,8 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
         tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         if not tokens.is_fast:
             raise ValueError("it is not a fast tokenizer (tokenizer.json)")
+        if {*tokens.get_vocab().values()} <= {*tokens.all_special_ids}:  # of the class alone, without any file
+            raise ValueError("it knows no words; tokenizer.json, or the vocabulary it is made from, is missing")
     if tokens.pad_token is None:
         if tokens.eos_token is None:
             raise AssetError(f"model={source.name!r}: its tokenizer has neither a padding nor an end-of-text token")
