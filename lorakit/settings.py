@@ -31,7 +31,7 @@ class RunSettings(Settings):
     setting: str = field("toy", "folder of params/: the model, the data and the reference run", FREE, UNTRIED)
     row: str = field("", "the run's name in tables; empty: made from what is switched on", FREE, APART, UNTRIED)
     label: str = field("", "the row's name as tables print it; empty: by its name", FREE, APART, UNTRIED)
-    seed: int = field(0, "of data order, initial values and every draw", ge=0)
+    seed: int = field(0, "of data order, initial values and every draw", ge=0, lt=2**32)  # numpy's
     record: str = field("", "file the record is written to; empty: none is written", FREE, APART)
     run_dir: str = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
     resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
