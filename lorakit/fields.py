@@ -17,6 +17,8 @@ FREE = "may change between a checkpoint and its resumption without changing a si
 APART = "changes nothing about the result: where and how a run is kept, and what is said of it"
 UNTRIED = "a trial of a learning-rate search does not depend on it: it sets its own, and never reads the test split"
 
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what counts and torch's single precision take
+
 
 class Refusal(NamedTuple):
     """A combination that does not go: where `when` holds of a run's parameters, `parameter` is refused for `why`."""
@@ -27,7 +29,12 @@ class Refusal(NamedTuple):
 
 
 def field(default: Any, meaning: str, *flags: str, **limits: Any) -> Any:
-    """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt)."""
+    """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt).
+
+    Numbers without an end of their own are at most `LARGEST`.
+    """
+    if type(default) in LARGEST and limits.keys().isdisjoint(("le", "lt")):
+        limits["le"] = LARGEST[type(default)]
     return Field(default, description=meaning, json_schema_extra={"flags": list(flags)}, **limits)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lorakit.errors import require
-from lorakit.fields import APART, FREE, UNTRIED, Refusal, Settings, field
+from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Refusal, Settings, field
 
 # the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
 RATES: dict[str, tuple[float, str]] = {
@@ -259,7 +259,7 @@ class TrainingSettings(Settings):
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
-    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1)
+    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1, le=LARGEST[float])
     budget_unit: BudgetUnit = field("accepted_steps", "what is counted")
     schedule: Literal["linear", "cosine", "constant"] = field("linear", "of the rate, over the share of budget spent")
     warmup: float = field(0.05, "share of the budget", ge=0, lt=1)
@@ -270,7 +270,7 @@ class TrainingSettings(Settings):
     dtype: Literal["fp32", "bf16", "auto"] = field("fp32", "of the loaded weights")
     attention: Literal["sdpa", "eager"] = field("sdpa", "the model's implementation")
     gradient_checkpointing: bool = field(False, "recompute activations in the backward")
-    tf32: bool = field(False, "CUDA's shorter fp32")
+    tf32: bool = field(False, "CUDA's shorter fp32, where there is some")
     report_to: str = field("none", "comma-separated: tensorboard, wandb, trackio, …", FREE, APART, UNTRIED)
 
 
@@ -291,5 +291,7 @@ class SearchSettings(Settings):
     """Learning-rate search (`lorakit search`)"""
 
     question = "search"
-    search_rates: list[Annotated[float, Field(gt=0)]] = field([], "rates to try", FREE, APART, UNTRIED)
-    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1)
+    search_rates: list[Annotated[float, Field(gt=0, le=LARGEST[float])]] = field(
+        [], "rates to try", FREE, APART, UNTRIED
+    )
+    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1, le=LARGEST[float])

@@ -31,8 +31,9 @@ def test_every_default_passes_its_own_check_and_survives_yaml():
 
 
 BAD = {
-    "rank": [0, -1, 1.5, "8", True, None], "alpha": [0.0, -1.0, "16", float("inf")], "dropout": [-0.1, 1.0, "0.1"],
-    "learning_rate": [0.0, -1e-3, "1e-4", float("inf")], "budget": [0, 0.5, "many", float("inf")],
+    "rank": [0, -1, 1.5, "8", True, None, 10**30], "alpha": [0.0, -1.0, "16", float("inf"), 1e308],
+    "dropout": [-0.1, 1.0, "0.1"],
+    "learning_rate": [0.0, -1e-3, "1e-4", float("inf"), 1e308], "budget": [0, 0.5, "many", float("inf")],
     "budget_unit": ["epochs", "step", 1], "batch_size": [0, 2.0], "gradient_accumulation": [0],
     "seed": [-1, "0", 0.0, 2**32],
     "max_length": [1, 0], "max_train": [-1], "warmup": [-0.1, 1.0], "weight_decay": [-1.0], "max_grad_norm": [0.0],

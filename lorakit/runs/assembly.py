@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_tf32_available
 
 from lorakit import adapters, models, tasks
 from lorakit.errors import require
@@ -36,8 +37,8 @@ class Assembled:
     @property
     def notes(self) -> list[str]:
         """What a reader must know to read the run's numbers right."""
-        noted = optimizer_note(self.params.optimizer, self.model.device.type)
-        return [*self.loaded.notes, *self.task.notes, *([noted] if noted else [])]
+        noted = optimizer_note(self.params.optimizer, self.model.device.type), tf32_note(self.params.tf32)
+        return [*self.loaded.notes, *self.task.notes, *filter(None, noted)]
 
 
 def check(params: Params) -> None:
@@ -56,6 +57,7 @@ def assemble(params: Params) -> Assembled:
     """Model, task and what is trained. Everything random is drawn from the run's seed."""
     from transformers import set_seed
 
+    training_arguments(params, params.run_dir or ".")  # what this machine lacks is told before anything is loaded
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
@@ -99,6 +101,11 @@ def optimizer_note(name: str, device: str) -> str | None:
     if name.startswith("paged_") and device != "cuda":
         return f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged"
     return None
+
+
+def tf32_note(asked: bool) -> str | None:
+    """What a record must say where tf32 was asked for and there is none; None otherwise."""
+    return "tf32: not on this device; float32 is whole" if asked and not is_torch_tf32_available() else None
 
 
 def tokens_of(assembled: Assembled, rank: int = 0) -> TokenSelection:
