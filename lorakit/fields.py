@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.errors import ParameterError
 
@@ -18,6 +19,7 @@ APART = "changes nothing about the result: where and how a run is kept, and what
 UNTRIED = "a trial of a learning-rate search does not depend on it: it sets its own, and never reads the test split"
 
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what counts and torch's single precision take
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's folder, as a shell would have it
 
 
 class Refusal(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lorakit.errors import require
-from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Refusal, Settings, field
+from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Place, Refusal, Settings, field
 
 # the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
 RATES: dict[str, tuple[float, str]] = {
@@ -32,8 +32,8 @@ class RunSettings(Settings):
     row: str = field("", "the run's name in tables; empty: made from what is switched on", FREE, APART, UNTRIED)
     label: str = field("", "the row's name as tables print it; empty: by its name", FREE, APART, UNTRIED)
     seed: int = field(0, "of data order, initial values and every draw", ge=0, lt=2**32)  # numpy's
-    record: str = field("", "file the record is written to; empty: none is written", FREE, APART)
-    run_dir: str = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
+    record: Place = field("", "file the record is written to; empty: none is written", FREE, APART)
+    run_dir: Place = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
     resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
     compares: Literal["", "equal_steps", "equal_flops", "full_length"] = field(
         "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED)  # fmt: skip
@@ -47,7 +47,7 @@ class DataSettings(Settings):
     question = "data"
     model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
     task: str = field("toy-reviews", "a name of lorakit.tasks")
-    data_dir: str = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    data_dir: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
     max_length: int = field(96, "tokens a sequence may have", ge=2)
     max_train: int = field(0, "rows; 0: all", ge=0)
     max_validation: int = field(0, "rows; 0: all", ge=0)

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     params = given_parameters(arguments.files, arguments.pairs)
-    params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
+    params |= {name: str(Path(params[name]).expanduser().absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks
     if arguments.files:
         params = whole(notebook, params)
