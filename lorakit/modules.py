@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from lorakit.errors import ParameterError, require
@@ -23,6 +24,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """`device`, which is there.
+
+    Raises:
+        ParameterError: it is not on this machine, or PyTorch is not built for it.
+    """
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
+        cuda = f"cuda (PyTorch sees {torch.cuda.device_count()})"
+        why = str(error).strip().splitlines()[0][:100]
+        raise ParameterError("device", str(device), f"is not there: {why}; there are cpu, {cuda}") from None
 
 
 def is_conv1d(module: nn.Module) -> bool:

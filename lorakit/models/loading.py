@@ -115,11 +115,12 @@ def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) 
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
     import transformers
 
-    auto = getattr(transformers, KINDS[kind])
+    auto, asked = getattr(transformers, KINDS[kind]), source.arguments
+    asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
     explained = _explained(source, f"cannot be loaded as a {kind} model")
     with explained, quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of new parameters; torch.manual_seed would reseed CUDA too
-        model, info = auto.from_pretrained(source.location, output_loading_info=True, **source.arguments, **options)
+        model, info = auto.from_pretrained(source.location, output_loading_info=True, **asked, **options)
     new = sorted(info["missing_keys"])
     lost = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
