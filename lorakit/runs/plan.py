@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted bytes by kind with their sum "peak", parameter counts, where the configuration came from, tokens a row."""
+    """Predicted bytes by kind with their sum "peak", parameter counts, the configuration's source, tokens of a row."""
 
     memory: dict[str, int]
     trainable: int
