@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import ParameterError, require
-from lorakit.head import output_head, task_head
+from lorakit.head import has_task_head, output_head, task_head
 
 ALL_LINEAR = "all-linear"
 
@@ -82,7 +82,10 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
     """
     if isinstance(trainable, str):
         require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
-        return task_head(model)
+        found, name = task_head(model), type(model).__name__
+        lost = has_task_head(model) and not found and not output_head(model)
+        require(not lost, "trainable", "head", f"{name} has no head outside its base: name its modules, or () for none")
+        return found
     listed = isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
     require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
