@@ -67,6 +67,18 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if path and is_linear(module)]
 
 
+def other_towers(model: nn.Module) -> list[str]:
+    """Paths of what stands beside the language model of a multimodal one (Gemma 3, Llava): text never reaches it."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == "language_model"]
+    parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in paths}
+    beside = [(path.removesuffix("language_model"), name, child)
+              for path, parent in parents.items() for name, child in parent.named_children()]  # fmt: skip
+    kept = {*output_head(model), *task_head(model), *paths}
+    return [
+        path + name for path, name, child in beside if path + name not in kept and any(True for _ in child.parameters())
+    ]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What `model`, or the model under PEFT's wrapper, trains outside its task head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -100,8 +112,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     """Paths of the linear layers that get an adapter, in the model's order.
 
     Args:
-        target_modules: "all-linear" (all but the output and task heads), a list of names (the path or its end), or a
-            regular expression that must match the whole path.
+        target_modules: "all-linear" (all but the heads, and what stands beside a language model), a list of names (the
+            path or its end), or a regular expression that must match the whole path.
         excluded: paths of modules trained in full; nothing in them gets an adapter.
 
     Raises:
@@ -109,7 +121,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     """
     paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        excluded = [*excluded, *task_head(model), *output_head(model)]
+        excluded = [*excluded, *task_head(model), *output_head(model), *other_towers(model)]
         found = linear_paths(model)
     elif isinstance(target_modules, str):
         try:
