@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
-from typing_extensions import TypedDict  # pydantic's own need, before Python 3.12
 
 from lorakit.errors import DataError
 from lorakit.files import write_text
@@ -117,51 +116,49 @@ class Parameters(_Strict):
     reduction_factor: Amount  # total / trainable
 
 
-class _Gate(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    name: str
-    target_rate: float | None
-    acceptance_rate: float | None
-    burn_in: int
-    warnings: list[str]
-    log: list[dict[str, Any]]
+class _Shape(BaseModel):
+    """What readers of every record ask for, as far as it is there."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-class _Gating(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")
+class _Gate(_Shape):
+    name: str = ""
+    target_rate: float | None = None
+    acceptance_rate: float | None = None
+    burn_in: int = 0
+    warnings: list[str] = []
+    log: list[dict[str, Any]] = []
+
+
+class _Gating(_Shape):
     method: str
     mode: str
     topk_tokens: float
 
 
-class _Tokens(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    gating: _Gating
+class _Tokens(_Shape):
+    gating: _Gating | None = None
 
 
-class _Details(TypedDict, total=False):
-    """What readers of every record ask for, as far as it is there."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")
-    gate: _Gate
-    tokens: _Tokens
-    skip: dict[str, Any]
-    sparsity: dict[str, Any]
-    weights: dict[str, Any]
+class _Details(_Shape):
+    gate: _Gate = _Gate()
+    tokens: _Tokens = _Tokens()
+    skip: dict[str, Any] = {}
+    sparsity: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
 
 
-class _Fingerprints(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    data: dict[str, str]
-    model: str | None
-    code: str | None
+class _Fingerprints(_Shape):
+    data: dict[str, str] = {}
+    model: str | None = None
+    code: str | None = None
 
 
-class _Environment(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")
-    versions: dict[str, str | None]
-    cpu: str | None
-    device: str | None
+class _Environment(_Shape):
+    versions: dict[str, str | None] = {}
+    cpu: str | None = None
+    device: str | None = None
 
 
 def _shaped(shape: type) -> AfterValidator:
