@@ -42,7 +42,10 @@ def read_elsewhere(model: nn.Module, paths: Sequence[str]) -> list[str]:
     inputs = getattr(model, "dummy_inputs", None)
     if not inputs:
         return []
-    state = {name: value.detach().to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    state = {}  # of each module once, also where it has several names: swapped twice it would not come back
+    for path, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        state |= {f"{path}.{name}".lstrip("."): value.detach().to("meta") for name, value in own}
     layers = {path: model.get_submodule(path) for path in paths}
     reads = _Reads({id(state[f"{path}.weight"]): layer for path, layer in layers.items() if f"{path}.weight" in state})
     hooks = []
@@ -52,7 +55,7 @@ def read_elsewhere(model: nn.Module, paths: Sequence[str]) -> list[str]:
     try:
         with evaluating(model), torch.no_grad(), torch.device("meta"), reads:
             given = {name: value.to("meta") for name, value in inputs.items()}
-            torch.func.functional_call(model, state, (), given)
+            torch.func.functional_call(model, state, (), given, tie_weights=False)
     except Exception:  # whatever a model does with values: then nothing is known of it
         pass
     finally:

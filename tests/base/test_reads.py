@@ -10,6 +10,7 @@ import transformers
 
 from lorakit.adapters import quantize_nf4
 from lorakit.base.nf4 import dequantise, is_four_bit
+from lorakit.base.reads import read_elsewhere
 
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99, "pad_token_id": 0}
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -42,6 +43,20 @@ def test_a_packed_model_is_the_dense_one_of_unpacked_weights(name):
         for path, layer in packed.items():
             dense.get_submodule(path).weight.copy_(dequantise(layer))
         torch.testing.assert_close(model(**inputs).logits, dense(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_looking_leaves_every_weight_where_it_is():
+    """Also of a module with two names, and of weights that two modules share."""
+    model = made("BertForSequenceClassification")
+    first, second = model.bert.encoder.layer
+    second.attention.self.query = first.attention.self.query
+    second.output.dense.weight = first.output.dense.weight
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    assert (
+        read_elsewhere(model, [path for path, layer in model.named_modules() if type(layer) is torch.nn.Linear]) == []
+    )
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is value and torch.equal(value, copied) for name, (value, copied) in before.items())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
