@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lorakit.errors import ParameterError
 
@@ -16,6 +17,9 @@ from lorakit.errors import ParameterError
 FREE = "may change between a checkpoint and its resumption without changing a single weight"
 APART = "changes nothing about the result: where and how a run is kept, and what is said of it"
 UNTRIED = "a trial of a learning-rate search does not depend on it: it sets its own, and never reads the test split"
+
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what counts and torch's single precision take
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # "~" is the user's folder, as a shell would have it
 
 
 class Refusal(NamedTuple):
@@ -27,7 +31,12 @@ class Refusal(NamedTuple):
 
 
 def field(default: Any, meaning: str, *flags: str, **limits: Any) -> Any:
-    """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt)."""
+    """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt).
+
+    Numbers without an end of their own are at most `LARGEST`.
+    """
+    if type(default) in LARGEST and limits.keys().isdisjoint(("le", "lt")):
+        limits["le"] = LARGEST[type(default)]
     return Field(default, description=meaning, json_schema_extra={"flags": list(flags)}, **limits)
 
 

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+
+def project(package: Path) -> Path:
+    """The folder around a checkout's `package`; of one installed elsewhere it is the folder one is in."""
+    return package.parent if (package.parent / "Snakefile").is_file() else Path.cwd()
+
+
+PROJECT = project(Path(__file__).resolve().parent)
 PARAMS = PROJECT / "params"
 RESULTS = PROJECT / "results"
 

@@ -1,6 +1,7 @@
 """A model's head: which layer it is, what it is given, which labels it predicts, and of which kind the model is."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ KINDS = ("causal", "masked", "classify")
 _CLASSES = {
     **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 }
+HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector)")
 ROWS_CHECKED = 4
 TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004
 
@@ -65,13 +67,26 @@ def output_head(model: nn.Module) -> list[str]:
 def task_head(model: nn.Module) -> list[str]:
     """Paths of the task head of a transformers model: what has parameters and stands outside `base_model_prefix`.
 
-    BERT `classifier`; DistilBERT `pre_classifier`, `classifier`; GPT-2 and Gemma `score`. Empty for language models
-    and for modules that are no transformers model.
+    BERT `classifier`; DistilBERT `pre_classifier`, `classifier`; GPT-2 and Gemma `score`. Where no child is called so
+    (CLIP, Siglip, T5): what follows the last part that is a transformers model, or the largest. Empty for language
+    models, for modules that are no transformers model, and where the head is inside the base: see `has_task_head`.
     """
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(base, nn.Module) or output_head(model):
+    if output_head(model):
         return []
-    return [name for name, child in model.named_children() if child is not base and list(child.parameters())]
+    children = {name: child for name, child in model.named_children() if next(child.parameters(), None) is not None}
+    if isinstance(base, nn.Module):
+        return [name for name, child in children.items() if child is not base]
+    if not has_task_head(model) or not children:
+        return []
+    names, models = [*children], [name for name, child in children.items() if hasattr(child, "base_model_prefix")]
+    largest = max(children, key=lambda name: sum(p.numel() for p in children[name].parameters()))
+    return names[names.index([largest, *models][-1]) + 1 :]
+
+
+def has_task_head(model: nn.Module) -> bool:
+    """Whether a transformers model has a task head, by the name of its class, wherever it may be."""
+    return bool(getattr(model, "base_model_prefix", "") and HEADED.search(type(model).__name__))
 
 
 @dataclass(frozen=True)

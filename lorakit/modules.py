@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.errors import ParameterError, require
-from lorakit.head import output_head, task_head
+from lorakit.head import has_task_head, output_head, task_head
 
 ALL_LINEAR = "all-linear"
 MATCHING_SECONDS = 0.5  # a pattern of names takes microseconds
@@ -37,6 +38,21 @@ def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
         return model if result is inner else result
 
     return call
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """`device`, which is there.
+
+    Raises:
+        ParameterError: it is not on this machine, or PyTorch is not built for it.
+    """
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
+        cuda = f"cuda (PyTorch sees {torch.cuda.device_count()})"
+        why = str(error).strip().splitlines()[0][:100]
+        raise ParameterError("device", str(device), f"is not there: {why}; there are cpu, {cuda}") from None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -81,6 +97,18 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if path and is_linear(module)]
 
 
+def other_towers(model: nn.Module) -> list[str]:
+    """Paths of what stands beside the language model of a multimodal one (Gemma 3, Llava): text never reaches it."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == "language_model"]
+    parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in paths}
+    beside = [(path.removesuffix("language_model"), name, child)
+              for path, parent in parents.items() for name, child in parent.named_children()]  # fmt: skip
+    kept = {*output_head(model), *task_head(model), *paths}
+    return [
+        path + name for path, name, child in beside if path + name not in kept and any(True for _ in child.parameters())
+    ]
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What `model`, or the model under PEFT's wrapper, trains outside its task head."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -96,7 +124,10 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
     """
     if isinstance(trainable, str):
         require(trainable == "head", "trainable", trainable, 'must be "head", a list of module names, or ()')
-        return task_head(model)
+        found, name = task_head(model), type(model).__name__
+        lost = has_task_head(model) and not found and not output_head(model)
+        require(not lost, "trainable", "head", f"{name} has no head outside its base: name its modules, or () for none")
+        return found
     listed = isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
     require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
@@ -111,8 +142,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     """Paths of the linear layers that get an adapter, in the model's order.
 
     Args:
-        target_modules: "all-linear" (all but the output and task heads), a list of names (the path or its end), or a
-            regular expression that must match the whole path.
+        target_modules: "all-linear" (all but the heads, and what stands beside a language model), a list of names (the
+            path or its end), or a regular expression that must match the whole path.
         excluded: paths of modules trained in full; nothing in them gets an adapter.
 
     Raises:
@@ -120,7 +151,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     """
     paths = [path for path, _ in model.named_modules() if path]
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        excluded = [*excluded, *task_head(model), *output_head(model)]
+        excluded = [*excluded, *task_head(model), *output_head(model), *other_towers(model)]
         found = linear_paths(model)
     elif isinstance(target_modules, str):
         found = [path for path in paths if fullmatch(target_modules, path, "target_modules")]

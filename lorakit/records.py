@@ -4,15 +4,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from lorakit.errors import DataError
 from lorakit.files import write_text
 
 SCHEMA_VERSION = 1
+# files beside which no record lies: a checkpoint's, an adapter's, a model's
+TRAINED = ("trainer_state.json", "run.json", "adapter_config.json", "lorakit_config.json", "config.json")
 Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
 
 
@@ -58,15 +60,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+
+
 class Point(_Strict):
     """One place on the curve. Counts are totals since the start; losses are means since the last point."""
 
-    step: int
-    accepted_steps: int
-    tokens: int  # seen: non-padding input tokens of every candidate batch
-    tokens_backpropagated: int
-    flops: float
-    seconds: float
+    step: Count
+    accepted_steps: Count
+    tokens: Count  # seen: non-padding input tokens of every candidate batch
+    tokens_backpropagated: Count
+    flops: Amount
+    seconds: Amount
     learning_rate: float | None = None
     train_loss: float | None = None
     gate_score: float | None = None
@@ -77,37 +83,96 @@ class Point(_Strict):
 class Costs(_Strict):
     """What the run cost, on axes that do not depend on the machine, and on two that do (seconds, measured memory)."""
 
-    steps: int = 0
-    accepted_steps: int = 0
-    examples: int = 0
-    tokens: int = 0
-    tokens_backpropagated: int = 0
-    flops: float = 0.0
-    flops_forward: float = 0.0
-    flops_backward: float = 0.0
-    flops_gate: float = 0.0  # sketching and comparing, by formula
-    steps_without_labels: int = 0  # skipped: nothing to learn from
-    seconds: float = 0.0
-    peak_memory_bytes: int | None = None  # measured, CUDA only
-    predicted_memory: dict[str, int] | None = None  # bytes by kind, and "peak"; a prediction
+    steps: Count = 0
+    accepted_steps: Count = 0
+    examples: Count = 0
+    tokens: Count = 0
+    tokens_backpropagated: Count = 0
+    flops: Amount = 0.0
+    flops_forward: Amount = 0.0
+    flops_backward: Amount = 0.0
+    flops_gate: Amount = 0.0  # sketching and comparing, by formula
+    steps_without_labels: Count = 0  # skipped: nothing to learn from
+    seconds: Amount = 0.0
+    peak_memory_bytes: Count | None = None  # measured, CUDA only
+    predicted_memory: dict[str, Count] | None = None  # bytes by kind, and "peak"; a prediction
 
 
 class Latency(_Strict):
     """Inference on one batch, milliseconds, medians."""
 
-    batch_size: int
-    tokens: int
-    unmerged_ms: float
-    merged_ms: float | None = None
+    batch_size: Count
+    tokens: Count
+    unmerged_ms: Amount
+    merged_ms: Amount | None = None
 
 
 class Parameters(_Strict):
     """Parameter counts after training."""
 
-    trainable: int
-    total: int
-    nonzero: int  # of the trainable ones
-    reduction_factor: float  # total / trainable
+    trainable: Count
+    total: Count
+    nonzero: Count  # of the trainable ones
+    reduction_factor: Amount  # total / trainable
+
+
+class _Shape(BaseModel):
+    """What readers of every record ask for, as far as it is there."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class _Gate(_Shape):
+    name: str = ""
+    target_rate: float | None = None
+    acceptance_rate: float | None = None
+    burn_in: int = 0
+    warnings: list[str] = []
+    log: list[dict[str, Any]] = []
+
+
+class _Gating(_Shape):
+    method: str
+    mode: str
+    topk_tokens: float
+
+
+class _Tokens(_Shape):
+    gating: _Gating | None = None
+
+
+class _Details(_Shape):
+    gate: _Gate = _Gate()
+    tokens: _Tokens = _Tokens()
+    skip: dict[str, Any] = {}
+    sparsity: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+
+
+class _Fingerprints(_Shape):
+    data: dict[str, str] = {}
+    model: str | None = None
+    code: str | None = None
+
+
+class _Environment(_Shape):
+    versions: dict[str, str | None] = {}
+    cpu: str | None = None
+    device: str | None = None
+
+
+def _shaped(shape: type) -> AfterValidator:
+    """The mapping as it is, once it has been seen to be a `shape`."""
+    adapter = TypeAdapter(shape)
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}") from None
+        return value
+
+    return AfterValidator(check)
 
 
 class SearchPoint(_Strict):
@@ -137,10 +202,12 @@ class Record(_Strict):
     parameters: Parameters | None = None
     adapter_bytes: int | None = None
     latency: Latency | None = None
-    fingerprints: dict[str, Any] = Field(default_factory=dict)  # data: file -> sha256; model; code
-    environment: dict[str, Any] = Field(default_factory=dict)
+    fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = Field(
+        default_factory=dict
+    )  # data: file -> sha256; model; code
+    environment: Annotated[dict[str, Any], _shaped(_Environment)] = Field(default_factory=dict)
     search: list[SearchPoint] = Field(default_factory=list)
-    details: dict[str, Any] = Field(default_factory=dict)  # what only this method has: "sparse", "skip", "weights"
+    details: Annotated[dict[str, Any], _shaped(_Details)] = Field(default_factory=dict)  # what only this method has
     notes: list[str] = Field(default_factory=list)  # what a reader must know to read the numbers right
 
     @property
@@ -187,10 +254,15 @@ def read(path: str | Path) -> Record:
 
 
 def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> list[Record]:
-    """Records of one kind in files and, recursively, folders; ordered by path."""
+    """Records of one kind in files and, recursively, folders; ordered by path.
+
+    What lies in the folder of a checkpoint, an adapter or a model is none.
+    """
     if isinstance(paths, (str, Path)):
         paths = [paths]
     files: list[Path] = []
     for path in map(Path, paths):
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        others = {file.parent for file in found if file.name in TRAINED and path.is_dir()}
+        files += [file for file in found if others.isdisjoint(file.parents)]
     return [record for record in map(read, files) if record.kind == kind]

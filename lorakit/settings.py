@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lorakit.errors import require
-from lorakit.fields import APART, FREE, UNTRIED, Refusal, Settings, field
+from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Place, Refusal, Settings, field
 
 # the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
 RATES: dict[str, tuple[float, str]] = {
@@ -31,9 +31,9 @@ class RunSettings(Settings):
     setting: str = field("toy", "folder of params/: the model, the data and the reference run", FREE, UNTRIED)
     row: str = field("", "the run's name in tables; empty: made from what is switched on", FREE, APART, UNTRIED)
     label: str = field("", "the row's name as tables print it; empty: by its name", FREE, APART, UNTRIED)
-    seed: int = field(0, "of data order, initial values and every draw", ge=0)
-    record: str = field("", "file the record is written to; empty: none is written", FREE, APART)
-    run_dir: str = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
+    seed: int = field(0, "of data order, initial values and every draw", ge=0, lt=2**32)  # numpy's
+    record: Place = field("", "file the record is written to; empty: none is written", FREE, APART)
+    run_dir: Place = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
     resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
     compares: Literal["", "equal_steps", "equal_flops", "full_length"] = field(
         "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED)  # fmt: skip
@@ -47,7 +47,7 @@ class DataSettings(Settings):
     question = "data"
     model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
     task: str = field("toy-reviews", "a name of lorakit.tasks")
-    data_dir: str = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    data_dir: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
     max_length: int = field(96, "tokens a sequence may have", ge=2)
     max_train: int = field(0, "rows; 0: all", ge=0)
     max_validation: int = field(0, "rows; 0: all", ge=0)
@@ -259,7 +259,7 @@ class TrainingSettings(Settings):
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
-    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1)
+    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1, le=LARGEST[float])
     budget_unit: BudgetUnit = field("accepted_steps", "what is counted")
     schedule: Literal["linear", "cosine", "constant"] = field("linear", "of the rate, over the share of budget spent")
     warmup: float = field(0.05, "share of the budget", ge=0, lt=1)
@@ -270,7 +270,7 @@ class TrainingSettings(Settings):
     dtype: Literal["fp32", "bf16", "auto"] = field("fp32", "of the loaded weights")
     attention: Literal["sdpa", "eager"] = field("sdpa", "the model's implementation")
     gradient_checkpointing: bool = field(False, "recompute activations in the backward")
-    tf32: bool = field(False, "CUDA's shorter fp32")
+    tf32: bool = field(False, "CUDA's shorter fp32, where there is some")
     report_to: str = field("none", "comma-separated: tensorboard, wandb, trackio, …", FREE, APART, UNTRIED)
 
 
@@ -291,5 +291,7 @@ class SearchSettings(Settings):
     """Learning-rate search (`lorakit search`)"""
 
     question = "search"
-    search_rates: list[Annotated[float, Field(gt=0)]] = field([], "rates to try", FREE, APART, UNTRIED)
-    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1)
+    search_rates: list[Annotated[float, Field(gt=0, le=LARGEST[float])]] = field(
+        [], "rates to try", FREE, APART, UNTRIED
+    )
+    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1, le=LARGEST[float])

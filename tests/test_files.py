@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lorakit.files import sha256, write_text, written
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_text_is_written_for_everyone_to_read_and_hashed(tmp_path):
@@ -16,6 +22,24 @@ def test_text_is_written_for_everyone_to_read_and_hashed(tmp_path):
     assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     write_text("again", path)
     assert path.read_text() == "again" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("command", ["sweep --setting no-such", "demo --jobs 0", "sweep --setting toy --seeds x"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_installed_package_works_on_the_folder_one_is_in(tmp_path, command, inside):
+    """A copy without the project around it, as a wheel leaves one in site-packages."""
+    shutil.copytree(ROOT / "lorakit", tmp_path / "site" / "lorakit", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "else").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "lorakit", *command.split()], cwd=ROOT if inside else tmp_path / "else",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    expected = f"none: {tmp_path / 'else'} has no params/; go to the project's folder"
+    told = {"--setting no-such": "must be one of imdb", "--jobs 0": "JOBS=0", "--seeds x": "SEEDS='x'"}
+    [found] = [text for end, text in told.items() if command.endswith(end)]
+    assert (found if inside else expected) in done.stderr
+    assert list((tmp_path / "else").iterdir()) == []
 
 
 @pytest.mark.parametrize("folder", [False, True])

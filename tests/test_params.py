@@ -27,9 +27,11 @@ def test_the_defaults_are_the_toy_run_pass_their_own_check_and_survive_yaml():
 
 
 BAD = {
-    "rank": [0, -1, 1.5, "8", True, None], "alpha": [0.0, -1.0, "16", float("inf")], "dropout": [-0.1, 1.0, "0.1"],
-    "learning_rate": [0.0, -1e-3, "1e-4", float("inf")], "budget": [0, 0.5, "many", float("inf")],
-    "budget_unit": ["epochs", "step", 1], "batch_size": [0, 2.0], "gradient_accumulation": [0], "seed": [-1, "0", 0.0],
+    "rank": [0, -1, 1.5, "8", True, None, 10**30], "alpha": [0.0, -1.0, "16", float("inf"), 1e308],
+    "dropout": [-0.1, 1.0, "0.1"],
+    "learning_rate": [0.0, -1e-3, "1e-4", float("inf"), 1e308], "budget": [0, 0.5, "many", float("inf")],
+    "budget_unit": ["epochs", "step", 1], "batch_size": [0, 2.0], "gradient_accumulation": [0],
+    "seed": [-1, "0", 0.0, 2**32],
     "max_length": [1, 0], "max_train": [-1], "warmup": [-0.1, 1.0], "weight_decay": [-1.0], "max_grad_norm": [0.0],
     "evaluations": [0], "eval_batch_size": [0], "save_steps": [-1], "latency_repeats": [-1], "exact_match_rows": [-1],
     "search_budget": [0], "search_rates": [["1e-4"], [0.1, 0.0], [-1.0], 0.1, None], "init": ["zeros"],
@@ -61,8 +63,10 @@ def test_the_error_says_what_is_allowed(given, allowed):
 
 
 def test_yamls_scientific_notation_is_explained():
+    """What somebody else's reader of YAML 1.1 makes of it; ours does not."""
     given = yaml.safe_load("learning_rate: 1e-4")
     assert given == {"learning_rate": "1e-4"}  # YAML 1.1 wants a dot
+    assert params.collect(given)["learning_rate"] == 1e-4  # papermill's
     with pytest.raises(ParameterError, match=r"^learning_rate='1e-4': .*it is a string.*write 1\.0e-04"):
         params.resolve(given)
     assert params.resolve(yaml.safe_load("learning_rate: 1.0e-4")).learning_rate == 1e-4
@@ -215,7 +219,7 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "name", "value"),
-    [("rank=4", "rank", 4), ("alpha=1.0e-4", "alpha", 1e-4), ("learning_rate=1e-4", "learning_rate", "1e-4"),
+    [("rank=4", "rank", 4), ("alpha=1.0e-4", "alpha", 1e-4), ("learning_rate=1e-4", "learning_rate", 1e-4),
      ("rslora=true", "rslora", True), ("model=a/b", "model", "a/b"), ("rank='4'", "rank", "4"),
      ("target_modules=[q, v]", "target_modules", ["q", "v"]),
      ("data_dir=", "data_dir", ""), ("target_modules=a=b", "target_modules", "a=b")],

@@ -95,7 +95,17 @@ def test_another_schema_version_is_an_error(tmp_path, version):
      ("setting", {"setting": None}), ("surprise", {"surprise": 1}), ("costs.flops", {"costs": {"flops": "many"}}),
      ("curve.0.step", {"curve": [{"tokens": 1}]}), ("final.test.accuracy", {"final": {"test": {"accuracy": "high"}}}),
      ("latency.unmerged_ms", {"latency": {"batch_size": 1, "tokens": 1}}),
-     ("search.0.status", {"search": [{"learning_rate": 0.1, "status": "ok"}]})],
+     ("search.0.status", {"search": [{"learning_rate": 0.1, "status": "ok"}]}),
+     ("costs.seconds", {"costs": {"seconds": -1.0}}), ("costs.tokens", {"costs": {"tokens": -1}}),
+     ("costs.predicted_memory.peak", {"costs": {"predicted_memory": {"peak": -1}}}),
+     ("latency.unmerged_ms", {"latency": {"batch_size": 1, "tokens": 1, "unmerged_ms": -0.5}}),
+     ("details: .*gate", {"details": {"gate": [1]}}), ("details: .*gate.log", {"details": {"gate": {"log": 3}}}),
+     ("details: .*gate.log.0", {"details": {"gate": {"log": [None]}}}),
+     ("details: .*gate.acceptance_rate", {"details": {"gate": {"acceptance_rate": "much"}}}),
+     ("details: .*tokens.gating", {"details": {"tokens": {"gating": "flora"}}}),
+     ("details: .*sparsity", {"details": {"sparsity": 0.5}}),
+     ("fingerprints: .*data", {"fingerprints": {"data": "f" * 64}}),
+     ("environment: .*versions", {"environment": {"versions": ["torch 2"]}})],
 )  # fmt: skip
 def test_a_bad_field_is_named_with_its_file(tmp_path, field, change):
     with pytest.raises(DataError, match=rf"record\.json: field {field}: "):
@@ -128,6 +138,20 @@ def test_read_all_finds_records_of_one_kind_in_files_and_folders(tmp_path):
     found = records.read_all([tmp_path / "deep", tmp_path / "alone.json"])
     assert [(run.method, run.seed) for run in found] == [("lora", 0), ("lora", 1), ("full", 0)]
     assert [run.kind for run in records.read_all(str(tmp_path), kind="lr_search")] == ["lr_search"]
+
+
+@pytest.mark.parametrize("marker", records.TRAINED)
+def test_a_trainer_s_folder_beside_the_records_is_none(tmp_path, marker):
+    records.write(record("lora", 0), tmp_path / "lora" / "s0.json")
+    (tmp_path / "lora" / "s0" / "checkpoint-10").mkdir(parents=True)
+    for name in (marker, "tokenizer.json"):
+        (tmp_path / "lora" / "s0" / "checkpoint-10" / name).write_text("{}")
+    assert [run.seed for run in records.read_all(tmp_path)] == [0]
+    (tmp_path / "lora" / "s1.json").write_text("{}")  # but half a record is not passed over
+    with pytest.raises(DataError, match="s1.json: schema_version=None"):
+        records.read_all(tmp_path)
+    with pytest.raises(DataError, match=f"{marker}: schema_version=None"):  # nor what was named
+        records.read_all(tmp_path / "lora" / "s0" / "checkpoint-10" / marker)
 
 
 def test_the_defaults_of_a_record_are_not_shared():

@@ -17,6 +17,10 @@ COUNTS = [name for part in (Costs, Point) for name, info in part.model_fields.it
 TYPED = [*TEXTS, *COUNTS]  # every other column is of floats: a record may lack its number
 
 
+# parameters that say what of the files is trained and judged on
+ROWS = ("max_length", "max_train", "max_validation", "max_test")
+
+
 class Frames(list[Record]):
     """Records, and the same as three tables, each made once, when it is asked for; a number that a run lacks is NaN.
 
@@ -99,10 +103,10 @@ def require_comparable(records: Sequence[Record], mixed: bool = False) -> str:
         ParameterError: they differ and `mixed` is False; names two runs and what differs.
     """
     differ = []
-    for what in ("model", "task", "model fingerprint", "data fingerprint"):
+    for what in ("model", "task", "model fingerprint", "data fingerprint", *ROWS):
         name, _, printed = what.partition(" ")
         stated = ((record.fingerprints if printed else record.resolved).get(name) for record in records)
-        runs = [(told, record) for told, record in zip(stated, records, strict=True) if told]
+        runs = [(told, record) for told, record in zip(stated, records, strict=True) if told not in (None, {})]
         others = [run for run in runs if run[0] != runs[0][0]]
         if others and not mixed:
             found = "; ".join(f"{record.row} seed {record.seed}: {told}" for told, record in (runs[0], others[0]))

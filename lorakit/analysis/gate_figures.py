@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.analysis import names, stats, style
+from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.curves import draw_curves, title
 from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame
@@ -65,7 +65,7 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
     ax = _over_steps(records, points, "acceptance rate after the burn-in", "a gate with a log", mixed)
     targets = sorted({gate(record)["target_rate"] for record in records if "target_rate" in gate(record)})
     for target in targets:
-        style.mark(ax, target, f"target {100 * target:.0f} %")
+        style.mark(ax, target, f"target {tables.percent(target)}")
     low, high = ax.get_ylim()
     ax.set_ylim(max(0, min([low, *(target - 0.05 for target in targets)])), max([high, *targets]))
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
@@ -125,9 +125,9 @@ def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     table = ledger_table(records).rename(index=names.labels(records))
     require(len(table) > 0, "records", sorted({record.status for record in records}), "needs a finished run")
     tera = table[[*PARTS]] / 1e12
-    pairs = zip(tera.sum(axis=1), 100 * table["accepted"], strict=True)
+    pairs = zip(tera.sum(axis=1), table["accepted"], strict=True)
     with style.panel(1.0 + style.rows_height(table.index)) as ax:
-        style.stacked(ax, tera, [f"{total:.3g}, {rate:.0f} % accepted" for total, rate in pairs])
+        style.stacked(ax, tera, [f"{total:.3g}, {tables.percent(rate)} accepted" for total, rate in pairs])
         ax.margins(x=0.24)
         ax.set_xlabel("training compute (TFLOPs)")
         title(ax, records, mixed)

@@ -22,7 +22,7 @@ def order(rows: Iterable[str]) -> list[str]:
 def label(row: str, records: Sequence[Record] = ()) -> str:
     """The name of a row in tables and figures: its own, where its params file says one, else `LABELS`'."""
     own = (record.resolved.get("label") for record in records if record.row == row)
-    return next(filter(None, own), LABELS.get(row, row))
+    return " ".join(next(filter(None, own), LABELS.get(row, row)).split())  # a line of a table, whatever it says
 
 
 def labels(records: Sequence[Record]) -> dict[str, str]:

@@ -136,9 +136,9 @@ def cost_table(groups: Groups) -> pd.DataFrame:
     runs = frame([*chain(*groups.values())]).runs
     runs = runs.assign(accepted=100 * runs["accepted_steps"] / runs["steps"])
     columns = axis_columns("accepted_steps", "steps", "tokens", "flops", "seconds")
-    columns |= {"accepted": ("accepted", "{:.0f} %", 1), "after burn-in": ("acceptance_rate", "{:.1f} %", 0.01)}
+    columns |= {"accepted": ("accepted", "{:.3g} %", 1), "after burn-in": ("acceptance_rate", "{:.1f} %", 0.01)}
     rates = [gate_of(group)[1] for group in groups.values()]
-    return summary(runs, columns).assign(target=[NONE if rate is None else f"{100 * rate:.0f} %" for rate in rates])
+    return summary(runs, columns).assign(target=[NONE if rate is None else tables.percent(rate) for rate in rates])
 
 
 def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
         title = AXES[axis].title or AXES[axis].label
         parts += [f"### At equal {title}", equal_table(equal_cost.comparisons(groups, axis))]
     rates = {row: gate_of(group)[1] for row, group in groups.items() if equal_cost.random_for(groups, row) is None}
-    lonely = [f"{names.label(row)} (at {100 * rate:.0f} %)" for row, rate in rates.items() if rate is not None]
+    lonely = [f"{names.label(row)} (at {tables.percent(rate)})" for row, rate in rates.items() if rate is not None]
     return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
 
 

@@ -36,12 +36,14 @@ class Table:
     def text(self, layout: str = "simple") -> str:
         """The parts, empty lines between; `layout` is tabulate's."""
         words = {"tablefmt": layout, "index": False, "disable_numparse": True}
-        return "\n\n".join(
-            part
-            if isinstance(part, str)
-            else part.to_markdown(colalign=["left", *["right"] * (len(part.columns) - 1)], **words)
-            for part in self.parts
-        )
+        bar = "\\|" if layout == "pipe" else "|"
+        written = []
+        for part in self.parts:
+            if not isinstance(part, str):
+                told = part.map(lambda cell: " ".join(cell.split()).replace("|", bar))
+                part = told.to_markdown(colalign=["left", *["right"] * (len(part.columns) - 1)], **words)
+            written.append(part)
+        return "\n\n".join(written)
 
     __str__ = __repr__ = text
 
@@ -97,23 +99,34 @@ def axis_columns(*axes: str) -> dict[str, Column]:
 def summary(runs: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
     """Words: a line per row of `frame(records).runs`, in its order, with the mean of each column over finished runs.
 
-    A caller may add columns to `runs` before; "-" is where no finished run has a number.
+    A caller may add columns to `runs` before; "-" is where no finished run has a number. A score that some of the
+    finished runs lack says of how many it is.
     """
     labels = runs.drop_duplicates("row").set_index("row")["label"]
     known = dict.fromkeys(["row", *(name for name, _, _ in columns.values())])  # a metric may be in no run
     done = runs[runs["status"] == "done"].reindex(columns=[*known]).replace([math.inf, -math.inf], math.nan)
-    means, spreads = (getattr(done.groupby("row"), how)().reindex(labels.index) for how in ("mean", "std"))
+    hows = ("mean", "std", "count")
+    means, spreads, counts = (getattr(done.groupby("row"), how)().reindex(labels.index) for how in hows)
+    every = done.groupby("row").size().reindex(labels.index)
     table = {"method": labels.to_list()}
     for heading, (name, form, size) in columns.items():
         table[heading] = [
-            NONE if math.isnan(mean) else form.format(mean) if form else _score(mean, spread)
-            for mean, spread in zip(means[name] / size, spreads[name] / size, strict=True)
-        ]
+            NONE if math.isnan(mean)
+            else form.format(mean) if form
+            else score(mean, spread) + (f" ({count:.0f} of {runs:.0f})" if count < runs else "")
+            for mean, spread, count, runs in zip(
+                means[name] / size, spreads[name] / size, counts[name], every, strict=True)
+        ]  # fmt: skip
     return pd.DataFrame(table)
 
 
-def _score(mean: float, spread: float) -> str:
-    """Three decimals; from 100 on one, from a million on an exponent."""
+def percent(share: float) -> str:
+    """Three digits, so that 22.5 % is not 22 %."""
+    return f"{100 * share:.3g} %"
+
+
+def score(mean: float, spread: float = math.nan) -> str:
+    """Mean ± spread, the spread where there is one. Three decimals; from 100 on one, from a million on an exponent."""
     numbers = [number for number in (mean, spread) if not math.isnan(number)]
     forms = ["{:.3f}" if abs(number) < 100 else "{:,.1f}" if abs(number) < 1e6 else "{:.2e}" for number in numbers]
     return " ± ".join(form.format(number) for form, number in zip(forms, numbers, strict=True))

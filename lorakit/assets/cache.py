@@ -1,15 +1,17 @@
 """The cache: a folder per asset that is there whole, with a manifest of sizes and hashes, or not there."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.assets.registry import Asset
 from lorakit.errors import AssetError
-from lorakit.files import sha256, written
+from lorakit.files import sha256
 
 MANIFEST = "manifest.json"
 
@@ -27,6 +29,19 @@ def cached(asset: Asset) -> Path | None:
     sizes = {folder / name: entry["size"] for name, entry in _manifest(folder, asset).items()}
     whole = sizes and all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
     return folder if whole else None
+
+
+def intact(asset: Asset) -> Path | None:
+    """As `cached`, its bytes hashed too: once, and again after a change of a file's size or time."""
+    folder = cached(asset)
+    stats = [(folder / name).stat() for name in _manifest(folder, asset)] if folder else []
+    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return folder if folder and not _damaged(asset, folder, stamps) else None
+
+
+@functools.lru_cache
+def _damaged(asset: Asset, folder: Path, stamps: tuple[tuple[int, int], ...]) -> bool:
+    return bool(damaged(asset))
 
 
 def damaged(asset: Asset) -> list[str]:
@@ -63,11 +78,14 @@ def new(asset: Asset) -> Iterator[Path]:
     for left_by_a_kill in root().glob(f".{asset.name}.*"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     target = root() / asset.name
-    with written(target, folder=True) as folder:
+    with tempfile.TemporaryDirectory(dir=root(), prefix=f".{asset.name}.") as aside:
+        folder = Path(aside) / "new"
+        folder.mkdir()
         yield folder
         write_manifest(folder, asset)
         if target.exists():
             os.replace(target, folder.parent / "replaced")  # and away with what is beside `folder`
+        os.replace(folder, target)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def verify(name: str) -> list[str]:
 
 
 def fetch(name: str, progress: bool = True) -> Path:
-    """The asset's folder, downloaded first when it is not in the cache; a cached one needs no network.
+    """The asset's folder, downloaded first when it is not in the cache as pinned; a cached one needs no network.
 
     Args:
         progress: show a bar while downloading (never when the environment sets CI).
@@ -49,17 +49,18 @@ def fetch(name: str, progress: bool = True) -> Path:
         AssetError: the package client failed, a hash differs or an archive is damaged; nothing is left behind.
     """
     asset = get(name)
-    if folder := cache.cached(asset):
+    if folder := cache.intact(asset):
         return folder
-    target = cache.root() / asset.name
+    target, cached = cache.root() / asset.name, cache.cached(asset)
     with cache.lock(asset):
-        if cache.cached(asset):  # another process was faster
+        if cache.intact(asset):  # another process was faster
             return target
         try:
             with cache.new(asset) as folder:
                 _download(asset, folder, progress and not os.environ.get("CI"))
         except AssetError as error:
-            raise AssetError(f"{asset.name}: {error}; {OFFLINE.format(folder=target)}") from None
+            bad = f" (cached, but other bytes than pinned: {', '.join(cache.damaged(asset))})" if cached else ""
+            raise AssetError(f"{asset.name}{bad}: {error}; {OFFLINE.format(folder=target)}") from None
         except OSError as error:
             raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
     print(f"{asset.name}: {asset.terms} Full text: {target / asset.notice}", file=sys.stderr)

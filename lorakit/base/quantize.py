@@ -8,11 +8,13 @@ from torch import nn
 
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, bitsandbytes, is_four_bit
+from lorakit.base.reads import read_elsewhere
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head, task_head
-from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, replace_modules, unwrapping
+from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, other_towers, replace_modules, unwrapping
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # names of modules, of transformers' models
 _STORABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,11 +54,21 @@ def quantize_nf4(
             packed = _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype])
             replace_modules(model, {linear: packed})  # one by one: the dense weight goes before the next is packed
     model.is_loaded_in_4bit = True  # PEFT and the Trainer look for it
+    if hasattr(model, "save_pretrained"):  # what is saved is loaded again as it is
+        from transformers import BitsAndBytesConfig
+
+        dense = [path for path in linear_paths(model) if not is_four_bit(model.get_submodule(path))]
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=COMPUTE_DTYPES[compute_dtype], llm_int8_skip_modules=dense or None,
+        )  # fmt: skip
     return model
 
 
 def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> list[str]:
     """Paths of the layers `quantize_nf4` replaces: every linear one but the heads and what `exclude` names.
+
+    What the model says must stay in fp32 (T5's `wo`) stays, and what it reads past its forward (Mamba's `dt_proj`).
 
     Raises:
         ParameterError: a name matches no module, or nothing is left.
@@ -67,9 +79,13 @@ def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> lis
     every = [path for path, _ in model.named_modules() if path]
     for name in names:
         require(any(name_matches(name, path) for path in every), "exclude", name, "matches no module")
-    stay = [*task_head(model), *output_head(model)]
+    stay = [*task_head(model), *output_head(model), *other_towers(model)]
     stay += [path for path in every if any(name_matches(name, path) for name in names)]
+    kept = {name for part in model.modules() for told in KEPT for name in getattr(part, told, None) or ()}
+    stay += [path for path in every if any(f".{name}." in f".{path}." for name in kept)]
     found = [path for path in linear_paths(model) if not inside(path, stay)]
+    elsewhere = read_elsewhere(model, found)
+    found = [path for path in found if path not in elsewhere]
     require(bool(found), "quantize", "nf4", f"{type(model).__name__} has no linear layer outside {stay or 'its heads'}")
     return found
 

@@ -12,6 +12,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.gates.simple import ScoredGate
 from lorakit.gates.threshold import ThresholdController
 from lorakit.head import find_head
+from lorakit.modules import usable_device
 from lorakit.seams import GATES, Candidate
 from lorakit.settings import GateSettings
 from lorakit.sketches import FrequentDirections, TensorSketch, head_gradient
@@ -94,7 +95,7 @@ class HeadGradientGate(ScoredGate):
         self.d_hidden, self.vocab_size, self.m, self.k = d_hidden, vocab_size, m, k
         self.k_topk, self.reorth_every = k_topk or vocab_size, reorth_every
         self.kind, self.softcap, self.leverage = kind, softcap, leverage
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         self.sketch = TensorSketch(
             d_hidden, vocab_size, m, generator=torch.Generator().manual_seed(seed), device=self.device
         )

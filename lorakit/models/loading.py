@@ -94,7 +94,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer, with a padding token (the end-of-text token where it has none of its own).
 
     Raises:
-        AssetError: the model cannot be had, or has no tokenizer.
+        AssetError: the model cannot be had, or has no tokenizer, or one without a word.
     """
     return read_tokenizer(sources.resolve(name))
 
@@ -107,6 +107,8 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
         tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         if not tokens.is_fast:
             raise ValueError("it is not a fast tokenizer (tokenizer.json)")
+        if {*tokens.get_vocab().values()} <= {*tokens.all_special_ids}:  # of the class alone, without any file
+            raise ValueError("it knows no words; tokenizer.json, or the vocabulary it is made from, is missing")
     if tokens.pad_token is None:
         if tokens.eos_token is None:
             raise AssetError(f"model={source.name!r}: its tokenizer has neither a padding nor an end-of-text token")
@@ -118,11 +120,12 @@ def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) 
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
     import transformers
 
-    auto = getattr(transformers, KINDS[kind])
+    auto, asked = getattr(transformers, KINDS[kind]), source.arguments
+    asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
     explained = _explained(source, f"cannot be loaded as a {kind} model")
     with explained, quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of new parameters; torch.manual_seed would reseed CUDA too
-        model, info = auto.from_pretrained(source.location, output_loading_info=True, **source.arguments, **options)
+        model, info = auto.from_pretrained(source.location, output_loading_info=True, **asked, **options)
     new = sorted(info["missing_keys"])
     lost = [key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:

@@ -92,16 +92,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
     `gating.mode=gather` is one key of the mapping `gating`; to be joined by `merge`.
     """
-    import yaml
+    from lorakit.params import reading
 
     name, equals, value = text.partition("=")
     require(bool(equals and name), "-p", text, "must be name=value")
     try:
-        read = yaml.safe_load(value) if value else ""
+        read = reading.read(value) if value else ""
         outer, dot, inner = name.partition(".")
         return (outer, {inner: read}) if dot and outer in NESTED else (name, read)
-    except yaml.YAMLError as error:
-        raise ParameterError("-p", text, f"the value is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        shown = text if len(text) <= 100 else f"{text[:97]}..."
+        raise ParameterError("-p", shown, f"the value is not YAML: {error}") from None
 
 
 def collect(namespace: dict[str, Any]) -> dict[str, Any]:
@@ -113,10 +114,18 @@ def collect(namespace: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in namespace.items():
         if name in QUESTIONS:
-            found[name] = value
+            found[name] = _number(value) if "float" in str(Params.model_fields[name].annotation) else value
         elif not name.startswith("_") and name not in IPYTHON:
             require(not _is_literal(value), name, value, unknown(name, QUESTIONS))
     return complete(found)
+
+
+def _number(value: Any) -> Any:
+    """Text that a notebook runner read 1e-3 as, as the number it was meant to be."""
+    from lorakit.params import reading
+
+    scientific = isinstance(value, str) and reading.SCIENTIFIC.fullmatch(value)
+    return float(value) if scientific else value
 
 
 def _is_literal(value: Any) -> bool:

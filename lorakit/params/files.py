@@ -76,12 +76,12 @@ def _require(condition: bool, path: Path, name: str, value: Any, allowed: str) -
 
 def read(path: Path) -> dict[str, Any]:
     """One YAML file's mapping of names to values."""
-    import yaml
+    from lorakit.params import reading  # yaml only where there is some
 
     require(path.is_file(), "-f", str(path), "no such params file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = reading.read(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     named = isinstance(values, dict) and all(isinstance(name, str) for name in values)

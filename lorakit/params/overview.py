@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lorakit.errors import ParameterError
-from lorakit.fields import Settings
+from lorakit.fields import LARGEST, Settings
 from lorakit.files import PARAMS
 from lorakit.params.doors import resolve
 from lorakit.params.files import ROW_QUESTIONS, SETTING, of_files, read, row_of_file, rows_of
@@ -56,7 +56,7 @@ def _rows(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, s
             yield from _rows(NESTED[name], f"{name}.")
             continue
         limits = [f"{LIMITS[kind]} {getattr(limit, kind):g}" for limit in info.metadata for kind in LIMITS
-                  if getattr(limit, kind, None) is not None]  # fmt: skip
+                  if getattr(limit, kind, None) not in (None, *LARGEST.values())]  # fmt: skip
         default = info.get_default()
         shown = f"{default:g}" if isinstance(default, float) else "–" if default == "" else str(default)
         yield prefix + name, ", ".join([_kind(info.annotation), *limits]), shown, info.description or ""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_tf32_available
 
 from lorakit import adapters, models, tasks
 from lorakit.errors import require
@@ -14,6 +15,7 @@ from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
 from lorakit.skip.controller import SkipLoRA
+from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer, Schedule
@@ -37,6 +39,8 @@ class Assembled:
         noted, name, device = [*self.loaded.notes, *self.task.notes], self.params.optimizer, self.model.device.type
         if name.startswith("paged_") and device != "cuda":
             noted.append(f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged")
+        if self.params.tf32 and not is_torch_tf32_available():
+            noted.append("tf32: not on this device; float32 is whole")
         return noted
 
 
@@ -56,12 +60,15 @@ def assemble(params: Params) -> Assembled:
     """Model, task and what is trained. Everything random is drawn from the run's seed."""
     from transformers import set_seed
 
+    training_arguments(params, params.run_dir or ".")  # what this machine lacks is told before anything is loaded
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
+    if params.packing:
+        require_apart(loaded.model, task.train, task.collator)
     redundant = None
     if params.redundancy:  # a stream whose share of redundant batches is known, for training rows
         stream, redundant = redundant_stream(

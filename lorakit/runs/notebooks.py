@@ -80,11 +80,15 @@ def parameters(notebook: str | Path) -> dict[str, Any]:
     cells = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
     require(len(cells) == 1, "notebook", str(notebook), f"must have one cell tagged 'parameters', has {len(cells)}")
     found = {}
-    for statement in ast.parse(cells[0].source).body:
+    try:
+        statements = ast.parse(cells[0].source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ParameterError("notebook", str(notebook), f"its parameters cell is not Python: {error}") from None
+    for statement in statements:
         try:
             (target,) = statement.targets
             found[target.id] = ast.literal_eval(statement.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError, RecursionError, MemoryError):
             line = ast.unparse(statement)
             raise ParameterError("notebook", str(notebook), f"parameters must be bare literals, not {line!r}") from None
     return found
@@ -227,7 +231,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from lorakit import records
 
     params = given_parameters(arguments.files, arguments.pairs)
-    params |= {name: str(Path(params[name]).absolute()) for name in PATHS if params.get(name)}
+    params |= {name: str(Path(params[name]).expanduser().absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks
     if arguments.files:
         params = whole(notebook, params)

@@ -26,6 +26,7 @@ CONTEXT_GIB = 1.0  # assumed: CUDA context, cuBLAS workspaces
 FRAGMENTATION = 0.10  # assumed: the share of the peak that rounding and gaps in the allocator add
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS_OF_MODEL = ("causal", "masked", "classify")
+LENGTH = 512  # tokens of a row, where nothing is said and the model takes as many
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
     model: str
     method: str = "lora"
     batch: int = 4
-    seq: int = 512
+    seq: int | None = None  # None: LENGTH, or as many as the model takes
     dtype: str = "bf16"
     precision: str = "fp32"
     quantize: str = "none"
@@ -49,7 +50,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "batch", self.batch, "at least 1")
-        require(self.seq >= 1, "seq", self.seq, "at least 1")
+        require(self.seq is None or self.seq >= 1, "seq", self.seq, "at least 1")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
         require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
@@ -65,12 +66,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted bytes by kind with their sum "peak", the parameter counts, and where the configuration came from."""
+    """Predicted bytes by kind with their sum "peak", parameter counts, the configuration's source, tokens of a row."""
 
     memory: dict[str, int]
     trainable: int
     total: int
     source: str
+    seq: int
 
 
 def predict(plan: Plan) -> Prediction:
@@ -84,8 +86,9 @@ def predict(plan: Plan) -> Prediction:
 
     require(plan.method in adapters.methods(), "method", plan.method, f"one of {', '.join(adapters.methods())}")
     described = models.describe(plan.model)
-    longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq)
-    require(plan.seq <= longest, "seq", plan.seq, f"at most {longest} for this model")
+    longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq or LENGTH)
+    seq = plan.seq or min(LENGTH, longest)
+    require(seq <= longest, "seq", seq, f"at most {longest} for this model")
     kind = plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
     base = build(described.config, kind, plan.dtype)
     if plan.quantize == "nf4":
@@ -93,7 +96,7 @@ def predict(plan: Plan) -> Prediction:
     model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
     memory = predict_training_memory(
         lambda: model,
-        lambda: make_batch(plan.batch, plan.seq, kind),
+        lambda: make_batch(plan.batch, seq, kind),
         optimizer=plan.optimizer,
         autocast=None if plan.precision == "fp32" else plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing,
@@ -101,7 +104,9 @@ def predict(plan: Plan) -> Prediction:
         tokens=build_tokens(plan.gating, model, kind),
     )
     sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return Prediction(memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source)
+    return Prediction(
+        memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source, seq
+    )
 
 
 def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
@@ -160,7 +165,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
     base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
     lines = [
         f"{plan.model} ({prediction.source})",
-        f"{plan.method}{rank}, batch {plan.batch} x {plan.seq} tokens, {base}{plan.dtype} weights{autocast}, "
+        f"{plan.method}{rank}, batch {plan.batch} x {prediction.seq} tokens, {base}{plan.dtype} weights{autocast}, "
         f"{plan.optimizer}{extra}{chosen}",
         f"{prediction.trainable:,} of {prediction.total:,} parameters trained",
     ]
@@ -180,7 +185,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
 _OPTIONS = {
     "method": "what is trained",
     "batch": "rows in a batch",
-    "seq": "tokens in a row",
+    "seq": "tokens in a row, at most what the model takes",
     "dtype": "of the frozen weights: fp32, bf16",
     "precision": "of autocast: fp32 (none), bf16, fp16",
     "quantize": "of the frozen linear layers: none, nf4 (4 bits, scales in 8)",
@@ -199,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
     for name, what in _OPTIONS.items():  # their names are those of `Plan`
         default = getattr(Plan, name)
-        parser.add_argument(f"--{name}", type=type(default or ""), default=default, help=f"{what} (default {default})")
+        shown, kind = (LENGTH, int) if name == "seq" else (default, type(default or ""))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default {shown})")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
     given: dict[str, Any] = vars(parser.parse_args(argv))
     if "," in given["targets"]:

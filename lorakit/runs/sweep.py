@@ -100,9 +100,8 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     """
     root = Path(root).resolve()
     settings = sorted(path.parent.name for path in root.glob("params/*/_setting.yaml"))
-    require(
-        setting in settings, "SETTING", setting, f"must be one of {', '.join(settings) or 'none (no params/ here)'}"
-    )
+    there = ", ".join(settings) or f"none: {root} has no params/; go to the project's folder (a clone of it)"
+    require(setting in settings, "SETTING", setting, f"must be one of {there}")
     known = sorted(path.stem for path in root.glob(f"params/{setting}/[!_]*.yaml"))
     chosen = methods.split() or known
     for method in chosen:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import CheckpointError, require
+from lorakit.modules import usable_device
 
 TOLERANCE = 1e-12  # of the largest squared singular value: what is below is rounding
 
@@ -39,7 +40,7 @@ class FrequentDirections:
         require(rows >= 1, "rows", rows, "must be at least 1")
         require(0 < decay <= 1, "decay", decay, "must be above 0 and at most 1")
         self.dim, self.rows, self.decay = dim, rows, decay
-        self._buffer = torch.zeros(2 * rows, dim, dtype=torch.float64, device=device)
+        self._buffer = torch.zeros(2 * rows, dim, dtype=torch.float64, device=usable_device(device))
         self._filled, self._rotated = 0, True
 
     def insert(self, x: Tensor) -> None:

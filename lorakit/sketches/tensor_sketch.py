@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from lorakit.errors import CheckpointError, require
+from lorakit.modules import usable_device
 
 PRIME = 2**31 - 1  # the product of two residues fits into int64
 DEGREE = 3  # of both polynomials; degree 3 makes them 4-wise independent, which the bounds of the variance need
@@ -33,7 +34,7 @@ class CountSketch:
     def __init__(self, dim: int, size: int, *, generator: Generator, device: torch.device | str = "cpu"):
         require(1 <= dim <= PRIME, "dim", dim, f"must be from 1 to {PRIME}")
         require(2 <= size <= PRIME, "size", size, f"must be from 2 to {PRIME}")
-        self.dim, self.size, self.device = dim, size, torch.device(device)
+        self.dim, self.size, self.device = dim, size, usable_device(device)
         self._coefficients = torch.randint(PRIME, (2, DEGREE + 1), generator=generator).tolist()
         self._dense: tuple[Tensor, Tensor] | None = None
 

@@ -2,6 +2,7 @@
 hold, and what do many short runs and recorded ones say of a row and the row it is compared with?"""
 
 import copy
+import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -191,8 +192,8 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
     groups, lines = stats.by_row(records), []
     for row in (row for row in pairs if row in groups and stats.finished(groups[row], value)):
         ended, other = [*stats.finished(groups[row], value).values()], pairs[row]
-        spread = statistics.stdev(ended) if len(ended) > 1 else 0
-        line = {"row": names.label(row, records), value: f"{statistics.fmean(ended):.3f} ± {spread:.3f}",
+        spread = statistics.stdev(ended) if len(ended) > 1 else math.nan
+        line = {"row": names.label(row, records), value: tables.score(statistics.fmean(ended), spread),
                 "accepted": _rate(groups[row])}  # fmt: skip
         gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
         lines.append(line | (tables.told(gap, records) if gap and gap.estimate else {}))

@@ -33,10 +33,17 @@ class Options:
 def classification(corpus: Corpus, options: Options) -> Parts:
     """One labelled text, or pair, a row."""
     pad = PadCollator(options.tokenizer.pad_token_id)
-    parts: Parts = {"collator": pad, "eval_collator": pad, "notes": corpus.notes}
+    parts: Parts = {"collator": pad, "eval_collator": pad, "notes": list(corpus.notes)}
     for split in SPLITS:
         rows = shuffled(getattr(corpus, split))[: options.limits[split] or None]
-        parts[split] = Dataset.from_dict(labelled_columns(rows, options.tokenizer, options.max_length))
+        columns = labelled_columns(rows, options.tokenizer, options.max_length) if rows else {"labels": []}
+        made = Dataset.from_dict(columns)
+        if any(empty := [not ids for ids in columns.get("input_ids", [])]):
+            made = made.select([place for place, none in enumerate(empty) if not none])
+            parts["notes"].append(f"{split}: {sum(empty)} of {len(rows)} rows dropped, their text has no token")
+        if len(classes := {*made["labels"]}) == 1:
+            parts["notes"].append(f"{split}: all {len(made)} rows are of class {classes.pop()}")
+        parts[split] = made
     return parts
 
 

@@ -2,24 +2,29 @@
 
 Packing: positions restart at each conversation, and none attends to or predicts another. Given `position_ids` and no
 `attention_mask`, transformers derives a block-diagonal mask from the restarts (full and sliding layers, sdpa and
-eager), as long as the model keeps no key-value cache: `config.use_cache = False`, as the Trainer sets it.
+eager), as long as the model keeps no key-value cache: `config.use_cache = False`, as the Trainer sets it. Models with
+positions or a state of their own (OPT, Bloom, Mamba) do not look at the restarts: `require_apart` finds them out.
 
 Masking: 15 % of the tokens are to be predicted; of these 80 % are hidden, 10 % random, 10 % kept (Devlin et al. 2019).
 The draw depends on (seed, token ids) and on nothing else, so a resumed run masks as one that was never interrupted.
 """
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lorakit.errors import ParameterError, require
 from lorakit.head import IGNORED
+from lorakit.modules import evaluating
 
 MULTIPLE = 8
 PROBABILITY, HIDDEN, RANDOM = 0.15, 0.8, 0.1  # of masking
+ROUNDING = 1e-4  # of logits, relative to their spread, between a document in a packed row and alone; float32
 EVALUATION_SEED = 0  # the same masks for every run, method and seed
 
 Columns = dict[str, list]
@@ -50,19 +55,29 @@ class PadCollator:
 
 
 def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int) -> Columns:
-    """Rows of at most `max_length` tokens, filled in the order given; a conversation is never divided.
+    """Rows of at most `max_length` tokens by best fit, the longest first; a conversation is never divided.
 
     The first token of a conversation has no label: it would be predicted from the one before.
+
+    Raises:
+        ParameterError: a conversation is longer than `max_length`.
     """
+    longest = max(map(len, ids), default=0)
+    require(longest <= max_length, "max_length", max_length, f"a conversation has {longest} tokens; cut it first")
     columns: Columns = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
-    for tokens, targets in zip(ids, labels, strict=True):
-        if not columns["input_ids"] or len(columns["input_ids"][-1]) + len(tokens) > max_length:
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), in this order
+    for tokens, targets in sorted(zip(ids, labels, strict=True), key=lambda pair: -len(pair[0])):
+        if (best := bisect_left(rooms, (len(tokens),))) < len(rooms):
+            room, row = rooms.pop(best)
+        else:
+            room, row = max_length, len(columns["input_ids"])
             for column in columns.values():
                 column.append([])
-        columns["input_ids"][-1] += tokens
-        columns["attention_mask"][-1] += [1] * len(tokens)
-        columns["labels"][-1] += [IGNORED, *targets[1:]]
-        columns["position_ids"][-1] += range(len(tokens))
+        insort(rooms, (room - len(tokens), row))
+        columns["input_ids"][row] += tokens
+        columns["attention_mask"][row] += [1] * len(tokens)
+        columns["labels"][row] += [IGNORED, *targets[1:]]
+        columns["position_ids"][row] += range(len(tokens))
     return columns
 
 
@@ -78,6 +93,39 @@ class PackedCollator:
         length = ids.shape[1]
         positions = [[*row["position_ids"], *range(length - len(row["position_ids"]))] for row in rows]
         return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
+
+
+@torch.no_grad()
+def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collator: PackedCollator) -> None:
+    """Of the first of the packed `rows` with two documents every document has the logits it has alone.
+
+    The first document of a row sees no other: by how much it is off says what rounding does.
+
+    Raises:
+        ParameterError: it has not, or the model takes no positions.
+    """
+    row = next((row for row in rows if row["position_ids"].count(0) > 1), None)
+    if row is None:
+        return
+    batch = collator([row])
+    starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+    cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
+    try:
+        with evaluating(model):
+            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+            parts = list(zip(starts, [*starts[1:], len(row["input_ids"])], strict=True))
+            alone = [model(input_ids=batch["input_ids"][:, start:end]).logits[0] for start, end in parts]
+    except TypeError as error:
+        raise ParameterError("packing", True, f"{type(model).__name__} takes no packed rows: {error}") from None
+    finally:
+        model.config.use_cache = cache
+    pairs = [(packed[start:end].float(), own.float()) for (start, end), own in zip(parts, alone, strict=True)]
+    first, *others = [((found - own).norm() / own.std().clamp(min=1e-12) / own.numel() ** 0.5) for found, own in pairs]
+    worst = max(range(len(others)), key=others.__getitem__)
+    off = (pairs[worst + 1][0] - pairs[worst + 1][1]).abs().max()
+    allowed = f"{type(model).__name__} lets the documents of a row see each other (logits off by {off:.2g}); use false"
+    limit = max(4 * first.item(), ROUNDING, torch.finfo(model.dtype).eps)
+    require(others[worst].item() <= limit, "packing", True, allowed)
 
 
 @dataclass(frozen=True)

@@ -173,11 +173,17 @@ def phrase_families(texts: Iterable[str]) -> dict[str, list[str]]:
     would train on pieces of what it validates on.
     """
     known = {normal(text) for text in texts}
+    openings: dict[tuple[str, ...], list[str]] = defaultdict(list)  # first words of a text, at most three -> texts
+    for text in known:
+        openings[tuple(text.split()[:3])].append(f"{text} ")
     wholes: dict[str, list[str]] = defaultdict(list)
     for text in sorted(known, key=lambda text: (-len(text.split()), text)):
         if text not in wholes:  # a phrase of a longer text brings no new spans
-            words = text.split()
-            spans = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
-            for span in spans & known:
-                wholes[span].append(text)
+            words, spans, place = text.split(), set(), 0
+            for i, word in enumerate(words):
+                opened = (span for n in (1, 2, 3) for span in openings.get(tuple(words[i : i + n]), ()))
+                spans |= {span for span in opened if f"{text} ".startswith(span, place)}
+                place += len(word) + 1
+            for span in spans:
+                wholes[span.rstrip(" ")].append(text)
     return wholes

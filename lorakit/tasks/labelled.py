@@ -1,5 +1,6 @@
 """Labelled texts and pairs: rated review sentences, SST-2 and IMDB (1 is positive), MRPC (1 is a paraphrase)."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -62,7 +63,9 @@ def reviews_from_folder(folder: Path) -> Corpus:
         try:
             rating = float(value)
         except ValueError:
-            raise readers.bad_row(path, line, "a mean rating (a number) in column 2", value) from None
+            rating = math.nan
+        if not math.isfinite(rating):
+            raise readers.bad_row(path, line, "a mean rating (a number) in column 2", value)
         count += 1
         if abs(rating) >= NEUTRAL:
             clear[normal(text)] = Labelled(text.strip(), None, int(rating > 0))

@@ -8,6 +8,8 @@ from typing import Any
 
 from lorakit.errors import DataError
 
+LONGEST = 2**31 - 1  # characters of a field
+
 
 def bad_row(path: Path, line: int, expected: str, found: object) -> DataError:
     shown = repr(found)
@@ -31,10 +33,18 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a tab-separated file without quoting; with `header`, its first line must be `columns`."""
+    """Rows of a tab-separated file without quoting; with `header`, its first line must be `columns`.
+
+    Blank lines may stand at the end, nowhere else.
+    """
     shape = f"{len(columns)} tab-separated columns {', '.join(columns)}"
-    number = 0
+    number = blank = rows = 0
     for number, text in lines(path):
+        if not text.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise bad_row(path, blank, shape, "")
         values = text.split("\t")
         if header and number == 1:
             if values != list(columns):
@@ -42,14 +52,16 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
         elif len(values) != len(columns):
             raise bad_row(path, number, shape, text)
         else:
+            rows += 1
             yield number, values
-    if number == 0:
-        raise bad_row(path, 1, shape, "an empty file")
+    if not rows:
+        raise bad_row(path, number + 1, shape, "no rows" if number else "an empty file")
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """Rows of a comma-separated file with quoting whose header line is `columns`; the number is the row's last line."""
     shape = f"{len(columns)} comma-separated columns {', '.join(columns)}"
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     text = (line + "\n" for _, line in lines(path))
     rows = csv.reader(text, strict=True)
     try:
@@ -60,18 +72,27 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str
                 raise bad_row(path, rows.line_num, shape, values)
             if index:
                 yield rows.line_num, values
+        if rows.line_num < 2:
+            raise bad_row(path, rows.line_num + 1, shape, "no rows")
     except csv.Error as error:
         raise bad_row(path, rows.line_num, shape, str(error)) from None
 
 
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Values of a file with one JSON value a line; blank lines are skipped."""
+    number, rows = 0, 0
     for number, text in lines(path):
         if text.strip():
             try:
-                yield number, json.loads(text)
-            except json.JSONDecodeError:
-                raise bad_row(path, number, "one JSON value", text) from None
+                value = json.loads(text)
+                if "\\ud" in text.lower():  # half a character passes for text until it is tokenised
+                    json.dumps(value, ensure_ascii=False).encode()
+            except (ValueError, RecursionError):  # also of numbers of thousands of digits
+                raise bad_row(path, number, "one JSON value of Unicode text", text) from None
+            rows += 1
+            yield number, value
+    if not rows:
+        raise bad_row(path, number + 1, "one JSON value", "no rows")
 
 
 def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -94,5 +115,5 @@ def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None

@@ -79,7 +79,8 @@ def load(
     corpus, source = read(name, data_dir)
     parts = build.BUILDERS[known.form](corpus, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
-        raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}")
+        dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
+        raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
     metrics, main_metric = (classification_f1, "f1") if known.f1 else JUDGED[task_kind]
     judged = {"metrics": metrics, "main_metric": main_metric}
     return Task(name, task_kind, num_labels=2, files=corpus.files, source=source, **judged, **parts)

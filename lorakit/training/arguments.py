@@ -1,7 +1,12 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
+import copy
+
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_tf32_available
 
 from lorakit.errors import ParameterError, require
 from lorakit.params import Params
@@ -13,18 +18,20 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     """TrainingArguments with the Trainer's own evaluation, saving and logging schedules off: the budget drives them.
 
     Raises:
-        ParameterError: a precision, tf32, optimizer or report_to this machine does not have.
+        ParameterError: a precision, optimizer or report_to this machine does not have.
     """
     on_cuda = torch.cuda.is_available()
     require(params.precision != "fp16" or on_cuda, "precision", params.precision, "fp16 needs CUDA; use bf16 or fp32")
-    require(not params.tf32 or on_cuda, "tf32", params.tf32, "needs a CUDA GPU")
     reports = [name.strip() for name in params.report_to.split(",") if name.strip() not in ("", "none")]
+    known = ["all", *get_available_reporting_integrations()]
+    allowed = f"must be none or, of what is installed here, {', '.join(known)}"
+    require({*reports} <= {*known}, "report_to", params.report_to, allowed)
     require(not reports or params.run_dir != "", "run_dir", params.run_dir, "is needed where report_to writes its logs")
     sampling = "group_by_length" if params.group_by_length else "random"
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=output_dir,
             max_steps=NO_LIMIT,
             per_device_train_batch_size=params.batch_size,
@@ -33,11 +40,10 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             learning_rate=params.learning_rate,
             weight_decay=params.weight_decay,
             max_grad_norm=params.max_grad_norm,
-            optim=params.optimizer,
             use_cpu=not on_cuda,
             bf16=params.precision == "bf16",
             fp16=params.precision == "fp16",
-            tf32=True if params.tf32 else None,
+            tf32=True if params.tf32 and is_torch_tf32_available() else None,
             activation_checkpointing=params.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
             train_sampling_strategy=sampling,
@@ -55,8 +61,23 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             dataloader_pin_memory=on_cuda,
         )
     except ValueError as error:
-        for name in ("optimizer", "precision", "tf32"):
-            word = {"optimizer": "OptimizerNames"}.get(name, name)
-            if word in str(error):
-                raise ParameterError(name, getattr(params, name), str(error)) from None
+        if "precision" in str(error):
+            raise ParameterError("precision", params.precision, str(error)) from None
         raise
+    if why := _lacking(arguments, params.optimizer):
+        usable = [name.value for name in OptimizerNames if not _lacking(arguments, name.value)]
+        raise ParameterError("optimizer", params.optimizer, f"{why}; there are {', '.join(usable)}")
+    arguments.optim = OptimizerNames(params.optimizer)
+    return arguments
+
+
+def _lacking(arguments: TrainingArguments, optimizer: str) -> str:
+    """Why the Trainer cannot build the optimizer of that name here; empty if it can."""
+    try:
+        asked = copy.copy(arguments)
+        asked.optim = OptimizerNames(optimizer)
+        Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Linear(1, 1))
+    except (ImportError, ValueError, RuntimeError) as error:
+        known = optimizer in [name.value for name in OptimizerNames]
+        return " ".join(str(error).split())[:200] if known else "there is no optimizer of this name"
+    return ""

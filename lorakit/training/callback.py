@@ -101,6 +101,10 @@ class RunCallback(StepCallback):
         control.should_log = control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
         control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
         control.should_training_stop = finished
+        if not control.should_evaluate:  # else with what it finds
+            self._show(state)
+
+    def _show(self, state: Any) -> None:
         if state.is_world_process_zero:
             self.progress.update(self.seen, self.facts)
 
@@ -121,6 +125,7 @@ class RunCallback(StepCallback):
             raise Diverged(f"validation loss is {validation['loss']} at step {self.run.ledger.steps}")
         self.run.curve.add_validation(validation, model)
         self.facts["validation"] = validation["loss"]
+        self._show(state)
         self.run.ledger.restart_clock()
 
     def on_save(self, args, state, control, **_):

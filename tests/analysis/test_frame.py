@@ -11,7 +11,7 @@ from synthetic_records import diverged, gated, record, search
 
 from lorakit import records as contract
 from lorakit.analysis import names
-from lorakit.analysis.frame import frame, require_comparable
+from lorakit.analysis.frame import ROWS, frame, require_comparable
 from lorakit.errors import ParameterError
 
 
@@ -56,11 +56,14 @@ def test_a_line_a_kind_of_memory():
     ("what", "change"),
     [("model", {"resolved": {"model": "a", "task": "sst2"}}), ("task", {"resolved": {"model": "b", "task": "mrpc"}}),
      ("data fingerprint", {"fingerprints": {"data": {"train.tsv": "f" * 64}}}),
-     ("model fingerprint", {"fingerprints": {"model": "0" * 64}})],
+     ("model fingerprint", {"fingerprints": {"model": "0" * 64}}),
+     *((name, {"resolved": {"model": "b", "task": "sst2", name: 0}}) for name in ROWS)],
 )  # fmt: skip
 def test_runs_on_something_else_are_refused_unless_the_reader_insists(what, change):
-    prints = {"data": {"train.tsv": "e" * 64}, "model": "1"}
-    stated = {"resolved": {"model": "b", "task": "sst2"}, "fingerprints": prints}
+    stated = {
+        "resolved": {"model": "b", "task": "sst2"} | dict.fromkeys(ROWS, 64),
+        "fingerprints": {"data": {"train.tsv": "e" * 64}, "model": "1"},
+    }
     same = [record("lora", seed, **stated) for seed in (0, 1)]
     assert require_comparable([*same, record("full")]) == ""  # an old record that states nothing
     other = record("head", 4, **stated | change)

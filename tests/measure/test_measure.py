@@ -20,12 +20,14 @@ from lorakit import models
 from lorakit.adapters import attach, quantize_nf4
 from lorakit.base.nf4 import scale_tensors
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.gates import HeadGradientGate
 from lorakit.measure import environment
 from lorakit.measure.latency import inference_latency
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
 from lorakit.runs import plan
+from lorakit.sketches import FrequentDirections, TensorSketch
 
 
 class Slow(nn.Module):
@@ -238,3 +240,22 @@ def test_plan_refuses(folder, option, value, message):
 def test_plan_of_an_unknown_model(tmp_path):
     with pytest.raises(LorakitError, match="no-such"):
         plan.main([str(tmp_path / "no-such-model")])
+
+
+@pytest.mark.parametrize(("model", "seq"), [("toy-encoder", 256), ("bert-base-uncased", 512), ("gemma-3-270m", 512)])
+def test_a_plan_without_a_length_is_of_what_the_model_takes(model, seq, capsys):
+    assert plan.main([model, "--batch", "1"]) == 0
+    assert f"batch 1 x {seq} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "mps"])
+@pytest.mark.parametrize("made", [
+    lambda device: HeadGradientGate(8, 5, device=device), lambda device: FrequentDirections(8, 4, device=device),
+    lambda device: TensorSketch(4, 4, 8, generator=torch.Generator(), device=device),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_one_sentence(device, made):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ParameterError, match=f"^device='{device}': is not there: .*; there are cpu, cuda") as caught:
+        made(device)
+    assert "\n" not in str(caught.value)

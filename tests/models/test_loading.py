@@ -125,6 +125,19 @@ def test_damaged_files_are_one_line(bert, file, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("fixture", ["bert", "gpt2", "gemma"])
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_a_tokenizer_without_words_is_refused(request, fixture, kept):
+    folder = Path(request.getfixturevalue(fixture))
+    for path in folder.glob("*token*"):
+        if path.name not in kept:
+            path.unlink()
+    for door in (models.tokenizer, lambda name: models.load(name, "classify")):
+        with pytest.raises(AssetError, match=r"its tokenizer cannot be read: .*(no words|tokenizer)") as caught:
+            door(str(folder))
+        assert "\n" not in str(caught.value)
+
+
 def test_weights_without_some_layers_are_refused(bert):
     file = Path(bert) / "model.safetensors"
     kept = {name: value for name, value in load_file(file).items() if "layer.1." not in name}

@@ -83,6 +83,29 @@ def test_hub_cache_is_used_when_the_hub_is_unreachable(no_hub, monkeypatch, bert
     assert sources.download(source) is source
 
 
+@pytest.mark.parametrize("kind", ["classify", "masked"])
+def test_a_model_in_the_hub_s_cache_asks_nobody(monkeypatch, bert, tmp_path, kind):
+    """transformers asks for an adapter beside the model, with 30 s of retries, unless it is told not to."""
+    commit, asked = "0123456789abcdef0123456789abcdef01234567", []
+    shutil.copytree(bert, tmp_path / "models--org--bert" / "snapshots" / commit)
+    (tmp_path / "models--org--bert" / "refs").mkdir()
+    (tmp_path / "models--org--bert" / "refs" / "main").write_text(commit)
+    for module in ("constants", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def ask(self, request, **_):
+        asked.append(request.url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("httpx.Client.send", ask)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: ask(None, type("R", (), {"url": "info"})))
+    loaded = models.load("org/bert", kind)
+    assert loaded.source == "hub, from its local cache" and {*asked} == {"info"}
+    assert loaded.model.config.name_or_path == "org/bert"  # what an adapter's file says of its base
+
+
 def test_hub_download_takes_one_format_of_weights(monkeypatch):
     asked = {}
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: type("Info", (), {"sha": "c0ffee"}))

@@ -42,6 +42,28 @@ def test_a_run_tells_what_it_did(tmp_path):
     assert set(record.fingerprints) >= {"data", "model", "code"} and record.environment["versions"]["torch"]
 
 
+def test_a_tilde_is_the_user_s_folder_everywhere(tmp_path, monkeypatch):
+    """Record, checkpoints and adapter in one place, and the second half finds the first."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    given = QUICK | {"record": "~/r/s0.json", "run_dir": "~/run", "save_steps": 2}
+    lorakit.run(given)
+    again = lorakit.run(given)
+    assert any(note.startswith("resumed at step 6") for note in again.notes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["r", "run"]
+    assert (tmp_path / "home" / "run" / "adapter").is_dir() and records.read(tmp_path / "home" / "r" / "s0.json")
+
+
+@pytest.mark.parametrize("style", ["bar", "plain"])
+def test_the_progress_ends_with_the_last_validation_loss(monkeypatch, capfd, style):
+    monkeypatch.setenv("LORAKIT_PROGRESS", style)
+    record = lorakit.run(QUICK)
+    shown = [line for line in "".join(capfd.readouterr()).replace("\r", "\n").splitlines() if "100%" in line]
+    name = {"bar": "validation=", "plain": "validation "}[style]
+    assert shown and all(f"{name}{record.final['validation']['loss']:.3g}" in line for line in shown)
+
+
 def test_same_seed_same_run_other_seed_other_run():
     losses = [[p.train_loss for p in lorakit.run(QUICK | {"seed": seed}).curve] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]

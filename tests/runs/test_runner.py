@@ -29,7 +29,7 @@ def run(*arguments: str | Path) -> int:
 
 @pytest.mark.parametrize(
     ("given", "complaint"),
-    [("rnak=4", "rnak=4: unknown parameter"), ("learning_rate=1e-4", "learning_rate='1e-4'"),
+    [("rnak=4", "rnak=4: unknown parameter"), ("learning_rate=fast", "learning_rate='fast'"),
      ("rank=0", "rank=0"), ("rank", "-p='rank'")],
 )  # fmt: skip
 def test_bad_parameters_are_refused_before_anything_runs(notebook, tmp_path, capsys, given, complaint):
@@ -48,6 +48,13 @@ def test_a_notebook_needs_its_parameters_cell(tmp_path):
 def test_parameters_are_bare_literals(tmp_path, line):
     path = light_notebook.write(tmp_path / "a.ipynb", parameters=line)
     with pytest.raises(ParameterError, match="bare literals"):
+        notebooks.parameters(path)
+
+
+@pytest.mark.parametrize("source", ["rank = ", "rank = 8)", "rank = 08", "'", "rank = {[]: 1}"])
+def test_a_parameters_cell_that_is_not_python_is_one_clear_error(tmp_path, source):
+    path = light_notebook.write(tmp_path / "a.ipynb", parameters=source)
+    with pytest.raises(ParameterError, match=r"a\.ipynb': (its parameters cell is not Python|.*bare literals)"):
         notebooks.parameters(path)
 
 

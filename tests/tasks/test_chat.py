@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
 
+import lorakit
 from lorakit import tasks
 from lorakit.errors import DataError, ParameterError
 from lorakit.tasks import chat, collate, conversations
@@ -134,12 +136,64 @@ def documents():
 
 def test_packing_divides_no_document_and_labels_no_boundary():
     columns = collate.pack(documents(), documents(), 40)
-    assert [len(row) for row in columns["input_ids"]] == [37, 26, 30]
+    assert [len(row) for row in columns["input_ids"]] == [39, 37, 17]
     for ids, labels, positions in zip(columns["input_ids"], columns["labels"], columns["position_ids"], strict=True):
         starts = [place for place, position in enumerate(positions) if position == 0]
         assert all(labels[start] == IGNORED for start in starts)
-        assert sum(label == IGNORED for label in labels) == len(starts) and sum(columns["attention_mask"][0]) == 37
+        assert sum(label == IGNORED for label in labels) == len(starts) and sum(columns["attention_mask"][0]) == 39
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_packing_is_best_fit_decreasing():
+    """Against the plain loop: each length, longest first, into the fullest row that still has room for it."""
+    lengths = torch.randint(2, 65, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    filled: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, used in enumerate(filled) if used + length <= 64]
+        row = max(fitting, key=filled.__getitem__, default=len(filled))
+        filled[row : row + 1] = [(filled[row] if row < len(filled) else 0) + length]
+    ids = [[3] * length for length in lengths]
+    assert sorted(map(len, collate.pack(ids, ids, 64)["input_ids"])) == sorted(filled)
+    assert len(filled) <= 1.02 * -(-sum(lengths) // 64)
+    with pytest.raises(ParameterError, match="max_length=63: a conversation has 64 tokens"):
+        collate.pack(ids, ids, 63)
+
+
+def looking_elsewhere(name, **options):
+    """A random model whose positions, or whose state, take no notice of restarts."""
+    import transformers
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "pad_token_id": 0}
+    own = {
+        "OPT": {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "word_embed_proj_dim": 32},
+        "Bloom": {"n_layer": 2, "n_head": 2},
+        "Mamba": {"num_hidden_layers": 2, "state_size": 8},
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes | own[name] | options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["OPT", "Bloom", "Mamba", "gemma", "gpt2"])
+def test_a_model_that_mixes_packed_documents_is_refused_by_name(name, dtype, tiny_gemma, tiny_gpt2):
+    fits = {"gemma": tiny_gemma, "gpt2": tiny_gpt2}
+    model = (fits[name](initializer_range=0.3) if name in fits else looking_elsewhere(name)).to(dtype).train()
+    packed = rows_of(collate.pack(documents(), documents(), 40))
+    cached = model.config.use_cache
+    with (
+        nullcontext() if name in fits else pytest.raises(ParameterError, match=f"packing=True: {name}.*see each other")
+    ):
+        collate.require_apart(model, packed, collate.PackedCollator(0))
+    assert model.training and model.config.use_cache == cached
+
+
+def test_a_run_that_would_mix_packed_documents_writes_nothing(tmp_path, decoder):
+    looking_elsewhere("OPT", vocab_size=len(decoder)).save_pretrained(tmp_path / "opt")
+    decoder.save_pretrained(tmp_path / "opt")
+    given = {"model": str(tmp_path / "opt"), "task": "toy-instruct", "packing": True, "max_length": 256}
+    with pytest.raises(ParameterError, match="packing=True: OPT"):
+        lorakit.run(given | {"max_train": 20, "record": str(tmp_path / "r.json"), "run_dir": str(tmp_path / "run")})
+    assert [path.name for path in tmp_path.iterdir()] == ["opt"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -152,7 +206,7 @@ def test_packed_logits_and_gradients_are_those_of_separate_rows(attention, famil
     assert batch["input_ids"].shape == (3, 40) and "attention_mask" not in batch
     packed = model(**batch)
     loss, count = 0.0, 0
-    for document, (row, start) in zip(documents(), [(0, 0), (0, 12), (0, 32), (1, 0), (1, 17), (2, 0)], strict=True):
+    for document, (row, start) in zip(documents(), [(2, 0), (1, 0), (2, 12), (1, 20), (0, 30), (0, 0)], strict=True):
         alone = model(input_ids=torch.tensor([document]), labels=torch.tensor([document]))
         found = packed.logits[row, start : start + len(document)]
         torch.testing.assert_close(found, alone.logits[0], atol=1e-5, rtol=1e-5)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import Alternating, Closed, equal, killed_and_resumed, near, plain, ran, tiny_bert, trainer, weights
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.params import Params
+from lorakit.runs.assembly import Assembled
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
 from lorakit.training.loss import example_statistics
@@ -224,14 +229,39 @@ def test_report_to_tensorboard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"precision": "fp16"}, "precision='fp16'"), ({"tf32": True}, "tf32=True"),
-     ({"optimizer": "adamm"}, "optimizer='adamm'"), ({"report_to": "tensorboard"}, "run_dir=''")],
+    [({"precision": "fp16"}, "precision='fp16'"), ({"report_to": "tensorboard"}, "run_dir=''"),
+     ({"optimizer": "adamm"}, "optimizer='adamm': there is no optimizer of this name; there are adamw_torch, "),
+     ({"optimizer": "galore_adamw"}, "optimizer='galore_adamw': .*; there are adamw_torch, "),
+     ({"optimizer": "adamw_anyprecision"}, "optimizer='adamw_anyprecision': .*; there are adamw_torch, "),
+     ({"report_to": "tensorbord", "run_dir": "r"}, "report_to='tensorbord': must be none or, .*tensorboard"),
+     ({"report_to": "tensorboard, tb", "run_dir": "r"}, "report_to='tensorboard, tb': must be none or, .*tensorboard")],
 )  # fmt: skip
 def test_what_this_machine_cannot_do_is_refused_by_name(changed, message, tmp_path):
-    if torch.cuda.is_available() and {"precision", "tf32"} & changed.keys():
+    if torch.cuda.is_available() and "precision" in changed:
         pytest.skip("this machine can")
     with pytest.raises(ParameterError, match=message):
         training_arguments(Params(**changed), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_an_optimizer_is_named_as_usable_exactly_where_the_trainer_builds_it(name, tmp_path):
+    plain = TrainingArguments(str(tmp_path), optim=name, report_to="none", use_cpu=not torch.cuda.is_available())
+    try:
+        Trainer(model().float(), plain).create_optimizer()
+        built = True
+    except (ImportError, ValueError, RuntimeError):
+        built = False
+    with nullcontext() if built else pytest.raises(ParameterError, match=f"optimizer='{name}'"):
+        assert training_arguments(Params(optimizer=name), str(tmp_path)).optim == name
+
+
+def test_tf32_falls_back_with_a_note(monkeypatch, tmp_path):
+    for module in ("training.arguments", "runs.assembly"):
+        monkeypatch.setattr(f"lorakit.{module}.is_torch_tf32_available", lambda: False)
+    assert not training_arguments(Params(tf32=True), str(tmp_path)).tf32
+    silent = SimpleNamespace(notes=[])
+    made = [Assembled(Params(tf32=asked), model(), None, silent, silent, None) for asked in (True, False)]
+    assert made[0].notes == ["tf32: not on this device; float32 is whole"] and made[1].notes == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""Files that are odd but right are read; those that are wrong are one line with file and line number."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+import lorakit
+from lorakit import tasks
+from lorakit.errors import DataError
+from lorakit.tasks import corpus
+
+SST2, MRPC = "sentence\tlabel\n", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
+
+
+def rows(first: int = 0, count: int = 60) -> str:
+    return "".join(f"text number {i} of words w{i}\t{i % 2}\n" for i in range(first, first + count))
+
+
+def pairs(count: int = 60) -> str:
+    return "".join(f"{i % 2}\t{i}\t{i + 1000}\tfirst {i} words\tsecond {i} words\n" for i in range(count))
+
+
+def chats(first: int = 0, count: int = 60) -> str:
+    return "".join(said(f"q{i}") for i in range(first, first + count))
+
+
+def ratings(count: int = 60) -> str:
+    return "".join(f"{i}\t{(-1) ** i}.5\tsome text {i}\n" for i in range(count))
+
+
+def imdb(count: int = 60, long: str = "") -> str:
+    return "text,label\n" + "".join(f"review {i} {long * (i == 3)},{i % 2}\n" for i in range(count))
+
+
+def said(content: str) -> str:
+    """A line of a chat that asks `content`, as it would stand in the file."""
+    return f'{{"messages":[{{"role":"user","content":"{content}"}},{{"role":"assistant","content":"a"}}]}}\n'
+
+
+def load(folder, task, files, tokenizer, **options):
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return tasks.load(task, tokenizer, data_dir=str(folder), **options)
+
+
+READ = {
+    "blank last lines": ("sst2", {"train.tsv": SST2 + rows() + "\n", "dev.tsv": SST2 + rows(90) + "\n \n"}),
+    "blank last line, pairs": ("mrpc", {"msr_paraphrase_train.txt": MRPC + pairs() + "\n"}),
+    "blank last line, ratings": ("reviews", {SNIPPETS: ratings() + "\n"}),
+    "a field of 140,000 characters": ("imdb", {"a.csv": imdb(long="x" * 140_000)}),
+    "a whole character in two escapes": (
+        "instruct", {"train.jsonl": chats() + said("\\ud83d\\ude00"), "validation.jsonl": chats(90)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_is_odd_but_right_is_read(tmp_path, encoder, decoder, case):
+    task, files = READ[case]
+    made = load(tmp_path, task, files, decoder if task == "instruct" else encoder)
+    assert min(map(len, (made.train, made.validation, made.test))) > 0
+
+
+REFUSED = {
+    "header-only dev": ("sst2", {"train.tsv": SST2 + rows(), "dev.tsv": SST2}, r"dev\.tsv, line 2: .*'no rows'"),
+    "header-only train": ("sst2", {"train.tsv": SST2, "dev.tsv": SST2 + rows()}, r"train\.tsv, line 2: .*'no rows'"),
+    "header-only csv": ("imdb", {"a.csv": imdb(), "test.csv": imdb(0)}, r"test\.csv, line 2: .*'no rows'"),
+    "header-only pairs": (
+        "mrpc", {"msr_paraphrase_train.txt": MRPC + pairs(), "msr_paraphrase_test.txt": MRPC}, r"test\.txt, line 2"),
+    "no chats": ("instruct", {"train.jsonl": "\n", "validation.jsonl": chats()}, r"train\.jsonl, line 2: .*'no rows'"),
+    "train is dev": ("sst2", {"train.tsv": SST2 + rows(), "dev.tsv": SST2 + rows()}, "no rows are left.*later split"),
+    "a blank line between": ("sst2", {"train.tsv": SST2 + "\n" + rows(), "dev.tsv": SST2 + rows(90)}, r"tsv, line 2"),
+    **{f"rating {value}": ("reviews", {SNIPPETS: ratings() + f"9\t{value}\ttext\n"}, rf"line 61: .*'{value}'")
+       for value in ("inf", "-inf", "nan", "1e999")},
+    **{f"chat {why}": ("instruct", {"train.jsonl": chats() + line, "validation.jsonl": chats(90)}, "jsonl, line 61")
+       for why, line in {"half a character": said("\\uD800"), "a long number": f'{{"messages":{"1" * 5000}}}\n',
+                         "nested deeply": "[" * 100_000 + "\n", "NaN": '{"messages":NaN}\n'}.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_one_line(tmp_path, encoder, decoder, case):
+    task, files, message = REFUSED[case]
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path, task, files, decoder if task == "instruct" else encoder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_one_class_is_noted(tmp_path, encoder):
+    one = "".join(line.replace("\t0", "\t1") + "\n" for line in rows().splitlines())
+    made = load(tmp_path, "sst2", {"train.tsv": SST2 + one, "dev.tsv": SST2 + rows(90)}, encoder)
+    assert [note for note in made.notes if "of class" in note] == [
+        f"{split}: all {len(getattr(made, split))} rows are of class 1" for split in ("train", "validation")
+    ]
+
+
+def test_a_text_without_a_token_is_left_out_and_counted(tmp_path, encoder, save_bare):
+    files = {"train.tsv": SST2 + rows() + "\t1\n", "dev.tsv": SST2 + rows(90, 3) + "\t0\n"}
+    assert len(load(tmp_path, "sst2", files, encoder).test) == 4  # [CLS] and [SEP] are something to read
+    record = lorakit.run({"model": save_bare, "task": "sst2", "data_dir": str(tmp_path), "budget": 2, "evaluations": 1,
+                          "eval_batch_size": 1, "predict_memory": False})  # fmt: skip
+    assert record.status == "done" and "test: 1 of 4 rows dropped, their text has no token" in record.notes
+
+
+@pytest.fixture
+def save_bare(tmp_path, tiny_gpt2):
+    """A folder with a GPT-2 whose tokenizer adds nothing to a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "text", "number", "of", "words"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    tiny_gpt2().save_pretrained(tmp_path / "bare")
+    return str(tmp_path / "bare")
+
+
+def all_spans(texts: list[str]) -> dict[str, set[str]]:
+    """The plain way: every run of words of every whole text."""
+    known, wholes = {corpus.normal(text) for text in texts}, {}
+    for text in sorted(known, key=lambda text: (-len(text.split()), text)):
+        if text not in wholes:
+            words = text.split()
+            spans = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+            for span in spans & known:
+                wholes.setdefault(span, set()).add(text)
+    return wholes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_phrases_are_those_of_all_spans(seed):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices("abAB", k=rng.randint(0, 9))) for _ in range(200)]
+    assert {name: {*own} for name, own in corpus.phrase_families(texts).items()} == all_spans(texts)
+
+
+def test_a_text_of_many_words_takes_no_time():
+    texts = [" ".join(f"w{seed}x{i % 700}" for i in range(3000)) for seed in range(20)]
+    began = time.perf_counter()
+    assert len(corpus.phrase_families([*texts, "w3x5 w3x6", "w4x699 w4x0 w4x1 w4x2"])) == 22
+    assert time.perf_counter() - began < 5  # all spans of one of them are 4.5 million, 40 GB
