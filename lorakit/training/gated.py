@@ -253,6 +253,9 @@ class GatedTrainer(Trainer):
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)
 
+    def _load_best_model(self) -> None:
+        checkpoint.load_weights(self.model, self.state.best_model_checkpoint)  # the Trainer would look for whole models
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             checkpoint.save_weights(self.model, output_dir or self.args.output_dir)
