@@ -34,7 +34,8 @@ class MeanLoss:
         losses = F.cross_entropy(outputs.logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
         self.token_losses = losses.detach()
         count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
-        return losses.sum() / max(count, 1)  # nothing to predict: 0, not NaN
+        # nothing to predict: trained on as 0; evaluated as NaN, which the Trainer leaves out of its mean
+        return losses.sum() / max(count, int(torch.is_grad_enabled()))
 
 
 def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import training_runs as runs
 from flora_runs import decoder, flora
-from slora_runs import lora, slora
+from slora_runs import arguments, lora, slora
+from transformers import Trainer
 
 
 def peft_model():
@@ -38,3 +39,20 @@ def test_the_best_weights_are_there_at_the_end(tmp_path, made, build, greater):
     assert run.state.best_global_step not in (None, 5)
     assert torch.equal(trained(run), seen[run.state.best_global_step])
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
+
+
+# evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unlabelled", [[], [0], [0, 1], [0, 1, 2]])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_an_evaluation_batch_without_a_label_is_left_out(tmp_path, unlabelled, tokens):
+    """As the plain Trainer, whose own loss of such a batch is NaN, leaves it out."""
+    rows = runs.language_rows(24, seed=1).map(
+        lambda row, i: {"labels": [-100] * len(row["labels"])} if i // 8 in unlabelled else row, with_indices=True
+    )
+    options = {"per_device_eval_batch_size": 8}
+    run = flora(decoder(), tmp_path, **options) if tokens else slora(decoder(), tmp_path, language=True, **options)
+    plain = Trainer(decoder(), arguments(tmp_path, **options), data_collator=runs.collate_language)
+    found, expected = (trainer.evaluate(rows)["eval_loss"] for trainer in (run, plain))
+    assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
