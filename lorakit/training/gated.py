@@ -1,6 +1,8 @@
 """The Hugging Face Trainer with one forward per batch, a gate before the backward, and a ledger of what both cost."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from lorakit.head import HeadInput, find_head
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens
-from lorakit.training.loss import MeanLoss
+from lorakit.training.loss import MeanLoss, OwnLoss, has_labels, is_mean_loss
 from lorakit.training.state import RunState
 from lorakit.training.window import Diverged, Part, Watch, average_gradients
 
@@ -48,9 +50,20 @@ class GatedTrainer(Trainer):
         controllers: Sequence[Controller] = (),
         **trainer_arguments: Any,
     ):
-        super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
+        super().__init__(**trainer_arguments)
         self.kind = kind
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        overridden = type(self).compute_loss is not GatedTrainer.compute_loss
+        if self.tokens.selective:
+            for name, given in (
+                ("compute_loss", type(self).__name__ if overridden else None),
+                ("compute_loss_func", self.compute_loss_func),
+                ("label_smoothing_factor", self.args.label_smoothing_factor or None),
+            ):
+                require(given is None, name, given, "chosen tokens have their cross-entropy for a loss, and no other")
+        if kind and not overridden and self.compute_loss_func is None:
+            self.compute_loss_func = MeanLoss(kind, self.label_smoother.epsilon if self.label_smoother else 0.0)
+        self._loss_found = False  # whether it is known whether the model's own loss is another
         skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
         measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
         require(not skipping, "gating.mode", "fractional", measured)
@@ -74,12 +87,28 @@ class GatedTrainer(Trainer):
     # one micro-batch -----------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one forward pass; in training its FLOPs are counted and the gate will see its outputs."""
-        if not model.training:  # evaluation is no candidate and no cost of training
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The Trainer's: of `MeanLoss`, or where the model's own is another, of that; the user's where there is one."""
+        self._find_loss(inputs)
+        if isinstance(self.compute_loss_func, OwnLoss):
+            forward, labels = model, inputs["labels"]
+            model = lambda num_items_in_batch=None, **given: forward(labels=labels, **given)  # noqa: E731
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _find_loss(self, inputs) -> None:
+        """With the first labels: whether the model's own loss is to be taken."""
+        mean = self.compute_loss_func
+        unknown = isinstance(mean, MeanLoss) and not mean.smoothing and not self._loss_found
+        if unknown and has_labels(inputs.get("labels")):
+            self._loss_found = True
+            if not is_mean_loss(self.model, inputs, self.kind):
+                self.compute_loss_func = OwnLoss(self._loss_shifts_labels)
+
+    def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
+        """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
-        length = inputs["input_ids"].shape[1]
+        main = inputs["input_ids"]
+        self.ledger.add(examples=len(main), tokens=tokens)
+        length = main.shape[1]
         shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
         self._shape = tuple(
             (name, (*shape[:1], *("T" if size == length else size for size in shape[1:])))
@@ -88,13 +117,19 @@ class GatedTrainer(Trainer):
         self._whole = (length, length**2)
         if self.tokens.selective:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
-        labels, forward = inputs["labels"], super().compute_loss
+        labels = inputs.get("labels")
+        self._find_loss(inputs)
         (loss, outputs), flops = self.meter.measure(
-            self._key("forward"), self._whole, lambda: forward(model, inputs, True, num_items_in_batch)
+            self._key("forward"),
+            self._whole,
+            lambda: compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch),
         )
         self.ledger.add(flops_forward=flops)
         logits = getattr(outputs, "logits", None)
         logits = None if logits is None else logits.detach()
+        if self.gate.needs_hidden:
+            classes = not labels.is_floating_point() and logits.shape[-1] > 1
+            require(classes, "labels", labels.dtype, f"gate {self.gate.name!r} needs classes: no regression, no sets")
         candidate = Candidate(
             loss=loss.detach(),
             logits=logits,
@@ -104,15 +139,16 @@ class GatedTrainer(Trainer):
             softcap=self._head.head.softcap if self._head else None,
             token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
-        self._part = Part((self._key("backward"), self._whole), tokens, candidate.targets, candidate)
-        return (loss, outputs) if return_outputs else loss
+        targets = len(main) if labels is None else candidate.targets
+        self._part = Part((self._key("backward"), self._whole), tokens, targets, candidate)
+        return loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
         """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
         batch = dict(inputs)
         labels = batch.pop("labels")
         if not self._verified and self.tokens.divisor(labels):
-            self.tokens.verify(model, batch, labels)
+            self.tokens.verify(self.model, batch, labels)
             self._verified = True
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         per_chosen = processes / max(int(num_items_in_batch), 1)
@@ -156,8 +192,9 @@ class GatedTrainer(Trainer):
         return samples, self.accelerator.gather(divisor).sum() if several else divisor
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As the Trainer's, but its call of `accelerator.backward` first passes the gate."""
-        backward = self.accelerator.backward
+        """As the Trainer's, but `compute_loss` is counted, and `accelerator.backward` first passes the gate."""
+        compute_loss, backward = self.compute_loss, self.accelerator.backward
+        self.compute_loss = functools.partial(self._candidate_loss, compute_loss)
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
             # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
@@ -165,7 +202,7 @@ class GatedTrainer(Trainer):
             with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self.accelerator.backward = backward
+            self.compute_loss, self.accelerator.backward = compute_loss, backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
@@ -182,7 +219,8 @@ class GatedTrainer(Trainer):
             self._open(backward, part, targets)
             return
         if part.candidate is not None:
-            part.measured, part.gate_flops = self.gate.measure(part.candidate), self.gate.flops(part.candidate)
+            candidate = dataclasses.replace(part.candidate, loss=loss.detach())  # divided, where the Trainer does that
+            part.measured, part.gate_flops = self.gate.measure(candidate), self.gate.flops(candidate)
             part.candidate = None
         self.ledger.add(flops_gate=part.gate_flops)
         measured = torch.cat([targets, part.measured])

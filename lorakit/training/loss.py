@@ -1,11 +1,13 @@
 """One loss for every model: the mean over all labels of an optimizer step, however many batches it was split into."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lorakit.head import IGNORED, shifted
+from lorakit.head import IGNORED, same_loss, shifted, takes_labels
+from lorakit.modules import evaluating
 
 
 class MeanLoss:
@@ -17,25 +19,71 @@ class MeanLoss:
     Args:
         kind: "classify": logits (B, C), labels (B,); "masked" and "causal": logits (B, T, V), labels (B, T) with -100
             where nothing is predicted; "causal" pairs the logits at t with the label at t + 1.
+        smoothing: `label_smoothing_factor`, in [0, 1).
 
     Attributes:
         token_losses: of the last call, the negative log-likelihood at every position, (B,) or (B·T,), 0 where nothing
-            is predicted; detached. With it a gate need not normalise 262k logits a second time.
+            is predicted; detached; None where smoothed. With it a gate need not normalise 262k logits a second time.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, smoothing: float = 0.0):
+        self.kind, self.smoothing = kind, smoothing
         self.token_losses: torch.Tensor | None = None
 
     def __call__(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         labels = shifted(labels, self.kind)  # shifting labels, not logits, copies no logits
-        losses = F.cross_entropy(outputs.logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
-        self.token_losses = losses.detach()
+        logits, smoothing = outputs.logits.flatten(0, -2).float(), self.smoothing
+        losses = F.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=smoothing)
+        self.token_losses = None if smoothing else losses.detach()
         count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         # nothing to predict: trained on as 0; evaluated as NaN, which the Trainer leaves out of its mean
         return losses.sum() / max(count, int(torch.is_grad_enabled()))
+
+
+class OwnLoss:
+    """A `compute_loss_func`: the mean loss that the model itself computes, of a batch that weighs as many labels as it
+    has. shifts: whether the first label of a sequence is none, as the Trainer counts them.
+    """
+
+    def __init__(self, shifts: bool):
+        self.shifts = shifts
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if num_items_in_batch is None:
+            return outputs.loss
+        count = (labels[..., 1:] if self.shifts else labels).ne(IGNORED).sum()
+        if count == 0 and torch.is_grad_enabled():
+            return outputs.logits.float().sum() * 0.0  # its own is NaN
+        return outputs.loss * (count / num_items_in_batch)
+
+
+def has_labels(labels: torch.Tensor | None) -> bool:
+    """Whether there is one that is not -100."""
+    return labels is not None and bool(labels.ne(IGNORED).any())
+
+
+@torch.no_grad()
+def is_mean_loss(model: torch.nn.Module, inputs: Mapping[str, Any], kind: str) -> bool:
+    """Whether the loss of `model` itself, on the row with most labels, is `MeanLoss(kind)`: no regression, no several
+    labels at once, no loss function of its own, nothing added to it. A model that has no loss is taken at its word.
+    """
+    labels = inputs["labels"]
+    if not takes_labels(model):
+        return True
+    if labels.is_floating_point() or getattr(model.config, "num_labels", 2) == 1 and kind == "classify":
+        return False
+    row = int((labels.flatten(1) if labels.dim() > 1 else labels[:, None]).ne(IGNORED).sum(1).argmax())
+    single = {
+        name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
+        for name, value in inputs.items()
+    }
+    with evaluating(model):
+        outputs = model(**single)
+    return outputs.loss is None or same_loss(outputs.loss, MeanLoss(kind)(outputs, single["labels"]))
 
 
 def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:

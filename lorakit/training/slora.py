@@ -27,7 +27,8 @@ class SLoRATrainer(GatedTrainer):
 
     Steps of the Trainer (`max_steps`, `logging_steps`, `save_steps`, its learning-rate schedule) count candidate
     batches; `gate/accepted_steps` in its logs counts those that were trained on. Works on lorakit's adapters, on PEFT
-    models, on 4-bit bases, for classifiers and language models.
+    models, on 4-bit bases, for classifiers and language models. The loss is the one that was asked for, the model's own
+    where that is not the cross-entropy of its labels; the novelty is that of the cross-entropy's gradient.
 
     Args:
         model: with something to train; args: `TrainingArguments`, not fp16.

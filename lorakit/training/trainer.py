@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, require
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -100,6 +100,11 @@ class BudgetTrainer(GatedTrainer):
         if isinstance(sampler, LengthGroupedSampler):
             return _ResumableLengthGroups(sampler, self.args.data_seed or self.args.seed)
         return sampler
+
+    def _find_loss(self, inputs) -> None:
+        kinds = not inputs["labels"].is_floating_point()
+        require(kinds, "labels", inputs["labels"].dtype, "a budget's curve knows classes only: no regression, no sets")
+        super()._find_loss(inputs)
 
     # evaluation ----------------------------------------------------------------------------------------
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import training_runs as runs
 from flora_runs import decoder, flora
-from slora_runs import arguments, lora, slora
+from slora_runs import Open, arguments, lora, slora
 from transformers import Trainer
+
+from lorakit.errors import LorakitError
+from lorakit.training import Budget, BudgetTrainer, FLoRATrainer, SLoRATrainer
+from lorakit.training.loss import MeanLoss
 
 
 def peft_model():
@@ -56,3 +62,170 @@ def test_an_evaluation_batch_without_a_label_is_left_out(tmp_path, unlabelled, t
     plain = Trainer(decoder(), arguments(tmp_path, **options), data_collator=runs.collate_language)
     found, expected = (trainer.evaluate(rows)["eval_loss"] for trainer in (run, plain))
     assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+# the loss -------------------------------------------------------------------------------------------
+
+
+def weighted(logits, labels, vocab_size, **_):
+    """A loss function of one's own."""
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    weight = torch.linspace(0.5, 2.0, vocab_size)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), shifted, weight=weight)
+
+
+def own_function():
+    model = decoder()
+    model.loss_function = weighted
+    return model
+
+
+def experts(**options):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    routed = {"num_key_value_heads": 1, "intermediate_size": 64, "num_local_experts": 4, "pad_token_id": 0}
+    return MixtralForCausalLM(MixtralConfig(**sizes | routed | options))
+
+
+def with_routers():
+    return experts(output_router_logits=True)
+
+
+def regression():
+    return lora(runs.tiny_bert(num_labels=1))
+
+
+def several_labels():
+    return lora(runs.tiny_bert(num_labels=3, problem_type="multi_label_classification"))
+
+
+def relabelled(collate, label):
+    def made(batch):
+        inputs = collate(batch)
+        return inputs | {"labels": torch.stack([label(row) for row in inputs["input_ids"]])}
+
+    return made
+
+
+AMOUNT = relabelled(runs.collate, lambda ids: ids[0] / 50)
+SETS = relabelled(runs.collate, lambda ids: (ids[:3] % 2).float())
+LOSSES = {
+    "function": (own_function, runs.collate_language, {}),
+    "routers": (with_routers, runs.collate_language, {}),
+    "smoothed": (decoder, runs.collate_language, {"label_smoothing_factor": 0.2}),
+    "smoothed classes": (lora, runs.collate, {"label_smoothing_factor": 0.2}),
+    "one label": (regression, AMOUNT, {}),
+    "several labels": (several_labels, SETS, {}),
+    "cross-entropy": (decoder, runs.collate_language, {}),
+}
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+
+def on(trainer, name, folder, **options):
+    """A trainer of that class on one of LOSSES."""
+    model, collate, given = LOSSES[name]
+    given = given | SGD | {key: options.pop(key) for key in list(options) if hasattr(arguments(folder), key)}
+    rows = runs.language_rows if collate is runs.collate_language else runs.rows
+    data = {"train_dataset": rows(), "eval_dataset": rows(16, seed=1), "data_collator": collate}
+    return trainer(model=model(), args=arguments(folder, **given), **data, **options)
+
+
+def assert_same_step(ours, plain, untrained):
+    """Weights moved alike, and losses logged and evaluated are the same."""
+    moved = [trained(run) - trained(untrained) for run in (ours, plain)]
+    assert moved[1].norm() > 1e-4
+    assert (moved[0] - moved[1]).norm() < 1e-4 * moved[1].norm()
+    logged = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (ours, plain)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", [None, Open()], ids=["ungated", "gated"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_the_one_that_was_asked_for(tmp_path, name, gate):
+    ours, plain = on(SLoRATrainer, name, tmp_path, gate=gate), on(Trainer, name, tmp_path)
+    for run in (ours, plain):
+        run.train()
+    assert_same_step(ours, plain, on(Trainer, name, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["routers", "smoothed", "one label", "several labels"])
+def test_a_window_steps_as_its_rows_in_one_batch(tmp_path, name):
+    """For losses that are means over rows of equal weight; the plain Trainer's own losses grow with the window."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    ours, whole = on(SLoRATrainer, name, tmp_path, **sizes), on(SLoRATrainer, name, tmp_path)
+    for run in (ours, whole):
+        run.train()
+    start = trained(on(Trainer, name, tmp_path))
+    moved = [trained(run) - start for run in (ours, whole)]
+    # the balance of the routers in parts is not that of the whole
+    tolerance = 0.1 if name == "routers" else 1e-4
+    assert (moved[0] - moved[1]).norm() < tolerance * moved[1].norm()
+
+
+class Doubled:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = 2 * outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class Halved:
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        return (loss / 2, outputs) if return_outputs else loss / 2
+
+
+@pytest.mark.parametrize("gate", [None, Open()], ids=["ungated", "gated"])
+@pytest.mark.parametrize("mixin", [Doubled, Halved])
+@pytest.mark.parametrize("name", ["cross-entropy", "function"])
+def test_an_overridden_compute_loss_is_the_loss(tmp_path, name, mixin, gate):
+    made = [type("Mine", (mixin, base), {}) for base in (SLoRATrainer, Trainer)]
+    windows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ours, plain = on(made[0], name, tmp_path, gate=gate, **windows), on(made[1], name, tmp_path, **windows)
+    for run in (ours, plain):
+        run.train()
+    assert ours.ledger.flops_forward > 0 and ours.ledger.accepted_steps == 3
+    assert_same_step(ours, plain, on(Trainer, name, tmp_path))
+
+
+CHOOSING = {"gating": {"method": "random"}}
+REFUSED = [
+    ("function", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
+    ("routers", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
+    ("smoothed", FLoRATrainer, CHOOSING, "^label_smoothing_factor=0.2: "),
+    ("cross-entropy", FLoRATrainer, CHOOSING | {"compute_loss_func": MeanLoss("causal")}, "^compute_loss_func="),
+    ("cross-entropy", type("Mine", (Doubled, FLoRATrainer), {}), CHOOSING, "^compute_loss='Mine': "),
+    (
+        "one label",
+        functools.partial(BudgetTrainer, kind="classify", budget=Budget(3, "steps")),
+        {},
+        "^labels=torch.flo",
+    ),
+    (
+        "one label",
+        SLoRATrainer,
+        {"gate_config": {"m": 64, "k": 8, "burn_in": 1}},
+        "^labels=torch.float32: gate 'novelty'",
+    ),
+    (
+        "several labels",
+        SLoRATrainer,
+        {"gate_config": {"m": 64, "k": 8, "burn_in": 1}},
+        "^labels=torch.float32: gate 'novelty'",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore::lorakit.gates.log.GateWarning")
+@pytest.mark.parametrize(("name", "trainer", "options", "message"), REFUSED)
+def test_a_loss_that_cannot_be_served_is_refused_by_name(tmp_path, name, trainer, options, message):
+    with pytest.raises(LorakitError, match=message):
+        run = on(trainer, name, tmp_path, **options)
+        before = trained(run)
+        try:
+            run.train()
+        finally:
+            assert torch.equal(trained(run), before) and not list(tmp_path.iterdir())
