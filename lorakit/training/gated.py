@@ -8,21 +8,20 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
 
-from lorakit.errors import require
+from lorakit.errors import ParameterError, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens
-from lorakit.training.loss import MeanLoss, OwnLoss, has_labels, is_mean_loss
-from lorakit.training.state import RunState
-from lorakit.training.window import Diverged, Part, Watch, average_gradients
+from lorakit.training.loss import LossTrainer
+from lorakit.training.state import RunState, require_processes
+from lorakit.training.window import Part, Watch, average_gradients, blank
 
 
-class GatedTrainer(Trainer):
+class GatedTrainer(LossTrainer):
     """One forward per micro-batch; at the end of a window of accumulated ones the gate decides about their backwards.
 
     A rejected window leaves weights, moments and gradients as they were. With gradient accumulation the graphs of a
@@ -50,20 +49,10 @@ class GatedTrainer(Trainer):
         controllers: Sequence[Controller] = (),
         **trainer_arguments: Any,
     ):
-        super().__init__(**trainer_arguments)
-        self.kind = kind
+        super().__init__(kind, **trainer_arguments)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
-        overridden = type(self).compute_loss is not GatedTrainer.compute_loss
         if self.tokens.selective:
-            for name, given in (
-                ("compute_loss", type(self).__name__ if overridden else None),
-                ("compute_loss_func", self.compute_loss_func),
-                ("label_smoothing_factor", self.args.label_smoothing_factor or None),
-            ):
-                require(given is None, name, given, "chosen tokens have their cross-entropy for a loss, and no other")
-        if kind and not overridden and self.compute_loss_func is None:
-            self.compute_loss_func = MeanLoss(kind, self.label_smoother.epsilon if self.label_smoother else 0.0)
-        self._loss_found = False  # whether it is known whether the model's own loss is another
+            self.require_no_other_loss("chosen tokens have their cross-entropy for a loss, and no other")
         skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
         measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
         require(not skipping, "gating.mode", "fractional", measured)
@@ -84,24 +73,15 @@ class GatedTrainer(Trainer):
         self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
 
+    def _inner_training_loop(self, *arguments: Any, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """As the Trainer's, which calls it anew, with smaller batches, where memory ran out: nothing is left over."""
+        self._part, self._window, self._measured = None, [], None
+        self.ledger.forget()
+        if resume_from_checkpoint is None:
+            self.run.start_over()
+        return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
+
     # one micro-batch -----------------------------------------------------------------------------------
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The Trainer's: of `MeanLoss`, or where the model's own is another, of that; the user's where there is one."""
-        self._find_loss(inputs)
-        if isinstance(self.compute_loss_func, OwnLoss):
-            forward, labels = model, inputs["labels"]
-            model = lambda num_items_in_batch=None, **given: forward(labels=labels, **given)  # noqa: E731
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _find_loss(self, inputs) -> None:
-        """With the first labels: whether the model's own loss is to be taken."""
-        mean = self.compute_loss_func
-        unknown = isinstance(mean, MeanLoss) and not mean.smoothing and not self._loss_found
-        if unknown and has_labels(inputs.get("labels")):
-            self._loss_found = True
-            if not is_mean_loss(self.model, inputs, self.kind):
-                self.compute_loss_func = OwnLoss(self._loss_shifts_labels)
 
     def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
         """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
@@ -155,9 +135,16 @@ class GatedTrainer(Trainer):
         per_label = processes / max(int(self._labels_in_window), 1)
         seen = GateLook(self.gate, per_label, self.tokens.head) if self.gate.selective else None
         sizes = (*self._whole, *self.tokens.sizes(labels, seen))
-        selected, flops = self.meter.measure(
-            self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
-        )
+        try:
+            selected, flops = self.meter.measure(
+                self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
+            )
+        except ParameterError as error:
+            if error.name != "logits":
+                raise
+            seen = GateLook(self.gate, per_label, self.tokens.head) if seen else None  # what a batch without labels is
+            self._part = Part(("", ()), tokens, 0, measured=seen and seen.measured(), loss=math.nan)
+            return labels.new_zeros((), dtype=torch.float32)
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
         whole = selected.backpropagated is None
         sizes = (*(self._whole if whole else selected.ran), 0 if selected.kept else selected.chosen)
@@ -209,17 +196,19 @@ class GatedTrainer(Trainer):
         part, self._part = self._part, None
         self._mean_loss = part.loss
         value = loss.item() if part.loss is None else part.loss
-        if not math.isfinite(value):
-            raise Diverged(f"training loss is {value} at step {self.ledger.steps + 1}")
+        finite = math.isfinite(value)
+        if self.accelerator.num_processes == 1:
+            self.watch.finite(not finite, self.ledger.steps + 1, value)
         self.ledger.add(loss=value)
         part.backpropagated, part.options = loss, options
-        targets = torch.tensor([float(part.targets)], dtype=torch.float64)
+        targets = torch.tensor([float(part.targets), float(not finite)], dtype=torch.float64)
         if not self.gate.selective:
             part.candidate = None  # frees the logits' storage as early as the plain Trainer would
             self._open(backward, part, targets)
             return
         if part.candidate is not None:
             candidate = dataclasses.replace(part.candidate, loss=loss.detach())  # divided, where the Trainer does that
+            candidate = candidate if finite else blank(candidate)
             part.measured, part.gate_flops = self.gate.measure(candidate), self.gate.flops(candidate)
             part.candidate = None
         self.ledger.add(flops_gate=part.gate_flops)
@@ -231,7 +220,9 @@ class GatedTrainer(Trainer):
 
     def _open(self, backward: Callable[..., None], part: Part, targets: torch.Tensor) -> None:
         """Without a gate: the backward at once, unless no rank has a label to learn from."""
-        learns = self.total_over_ranks(targets).item() > 0
+        labels, broken = self.total_over_ranks(targets).tolist()
+        self.watch.finite(broken, self.ledger.steps + 1)
+        learns = labels > 0
         if learns:
             self._backward(backward, part)
         else:
@@ -245,13 +236,14 @@ class GatedTrainer(Trainer):
     def _close_window(self, backward: Callable[..., None]) -> None:
         """Decide about the window, on every rank the same, and run its backwards or drop its graphs."""
         window, self._window = self._window, []
-        targets, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
+        targets, broken, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
         self._measured = None
+        self.watch.finite(broken, self.ledger.steps + 1)
         if targets.item() == 0:  # nothing to learn from; the gate does not count it
             self.ledger.add(without_labels=1)
             self.watch.window(False)
             return
-        decision = self.gate.decide(total[1:])
+        decision = self.gate.decide(total[2:])
         accept = decision.accept
         if self.accelerator.num_processes > 1:  # equal sums should decide alike, but one rank must be right: the first
             own = float(accept and self.accelerator.is_main_process)
@@ -290,6 +282,10 @@ class GatedTrainer(Trainer):
         if "loss" in logs and self.gate.selective and self.ledger.steps:
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        require_processes(resume_from_checkpoint, self.accelerator.num_processes)
+        checkpoint.load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         checkpoint.load_weights(self.model, self.state.best_model_checkpoint)  # the Trainer would look for whole models

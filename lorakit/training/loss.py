@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import Trainer
 
+from lorakit.errors import require
 from lorakit.head import IGNORED, same_loss, shifted, takes_labels
 from lorakit.modules import evaluating
 
@@ -84,6 +86,49 @@ def is_mean_loss(model: torch.nn.Module, inputs: Mapping[str, Any], kind: str) -
     with evaluating(model):
         outputs = model(**single)
     return outputs.loss is None or same_loss(outputs.loss, MeanLoss(kind)(outputs, single["labels"]))
+
+
+class LossTrainer(Trainer):
+    """A Trainer with the loss that was asked for: an overridden `compute_loss` or a `compute_loss_func`; else, where
+    the kind of the model is known, `MeanLoss`, or the model's own where that is another one; else the Trainer's.
+
+    Args:
+        kind: "classify", "masked", "causal", or empty.
+    """
+
+    def __init__(self, kind: str, **trainer_arguments: Any):
+        super().__init__(**trainer_arguments)
+        self.kind = kind
+        self.overridden = type(self).compute_loss is not LossTrainer.compute_loss
+        self._loss_found = self.compute_loss_func is not None  # whether the model's own is to be asked no more
+        if kind and not self.overridden and self.compute_loss_func is None:
+            smoothing = self.label_smoother.epsilon if self.label_smoother else 0.0
+            self.compute_loss_func, self._loss_found = MeanLoss(kind, smoothing), smoothing > 0
+
+    def require_no_other_loss(self, why: str) -> None:
+        """Refuse for `why` any loss that the user asked for; the model's own is looked at later."""
+        asked = {
+            "compute_loss": type(self).__name__ if self.overridden else None,
+            "compute_loss_func": None if type(self.compute_loss_func) is MeanLoss else self.compute_loss_func,
+            "label_smoothing_factor": self.args.label_smoothing_factor or None,
+        }
+        for name, given in asked.items():
+            require(given is None, name, given, why)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The Trainer's: of `MeanLoss`, or where the model's own is another, of that; the user's where there is one."""
+        self._find_loss(inputs)
+        if isinstance(self.compute_loss_func, OwnLoss):
+            forward, labels = model, inputs["labels"]
+            model = lambda num_items_in_batch=None, **given: forward(labels=labels, **given)  # noqa: E731
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _find_loss(self, inputs) -> None:
+        """With the first labels: whether the model's own loss is to be taken."""
+        if self.kind and not self.overridden and not self._loss_found and has_labels(inputs.get("labels")):
+            self._loss_found = True
+            if not is_mean_loss(self.model, inputs, self.kind):
+                self.compute_loss_func = OwnLoss(self._loss_shifts_labels)
 
 
 def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:

@@ -105,8 +105,8 @@ class SLoRATrainer(GatedTrainer):
         checkpoint.load_seams(self.run, folder)
         if not (folder / checkpoint.LEDGER).is_file():
             raise CheckpointError(f"{folder}: no {checkpoint.LEDGER}: not a complete checkpoint of SLoRATrainer")
+        super()._load_from_checkpoint(resume_from_checkpoint)
         self.ledger.load_state_dict(torch.load(folder / checkpoint.LEDGER, weights_only=True))
-        checkpoint.load_weights(self.model, folder)
 
 
 def known_kind(model: torch.nn.Module) -> str:

@@ -142,8 +142,8 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.save_run(self.run, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint)
         checkpoint.load_run(self.run, resume_from_checkpoint)
-        checkpoint.load_weights(self.model, resume_from_checkpoint)
 
 
 class _ResumableLengthGroups(torch.utils.data.Sampler):

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import training_runs as runs
-from flora_runs import decoder, flora
+from flora_runs import decoder, flora, ledger
 from slora_runs import Open, arguments, lora, slora
 from transformers import Trainer
 
@@ -229,3 +229,53 @@ def test_a_loss_that_cannot_be_served_is_refused_by_name(tmp_path, name, trainer
             run.train()
         finally:
             assert torch.equal(trained(run), before) and not list(tmp_path.iterdir())
+
+
+# one run after another ------------------------------------------------------------------------------
+
+
+def interrupted(run, at: int, error: Exception) -> None:
+    """Let its micro-batch number `at` fail."""
+    step, count = run.training_step, iter(range(1, 10**6))
+
+    def failing(*given):
+        if next(count) == at:
+            raise error
+        return step(*given)
+
+    run.training_step = failing
+
+
+GATES = {"ungated": lambda: None, "gated": Open}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("tokens", [False, True], ids=["all", "chosen"])
+def test_smaller_batches_after_memory_ran_out_begin_anew(tmp_path, gate, tokens):
+    """Memory runs out in the second micro-batch of a window of two; it goes on with batches of 7 instead of 8."""
+    made = []
+    for size in (8, 7):
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": size, "auto_find_batch_size": True}
+        options |= {"train_sampling_strategy": "sequential", "gate": GATES[gate]()}
+        kind = {"gating": {"method": "flora", "score": "loss"}} if tokens else {}
+        run = on(FLoRATrainer if tokens else SLoRATrainer, "cross-entropy", tmp_path / str(size), **kind, **options)
+        if size == 8:
+            interrupted(run, 2, RuntimeError("CUDA out of memory. Tried to allocate"))
+        run.train()
+        made.append(run)
+    assert torch.equal(*map(trained, made))
+    first, second = (ledger(run) for run in made)
+    assert first == second and first["examples"] == 3 * 2 * 7
+
+
+def test_a_budget_is_spent_again_by_the_next_call(tmp_path):
+    run = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"))
+    interrupted(run, 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for _ in range(2):
+        before = trained(run)
+        run.train()
+        assert run.ledger.steps == 4 and run.ledger.examples == 4 * 2 * 8
+        assert [point.step for point in run.curve.points] == [1, 2, 3, 4]
+        assert not torch.equal(trained(run), before)
