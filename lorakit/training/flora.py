@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from lorakit.errors import require
+from lorakit.head import kind_of
 from lorakit.params import Params, check
 from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
@@ -27,7 +29,8 @@ class FLoRATrainer(SLoRATrainer):
         Everything else goes to `SLoRATrainer`.
 
     Raises:
-        ParameterError: an unknown key or a value out of range, fp16, a classifier, checkpointing with "fractional".
+        ParameterError: an unknown key, a value out of range, a key without the one it belongs to, fp16, a classifier,
+            checkpointing with "fractional".
         LorakitError: a model without an output head, or one that mode "fractional" cannot serve.
         CheckpointError: resuming from a checkpoint without this selection's state.
     """
@@ -43,14 +46,25 @@ class FLoRATrainer(SLoRATrainer):
         **options: Any,
     ):
         settings = TokenSettings(gating=dict(gating or {})).gating
+        beside = {"method": [] if "method" in (gating or {}) else list(gating or {})}
+        beside["method 'flora'"] = (
+            [] if settings.method == "flora" else ["score", "sketch_dim", "topk_logits", "policy"]
+        )
+        beside["score 'sketch'"] = [] if settings.score == "sketch" else ["sketch_dim"]
+        for what, keys in beside.items():
+            for key in keys:
+                require(
+                    key not in (gating or {}), f"gating.{key}", getattr(settings, key), f"says nothing without {what}"
+                )
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         check(Params(gating=settings, precision=precision, gradient_checkpointing=args.gradient_checkpointing))
+        kind = known_kind(model) if settings.selective else kind_of(model)
         super().__init__(
             model,
             args,
             train_dataset,
             eval_dataset,
             processing_class,
-            tokens=build_tokens(settings, model, known_kind(model), seed=args.seed, rank=args.process_index),
+            tokens=build_tokens(settings, model, kind, seed=args.seed, rank=args.process_index),
             **options,
         )
