@@ -49,13 +49,13 @@ def metrics(prediction) -> dict[str, float]:
 def trainer(model, folder, *, budget=None, params=None, **options) -> BudgetTrainer:
     """A BudgetTrainer on the random rows."""
     values = {"batch_size": 8, "gradient_accumulation": 2, "learning_rate": 1e-2, "seed": 3, "dropout": 0.0}
+    options = {"compute_metrics": metrics} | options
     return BudgetTrainer(
         model=model,
         args=training_arguments(Params(**values | (params or {})), str(folder)),
         train_dataset=rows(),
         eval_dataset=rows(40, seed=1),
         data_collator=collate,
-        compute_metrics=metrics,
         kind="classify",
         budget=budget or Budget(20, "steps"),
         **options,

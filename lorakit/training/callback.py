@@ -97,10 +97,11 @@ class RunCallback(StepCallback):
     def on_step_end(self, args, state, control, **_):
         before, self.seen = self.seen, self.share(state)
         finished = self.seen >= 1
-        control.should_evaluate = finished or _crossed(before, self.seen, self.evaluations)
-        control.should_log = control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
-        control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
-        control.should_training_stop = finished
+        # beside what the Trainer's own arguments (eval_steps, save_steps, max_steps) and other callbacks asked for
+        control.should_evaluate |= finished or _crossed(before, self.seen, self.evaluations)
+        control.should_log |= control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
+        control.should_save |= self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
+        control.should_training_stop |= finished
         if state.is_world_process_zero:
             self.progress.update(self.seen, self.facts)
 
@@ -114,7 +115,7 @@ class RunCallback(StepCallback):
         self.facts["loss"] = run.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
-        if not self.training:
+        if not self.training or not self.run.curve.points:  # before the first step
             return
         validation = strip_prefix(metrics, "eval_")
         if not math.isfinite(validation["loss"]):

@@ -228,8 +228,16 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return int(mask.sum())
-    ids = inputs["input_ids"]
-    return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())
+    ids = main_input(inputs)
+    if "input_ids" not in inputs or pad_token_id is None:
+        return ids.shape[:2].numel()
+    return int((ids != pad_token_id).sum())
+
+
+def main_input(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T, …): the words, else their embeddings, else the first tensor with two dimensions or more."""
+    named = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    return next(value for value in [*named, *inputs.values()] if torch.is_tensor(value) and value.dim() > 1)
 
 
 def _frozen(key: Any) -> Any:

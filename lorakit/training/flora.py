@@ -11,7 +11,7 @@ from lorakit.head import kind_of
 from lorakit.params import Params, check
 from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
-from lorakit.training.slora import SLoRATrainer, known_kind
+from lorakit.training.slora import SLoRATrainer, known_kind, made_model
 
 
 class FLoRATrainer(SLoRATrainer):
@@ -37,14 +37,16 @@ class FLoRATrainer(SLoRATrainer):
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        args: TrainingArguments,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         gating: Mapping[str, Any] | None = None,
         **options: Any,
     ):
+        args = args or TrainingArguments("tmp_trainer")
+        model = made_model(model, options.pop("model_init", None), args.seed)
         settings = TokenSettings(gating=dict(gating or {})).gating
         beside = {"method": [] if "method" in (gating or {}) else list(gating or {})}
         beside["method 'flora'"] = (

@@ -15,7 +15,7 @@ from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
-from lorakit.training.costs import count_tokens
+from lorakit.training.costs import count_tokens, main_input
 from lorakit.training.loss import LossTrainer
 from lorakit.training.state import RunState, require_processes
 from lorakit.training.window import Part, Watch, average_gradients, blank
@@ -62,7 +62,8 @@ class GatedTrainer(LossTrainer):
         self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
         self.controllers = self.run.controllers
         looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
-        self._head = HeadInput(find_head(self.model, kind)) if looks else None
+        self._looks_at = find_head(self.model, kind) if looks else None
+        self._head: HeadInput | None = None  # while it trains
         self._part: Part | None = None
         self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
         self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
@@ -76,17 +77,20 @@ class GatedTrainer(LossTrainer):
     def _inner_training_loop(self, *arguments: Any, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """As the Trainer's, which calls it anew, with smaller batches, where memory ran out: nothing is left over."""
         self._part, self._window, self._measured = None, [], None
-        self.ledger.forget()
-        if resume_from_checkpoint is None:
-            self.run.start_over()
-        return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
+        self.run.begin(resumed=resume_from_checkpoint is not None)
+        self._head = HeadInput(self._looks_at) if self._looks_at else None
+        try:
+            return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
+        finally:
+            if self._head:
+                self._head.remove()
 
     # one micro-batch -----------------------------------------------------------------------------------
 
     def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
         """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        main = inputs["input_ids"]
+        main = main_input(inputs)
         self.ledger.add(examples=len(main), tokens=tokens)
         length = main.shape[1]
         shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}

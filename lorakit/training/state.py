@@ -32,8 +32,11 @@ class RunState:
     curve: Curve = field(default_factory=Curve)
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def start_over(self) -> None:
-        """Nothing is spent yet, and the curve has no point."""
+    def begin(self, resumed: bool) -> None:
+        """Nothing is left of a step that came to no end; unless resumed, nothing is spent, nothing on the curve."""
+        self.ledger.forget()
+        if resumed:
+            return
         self.ledger.load_state_dict(Ledger().state_dict())
         self.curve.points, self.curve.best, self.curve.best_step = [], {}, None
 
