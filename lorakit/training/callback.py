@@ -68,6 +68,14 @@ class StepCallback(TrainerCallback):
         self.run.gate_log.begin(self.budget.steps() if self.budget else state.max_steps)
         self.run.ledger.restart_clock()
 
+    def on_train_end(self, args, state, control, **_):
+        warmup, accepted = args.get_warmup_steps(state.max_steps), self.run.ledger.accepted_steps
+        if self.budget is None and self.run.gate.selective and accepted < warmup:
+            self.run.gate_log.warn(
+                f"the run ended with {accepted} accepted steps, fewer than its warm-up of {warmup}: steps count "
+                "candidate batches, so that the rate rose and fell while few of them were trained on; raise max_steps"
+            )
+
     def on_step_begin(self, args, state, control, **_):
         for controller in self.run.controllers:
             controller.begin_step(self.share(state))

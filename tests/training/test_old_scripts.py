@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import training_runs as runs
@@ -10,6 +12,7 @@ from slora_runs import GATE, Open, lora, slora
 from transformers import Trainer, TrainerCallback
 
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.gates.log import GateWarning
 from lorakit.training import Budget, FLoRATrainer, SLoRATrainer
 
 # keys that only mean something beside another -------------------------------------------------------
@@ -203,3 +206,21 @@ def test_what_else_ends_evaluates_and_saves_a_run(tmp_path, changed, steps, eval
     assert [step for step, found in points.items() if found] == evaluated
     assert all(set(found) == {"loss"} for found in points.values() if found)
     assert [int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")] == saved
+
+
+# steps are candidates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gate", "warmup", "warned"), [(runs.Alternating, 4, True), (runs.Alternating, 3, False), (lambda: None, 6, False)]
+)
+def test_a_run_that_accepts_less_than_its_warm_up_is_warned_about(tmp_path, gate, warmup, warned):
+    """Of six candidates every other is accepted: three."""
+    data = {"train_dataset": runs.rows(), "data_collator": runs.collate}
+    run = SLoRATrainer(lora(), arguments(tmp_path, max_steps=6, warmup_steps=warmup), gate=gate(), **data)
+    expected = (
+        pytest.warns(GateWarning, match="3 accepted steps, fewer than its warm-up of 4") if warned else nullcontext()
+    )
+    with expected:
+        run.train()
+    assert run.ledger.accepted_steps == (6 if gate is not runs.Alternating else 3)
