@@ -1,6 +1,7 @@
 """A model's head: which layer it is, what it is given, which labels it predicts, and of which kind the model is."""
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ def kind_of(model: nn.Module) -> str:
     """ "classify", "masked" or "causal", from the class of `model` (under PEFT's wrapper); empty: none of them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return next((kind for part, kind in _CLASSES.items() if part in type(base).__name__), "")
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the forward of `model` (under PEFT's wrapper) has a place for labels, and so a loss of its own."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "labels" in inspect.signature(type(base).forward).parameters
+
+
+def same_loss(own: Tensor, mean: Tensor) -> bool:
+    """Whether a model's own loss is the mean cross-entropy of its labels, but for rounding in the own one's dtype."""
+    tolerance = 2e-5 if own.dtype in (torch.float32, torch.float64) else 2e-2
+    return torch.allclose(own.float(), mean.float(), rtol=tolerance, atol=1e-6, equal_nan=True)
 
 
 def shifted(labels: Tensor, kind: str) -> Tensor:

@@ -57,11 +57,15 @@ def trainer(model, folder, *, budget=None, params=None, language=False, **option
     """A BudgetTrainer on the random rows."""
     values = {"batch_size": 8, "gradient_accumulation": 2, "learning_rate": 1e-2, "seed": 3, "dropout": 0.0}
     made, collator = (language_rows, collate_language) if language else (rows, collate)
-    data = {"train_dataset": made(), "eval_dataset": made(40, seed=1), "data_collator": collator}
+    data = {
+        "train_dataset": made(),
+        "eval_dataset": made(40, seed=1),
+        "data_collator": collator,
+        "compute_metrics": metrics,
+    }
     return BudgetTrainer(
         model=model,
         args=training_arguments(Params(**values | (params or {})), str(folder)),
-        compute_metrics=metrics,
         kind="causal" if language else "classify",
         budget=budget or Budget(20, "steps"),
         **data | options,

@@ -1,5 +1,6 @@
 """SkipLoRA between the steps of a run: measure and average M of every adapter, choose which are active, keep books."""
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class SkipLoRA(Controller):
             f"the model has {most} adapters",
         )
         self.generator = torch.Generator().manual_seed(seed)
-        self.metric: list[float] | None = None  # M of each adapter, averaged; None before the first measurement
+        # M of each adapter, averaged; None before the first measurement, and of one that no forward has visited yet
+        self.metric: list[float | None] | None = None
         self.steps = 0
         self.skipped = [0] * most  # steps each adapter was skipped
         self.history: dict[str, list[Any]] = {"step": [], "metric": [], "active": []}
@@ -79,7 +81,7 @@ class SkipLoRA(Controller):
         measuring = in_forward or warm or self.steps % self.settings.skip_measure_every == 0
         active = [True] * len(self.probes)
         if not warm and self.metric is not None and not in_forward:
-            active = choose(self.metric, self.blocks, self.settings, self.generator)
+            active = self._chosen(self.metric)
         if in_forward and not warm:
             draws = torch.rand(len(self.probes), generator=self.generator).tolist()
             explored = draws if self.settings.skip == "adapter" else [draws[0]] * len(draws)
@@ -94,12 +96,13 @@ class SkipLoRA(Controller):
         self.steps += 1
         for place, probe in enumerate(self.probes):
             self.skipped[place] += not probe.active
-        if self.probes[0].squares is not None:
+        if any(probe.measuring for probe in self.probes):
             measured = self._measured(self.probes)
             # while B still grows from zero an average would lag behind
             rate = self.settings.skip_ema if self.metric and not self._warm else 1.0
-            before = self.metric or measured
-            self.metric = [old + rate * (new - old) for old, new in zip(before, measured, strict=True)]
+            pairs = zip(self.metric or measured, measured, strict=True)
+            known = [new if old is None else old if new is None else old + rate * (new - old) for old, new in pairs]
+            self.metric = known if any(m is not None for m in known) else None
 
     def at_point(self, step: int) -> None:
         since, skips = self._since_point
@@ -107,13 +110,16 @@ class SkipLoRA(Controller):
         active = [1 - (now - before) / steps for now, before in zip(self.skipped, skips, strict=True)]
         self._since_point = (self.steps, list(self.skipped))
         self.history["step"].append(step)
-        self.history["metric"].append([round(m, 6) for m in self.metric or []])
+        self.history["metric"].append([round(m or 0.0, 6) for m in self.metric or []])
         self.history["active"].append([round(a, 4) for a in active])
 
     def end(self) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            unseen = [path for path, m in zip(self.paths, self.metric or [], strict=False) if m is None]
+            if unseen:
+                warnings.warn(f"never skipped, since no forward called them: {', '.join(unseen)}", stacklevel=2)
         remove_probes(self.model, self.probes)
 
     def signature(self) -> Hashable:
@@ -158,19 +164,35 @@ class SkipLoRA(Controller):
         """In the forward: whether the adapter just measured is active; later batches of the step keep to it."""
         probe.decide = None
         place = self.probes.index(probe)
-        before = [other.active for other in self.probes[:place]]
+        before = [other.active for other in self.probes[:place] if other.squares is not None]  # visited before
         (m,) = self._measured([probe])
         adaptive = self.settings.skip_share and self.metric
-        tau = threshold(self.metric, self.settings) if adaptive else self.settings.skip_threshold
+        known = [metric for metric in self.metric or [] if metric is not None]
+        tau = threshold(known, self.settings) if adaptive else self.settings.skip_threshold
         needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
         cut_ended = self.settings.skip == "prefix" and any(before)
-        return m >= tau or needed or cut_ended or self._forced[place]
+        return m is None or m >= tau or needed or cut_ended or self._forced[place]
 
-    def _measured(self, probes: list[Probe]) -> list[float]:
-        """M of each adapter over the batches since the step began, of all processes."""
-        squares = torch.stack([probe.squares for probe in probes]).double().cpu()
+    def _chosen(self, metric: list[float | None]) -> list[bool]:
+        """Which adapters are active: of those that a forward has visited, as if there were no others."""
+        seen = [place for place, m in enumerate(metric) if m is not None]
+        names = sorted({self.blocks[place] for place in seen})
+        given = [metric[place] for place in seen], [names.index(self.blocks[place]) for place in seen]
+        few = self.settings.skip_min_active > len(seen)
+        settings = self.settings.but(skip_min_active=len(seen)) if few else self.settings
+        active = choose(*given, settings, self.generator)
+        chosen = dict(zip(seen, active, strict=True))
+        return [chosen.get(place, True) for place in range(len(metric))]
+
+    def _measured(self, probes: list[Probe]) -> list[float | None]:
+        """M of each adapter over the batches since the step began, of all processes; None: no forward visited it."""
+        seen = [probe.squares for probe in probes if probe.squares is not None]
+        nothing = torch.zeros_like(seen[0]) if seen else torch.zeros(2)
+        squares = [nothing if probe.squares is None else probe.squares for probe in probes]
+        squares = torch.stack(squares).double().cpu()
         update, output = self._sum(squares.flatten()).view(-1, 2).T
-        return (update / output.clamp_min(1e-30)).sqrt().tolist()
+        means = (update / output.clamp_min(1e-30)).sqrt().tolist()
+        return [mean if visited else None for mean, visited in zip(means, (output > 0).tolist(), strict=True)]
 
 
 # probes on a model -------------------------------------------------------------------------------------

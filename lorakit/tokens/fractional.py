@@ -94,6 +94,7 @@ class FractionalGate(TokenGate):
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
     ) -> tuple[Chosen, DynamicCache, Masks]:
         """Pass 1: what was chosen, keys and values of every layer, and the masks of all tokens."""
+        require("input_ids" in inputs, "inputs_embeds", "given", "mode 'fractional' needs input_ids; use 'gather'")
         require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
         masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
         recorded, kept = DynamicCache(), []

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, require
-from lorakit.head import IGNORED, ROWS_CHECKED, Head, HeadCheck, find_head, replaced_input, rows, shifted
+from lorakit.head import (
+    IGNORED,
+    ROWS_CHECKED,
+    Head,
+    HeadCheck,
+    find_head,
+    replaced_input,
+    rows,
+    same_loss,
+    shifted,
+    takes_labels,
+)
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating
@@ -87,7 +98,7 @@ class TokenGate:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
 
         Raises:
-            LorakitError: its logits are not its head's linear map.
+            LorakitError: its logits are not its head's linear map, its own loss not their cross-entropy.
         """
         row = int((shifted(labels, self.kind) != IGNORED).sum(1).argmax())
         single = {
@@ -98,11 +109,21 @@ class TokenGate:
             self._try(model, single, labels[row : row + 1])
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        own = {"labels": torch.arange(ROWS_CHECKED, device=labels.device)[None]} if takes_labels(model) else {}
         with replaced_input(self.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
-            outputs = model(**inputs)
+            outputs = model(**inputs, **own)
         if not given:
             raise LorakitError("the model's forward did not call its output head: there is nothing to select")
         HeadCheck(self.head)(given[0], outputs.logits)
+        if own and outputs.loss is not None:
+            where, targets = rows(own["labels"], self.kind)
+            mean = self.losses(outputs.logits.flatten(0, 1)[where], targets).mean()
+            if not same_loss(outputs.loss, mean):
+                raise LorakitError(
+                    f"{type(model).__name__}: its own loss is {float(outputs.loss):.4g}, the mean cross-entropy of its "
+                    f"labels {float(mean):.4g}: chosen tokens know the latter only; take off what it adds or "
+                    "puts in its place (loss_function, router losses)"
+                )
 
     def divisor(self, labels: Tensor) -> int:
         groups = self.shares.groups(labels)

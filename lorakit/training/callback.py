@@ -68,6 +68,14 @@ class StepCallback(TrainerCallback):
         self.run.gate_log.begin(self.budget.steps() if self.budget else state.max_steps)
         self.run.ledger.restart_clock()
 
+    def on_train_end(self, args, state, control, **_):
+        warmup, accepted = args.get_warmup_steps(state.max_steps), self.run.ledger.accepted_steps
+        if self.budget is None and self.run.gate.selective and accepted < warmup:
+            self.run.gate_log.warn(
+                f"the run ended with {accepted} accepted steps, fewer than its warm-up of {warmup}: steps count "
+                "candidate batches, so that the rate rose and fell while few of them were trained on; raise max_steps"
+            )
+
     def on_step_begin(self, args, state, control, **_):
         for controller in self.run.controllers:
             controller.begin_step(self.share(state))
@@ -97,10 +105,11 @@ class RunCallback(StepCallback):
     def on_step_end(self, args, state, control, **_):
         before, self.seen = self.seen, self.share(state)
         finished = self.seen >= 1
-        control.should_evaluate = finished or _crossed(before, self.seen, self.evaluations)
-        control.should_log = control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
-        control.should_save = self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
-        control.should_training_stop = finished
+        # beside what the Trainer's own arguments (eval_steps, save_steps, max_steps) and other callbacks asked for
+        control.should_evaluate |= finished or _crossed(before, self.seen, self.evaluations)
+        control.should_log |= control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
+        control.should_save |= self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
+        control.should_training_stop |= finished
         if not control.should_evaluate:  # else with what it finds
             self._show(state)
 
@@ -118,7 +127,7 @@ class RunCallback(StepCallback):
         self.facts["loss"] = run.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
-        if not self.training:
+        if not self.training or not self.run.curve.points:  # before the first step
             return
         validation = strip_prefix(metrics, "eval_")
         if not math.isfinite(validation["loss"]):

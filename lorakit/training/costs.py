@@ -52,14 +52,15 @@ class Ledger:
     def commit(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Close one optimizer step. `total` sums a float64 vector over ranks, so every rank holds equal totals."""
         names = ("examples", "tokens", "tokens_backpropagated", "flops_forward", "flops_backward", "flops_gate")
-        counts = [self._pending.get(name, 0.0) for name in (*names, "accepted", "without_labels")]
-        *sums, accepted, without_labels = total(torch.tensor(counts, dtype=torch.float64)).tolist()
+        counts = [self._pending.get(name, 0.0) for name in (*names, "accepted", "without_labels", "loss")]
+        counted = total(torch.tensor([*counts, 1.0], dtype=torch.float64)).tolist()
+        *sums, accepted, without_labels, loss, ranks = counted
         for name, value in zip(names, sums, strict=True):
             setattr(self, name, type(getattr(self, name))(getattr(self, name) + value))
         self.steps += 1
         self.accepted_steps += accepted > 0
         self.steps_without_labels += accepted == 0 and without_labels > 0
-        self.loss_sum += self._pending.get("loss", 0.0)
+        self.loss_sum += loss / ranks
         self.loss_steps += 1
         self.score_sum += self._pending.get("score", 0.0)
         self.score_count += int(self._pending.get("scored", 0))
@@ -67,6 +68,10 @@ class Ledger:
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
+
+    def forget(self) -> None:
+        """Drop what was counted of a step that came to no end."""
+        self._pending.clear()
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (evaluation, saving) out of the seconds."""
@@ -223,8 +228,16 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return int(mask.sum())
-    ids = inputs["input_ids"]
-    return ids.numel() if pad_token_id is None else int((ids != pad_token_id).sum())
+    ids = main_input(inputs)
+    if "input_ids" not in inputs or pad_token_id is None:
+        return ids.shape[:2].numel()
+    return int((ids != pad_token_id).sum())
+
+
+def main_input(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(B, T, …): the words, else their embeddings, else the first tensor with two dimensions or more."""
+    named = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    return next(value for value in [*named, *inputs.values()] if torch.is_tensor(value) and value.dim() > 1)
 
 
 def _frozen(key: Any) -> Any:

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from lorakit.errors import require
+from lorakit.head import kind_of
 from lorakit.params import Params, check
 from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
-from lorakit.training.slora import SLoRATrainer, known_kind
+from lorakit.training.slora import SLoRATrainer, known_kind, made_model
 
 
 class FLoRATrainer(SLoRATrainer):
@@ -27,30 +29,44 @@ class FLoRATrainer(SLoRATrainer):
         Everything else goes to `SLoRATrainer`.
 
     Raises:
-        ParameterError: an unknown key or a value out of range, fp16, a classifier, checkpointing with "fractional".
+        ParameterError: an unknown key, a value out of range, a key without the one it belongs to, fp16, a classifier,
+            checkpointing with "fractional".
         LorakitError: a model without an output head, or one that mode "fractional" cannot serve.
         CheckpointError: resuming from a checkpoint without this selection's state.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        args: TrainingArguments,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         gating: Mapping[str, Any] | None = None,
         **options: Any,
     ):
+        args = args or TrainingArguments("tmp_trainer")
+        model = made_model(model, options.pop("model_init", None), args.seed)
         settings = TokenSettings(gating=dict(gating or {})).gating
+        beside = {"method": [] if "method" in (gating or {}) else list(gating or {})}
+        beside["method 'flora'"] = (
+            [] if settings.method == "flora" else ["score", "sketch_dim", "topk_logits", "policy"]
+        )
+        beside["score 'sketch'"] = [] if settings.score == "sketch" else ["sketch_dim"]
+        for what, keys in beside.items():
+            for key in keys:
+                require(
+                    key not in (gating or {}), f"gating.{key}", getattr(settings, key), f"says nothing without {what}"
+                )
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         check(Params(gating=settings, precision=precision, gradient_checkpointing=args.gradient_checkpointing))
+        kind = known_kind(model) if settings.selective else kind_of(model)
         super().__init__(
             model,
             args,
             train_dataset,
             eval_dataset,
             processing_class,
-            tokens=build_tokens(settings, model, known_kind(model), seed=args.seed, rank=args.process_index),
+            tokens=build_tokens(settings, model, kind, seed=args.seed, rank=args.process_index),
             **options,
         )

@@ -1,26 +1,27 @@
 """The Hugging Face Trainer with one forward per batch, a gate before the backward, and a ledger of what both cost."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
 
-from lorakit.errors import require
+from lorakit.errors import ParameterError, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
-from lorakit.training.costs import count_tokens
-from lorakit.training.loss import MeanLoss
-from lorakit.training.state import RunState
-from lorakit.training.window import Diverged, Part, Watch, average_gradients
+from lorakit.training.costs import count_tokens, main_input
+from lorakit.training.loss import LossTrainer
+from lorakit.training.state import RunState, require_processes
+from lorakit.training.window import Part, Watch, average_gradients, blank
 
 
-class GatedTrainer(Trainer):
+class GatedTrainer(LossTrainer):
     """One forward per micro-batch; at the end of a window of accumulated ones the gate decides about their backwards.
 
     A rejected window leaves weights, moments and gradients as they were. With gradient accumulation the graphs of a
@@ -48,9 +49,10 @@ class GatedTrainer(Trainer):
         controllers: Sequence[Controller] = (),
         **trainer_arguments: Any,
     ):
-        super().__init__(**{"compute_loss_func": MeanLoss(kind)} | trainer_arguments)
-        self.kind = kind
+        super().__init__(kind, **trainer_arguments)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
+        if self.tokens.selective:
+            self.require_no_other_loss("chosen tokens have their cross-entropy for a loss, and no other")
         skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
         measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
         require(not skipping, "gating.mode", "fractional", measured)
@@ -60,7 +62,8 @@ class GatedTrainer(Trainer):
         self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
         self.controllers = self.run.controllers
         looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
-        self._head = HeadInput(find_head(self.model, kind)) if looks else None
+        self._looks_at = find_head(self.model, kind) if looks else None
+        self._head: HeadInput | None = None  # while it trains
         self._part: Part | None = None
         self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
         self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
@@ -71,15 +74,25 @@ class GatedTrainer(Trainer):
         self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
 
+    def _inner_training_loop(self, *arguments: Any, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """As the Trainer's, which calls it anew, with smaller batches, where memory ran out: nothing is left over."""
+        self._part, self._window, self._measured = None, [], None
+        self.run.begin(resumed=resume_from_checkpoint is not None)
+        self._head = HeadInput(self._looks_at) if self._looks_at else None
+        try:
+            return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
+        finally:
+            if self._head:
+                self._head.remove()
+
     # one micro-batch -----------------------------------------------------------------------------------
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one forward pass; in training its FLOPs are counted and the gate will see its outputs."""
-        if not model.training:  # evaluation is no candidate and no cost of training
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
+        """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        self.ledger.add(examples=len(inputs["input_ids"]), tokens=tokens)
-        length = inputs["input_ids"].shape[1]
+        main = main_input(inputs)
+        self.ledger.add(examples=len(main), tokens=tokens)
+        length = main.shape[1]
         shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
         self._shape = tuple(
             (name, (*shape[:1], *("T" if size == length else size for size in shape[1:])))
@@ -88,13 +101,19 @@ class GatedTrainer(Trainer):
         self._whole = (length, length**2)
         if self.tokens.selective:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
-        labels, forward = inputs["labels"], super().compute_loss
+        labels = inputs.get("labels")
+        self._find_loss(inputs)
         (loss, outputs), flops = self.meter.measure(
-            self._key("forward"), self._whole, lambda: forward(model, inputs, True, num_items_in_batch)
+            self._key("forward"),
+            self._whole,
+            lambda: compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch),
         )
         self.ledger.add(flops_forward=flops)
         logits = getattr(outputs, "logits", None)
         logits = None if logits is None else logits.detach()
+        if self.gate.needs_hidden:
+            classes = not labels.is_floating_point() and logits.shape[-1] > 1
+            require(classes, "labels", labels.dtype, f"gate {self.gate.name!r} needs classes: no regression, no sets")
         candidate = Candidate(
             loss=loss.detach(),
             logits=logits,
@@ -104,24 +123,32 @@ class GatedTrainer(Trainer):
             softcap=self._head.head.softcap if self._head else None,
             token_losses=getattr(self.compute_loss_func, "token_losses", None),
         )
-        self._part = Part((self._key("backward"), self._whole), tokens, candidate.targets, candidate)
-        return (loss, outputs) if return_outputs else loss
+        targets = len(main) if labels is None else candidate.targets
+        self._part = Part((self._key("backward"), self._whole), tokens, targets, candidate)
+        return loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
         """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
         batch = dict(inputs)
         labels = batch.pop("labels")
         if not self._verified and self.tokens.divisor(labels):
-            self.tokens.verify(model, batch, labels)
+            self.tokens.verify(self.model, batch, labels)
             self._verified = True
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         per_chosen = processes / max(int(num_items_in_batch), 1)
         per_label = processes / max(int(self._labels_in_window), 1)
         seen = GateLook(self.gate, per_label, self.tokens.head) if self.gate.selective else None
         sizes = (*self._whole, *self.tokens.sizes(labels, seen))
-        selected, flops = self.meter.measure(
-            self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
-        )
+        try:
+            selected, flops = self.meter.measure(
+                self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
+            )
+        except ParameterError as error:
+            if error.name != "logits":
+                raise
+            seen = GateLook(self.gate, per_label, self.tokens.head) if seen else None  # what a batch without labels is
+            self._part = Part(("", ()), tokens, 0, measured=seen and seen.measured(), loss=math.nan)
+            return labels.new_zeros((), dtype=torch.float32)
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
         whole = selected.backpropagated is None
         sizes = (*(self._whole if whole else selected.ran), 0 if selected.kept else selected.chosen)
@@ -156,8 +183,9 @@ class GatedTrainer(Trainer):
         return samples, self.accelerator.gather(divisor).sum() if several else divisor
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As the Trainer's, but its call of `accelerator.backward` first passes the gate."""
-        backward = self.accelerator.backward
+        """As the Trainer's, but `compute_loss` is counted, and `accelerator.backward` first passes the gate."""
+        compute_loss, backward = self.compute_loss, self.accelerator.backward
+        self.compute_loss = functools.partial(self._candidate_loss, compute_loss)
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
             # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
@@ -165,24 +193,27 @@ class GatedTrainer(Trainer):
             with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self.accelerator.backward = backward
+            self.compute_loss, self.accelerator.backward = compute_loss, backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
         part, self._part = self._part, None
         self._mean_loss = part.loss
         value = loss.item() if part.loss is None else part.loss
-        if not math.isfinite(value):
-            raise Diverged(f"training loss is {value} at step {self.ledger.steps + 1}")
+        finite = math.isfinite(value)
+        if self.accelerator.num_processes == 1:
+            self.watch.finite(not finite, self.ledger.steps + 1, value)
         self.ledger.add(loss=value)
         part.backpropagated, part.options = loss, options
-        targets = torch.tensor([float(part.targets)], dtype=torch.float64)
+        targets = torch.tensor([float(part.targets), float(not finite)], dtype=torch.float64)
         if not self.gate.selective:
             part.candidate = None  # frees the logits' storage as early as the plain Trainer would
             self._open(backward, part, targets)
             return
         if part.candidate is not None:
-            part.measured, part.gate_flops = self.gate.measure(part.candidate), self.gate.flops(part.candidate)
+            candidate = dataclasses.replace(part.candidate, loss=loss.detach())  # divided, where the Trainer does that
+            candidate = candidate if finite else blank(candidate)
+            part.measured, part.gate_flops = self.gate.measure(candidate), self.gate.flops(candidate)
             part.candidate = None
         self.ledger.add(flops_gate=part.gate_flops)
         measured = torch.cat([targets, part.measured])
@@ -193,7 +224,9 @@ class GatedTrainer(Trainer):
 
     def _open(self, backward: Callable[..., None], part: Part, targets: torch.Tensor) -> None:
         """Without a gate: the backward at once, unless no rank has a label to learn from."""
-        learns = self.total_over_ranks(targets).item() > 0
+        labels, broken = self.total_over_ranks(targets).tolist()
+        self.watch.finite(broken, self.ledger.steps + 1)
+        learns = labels > 0
         if learns:
             self._backward(backward, part)
         else:
@@ -207,13 +240,14 @@ class GatedTrainer(Trainer):
     def _close_window(self, backward: Callable[..., None]) -> None:
         """Decide about the window, on every rank the same, and run its backwards or drop its graphs."""
         window, self._window = self._window, []
-        targets, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
+        targets, broken, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
         self._measured = None
+        self.watch.finite(broken, self.ledger.steps + 1)
         if targets.item() == 0:  # nothing to learn from; the gate does not count it
             self.ledger.add(without_labels=1)
             self.watch.window(False)
             return
-        decision = self.gate.decide(total[1:])
+        decision = self.gate.decide(total[2:])
         accept = decision.accept
         if self.accelerator.num_processes > 1:  # equal sums should decide alike, but one rank must be right: the first
             own = float(accept and self.accelerator.is_main_process)
@@ -252,6 +286,13 @@ class GatedTrainer(Trainer):
         if "loss" in logs and self.gate.selective and self.ledger.steps:
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        require_processes(resume_from_checkpoint, self.accelerator.num_processes)
+        checkpoint.load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_weights(self.model, self.state.best_model_checkpoint)  # the Trainer would look for whole models
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

@@ -1,12 +1,12 @@
 """SLoRA on the Hugging Face Trainer's own terms: epochs or max_steps, its schedule, its logs, its checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from lorakit.errors import CheckpointError, LorakitError, require
 from lorakit.gates.novelty import HeadGradientGate
@@ -27,7 +27,8 @@ class SLoRATrainer(GatedTrainer):
 
     Steps of the Trainer (`max_steps`, `logging_steps`, `save_steps`, its learning-rate schedule) count candidate
     batches; `gate/accepted_steps` in its logs counts those that were trained on. Works on lorakit's adapters, on PEFT
-    models, on 4-bit bases, for classifiers and language models.
+    models, on 4-bit bases, for classifiers and language models. The loss is the one that was asked for, the model's own
+    where that is not the cross-entropy of its labels; the novelty is that of the cross-entropy's gradient.
 
     Args:
         model: with something to train; args: `TrainingArguments`, not fp16.
@@ -35,28 +36,32 @@ class SLoRATrainer(GatedTrainer):
             acceptance rate; {} for all defaults, which are the method's as described and not a run's (see there), None
             for the ungated baseline.
         gate: a gate of your own instead.
+        model_init: makes the model, once, where none is given; the gate belongs to that one.
         Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
 
     Raises:
         ParameterError: an unknown key or a value out of range, fp16, both gate and gate_config.
-        LorakitError: a model without an output head, or of no kind this trainer knows.
+        LorakitError: with a gate, a model without an output head, or of no kind that gates know.
         CheckpointError: resuming from a checkpoint without this gate's state.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        args: TrainingArguments,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         gate_config: Mapping[str, Any] | None = None,
         *,
         gate: Gate | None = None,
+        model_init: Callable[[], torch.nn.Module] | None = None,
         **options: Any,
     ):
+        args = args or TrainingArguments("tmp_trainer")
+        model = made_model(model, model_init, args.seed)
         require(gate is None or gate_config is None, "gate_config", gate_config, "must be None where a gate is given")
-        kind = known_kind(model)
+        kind = known_kind(model) if gate_config is not None or (gate and gate.needs_hidden) else kind_of(model)
         if gate_config is not None:
             unknown = sorted(set(gate_config) - set(KEYS))
             require(not unknown, "gate_config", unknown, f"unknown keys; known are {', '.join(KEYS)}")
@@ -104,8 +109,20 @@ class SLoRATrainer(GatedTrainer):
         checkpoint.load_seams(self.run, folder)
         if not (folder / checkpoint.LEDGER).is_file():
             raise CheckpointError(f"{folder}: no {checkpoint.LEDGER}: not a complete checkpoint of SLoRATrainer")
+        super()._load_from_checkpoint(resume_from_checkpoint)
         self.ledger.load_state_dict(torch.load(folder / checkpoint.LEDGER, weights_only=True))
-        checkpoint.load_weights(self.model, folder)
+
+
+def made_model(model: torch.nn.Module | None, make: Callable[[], torch.nn.Module] | None, seed: int) -> torch.nn.Module:
+    """`model`, or what `make` gives from the Trainer's seed.
+
+    Raises:
+        ParameterError: both were given, or neither.
+    """
+    require((model is None) != (make is None), "model_init", make, "give either it or a model")
+    if model is None:
+        set_seed(seed)
+    return make() if model is None else model
 
 
 def known_kind(model: torch.nn.Module) -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lorakit.errors import CheckpointError
 from lorakit.gates.log import GateLog
 from lorakit.seams import Controller, Gate, TokenSelection
 from lorakit.training.costs import FlopMeter, Ledger
@@ -30,7 +32,26 @@ class RunState:
     curve: Curve = field(default_factory=Curve)
     identity: Mapping[str, Any] = field(default_factory=dict)
 
+    def begin(self, resumed: bool) -> None:
+        """Nothing is left of a step that came to no end; unless resumed, nothing is spent, nothing on the curve."""
+        self.ledger.forget()
+        if resumed:
+            return
+        self.ledger.load_state_dict(Ledger().state_dict())
+        self.curve.points, self.curve.best, self.curve.best_step = [], {}, None
+
     def end(self) -> None:
         """Training is over, for whatever reason: the model is left ready for inference."""
         for controller in self.controllers:
             controller.end()
+
+
+def require_processes(folder: str | Path, processes: int) -> None:
+    """Refuse a checkpoint of another number of processes, whose batches were others.
+
+    Raises:
+        CheckpointError: naming both numbers.
+    """
+    written = len(list(Path(folder).glob("rng_state*.pth")))  # the Trainer's, one of each process
+    if written not in (0, processes):
+        raise CheckpointError(f"{folder}: written by {written} process(es), which cannot be resumed by {processes}")

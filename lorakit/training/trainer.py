@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, require
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -30,6 +30,8 @@ class BudgetTrainer(GatedTrainer):
         evaluations: on the evaluation data, evenly over the budget.
         save_steps: steps between checkpoints, 0 for none.
         keep_best: keep a copy of the trained weights with the lowest validation loss.
+        compute_metrics: of statistics per example (B, 4) instead of logits, see `example_statistics`; the loss is
+            always there.
         Everything else goes to `GatedTrainer` and `transformers.Trainer`.
 
     Raises:
@@ -52,6 +54,10 @@ class BudgetTrainer(GatedTrainer):
         **trainer_arguments: Any,
     ):
         super().__init__(kind=kind, **trainer_arguments)
+        best = "is keep_best here, which keeps the weights in memory; curve.restore_best puts them back"
+        require(not self.args.load_best_model_at_end, "load_best_model_at_end", True, best)
+        measured = self.compute_metrics or (lambda _: {})
+        self.compute_metrics = lambda prediction: mean_loss(prediction) | measured(prediction)
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
         self.save_steps = save_steps
@@ -72,7 +78,7 @@ class BudgetTrainer(GatedTrainer):
             resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
-        if self.save_steps:
+        if self.save_steps or self.args.save_strategy != "no":
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
@@ -100,6 +106,11 @@ class BudgetTrainer(GatedTrainer):
         if isinstance(sampler, LengthGroupedSampler):
             return _ResumableLengthGroups(sampler, self.args.data_seed or self.args.seed)
         return sampler
+
+    def _find_loss(self, inputs) -> None:
+        kinds = not inputs["labels"].is_floating_point()
+        require(kinds, "labels", inputs["labels"].dtype, "a budget's curve knows classes only: no regression, no sets")
+        super()._find_loss(inputs)
 
     # evaluation ----------------------------------------------------------------------------------------
 
@@ -137,8 +148,13 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.save_run(self.run, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint)
         checkpoint.load_run(self.run, resume_from_checkpoint)
-        checkpoint.load_weights(self.model, resume_from_checkpoint)
+
+
+def mean_loss(prediction: Any) -> dict[str, float]:
+    """Of the statistics (B, 4) of `example_statistics`."""
+    return {"loss": float(prediction.predictions[:, 0].sum() / prediction.predictions[:, 1].sum())}
 
 
 class _ResumableLengthGroups(torch.utils.data.Sampler):

@@ -1,7 +1,7 @@
 """An optimizer step's window: its micro-batches before the decision, their gradients, and whether any come to be."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,13 @@ class Part:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def blank(candidate: Candidate) -> Candidate:
+    """One of the same shapes that is finite: its measurement is as long, and will not be read."""
+    seen = {name: getattr(candidate, name) for name in ("loss", "logits", "hidden")}
+    zeros = {name: torch.zeros_like(value) for name, value in seen.items() if value is not None}
+    return replace(candidate, token_losses=None, **zeros)
+
+
 def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
     """Mean over ranks, in one reduction: what DistributedDataParallel does, which was told not to.
 
@@ -67,6 +74,15 @@ class Watch:
     def __init__(self, model: nn.Module, log: GateLog):
         self.log, self.adapted = log, adapter_parameters(model)
         self.without_backward = self.without_gradient = 0
+
+    def finite(self, broken: float, step: int, loss: float | str = "not finite in one of the processes") -> None:
+        """Every process stops where the loss of one is not finite, before they wait for each other.
+
+        Raises:
+            Diverged: `broken` of them.
+        """
+        if broken:
+            raise Diverged(f"training loss is {loss} at step {step}")
 
     def window(self, trained: bool) -> None:
         """A window got its backward, or was rejected or without labels.

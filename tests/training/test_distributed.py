@@ -6,18 +6,23 @@ import os
 import subprocess
 import sys
 
+import pytest
+import slora_runs
 import torch
 import training_runs as runs
 import two_processes
 
 from lorakit import records
 from lorakit.adapters import attach
+from lorakit.errors import CheckpointError
 from lorakit.files import PROJECT
+from lorakit.params import Params
 from lorakit.gates import build_gate
 from lorakit.settings import Gating
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens import build_tokens
-from lorakit.training import Budget, BudgetTrainer
+from lorakit.training import Budget, BudgetTrainer, Diverged
+from lorakit.training.arguments import training_arguments
 
 
 def outcome(trainer, **more) -> dict:
@@ -165,3 +170,84 @@ def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):
     assert record.method == "slora" and record.costs.accepted_steps == 6
     assert record.costs.examples == 2 * 4 * record.costs.steps  # two processes saw four rows a step each
     assert done.stdout.count("validation loss") == 1
+
+
+def losing(folder: str) -> dict:
+    """The loss logged and averaged of two processes, by kind; and what ended a run with a NaN on the second one."""
+    ended = {}
+    for name in ("none", "gated", "chosen"):
+        gate, tokens = runs.Alternating() if name == "gated" else None, None
+        for broken in (False, True):
+            model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
+            if name == "chosen":
+                tokens = build_tokens(Gating(method="flora", topk_tokens=0.5, score="loss"), model, "causal")
+            if name == "gated":
+                gate = build_gate(runs.batch_gate("novelty", rate=0.5, burn_in=2, m=64, k=8), model, "causal")
+            args = training_arguments(Params(batch_size=4, seed=3, learning_rate=1e-2), f"{folder}/{name}{broken}")
+            args.train_sampling_strategy = "sequential"
+            trainer = BudgetTrainer(
+                model=model,
+                args=args,
+                train_dataset=runs.language_rows(96),
+                eval_dataset=runs.language_rows(8),
+                data_collator=runs.collate_language,
+                compute_metrics=runs.metrics,
+                kind="causal",
+                budget=Budget(4, "steps"),
+                gate=gate,
+                tokens=tokens,
+            )
+            local, step = [], trainer._gated
+
+            def seen(backward, loss, trainer=trainer, local=local, step=step, broken=broken, **options):
+                local.append(trainer._part.loss if trainer._part.loss is not None else loss.item())
+                step(backward, loss, **options)
+                if broken and trainer.args.process_index == 1:  # from the second batch on
+                    trainer.model.get_input_embeddings().weight.data.fill_(float("nan"))
+
+            trainer._gated = seen
+            error = ""
+            try:
+                trainer.train()
+            except Diverged as diverged:
+                error = str(diverged)
+            ended[f"{name}{broken}"] = {
+                "error": error,
+                "steps": trainer.ledger.steps,
+                "logged": [point.train_loss for point in trainer.curve.points],
+                "local": local,
+            }
+    return ended
+
+
+def test_the_loss_of_all_processes_is_logged_and_a_nan_of_one_ends_all(tmp_path):
+    first, second = two_processes.run("test_distributed", "losing", tmp_path)
+    for name in ("none", "gated", "chosen"):
+        mine, other = first[f"{name}False"], second[f"{name}False"]
+        mean = [(a + b) / 2 for a, b in zip(mine["local"], other["local"], strict=True)]
+        assert mine["logged"] == other["logged"] == pytest.approx(mean, rel=1e-6)
+        assert mine["local"] != pytest.approx(other["local"], rel=1e-3)
+        for side in (first, second):
+            ended = side[f"{name}True"]
+            assert "training loss is not finite in one of the processes at step 2" in ended["error"]
+            assert ended["steps"] == 1
+
+
+def saved(folder: str) -> dict:
+    """Checkpoints of two processes, of both trainers."""
+    model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
+    runs.trainer(model, f"{folder}/budget", budget=Budget(2, "steps"), save_steps=1).train()
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    slora_runs.slora(slora_runs.lora(), f"{folder}/slora", gate_config=None, **options).train()
+    return {}
+
+
+def test_another_number_of_processes_does_not_resume(tmp_path):
+    two_processes.run("test_distributed", "saved", tmp_path)
+    budget = runs.trainer(slora_runs.lora(), tmp_path / "budget")
+    plain = slora_runs.slora(slora_runs.lora(), tmp_path / "slora", gate_config=None, max_steps=4)
+    for run in (budget, plain):
+        before = runs.weights(run.model)
+        with pytest.raises(CheckpointError, match=r"checkpoint-1: written by 2 process\(es\), .* resumed by 1"):
+            run.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-1")
+        assert runs.equal(runs.weights(run.model), before)
