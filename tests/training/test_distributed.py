@@ -16,8 +16,8 @@ from lorakit import records
 from lorakit.adapters import attach
 from lorakit.errors import CheckpointError
 from lorakit.files import PROJECT
-from lorakit.params import Params
 from lorakit.gates import build_gate
+from lorakit.params import Params
 from lorakit.settings import Gating
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens import build_tokens
