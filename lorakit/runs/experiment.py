@@ -13,6 +13,7 @@ import torch
 
 from lorakit import adapters, records
 from lorakit.errors import CheckpointError
+from lorakit.files import aside
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
@@ -47,7 +48,7 @@ def run(given: dict[str, Any]) -> Record:
         if Path(params.run_dir).exists() and not Path(params.run_dir).is_dir():
             raise CheckpointError(f"run_dir={params.run_dir!r}: is a file, must be a folder")
         Path(params.run_dir).mkdir(parents=True, exist_ok=True)
-    place = contextlib.nullcontext(params.run_dir) if params.run_dir else tempfile.TemporaryDirectory()
+    place = contextlib.nullcontext(params.run_dir) if params.run_dir else aside(tempfile.gettempdir(), "run")
     with place as folder, _interruptible():
         trainer = build_trainer(assembled, record, folder)
         stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))

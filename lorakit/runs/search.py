@@ -7,6 +7,7 @@ from typing import Any
 from lorakit import records
 from lorakit.errors import require
 from lorakit.fields import UNTRIED, flagged
+from lorakit.files import aside
 from lorakit.params import Params, resolve
 from lorakit.records import Record, SearchPoint
 from lorakit.runs.assembly import assemble, build_trainer, fingerprints
@@ -70,7 +71,7 @@ def _try_rate(params: Params, record: Record) -> SearchPoint:
     assembled = assemble(params)
     record.notes += [note for note in assembled.notes if note not in record.notes]
     record.fingerprints = fingerprints(assembled)
-    with tempfile.TemporaryDirectory() as folder:
+    with aside(tempfile.gettempdir(), "run") as folder:
         trainer = build_trainer(assembled, trial, folder)
         stopped = attempt(trial, trainer, lambda: train(trainer, trial, params))
     if isinstance(stopped, KeyboardInterrupt):

@@ -1,23 +1,24 @@
-"""A checkpoint holds what training changes and nothing else, and is complete once its last file is there."""
+"""A checkpoint holds what training changes and nothing else; written aside, it is complete under its name."""
 
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import write_text
+from lorakit.files import put_away, settle
 from lorakit.training.state import RunState
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
 STATE = "gate.pt"
 LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
-RUN = "run.json"  # written last: a checkpoint without it was cut short
-MARK = ".lorakit"  # written first: a checkpoint without it is somebody else's
+RUN = "run.json"  # a checkpoint without it was cut short, by a lorakit that did not write aside
+MARK = ".lorakit"  # a checkpoint without it is somebody else's
+SAVING = ".checkpoint"  # begins the name of the folder that the next checkpoint is written in
 KEPT = 2  # complete checkpoints of a run
 
 
@@ -81,10 +82,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
             parameter.copy_(stored[name])
 
 
-def save_run(run: RunState, path: Path) -> None:
-    """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last.
+def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
+    """Write ledger, curve, gate and identity beside what the Trainer saved in `path`; all of it moves to `output_dir`.
 
-    Then remove the run's complete checkpoints but the newest `KEPT`.
+    Then the run's complete checkpoints go, but the newest `KEPT`.
     """
     save_seams(run, path)
     if run.curve.best:
@@ -95,11 +96,26 @@ def save_run(run: RunState, path: Path) -> None:
         "curve": run.curve.state_dict(),
         "flops": run.meter.state_dict(),
     }
-    write_text(json.dumps(state), path / RUN)
+    (path / RUN).write_text(json.dumps(state), encoding="utf-8")
+    (path / MARK).touch()
+    settle(path)
+    os.replace(path, Path(output_dir) / path.name)
     identity = json.loads(json.dumps(run.identity))
-    found = {other: json.loads((other / RUN).read_text(encoding="utf-8")) for other in complete(path.parent)}
+    found = {other: json.loads((other / RUN).read_text(encoding="utf-8")) for other in complete(output_dir)}
     for other in [other for other, about in found.items() if about["identity"] == identity][:-KEPT]:
-        shutil.rmtree(other)
+        os.replace(other, path.parent / other.name)  # half removed it would still look like one
+
+
+def begin(output_dir: str | Path, resumed: str | Path | None) -> None:
+    """Put away what a run that goes on from `resumed`, or starts over, has not written and a killed one would resume.
+
+    A killed run goes on from the largest number, so an earlier run's, or a damaged one, must not stand there.
+    """
+    ours = [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
+    places = [path.resolve() for path in ours]
+    if resumed and Path(resumed).resolve() in places:
+        ours = ours[places.index(Path(resumed).resolve()) + 1 :]
+    put_away(ours)
 
 
 def load_run(run: RunState, path: str | Path) -> None:
