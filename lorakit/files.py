@@ -38,6 +38,23 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def alone(lock: Path, name: str, value: str, who: str) -> Iterator[None]:
+    """Keep others out of what `lock` is for; it ends with the process, however that ends.
+
+    Raises:
+        ParameterError: of the parameter `name`: `who` is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, blocking=False):
+            yield
+    except Timeout:
+        raise ParameterError(name, value, f"{who} is at work there") from None
+
+
 def require_place(path: str | Path, name: str = "path", folder: bool = False) -> None:
     """Refuse what `written` could not write to; nothing is left behind.
 
@@ -50,7 +67,7 @@ def require_place(path: str | Path, name: str = "path", folder: bool = False) ->
         kind = real.is_dir() if folder else real.is_file()
         wanted = "is not a folder; name a folder" if folder else "is a folder or a device; name a plain file"
         require(kind or not real.exists(), name, str(path), wanted)
-        there = next(above for above in real.parents if above.exists())
+        there = next(above for above in ([real] if folder else []) + [*real.parents] if above.exists())
         require(there.is_dir(), name, str(path), f"is under {there}, which is a file")
         with aside(there, f".{real.name[:40]}") as probe:  # the whole name may be as long as a name can be
             tried = probe / real.relative_to(there)

@@ -1,6 +1,7 @@
 """run(params) -> Record: one run from parameters to a record, whatever happens on the way."""
 
 import contextlib
+import os
 import signal
 import tempfile
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 from lorakit import adapters, records
-from lorakit.errors import CheckpointError
-from lorakit.files import aside
+from lorakit.errors import require
+from lorakit.files import LOCK, alone, aside, require_place
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
@@ -44,12 +45,7 @@ def run(given: dict[str, Any]) -> Record:
     assembled = assemble(params)
     record.notes += assembled.notes
     record.fingerprints = fingerprints(assembled)
-    if params.run_dir:
-        if Path(params.run_dir).exists() and not Path(params.run_dir).is_dir():
-            raise CheckpointError(f"run_dir={params.run_dir!r}: is a file, must be a folder")
-        Path(params.run_dir).mkdir(parents=True, exist_ok=True)
-    place = contextlib.nullcontext(params.run_dir) if params.run_dir else aside(tempfile.gettempdir(), "run")
-    with place as folder, _interruptible():
+    with _place(params.run_dir) as folder, _interruptible():
         trainer = build_trainer(assembled, record, folder)
         stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
         _describe(record, assembled, trainer)
@@ -64,8 +60,16 @@ def run(given: dict[str, Any]) -> Record:
 
 
 def new_record(params: Params, given: dict[str, Any]) -> Record:
-    """A record of a run that begins; parameters that contradict each other are refused here."""
+    """A record of a run that begins; what contradicts itself, or names no place to write to, is refused here."""
     check(params)
+    if params.run_dir:
+        for folder in (Path(params.run_dir), Path(params.run_dir) / "adapter"):
+            require_place(folder, "run_dir", folder=True)
+    if params.record:
+        require_place(params.record, "record")
+        kept = Path(os.path.realpath(params.run_dir or os.devnull)) / "adapter"
+        clash = Path(os.path.realpath(params.record)) in (kept, *kept.parents)
+        require(not clash, "record", params.record, "is a folder of run_dir; name a file")
     return Record(
         setting=params.setting,
         method=row_of(params),
@@ -103,6 +107,10 @@ def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
+        if checkpoint.code_of(resumed) != record.fingerprints["code"]:
+            record.notes.append("resumed from a checkpoint that other code wrote")
+    elif params.run_dir and not params.resume and trainer.is_world_process_zero():
+        checkpoint.begin(params.run_dir, None, "adapter")
     memory.reset_cuda_peak()
     try:
         trainer.train(resume_from_checkpoint=resumed)
@@ -203,6 +211,19 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
 
 
 # surroundings --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _place(run_dir: str) -> Iterator[str | Path]:
+    """The run's folder, with nobody else at work in it; a temporary one where none is named."""
+    if not run_dir:
+        with aside(tempfile.gettempdir(), "run") as folder:
+            yield folder
+    elif os.environ.get("RANK", "0") != "0":  # the first process keeps others out
+        yield run_dir
+    else:
+        with alone(Path(run_dir) / LOCK, "run_dir", run_dir, "another run"):
+            yield run_dir
 
 
 @contextlib.contextmanager

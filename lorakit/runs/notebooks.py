@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.files import aside
+from lorakit.files import aside, require_place
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 
@@ -56,6 +56,7 @@ def run_notebook(
     """
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
     require(notebook != output, "output", str(output), "must not be the notebook itself")
+    require_place(output, "output")
     given = checked(notebook, params or {})
     output.parent.mkdir(parents=True, exist_ok=True)
     short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"  # for the names of sockets

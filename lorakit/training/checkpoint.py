@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -100,22 +102,43 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     (path / MARK).touch()
     settle(path)
     os.replace(path, Path(output_dir) / path.name)
-    identity = json.loads(json.dumps(run.identity))
-    found = {other: json.loads((other / RUN).read_text(encoding="utf-8")) for other in complete(output_dir)}
-    for other in [other for other, about in found.items() if about["identity"] == identity][:-KEPT]:
+    alike = [other for other in complete(output_dir) if not _differences(run, _about(other)["identity"])]
+    for other in alike[:-KEPT]:
         os.replace(other, path.parent / other.name)  # half removed it would still look like one
 
 
-def begin(output_dir: str | Path, resumed: str | Path | None) -> None:
+def _about(path: str | Path) -> dict[str, Any]:
+    return json.loads((Path(path) / RUN).read_text(encoding="utf-8"))
+
+
+def _differences(run: RunState, stored: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint of identity `stored` says otherwise than `run`; other code (`code_of`) is no other run."""
+    expected = json.loads(json.dumps(run.identity))
+    return [
+        f"{name}={stored.get(name)!r} there, {expected.get(name)!r} here"
+        for name in sorted((stored.keys() | expected.keys()) - {"code"})
+        if stored.get(name) != expected.get(name)
+    ]
+
+
+def code_of(path: str | Path) -> str | None:
+    """The fingerprint of the code that wrote a checkpoint, where it says so."""
+    return _about(path)["identity"].get("code")
+
+
+def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> None:
     """Put away what a run that goes on from `resumed`, or starts over, has not written and a killed one would resume.
 
     A killed run goes on from the largest number, so an earlier run's, or a damaged one, must not stand there.
+
+    Args:
+        more: names of what else an earlier run made.
     """
     ours = [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
     places = [path.resolve() for path in ours]
     if resumed and Path(resumed).resolve() in places:
         ours = ours[places.index(Path(resumed).resolve()) + 1 :]
-    put_away(ours)
+    put_away([*ours, *(Path(output_dir) / name for name in more)])
 
 
 def load_run(run: RunState, path: str | Path) -> None:
@@ -128,14 +151,12 @@ def load_run(run: RunState, path: str | Path) -> None:
     for name in (RUN, STATE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
-    state = json.loads((path / RUN).read_text(encoding="utf-8"))
-    stored, expected = state["identity"], json.loads(json.dumps(run.identity))
-    for name in sorted(stored.keys() | expected.keys()):
-        if stored.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
-                "choose another run_dir, or pass resume=false to start over"
-            )
+    state = _about(path)
+    for difference in _differences(run, state["identity"])[:1]:
+        raise CheckpointError(
+            f"{path}: checkpoint of another run: {difference}; choose another run_dir, or pass resume=false to start "
+            "over"
+        )
     run.ledger.load_state_dict(state["ledger"])
     run.curve.load_state_dict(state["curve"])
     run.meter.load_state_dict(state["flops"])

@@ -214,9 +214,32 @@ def test_search_passes_over_what_diverged():
         ({"model": "no-such/model"}, "no-such/model"),
         ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"),
         ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere"),
+        ({"exact_match_rows": 2}, "exact_match_rows=2: task 'toy-reviews' has no answers"),
+        ({"exact_match_rows": 2, "model": "toy-decoder", "task": "toy-stories"}, "exact_match_rows=2: task 'toy-st"),
+        ({"record": "."}, "record=.*is a folder"),
+        ({"record": "/dev/null"}, "record='/dev/null'.*a device"),
+        ({"record": "/dev/null/r.json"}, "record='/dev/null/r.json': is under /dev/null"),
+        ({"record": "/proc/r.json"}, "record='/proc/r.json': cannot be written"),
+        ({"record": "x" * 256}, "record=.*name too long"),
+        ({"run_dir": "/dev/null"}, "run_dir='/dev/null': is not a folder"),
+        ({"run_dir": "/proc/run"}, "run_dir='/proc/run': cannot be written"),
+        ({"run_dir": "/proc"}, "run_dir='/proc': cannot be written"),
+        ({"run_dir": "x" * 256}, "run_dir=.*name too long"),
+        ({"run_dir": "run", "record": "run"}, "record='run': is a folder of run_dir"),
+        ({"run_dir": "run", "record": "run/adapter"}, "record='run/adapter': is a folder of run_dir"),
+        ({"run_dir": "run/deep", "record": "run"}, "record='run': is a folder of run_dir"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path):
+def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(BudgetTrainer, "train", lambda *_, **__: pytest.fail("trained before it was told"))
     with pytest.raises(LorakitError, match=message):
         lorakit.run(QUICK | {"record": str(tmp_path / "r.json")} | changed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_the_adapter_is_to_be_is_told_before_training(tmp_path):
+    (tmp_path / "adapter").touch()
+    with pytest.raises(ParameterError, match="run_dir=.*adapter': is not a folder"):
+        lorakit.run(QUICK | {"run_dir": str(tmp_path)})
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -12,6 +12,7 @@ import light_notebook
 import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 
 from lorakit import records
 from lorakit.errors import ParameterError
@@ -119,7 +120,8 @@ def test_changed_params_are_told_and_the_record_is_kept(place, capsys):
 
 def test_two_sweeps_of_a_setting_do_not_meet(place):
     runs = sweep.plan(place, "toy", "lora")
-    with sweep._alone(runs[0]), pytest.raises(ParameterError, match="another sweep"):
+    (place / ".runs").mkdir()
+    with FileLock(place / ".runs" / ".toy.lock"), pytest.raises(ParameterError, match="SETTING='toy': another sweep"):
         sweep.sweep(runs)
 
 
