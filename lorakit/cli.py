@@ -1,6 +1,7 @@
 """`lorakit COMMAND …`, one command line: what a command needs is imported only when it is called."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -41,17 +42,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        return (import_module(module).main if module else globals()[name])(rest)
+        status = (import_module(module).main if module else globals()[name])(rest)
+        sys.stdout.flush()
+        return status
     except LorakitError as error:
         print(f"lorakit {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lorakit {name}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:  # a closed pipe, a full disk
+        with contextlib.suppress(OSError):
+            print(f"lorakit {name}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # else Python tries once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def train(argv: Sequence[str]) -> int:
-    """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
+    """Run once; exit status 0 when done, 1 when the run diverged, ran out of memory or failed."""
     given = _given("train", argv)
     from lorakit.analysis.tables import results_table
     from lorakit.runs.experiment import run

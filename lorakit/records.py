@@ -13,7 +13,7 @@ from lorakit.errors import DataError
 from lorakit.files import write_text
 
 SCHEMA_VERSION = 1
-Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
+Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted", "failed"]
 
 
 # Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from lorakit import cli, params
@@ -55,6 +59,21 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["a closed pipe", "/dev/full"])
+def test_what_cannot_be_printed_is_one_line_and_status_1(place):
+    if place == "/dev/full":
+        stdout = os.open(place, os.O_WRONLY)
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "lorakit", "params"], stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    os.close(stdout)
+    assert ended.returncode == 1 and ended.stderr.startswith("lorakit params: [Errno ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_params_of_unknown_settings_and_methods():

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import re
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from lorakit import adapters, records
-from lorakit.errors import require
+from lorakit.errors import DataError, LorakitError, ParameterError, require
 from lorakit.files import LOCK, alone, aside, require_place
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
@@ -25,6 +27,12 @@ from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
 
+# what allocators say on a CPU, where no exception of its own does: PyTorch's, oneDNN's, the system's
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory|bad_alloc"
+    r"|could not (create a (memory|memory object|primitive)|execute a primitive)$"
+)
+
 
 def run(given: dict[str, Any]) -> Record:
     """Train as `given` says and measure it.
@@ -34,25 +42,25 @@ def run(given: dict[str, Any]) -> Record:
 
     Returns:
         The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became
-        NaN or infinite) or "out_of_memory"; the files of the run are kept.
+        NaN or infinite), "out_of_memory" or "failed" (a file could not be written: a full disk, a closed pipe); the
+        files of the run are kept.
 
     Raises:
         LorakitError: bad parameters or data, before anything is written.
         KeyboardInterrupt: after the record with status "interrupted" was written.
+        Exception: what else ended the run, after the record with status "failed" was written.
     """
     params = resolve(given)
     record = new_record(params, given)
-    assembled = assemble(params)
-    record.notes += assembled.notes
-    record.fingerprints = fingerprints(assembled)
-    with _place(params.run_dir) as folder, _interruptible():
-        trainer = build_trainer(assembled, record, folder)
-        stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
-        _describe(record, assembled, trainer)
-    if params.record and trainer.is_world_process_zero():
-        records.write(record, params.record)
-    if isinstance(stopped, KeyboardInterrupt):
-        raise stopped
+    with _interruptible():
+        tried = attempt(record, params, lambda *parts: _train_and_evaluate(record, *parts))
+        if tried.trainer:
+            with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
+                _describe(record, tried.assembled, tried.trainer)
+        if params.record and (tried.trainer is None or tried.trainer.is_world_process_zero()):
+            _write(record, Path(params.record))
+    if tried.stopped:
+        raise tried.stopped
     return record
 
 
@@ -83,23 +91,48 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
     )
 
 
-def attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -> BaseException | None:
-    """Do `work` and say in the record how it ended; what stopped it is returned."""
+@dataclass
+class Attempt:
+    """How far a run came; stopped: to be raised once its record is written."""
+
+    assembled: Assembled | None = None
+    trainer: BudgetTrainer | None = None
+    stopped: BaseException | None = None
+
+
+def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTrainer], None]) -> Attempt:
+    """Assemble the run, do `work` and say in the record how it ended.
+
+    Raises:
+        LorakitError: bad parameters or data, before anything was trained.
+    """
+    tried = Attempt()
     try:
-        work()
+        tried.assembled = assemble(params)
+        record.notes += tried.assembled.notes
+        record.fingerprints = fingerprints(tried.assembled)
+        with _place(params.run_dir) as folder:
+            tried.trainer = build_trainer(tried.assembled, record, folder)
+            try:
+                work(tried.assembled, tried.trainer)
+            finally:
+                tried.trainer.progress.close()
         record.status = "done"
-        return None
+    except LorakitError:
+        raise
     except Diverged as error:
         record.status, record.message = "diverged", str(error)
-        return error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        record.status, record.message = "out_of_memory", " ".join(str(error).split())[:500]
-        return error
     except KeyboardInterrupt as error:
-        record.status, record.message = "interrupted", f"stopped at step {trainer.ledger.steps}"
-        return error
-    finally:
-        trainer.progress.close()
+        tried.stopped, step = error, tried.trainer.ledger.steps if tried.trainer else 0
+        record.status, record.message = "interrupted", f"stopped at step {step}"
+    except Exception as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
+        said = " ".join(str(error).split())[:500]
+        record.status, record.message = (
+            ("out_of_memory", said) if full else ("failed", f"{type(error).__name__}: {said}")
+        )
+        tried.stopped = None if full or isinstance(error, OSError) else error
+    return tried
 
 
 def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
@@ -208,6 +241,19 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
         device=model.device.type,
         tokens=build_tokens(params.gating, model, task.kind, seed=params.seed),
     )
+
+
+def _write(record: Record, path: Path) -> None:
+    """Write the record where it was asked for, or where it can be.
+
+    Raises:
+        DataError: it was not where it was asked for; the message says where it is.
+    """
+    try:
+        records.write(record, path)
+    except (OSError, ParameterError) as error:
+        kept = records.write(record, Path(tempfile.mkdtemp(prefix="record-")) / path.name)
+        raise DataError(f"record={str(path)!r}: cannot be written: {error}; it is in {kept}") from None
 
 
 # surroundings --------------------------------------------------------------------------------------
