@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from lorakit.errors import require
+from lorakit.errors import NotFinite, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
@@ -164,6 +164,8 @@ class GatedTrainer(Trainer):
             reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
             with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
+        except NotFinite as error:  # what looks at logits sees it before there is a loss
+            raise Diverged(f"{error} at step {self.ledger.steps + 1}") from None
         finally:
             self.accelerator.backward = backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)

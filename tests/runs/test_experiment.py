@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,11 +84,29 @@ def test_run_dir_keeps_an_adapter_that_gives_the_same_logits(tmp_path):
     assert any(torch.equal(tensor, parameter) for tensor in saved.values() for parameter in model.parameters())
 
 
-def test_diverged_run_is_recorded_and_keeps_its_files(tmp_path):
-    given = {"learning_rate": 1.0e30, "max_grad_norm": 1.0e30, "record": str(tmp_path / "r.json"), "budget": 30}
-    record = lorakit.run(QUICK | given | {"method": "full"})
+TOKENS = {"model": "toy-decoder", "task": "toy-stories", "max_length": 64}
+FLORA = {"method": "flora", "topk_tokens": 0.5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "full"},
+        TOKENS,
+        TOKENS | {"gating": FLORA},
+        TOKENS | {"gating": FLORA | {"mode": "fractional"}},
+        TOKENS | {"gating": FLORA, "gate": "novelty"},
+        TOKENS | {"gating": {"method": "random", "topk_tokens": 0.5}},
+        TOKENS | {"model": "toy-encoder", "gating": FLORA},
+        TOKENS | {"gate": "novelty"},
+    ],
+    ids=str,
+)
+def test_diverged_run_is_recorded_and_keeps_its_files(tmp_path, given):
+    hot = {"learning_rate": 1.0e30, "max_grad_norm": 1.0e30, "record": str(tmp_path / "r.json"), "budget": 30}
+    record = lorakit.run(QUICK | hot | given)
     assert records.read(tmp_path / "r.json").status == record.status == "diverged"
-    assert "loss is" in record.message and record.final == {} and record.costs.steps > 0
+    assert re.search(r"loss.* at step \d+$", record.message) and record.final == {} and record.costs.steps > 0
 
 
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
