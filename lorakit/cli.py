@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AssetError, LorakitError
@@ -63,11 +64,14 @@ def train(argv: Sequence[str]) -> int:
     """Run once; exit status 0 when done, 1 when the run diverged, ran out of memory or failed."""
     given = _given("train", argv)
     from lorakit.analysis.tables import results_table
-    from lorakit.runs.experiment import run
+    from lorakit.runs.experiment import MADE, run
 
     record = run(given)
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
         print(results_table([record]))
+        made = [path for name in MADE if (path := Path(given.get("run_dir") or os.devnull) / name).is_dir()]
+        if record.status == "done":
+            print(f"trained weights: {' and '.join(map(str, made)) or 'not kept; -p run_dir=FOLDER keeps them'}")
     if record.message:
         print(f"{record.status}: {record.message}")
     return 0 if record.status == "done" else 1

@@ -43,11 +43,14 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert message in error and "\n" not in error
 
 
-def test_train_prints_a_table_and_says_how_it_ended(capsys):
+def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, capsys):
     small = "budget=2 max_train=16 max_validation=8 max_test=8 latency_repeats=0 predict_memory=false"
     argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
-    assert "LoRA" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "LoRA" in printed and "trained weights: not kept; -p run_dir=FOLDER keeps them" in printed
+    assert cli.main([*argv, "-p", f"run_dir={tmp_path}"]) == 0
+    assert f"trained weights: {tmp_path}/adapter\n" in capsys.readouterr().out
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
     assert "diverged: " in capsys.readouterr().out
 

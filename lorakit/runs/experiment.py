@@ -16,10 +16,11 @@ import torch
 
 from lorakit import adapters, records
 from lorakit.errors import DataError, LorakitError, ParameterError, require
-from lorakit.files import LOCK, alone, aside, require_place
+from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
+from lorakit.quiet import quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
@@ -27,6 +28,7 @@ from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
 
+MADE = ("adapter", "model")  # what a run leaves in its run_dir beside checkpoints
 # what allocators say on a CPU, where no exception of its own does: PyTorch's, oneDNN's, the system's
 OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory|bad_alloc"
@@ -71,12 +73,12 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
     """A record of a run that begins; what contradicts itself, or names no place to write to, is refused here."""
     check(params)
     if params.run_dir:
-        for folder in (Path(params.run_dir), Path(params.run_dir) / "adapter"):
-            require_place(folder, "run_dir", folder=True)
+        for name in ("", *MADE):
+            require_place(Path(params.run_dir) / name, "run_dir", folder=True)
     if params.record:
         require_place(params.record, "record")
-        kept = Path(os.path.realpath(params.run_dir or os.devnull)) / "adapter"
-        clash = Path(os.path.realpath(params.record)) in (kept, *kept.parents)
+        run_dir = Path(os.path.realpath(params.run_dir or os.devnull))
+        clash = Path(os.path.realpath(params.record)) in (*(run_dir / name for name in ("", *MADE)), *run_dir.parents)
         require(not clash, "record", params.record, "is a folder of run_dir; name a file")
     return Record(
         setting=params.setting,
@@ -143,7 +145,7 @@ def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
         if checkpoint.code_of(resumed) != record.fingerprints["code"]:
             record.notes.append("resumed from a checkpoint that other code wrote")
     elif params.run_dir and not params.resume and trainer.is_world_process_zero():
-        checkpoint.begin(params.run_dir, None, "adapter")
+        checkpoint.begin(params.run_dir, None, *MADE)
     memory.reset_cuda_peak()
     try:
         trainer.train(resume_from_checkpoint=resumed)
@@ -165,7 +167,18 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
         adapters.compact(model)
     _evaluate(record, assembled, trainer)
     if params.run_dir and trainer.is_world_process_zero():
-        adapters.save_adapter(model, Path(params.run_dir) / "adapter")
+        _keep(assembled, Path(params.run_dir))
+
+
+def _keep(assembled: Assembled, run_dir: Path) -> None:
+    """The adapter; of "head" and "full" also the model, as `from_pretrained` opens it; the tokenizer beside it."""
+    params, model = assembled.params, assembled.model
+    adapters.save_adapter(model, run_dir / MADE[0])
+    whole = params.method in ("head", "full") and params.quantize == "none"
+    with written(run_dir / MADE[whole], folder=True) as folder, quiet():
+        if whole:
+            model.save_pretrained(folder)
+        assembled.tokenizer.save_pretrained(folder)
 
 
 def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:

@@ -84,6 +84,32 @@ def test_run_dir_keeps_an_adapter_that_gives_the_same_logits(tmp_path):
     assert any(torch.equal(tensor, parameter) for tensor in saved.values() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["head", "full", "lora"])
+@pytest.mark.parametrize(
+    ("model", "task", "auto"),
+    [
+        ("toy-encoder", "toy-reviews", "AutoModelForSequenceClassification"),
+        ("toy-encoder", "toy-stories", "AutoModelForMaskedLM"),
+        ("toy-decoder", "toy-stories", "AutoModelForCausalLM"),
+    ],
+)
+def test_from_pretrained_opens_what_was_kept(tmp_path, monkeypatch, method, model, task, auto):
+    import transformers
+
+    trained, build = [], experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda *given: trained.append(given[0]) or build(*given))
+    given = {"method": method, "model": model, "task": task, "max_length": 64, "run_dir": str(tmp_path)}
+    assert lorakit.run(QUICK | given).status == "done"
+    whole = tmp_path / ("model" if method in ("head", "full") else "adapter")
+    ours, words = trained[0].tokenizer, "A film to see again."
+    assert transformers.AutoTokenizer.from_pretrained(whole)(words)["input_ids"] == ours(words)["input_ids"]
+    assert (tmp_path / "model").exists() == (whole.name == "model")
+    if whole.name == "model":
+        opened, inputs = getattr(transformers, auto).from_pretrained(whole).eval(), ours(words, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(opened(**inputs).logits, trained[0].model.eval()(**inputs).logits)
+
+
 TOKENS = {"model": "toy-decoder", "task": "toy-stories", "max_length": 64}
 FLORA = {"method": "flora", "topk_tokens": 0.5}
 
