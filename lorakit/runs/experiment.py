@@ -139,7 +139,9 @@ def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTra
 
 def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     """Train to the end of the budget, from the newest checkpoint in the run's folder where there is one."""
-    resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
+    asked, files = params.run_dir and params.resume, trainer.checkpoint_files
+    resumed, damaged = checkpoint.intact(params.run_dir, files) if asked else (None, [])
+    record.notes += [f"put away, for {problem}" for problem in damaged]
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
         if checkpoint.code_of(resumed) != record.fingerprints["code"]:

@@ -2,13 +2,18 @@
 
 import json
 import os
+import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
 from lorakit.files import put_away, settle
@@ -21,6 +26,10 @@ LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
 RUN = "run.json"  # a checkpoint without it was cut short, by a lorakit that did not write aside
 MARK = ".lorakit"  # a checkpoint without it is somebody else's
 SAVING = ".checkpoint"  # begins the name of the folder that the next checkpoint is written in
+TRAINERS = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+REMEDY = "put the file back, or pass resume=false to start over"
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError,
+              zipfile.BadZipFile, SafetensorError)  # fmt: skip
 KEPT = 2  # complete checkpoints of a run
 
 
@@ -36,6 +45,11 @@ def numbered(output_dir: str | Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
+def ours(output_dir: str | Path) -> list[Path]:
+    """lorakit's own checkpoints, whole or not, oldest first."""
+    return [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
+
+
 def newest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`; looking removes nothing."""
     return next(reversed(complete(output_dir)), None)
@@ -46,6 +60,63 @@ def complete(output_dir: str | Path) -> list[Path]:
     return [path for path in numbered(output_dir) if (path / RUN).is_file()]
 
 
+def intact(output_dir: str | Path, files: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose `files` are whole, and what newer ones lack; None where none was ever completed.
+
+    Raises:
+        CheckpointError: there are complete ones, and all of them are damaged.
+    """
+    told = []
+    for path in reversed(ours(output_dir)):
+        if not (problem := damage(path, files)):
+            return path, told
+        told.append(f"{path.name}: {problem}")
+    if complete(output_dir):
+        raise CheckpointError(f"{output_dir}: no checkpoint is whole: {'; '.join(told)}; {REMEDY}")
+    return None, told
+
+
+def damage(path: str | Path, files: Sequence[str]) -> str:
+    """What is wrong with a checkpoint's files, naming the first; empty: nothing."""
+    for name in files:
+        file = Path(path) / name
+        try:
+            if name == BEST and _about(path)["curve"]["best_step"] is None:
+                continue
+            if not file.is_file():
+                return f"{name} is missing; without it training would not go on as it would have"
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            elif file.suffix in (".pt", ".pth"):  # a zip, whose parts have checksums
+                with zipfile.ZipFile(file) as opened:
+                    if broken := opened.testzip():
+                        return f"{name} is damaged: {broken}"
+            elif name == RUN:
+                _ = [_about(path)[part] for part in ("identity", "ledger", "curve", "flops")]
+            elif TrainerState.load_from_json(str(file)).global_step < 1:
+                return f"{name} is damaged: it says of no step"
+        except (*UNREADABLE, OSError) as error:
+            return f"{name} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is read from `path` inside may not be what it should.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path} is damaged, or of another run: {said}; {REMEDY}") from None
+
+
 def require_room(output_dir: str | Path) -> None:
     """Refuse a folder with checkpoints of somebody else's, which saving might write into.
 
@@ -53,9 +124,11 @@ def require_room(output_dir: str | Path) -> None:
         ParameterError: naming one.
     """
     for path in numbered(output_dir):
-        ours = (path / MARK).is_file() or (path / RUN).is_file()
         require(
-            ours, "run_dir", str(output_dir), f"holds {path.name}, which lorakit did not write; name another folder"
+            path in ours(output_dir),
+            "run_dir",
+            str(output_dir),
+            f"holds {path.name}, which lorakit did not write; name another folder",
         )
 
 
@@ -72,7 +145,8 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: names or shapes differ from what `model` trains.
     """
-    stored = load_file(str(Path(path) / WEIGHTS))
+    with reading(Path(path) / WEIGHTS):
+        stored = load_file(str(Path(path) / WEIGHTS))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
@@ -102,8 +176,8 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     (path / MARK).touch()
     settle(path)
     os.replace(path, Path(output_dir) / path.name)
-    alike = [other for other in complete(output_dir) if not _differences(run, _about(other)["identity"])]
-    for other in alike[:-KEPT]:
+    told = [other for other in complete(output_dir) if not damage(other, [RUN])]
+    for other in [other for other in told if not _differences(run, _about(other)["identity"])][:-KEPT]:
         os.replace(other, path.parent / other.name)  # half removed it would still look like one
 
 
@@ -134,11 +208,11 @@ def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> Non
     Args:
         more: names of what else an earlier run made.
     """
-    ours = [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
-    places = [path.resolve() for path in ours]
+    old = ours(output_dir)
+    places = [path.resolve() for path in old]
     if resumed and Path(resumed).resolve() in places:
-        ours = ours[places.index(Path(resumed).resolve()) + 1 :]
-    put_away([*ours, *(Path(output_dir) / name for name in more)])
+        old = old[places.index(Path(resumed).resolve()) + 1 :]
+    put_away([*old, *(Path(output_dir) / name for name in more)])
 
 
 def load_run(run: RunState, path: str | Path) -> None:
@@ -151,17 +225,21 @@ def load_run(run: RunState, path: str | Path) -> None:
     for name in (RUN, STATE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
-    state = _about(path)
-    for difference in _differences(run, state["identity"])[:1]:
+    with reading(path / RUN):
+        state = _about(path)
+        differences = _differences(run, state["identity"])
+    for difference in differences[:1]:
         raise CheckpointError(
             f"{path}: checkpoint of another run: {difference}; choose another run_dir, or pass resume=false to start "
             "over"
         )
-    run.ledger.load_state_dict(state["ledger"])
-    run.curve.load_state_dict(state["curve"])
-    run.meter.load_state_dict(state["flops"])
+    with reading(path / RUN):
+        run.ledger.load_state_dict(state["ledger"])
+        run.curve.load_state_dict(state["curve"])
+        run.meter.load_state_dict(state["flops"])
     if (path / BEST).is_file():
-        run.curve.best = load_file(str(path / BEST))
+        with reading(path / BEST):
+            run.curve.best = load_file(str(path / BEST))
     load_seams(run, path)
 
 
@@ -182,9 +260,10 @@ def load_seams(run: RunState, path: Path) -> None:
         raise CheckpointError(
             f"{path}: no {STATE}: the gate's state is missing, and starting it afresh would be silent"
         )
-    seams = torch.load(path / STATE, weights_only=True)
-    run.gate.load_state_dict(seams["gate"])
-    run.gate_log.load_state_dict(seams["gate_log"])
-    run.tokens.load_state_dict(seams["tokens"])
-    for controller in run.controllers:
-        controller.load_state_dict(seams["controllers"][controller.name])
+    with reading(path / STATE):
+        seams = torch.load(path / STATE, weights_only=True)
+        run.gate.load_state_dict(seams["gate"])
+        run.gate_log.load_state_dict(seams["gate_log"])
+        run.tokens.load_state_dict(seams["tokens"])
+        for controller in run.controllers:
+            controller.load_state_dict(seams["controllers"][controller.name])

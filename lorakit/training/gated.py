@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -254,6 +255,21 @@ class GatedTrainer(Trainer):
         if "loss" in logs and self.gate.selective and self.ledger.steps:
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        """What a checkpoint must hold for training to go on bitwise."""
+        several, scaler = self.args.world_size > 1, ["scaler.pt"] * self.args.fp16
+        draws = [f"rng_state_{rank}.pth" for rank in range(self.args.world_size)] if several else ["rng_state.pth"]
+        return [checkpoint.STATE, checkpoint.WEIGHTS, *checkpoint.TRAINERS, *draws, *scaler]
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        with checkpoint.reading(Path(folder or "") / "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(folder)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        with checkpoint.reading(Path(folder or "") / "rng_state.pth"):
+            super()._load_rng_state(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

@@ -74,13 +74,15 @@ class BudgetTrainer(GatedTrainer):
             CheckpointError: there is none, it is not complete, or it belongs to another run.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
+            resume_from_checkpoint, _ = checkpoint.intact(self.args.output_dir, self.checkpoint_files)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         if self.save_steps:
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
+                if problem := checkpoint.damage(resume_from_checkpoint, self.checkpoint_files):
+                    raise CheckpointError(f"{resume_from_checkpoint}: {problem}; {checkpoint.REMEDY}")
                 checkpoint.load_run(self.run, resume_from_checkpoint)
                 if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                     checkpoint.load_weights(self.model, resume_from_checkpoint)
@@ -146,6 +148,10 @@ class BudgetTrainer(GatedTrainer):
             self.accelerator.wait_for_everyone()  # each has a random state of its own to save
             if self.args.should_save:
                 checkpoint.save_run(self.run, checkpoint.folder(self._aside, self.state.global_step), output_dir)
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        return [checkpoint.RUN, *super().checkpoint_files, checkpoint.BEST]
 
     def _get_output_dir(self, trial) -> str:
         return self._aside or super()._get_output_dir(trial)
