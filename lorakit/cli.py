@@ -33,6 +33,9 @@ DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sent
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 it failed or was stopped, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # ± and × on a terminal that knows ASCII only
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:{max(map(len, COMMANDS))}}  {text}" for name, (_, text) in COMMANDS.items()]
         print("\n".join(["usage: lorakit COMMAND …", "", *lines]))

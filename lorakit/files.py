@@ -39,8 +39,8 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(lock: Path, name: str, value: str, who: str) -> Iterator[None]:
-    """Keep others out of what `lock` is for; it ends with the process, however that ends.
+def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
+    """Keep others out of what `lock` is for; it ends with the process, however that ends. Gives its file descriptor.
 
     Raises:
         ParameterError: of the parameter `name`: `who` is at work there.
@@ -49,8 +49,8 @@ def alone(lock: Path, name: str, value: str, who: str) -> Iterator[None]:
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, blocking=False):
-            yield
+        with FileLock(lock, blocking=False) as held:
+            yield held._context.lock_file_fd  # a child that is passed it keeps the lock as long as it lives
     except Timeout:
         raise ParameterError(name, value, f"{who} is at work there") from None
 

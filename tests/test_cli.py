@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lorakit import cli, params
+from lorakit import cli, params, records
 from lorakit.errors import ParameterError
 
 
@@ -77,6 +77,20 @@ def test_what_cannot_be_printed_is_one_line_and_status_1(place):
     os.close(stdout)
     assert ended.returncode == 1 and ended.stderr.startswith("lorakit params: [Errno ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_an_ascii_terminal_can_print_a_table(tmp_path):
+    for seed in (0, 1):  # a mean and ± its spread
+        made = records.Record(setting="toy", method="lora", seed=seed, status="done", final={"test": {"accuracy": 0.5}})
+        records.write(made, tmp_path / f"s{seed}.json")
+    command = [sys.executable, "-m", "lorakit", "table", str(tmp_path)]
+    printed = {}
+    for encoding in ("utf-8", "ascii"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run(command, capture_output=True, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        printed[encoding] = ended.stdout.decode(encoding)
+    assert not printed["utf-8"].isascii() and len(printed["ascii"]) == len(printed["utf-8"])
 
 
 def test_params_of_unknown_settings_and_methods():

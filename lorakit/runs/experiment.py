@@ -3,9 +3,7 @@
 import contextlib
 import os
 import re
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +18,7 @@ from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
-from lorakit.quiet import quiet
+from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
@@ -54,7 +52,7 @@ def run(given: dict[str, Any]) -> Record:
     """
     params = resolve(given)
     record = new_record(params, given)
-    with _interruptible():
+    with interruptible():
         tried = attempt(record, params, lambda *parts: _train_and_evaluate(record, *parts))
         if tried.trainer:
             with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
@@ -285,17 +283,3 @@ def _place(run_dir: str) -> Iterator[str | Path]:
     else:
         with alone(Path(run_dir) / LOCK, "run_dir", run_dir, "another run"):
             yield run_dir
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM (a batch system's stop) end a run as Ctrl-C does: with its record written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -133,13 +133,19 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
-        with alone(lock, "SETTING", runs[0].setting, "another sweep of it"):
-            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records
-            before = signal.signal(signal.SIGINT, lambda *_: None)
+        with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held:
+            command, root = _snakemake(pending, jobs), runs[0].root
+            process = subprocess.Popen(command, cwd=root, pass_fds=[held])  # it holds the lock if this one is killed
+            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
+            before = (
+                signal.signal(signal.SIGINT, lambda *_: None),
+                signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+            )
             try:
-                subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root).wait()
+                process.wait()
             finally:
-                signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGINT, before[0])
+                signal.signal(signal.SIGTERM, before[1])
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]

@@ -125,6 +125,25 @@ def test_two_sweeps_of_a_setting_do_not_meet(place):
         sweep.sweep(runs)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_leaves_no_snakemake_beside_a_free_lock(place, number):
+    write_params(place, full="report_to: wait")
+    runs = sweep.plan(place, "toy", "full")
+    with subprocess.Popen([sys.executable, "-c", SWEEP, str(place)], stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        try:
+            while "working on full" not in process.stdout.readline():
+                assert process.poll() is None
+            os.kill(process.pid, number)  # it alone
+            if number == signal.SIGKILL:
+                process.wait()
+            with pytest.raises(ParameterError, match="another sweep"):
+                sweep.sweep(runs)
+        finally:
+            os.killpg(process.pid, signal.SIGINT if number == signal.SIGTERM else signal.SIGKILL)
+        process.stdout.read()
+
+
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
