@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -91,6 +92,26 @@ def test_an_ascii_terminal_can_print_a_table(tmp_path):
         assert ended.returncode == 0, ended.stderr
         printed[encoding] = ended.stdout.decode(encoding)
     assert not printed["utf-8"].isascii() and len(printed["ascii"]) == len(printed["utf-8"])
+
+
+def test_a_terminated_fetch_ends_its_client_and_leaves_nothing(tmp_path):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()  # in place of the installed one
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))\n"
+    code += f"os.rename({str(tmp_path / 'new')!r}, {str(pid)!r}); time.sleep(60)"
+    (tmp_path / "pip" / "__main__.py").write_text(code)
+    paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": paths, "LORAKIT_CACHE": str(tmp_path / "cache"), "CI": "1"}
+    command = [sys.executable, "-m", "lorakit", "fetch", "review-sentences"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not pid.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert process.returncode == 130 and [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 
 
 def test_params_of_unknown_settings_and_methods():
