@@ -1,10 +1,12 @@
 """`lorakit COMMAND …`, one command line: what a command needs is imported only when it is called."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AssetError, LorakitError, require
@@ -32,6 +34,9 @@ DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sent
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 it failed or was stopped, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # ± and × on a terminal that knows ASCII only
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:{max(map(len, COMMANDS))}}  {text}" for name, (_, text) in COMMANDS.items()]
         print("\n".join(["usage: lorakit COMMAND …", "", *lines]))
@@ -42,24 +47,35 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        return (import_module(module).main if module else globals()[name])(rest)
+        status = (import_module(module).main if module else globals()[name])(rest)
+        sys.stdout.flush()
+        return status
     except LorakitError as error:
         print(f"lorakit {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lorakit {name}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:  # a closed pipe, a full disk
+        with contextlib.suppress(OSError):
+            print(f"lorakit {name}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # else Python tries once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def train(argv: Sequence[str]) -> int:
-    """Run once; exit status 0 when done, 1 when the run diverged or ran out of memory."""
+    """Run once; exit status 0 when done, 1 when the run diverged, ran out of memory or failed."""
     given = _given("train", argv)
     from lorakit.analysis.tables import results_table
-    from lorakit.runs.experiment import run
+    from lorakit.runs.experiment import MADE, run
 
     record = run(given)
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
         print(results_table([record]))
+        made = [path for name in MADE if (path := Path(given.get("run_dir") or os.devnull) / name).is_dir()]
+        if record.status == "done":
+            print(f"trained weights: {' and '.join(map(str, made)) or 'not kept; -p run_dir=FOLDER keeps them'}")
     if record.message:
         print(f"{record.status}: {record.message}")
     return 0 if record.status == "done" else 1

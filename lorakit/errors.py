@@ -19,6 +19,10 @@ class ParameterError(LorakitError, ValueError):
         self.name, self.value, self.allowed = name, value, allowed
 
 
+class NotFinite(ParameterError):
+    """NaN or infinity where numbers must be finite; to a trainer that its run has diverged."""
+
+
 class DataError(LorakitError, ValueError):
     """A data file is missing or malformed; the message names the file and, where there is one, the line."""
 
@@ -35,3 +39,9 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `ParameterError(name, value, allowed)` unless `condition` holds."""
     if not condition:
         raise ParameterError(name, value, allowed)
+
+
+def require_finite(finite: bool, name: str, value: object, allowed: str = "must be finite") -> None:
+    """Raise `NotFinite(name, value, allowed)` unless `finite`."""
+    if not finite:
+        raise NotFinite(name, value, allowed)

@@ -1,12 +1,17 @@
 """Where the project keeps its files; what a file holds; and one is written whole or not at all: aside, then renamed."""
 
+import contextlib
+import glob
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lorakit.errors import ParameterError, require
 
 
 def project(package: Path) -> Path:
@@ -17,36 +22,130 @@ def project(package: Path) -> Path:
 PROJECT = project(Path(__file__).resolve().parent)
 PARAMS = PROJECT / "params"
 RESULTS = PROJECT / "results"
+MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives
+LOCK = ".lock"
+
+
+@contextmanager
+def aside(place: str | Path, name: str) -> Iterator[Path]:
+    """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
+    from filelock import FileLock, Timeout
+
+    for left in Path(place).glob(f"{glob.escape(name + MARK)}*"):
+        with contextlib.suppress(OSError, Timeout):  # somebody else's, or still at work
+            if (left / LOCK).is_file() and not left.is_symlink():
+                with FileLock(left / LOCK, blocking=False):
+                    shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
+    try:
+        with FileLock(folder / LOCK):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
+    """Keep others out of what `lock` is for; it ends with the process, however that ends. Gives its file descriptor.
+
+    Raises:
+        ParameterError: of the parameter `name`: `who` is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, blocking=False) as held:
+            yield held._context.lock_file_fd  # a child that is passed it keeps the lock as long as it lives
+    except Timeout:
+        raise ParameterError(name, value, f"{who} is at work there") from None
+
+
+def require_place(path: str | Path, name: str = "path", folder: bool = False) -> None:
+    """Refuse what `written` could not write to; nothing is left behind.
+
+    Raises:
+        ParameterError: called `name`: a folder, a device, a path under a file, a folder without leave to write, a name
+            too long; with `folder`, a file.
+    """
+    try:
+        real = Path(os.path.realpath(path))
+        kind = real.is_dir() if folder else real.is_file()
+        wanted = "is not a folder; name a folder" if folder else "is a folder or a device; name a plain file"
+        require(kind or not real.exists(), name, str(path), wanted)
+        there = next(above for above in ([real] if folder else []) + [*real.parents] if above.exists())
+        require(there.is_dir(), name, str(path), f"is under {there}, which is a file")
+        with aside(there, f".{real.name[:40]}") as probe:  # the whole name may be as long as a name can be
+            tried = probe / real.relative_to(there)
+            tried.parent.mkdir(parents=True, exist_ok=True)
+            tried.touch()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ParameterError(name, str(path), f"cannot be written: {reason}") from None
 
 
 @contextmanager
 def written(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """A temporary path, of the same name and ending, that takes the place of `path` at the end of the `with` block.
 
-    The folder above is made where it is missing, and what was written is readable by everyone. If the block fails,
-    nothing is left behind and `path` stays as it was. A folder (`folder=True`) is there to be filled; one that exists
-    under `path` keeps what is not written anew, and gets its `.json` files last: who looks for them finds either none
-    of the new files that matter or all.
+    The folder above is made where it is missing, a link is followed, and what was written has the modes that the umask
+    says and is on the disk before it is renamed. If the block fails, nothing is left behind and `path` stays as it was.
+    A folder (`folder=True`) is there to be filled; one that exists under `path` keeps what is not written anew, and
+    gets its `.json` files last: who looks for them finds either none of the new files that matter or all.
+
+    Raises:
+        ParameterError: see `require_place`.
     """
-    path = Path(path)
+    require_place(path, folder=folder)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # a folder that exists may be a mount: above it is another file system, or nothing that can be written to
-    where = path if folder and path.is_dir() else path.parent
-    aside = Path(tempfile.mkdtemp(dir=where, prefix=f".{path.name}."))
-    temporary = aside / path.name
-    try:
+    with aside(path if folder and path.is_dir() else path.parent, f".{path.name[:40]}") as beside:
+        temporary = beside / path.name
         if folder:
             temporary.mkdir()
         yield temporary
-        for made in (temporary, *temporary.rglob("*")):
-            made.chmod(0o755 if made.is_dir() else 0o644)
+        settle(temporary)
         if folder and path.is_dir():
             for made in sorted(temporary.iterdir(), key=lambda made: made.suffix == ".json"):
                 os.replace(made, path / made.name)
+            _to_disk(path)
         else:
             os.replace(temporary, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _to_disk(path.parent)
+
+
+def settle(made: Path) -> None:
+    """Give what was written the modes that the umask says, and wait until it is on the disk."""
+    asked = made.parent / ".mode"
+    asked.touch()
+    mode = asked.stat().st_mode & 0o666
+    asked.unlink()
+    for path in (*made.rglob("*"), made):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+        _to_disk(path)
+
+
+def put_away(paths: Iterable[Path]) -> None:
+    """Move what is there of `paths`, siblings, into a folder `earlier-N` beside them; the user may want it."""
+    there = [path for path in paths if path.exists()]
+    if there:
+        folder = next(f for n in itertools.count(1) if not (f := there[0].parent / f"earlier-{n}").exists())
+        folder.mkdir()
+        for path in there:
+            os.replace(path, folder / path.name)
+        _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # folders, on a system that opens none
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def write_text(text: str, path: str | Path) -> Path:

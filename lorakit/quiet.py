@@ -1,5 +1,7 @@
-"""Without what libraries print and a reader can do nothing about: notebooks compare what a cell prints."""
+"""What surrounds work: without what libraries print and a reader can do nothing about; stopped in order."""
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,3 +28,17 @@ def quiet(*messages: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM (a batch system's stop) end what is at work as Ctrl-C does: in order, with its record written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -15,7 +15,7 @@ from lorakit.files import write_text
 SCHEMA_VERSION = 1
 # files beside which no record lies: a checkpoint's, an adapter's, a model's
 TRAINED = ("trainer_state.json", "run.json", "adapter_config.json", "lorakit_config.json", "config.json")
-Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted"]
+Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted", "failed"]
 
 
 # Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 
-from lorakit import cli, params
+from lorakit import cli, params, records
 from lorakit.errors import ParameterError
 
 
@@ -35,11 +40,14 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert message in error and "\n" not in error
 
 
-def test_train_prints_a_table_and_says_how_it_ended(capsys):
+def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, capsys):
     small = "budget=2 max_train=16 max_validation=8 max_test=8 latency_repeats=0 predict_memory=false"
     argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
-    assert "LoRA" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "LoRA" in printed and "trained weights: not kept; -p run_dir=FOLDER keeps them" in printed
+    assert cli.main([*argv, "-p", f"run_dir={tmp_path}"]) == 0
+    assert f"trained weights: {tmp_path}/adapter\n" in capsys.readouterr().out
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
     assert "diverged: " in capsys.readouterr().out
 
@@ -51,6 +59,55 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["a closed pipe", "/dev/full"])
+def test_what_cannot_be_printed_is_one_line_and_status_1(place):
+    if place == "/dev/full":
+        stdout = os.open(place, os.O_WRONLY)
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "lorakit", "params"], stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    os.close(stdout)
+    assert ended.returncode == 1 and ended.stderr.startswith("lorakit params: [Errno ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_ascii_terminal_can_print_a_table(tmp_path):
+    for seed in (0, 1):  # a mean and ± its spread
+        made = records.Record(setting="toy", method="lora", seed=seed, status="done", final={"test": {"accuracy": 0.5}})
+        records.write(made, tmp_path / f"s{seed}.json")
+    command = [sys.executable, "-m", "lorakit", "table", str(tmp_path)]
+    printed = {}
+    for encoding in ("utf-8", "ascii"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run(command, capture_output=True, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        printed[encoding] = ended.stdout.decode(encoding)
+    assert not printed["utf-8"].isascii() and len(printed["ascii"]) == len(printed["utf-8"])
+
+
+def test_a_terminated_fetch_ends_its_client_and_leaves_nothing(tmp_path):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()  # in place of the installed one
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))\n"
+    code += f"os.rename({str(tmp_path / 'new')!r}, {str(pid)!r}); time.sleep(60)"
+    (tmp_path / "pip" / "__main__.py").write_text(code)
+    paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": paths, "LORAKIT_CACHE": str(tmp_path / "cache"), "CI": "1"}
+    command = [sys.executable, "-m", "lorakit", "fetch", "review-sentences"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not pid.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert process.returncode == 130 and [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 
 
 def test_params_of_unknown_settings_and_methods():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lorakit.files import sha256, write_text, written
+from lorakit.errors import ParameterError
+from lorakit.files import require_place, sha256, write_text, written
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,3 +71,73 @@ def test_a_folder_keeps_what_is_not_written_anew_and_gets_its_config_last(tmp_pa
     contents = {path.name: path.read_text() for path in (tmp_path / "run").iterdir()}
     assert contents == {"notes.md": "kept", "config.json": "new", "weights": "new"}
     assert (tmp_path / "run" / "weights").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_a_killed_process_left_is_swept_and_what_one_still_writes_is_not(tmp_path, folder, number):
+    path, mine = tmp_path / "a.json", tmp_path / ".a.json.mine"
+    write_text("the user's", mine / "a.json")
+    code = (
+        "import os, sys\nfrom lorakit.files import written\n"
+        f"with written({str(path)!r}, {folder}) as made:\n"
+        f"    (made / 'half' if {folder} else made).write_text('half')\n    os.kill(os.getpid(), {number:d})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        left = set(tmp_path.iterdir()) - {mine}
+        assert len(left) == 1 and not path.exists()
+        with written(path, folder) as made:
+            (made / "whole" if folder else made).write_text("whole")
+        assert set(tmp_path.iterdir()) == {path, mine} | (left if number == signal.SIGSTOP else set())
+        process.kill()
+    assert (mine / "a.json").read_text() == "the user's"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_files_and_folders_follow_the_umask_as_open_does(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("")
+        (tmp_path / "there").mkdir()
+        write_text("text", tmp_path / "a.txt")
+        with written(tmp_path / "b", folder=True) as folder:
+            (folder / "c").touch(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode for path in tmp_path.rglob("*")}
+    assert modes["a.txt"] == modes["b/c"] == modes["plain"] and modes["b"] == modes["there"]
+
+
+def test_a_link_is_followed_and_a_long_name_is_a_name(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text("through", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "through"
+    long = "ü" * 127
+    assert write_text("x", tmp_path / long).read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("folder", "is a folder or a device; name a plain file"),
+        ("/dev/null", "is a folder or a device; name a plain file"),
+        ("to-a-device", "is a folder or a device; name a plain file"),
+        ("pipe", "is a folder or a device; name a plain file"),
+        ("file/a/b.json", "is under .*file, which is a file"),
+        ("/proc/a.json", "cannot be written: "),
+        ("new/" + 256 * "x", "cannot be written: File name too long"),
+        (256 * "x" + "/a", "cannot be written: File name too long"),
+        ("a\0b", "cannot be written: embedded null"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_anything_is(tmp_path, path, complaint):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "to-a-device").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    for refuse in (lambda: require_place(tmp_path / path, "record"), lambda: write_text("text", tmp_path / path)):
+        with pytest.raises(ParameterError, match=complaint):
+            refuse()
+    assert sorted(tmp_path.rglob("*")) == before

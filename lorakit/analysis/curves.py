@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-FAILED = ("diverged", "out_of_memory")
+FAILED = ("diverged", "out_of_memory", "failed")
 BAND = "line: mean; band: lowest to highest seed"
 
 

@@ -10,7 +10,7 @@ from lorakit.assets import archives, cache, client
 from lorakit.assets.registry import ASSETS, Asset
 from lorakit.errors import AssetError, require
 from lorakit.files import sha256
-from lorakit.quiet import quiet
+from lorakit.quiet import interruptible, quiet
 
 OFFLINE = (
     "without network: copy the folder {folder} from a machine that has it (or set LORAKIT_CACHE to such a copy's "
@@ -56,7 +56,7 @@ def fetch(name: str, progress: bool = True) -> Path:
         if cache.intact(asset):  # another process was faster
             return target
         try:
-            with cache.new(asset) as folder:
+            with interruptible(), cache.new(asset) as folder:  # the package client ends with this process
                 _download(asset, folder, progress and not os.environ.get("CI"))
         except AssetError as error:
             bad = f" (cached, but other bytes than pinned: {', '.join(cache.damaged(asset))})" if cached else ""

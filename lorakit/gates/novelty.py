@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import require, require_finite
 from lorakit.gates.simple import ScoredGate
 from lorakit.gates.threshold import ThresholdController
 from lorakit.head import find_head
@@ -163,8 +163,7 @@ class HeadGradientGate(ScoredGate):
     def novelty(self, z: torch.Tensor) -> float:
         """1 − ‖W ẑ‖² in [0, 1]; 1 while the basis is empty, 0 for z = 0, which would teach nothing."""
         length = torch.linalg.vector_norm(z.double())
-        if not math.isfinite(length):
-            raise ParameterError("z", length.item(), "must be finite")
+        require_finite(math.isfinite(length), "z", length.item())
         if length == 0:
             return 0.0
         direction = (z.double() / length).float().to(self.basis.device)

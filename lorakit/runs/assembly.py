@@ -67,6 +67,10 @@ def assemble(params: Params) -> Assembled:
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
+    rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
+    require(
+        not rows or task.kind == "causal" and bool(task.answer_rows("test", rows)), "exact_match_rows", rows, lacking
+    )
     if params.packing:
         require_apart(loaded.model, task.train, task.collator)
     redundant = None
@@ -123,7 +127,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         gate=build_gate(params, model, task.kind, seed=params.seed),
         tokens=build_tokens(params.gating, model, task.kind, seed=params.seed, rank=args.process_index),
         controllers=controllers,
-        identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model")},
+        identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model", "code")},
         evaluations=params.evaluations,
         save_steps=params.save_steps if params.run_dir else 0,
         keep_best=params.select == "best",

@@ -1,10 +1,11 @@
 """run(params) -> Record: one run from parameters to a record, whatever happens on the way."""
 
 import contextlib
-import signal
+import os
+import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ from typing import Any
 import torch
 
 from lorakit import adapters, records
-from lorakit.errors import CheckpointError
+from lorakit.errors import DataError, LorakitError, ParameterError, require
+from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
+from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
+
+MADE = ("adapter", "model")  # what a run leaves in its run_dir beside checkpoints
+# what allocators say on a CPU, where no exception of its own does: PyTorch's, oneDNN's, the system's
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory|bad_alloc"
+    r"|could not (create a (memory|memory object|primitive)|execute a primitive)$"
+)
 
 
 def run(given: dict[str, Any]) -> Record:
@@ -32,30 +42,25 @@ def run(given: dict[str, Any]) -> Record:
 
     Returns:
         The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became
-        NaN or infinite) or "out_of_memory"; the files of the run are kept.
+        NaN or infinite), "out_of_memory" or "failed" (a file could not be written: a full disk, a closed pipe); the
+        files of the run are kept.
 
     Raises:
         LorakitError: bad parameters or data, before anything is written.
         KeyboardInterrupt: after the record with status "interrupted" was written.
+        Exception: what else ended the run, after the record with status "failed" was written.
     """
     params = resolve(given)
     record = new_record(params, given)
-    assembled = assemble(params)
-    record.notes += assembled.notes
-    record.fingerprints = fingerprints(assembled)
-    if params.run_dir:
-        if Path(params.run_dir).exists() and not Path(params.run_dir).is_dir():
-            raise CheckpointError(f"run_dir={params.run_dir!r}: is a file, must be a folder")
-        Path(params.run_dir).mkdir(parents=True, exist_ok=True)
-    place = contextlib.nullcontext(params.run_dir) if params.run_dir else tempfile.TemporaryDirectory()
-    with place as folder, _interruptible():
-        trainer = build_trainer(assembled, record, folder)
-        stopped = attempt(record, trainer, lambda: _train_and_evaluate(record, assembled, trainer))
-        _describe(record, assembled, trainer)
-    if params.record and trainer.is_world_process_zero():
-        records.write(record, params.record)
-    if isinstance(stopped, KeyboardInterrupt):
-        raise stopped
+    with interruptible():
+        tried = attempt(record, params, lambda *parts: _train_and_evaluate(record, *parts))
+        if tried.trainer:
+            with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
+                _describe(record, tried.assembled, tried.trainer)
+        if params.record and (tried.trainer is None or tried.trainer.is_world_process_zero()):
+            _write(record, Path(params.record))
+    if tried.stopped:
+        raise tried.stopped
     return record
 
 
@@ -63,8 +68,16 @@ def run(given: dict[str, Any]) -> Record:
 
 
 def new_record(params: Params, given: dict[str, Any]) -> Record:
-    """A record of a run that begins; parameters that contradict each other are refused here."""
+    """A record of a run that begins; what contradicts itself, or names no place to write to, is refused here."""
     check(params)
+    if params.run_dir:
+        for name in ("", *MADE):
+            require_place(Path(params.run_dir) / name, "run_dir", folder=True)
+    if params.record:
+        require_place(params.record, "record")
+        run_dir = Path(os.path.realpath(params.run_dir or os.devnull))
+        clash = Path(os.path.realpath(params.record)) in (*(run_dir / name for name in ("", *MADE)), *run_dir.parents)
+        require(not clash, "record", params.record, "is a folder of run_dir; name a file")
     return Record(
         setting=params.setting,
         method=row_of(params),
@@ -78,30 +91,61 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
     )
 
 
-def attempt(record: Record, trainer: BudgetTrainer, work: Callable[[], None]) -> BaseException | None:
-    """Do `work` and say in the record how it ended; what stopped it is returned."""
+@dataclass
+class Attempt:
+    """How far a run came; stopped: to be raised once its record is written."""
+
+    assembled: Assembled | None = None
+    trainer: BudgetTrainer | None = None
+    stopped: BaseException | None = None
+
+
+def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTrainer], None]) -> Attempt:
+    """Assemble the run, do `work` and say in the record how it ended.
+
+    Raises:
+        LorakitError: bad parameters or data, before anything was trained.
+    """
+    tried = Attempt()
     try:
-        work()
+        tried.assembled = assemble(params)
+        record.notes += tried.assembled.notes
+        record.fingerprints = fingerprints(tried.assembled)
+        with _place(params.run_dir) as folder:
+            tried.trainer = build_trainer(tried.assembled, record, folder)
+            try:
+                work(tried.assembled, tried.trainer)
+            finally:
+                tried.trainer.progress.close()
         record.status = "done"
-        return None
+    except LorakitError:
+        raise
     except Diverged as error:
         record.status, record.message = "diverged", str(error)
-        return error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        record.status, record.message = "out_of_memory", " ".join(str(error).split())[:500]
-        return error
     except KeyboardInterrupt as error:
-        record.status, record.message = "interrupted", f"stopped at step {trainer.ledger.steps}"
-        return error
-    finally:
-        trainer.progress.close()
+        tried.stopped, step = error, tried.trainer.ledger.steps if tried.trainer else 0
+        record.status, record.message = "interrupted", f"stopped at step {step}"
+    except Exception as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
+        said = " ".join(str(error).split())[:500]
+        record.status, record.message = (
+            ("out_of_memory", said) if full else ("failed", f"{type(error).__name__}: {said}")
+        )
+        tried.stopped = None if full or isinstance(error, OSError) else error
+    return tried
 
 
 def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
     """Train to the end of the budget, from the newest checkpoint in the run's folder where there is one."""
-    resumed = checkpoint.newest(params.run_dir) if params.run_dir and params.resume else None
+    asked, files = params.run_dir and params.resume, trainer.checkpoint_files
+    resumed, damaged = checkpoint.intact(params.run_dir, files) if asked else (None, [])
+    record.notes += [f"put away, for {problem}" for problem in damaged]
     if resumed:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
+        if checkpoint.code_of(resumed) != record.fingerprints["code"]:
+            record.notes.append("resumed from a checkpoint that other code wrote")
+    elif params.run_dir and not params.resume and trainer.is_world_process_zero():
+        checkpoint.begin(params.run_dir, None, *MADE)
     memory.reset_cuda_peak()
     try:
         trainer.train(resume_from_checkpoint=resumed)
@@ -123,7 +167,18 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
         adapters.compact(model)
     _evaluate(record, assembled, trainer)
     if params.run_dir and trainer.is_world_process_zero():
-        adapters.save_adapter(model, Path(params.run_dir) / "adapter")
+        _keep(assembled, Path(params.run_dir))
+
+
+def _keep(assembled: Assembled, run_dir: Path) -> None:
+    """The adapter; of "head" and "full" also the model, as `from_pretrained` opens it; the tokenizer beside it."""
+    params, model = assembled.params, assembled.model
+    adapters.save_adapter(model, run_dir / MADE[0])
+    whole = params.method in ("head", "full") and params.quantize == "none"
+    with written(run_dir / MADE[whole], folder=True) as folder, quiet():
+        if whole:
+            model.save_pretrained(folder)
+        assembled.tokenizer.save_pretrained(folder)
 
 
 def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
@@ -201,18 +256,30 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
     )
 
 
+def _write(record: Record, path: Path) -> None:
+    """Write the record where it was asked for, or where it can be.
+
+    Raises:
+        DataError: it was not where it was asked for; the message says where it is.
+    """
+    try:
+        records.write(record, path)
+    except (OSError, ParameterError) as error:
+        kept = records.write(record, Path(tempfile.mkdtemp(prefix="record-")) / path.name)
+        raise DataError(f"record={str(path)!r}: cannot be written: {error}; it is in {kept}") from None
+
+
 # surroundings --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM (a batch system's stop) end a run as Ctrl-C does: with its record written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _place(run_dir: str) -> Iterator[str | Path]:
+    """The run's folder, with nobody else at work in it; a temporary one where none is named."""
+    if not run_dir:
+        with aside(tempfile.gettempdir(), "run") as folder:
+            yield folder
+    elif os.environ.get("RANK", "0") != "0":  # the first process keeps others out
+        yield run_dir
+    else:
+        with alone(Path(run_dir) / LOCK, "run_dir", run_dir, "another run"):
+            yield run_dir

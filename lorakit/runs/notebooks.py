@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.files import aside, require_place
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
 PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
 RUN_METADATA = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info"
-LONGEST_SOCKET_FOLDER = 80  # a socket's path may have 107 bytes
+LONGEST_SOCKET_FOLDER = 75  # a socket's path may have 107 bytes
 
 
 class NotebookFailed(LorakitError):
@@ -55,11 +56,12 @@ def run_notebook(
     """
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
     require(notebook != output, "output", str(output), "must not be the notebook itself")
+    require_place(output, "output")
     given = checked(notebook, params or {})
     output.parent.mkdir(parents=True, exist_ok=True)
     short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"  # for the names of sockets
-    own = tempfile.TemporaryDirectory(prefix="lorakit-", dir=short)
-    with own as folder, _kernel(notebook.parent, Path(folder), progress) as kernel:
+    own = aside(short or tempfile.gettempdir(), "kernel")
+    with own as folder, _kernel(notebook.parent, folder, progress) as kernel:
         _execute(notebook, output, given, kernel, progress)
     return output
 
@@ -194,8 +196,8 @@ def _interrupting(kernel: AsyncKernelManager, stopping: threading.Event) -> Iter
 def regenerate(notebook: str | Path) -> None:
     """Run `notebook` with its defaults and keep its outputs, nothing that differs from run to run."""
     notebook = Path(notebook)
-    with tempfile.TemporaryDirectory() as folder:
-        executed = run_notebook(notebook, Path(folder) / notebook.name, progress=False)
+    with aside(tempfile.gettempdir(), "notebook") as folder:
+        executed = run_notebook(notebook, folder / notebook.name, progress=False)
         strip = ["--keep-output", "--keep-count", "--extra-keys", RUN_METADATA]
         subprocess.run([sys.executable, "-m", "nbstripout", *strip, str(executed)], check=True)
         shutil.copyfile(executed, notebook)

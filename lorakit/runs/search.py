@@ -1,6 +1,5 @@
 """search(params) -> Record: every learning rate at the same small budget, compared on validation data."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from lorakit.errors import require
 from lorakit.fields import UNTRIED, flagged
 from lorakit.params import Params, resolve
 from lorakit.records import Record, SearchPoint
-from lorakit.runs.assembly import assemble, build_trainer, fingerprints
 from lorakit.runs.experiment import attempt, new_record, train
 
 
@@ -26,15 +24,20 @@ def search(given: dict[str, Any]) -> Record:
     record = new_record(params, given)
     record.kind = "lr_search"
     known = _known(params, record)
-    for rate in params.search_rates:
-        if rate in known:
-            record.search.append(known[rate])
-            continue
-        trial = {"learning_rate": rate, "budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
-        record.search.append(_try_rate(params.model_copy(update=trial), record))
-    record.status = "done"
-    if params.record:
-        records.write(record, params.record)
+    own = {"budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
+    try:
+        for rate in params.search_rates:
+            trial = params.model_copy(update=own | {"learning_rate": rate})
+            record.search.append(known[rate] if rate in known else _try_rate(trial, record))
+        record.status = "done"
+    except KeyboardInterrupt:
+        record.status, record.message = "interrupted", f"stopped after {len(record.search)} learning rates"
+        raise
+    finally:
+        tried = [point.learning_rate for point in record.search]
+        record.search += [known[rate] for rate in params.search_rates if rate in known and rate not in tried]
+        if params.record and record.search:
+            records.write(record, params.record)
     return record
 
 
@@ -51,7 +54,7 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
     if earlier.kind != "lr_search" or not asked_alike:
         return {}
     record.fingerprints = earlier.fingerprints
-    known = {point.learning_rate: point for point in earlier.search}
+    known = {point.learning_rate: point for point in earlier.search if point.status != "failed"}
     taken = [f"{rate:g}" for rate in params.search_rates if rate in known]
     if taken:
         record.notes.append(f"learning rates {', '.join(taken)} from the search started {earlier.started}")
@@ -67,14 +70,11 @@ def best_rate(record: Record) -> float:
 
 def _try_rate(params: Params, record: Record) -> SearchPoint:
     trial = new_record(params, {})
-    assembled = assemble(params)
-    record.notes += [note for note in assembled.notes if note not in record.notes]
-    record.fingerprints = fingerprints(assembled)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(assembled, trial, folder)
-        stopped = attempt(trial, trainer, lambda: train(trainer, trial, params))
-    if isinstance(stopped, KeyboardInterrupt):
-        raise stopped
-    chosen = trainer.curve.chosen()
+    tried = attempt(trial, params, lambda _, trainer: train(trainer, trial, params))
+    record.notes += [note for note in trial.notes if note not in record.notes]
+    record.fingerprints = trial.fingerprints
+    if tried.stopped:
+        raise tried.stopped
+    chosen = tried.trainer.curve.chosen() if tried.trainer else None
     validation = chosen.validation if chosen and trial.status == "done" else None
     return SearchPoint(learning_rate=params.learning_rate, status=trial.status, validation=validation)

@@ -1,12 +1,10 @@
 """A sweep: every method x seed of a setting that has no finished record yet, through Snakemake."""
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.fields import APART, flagged
-from lorakit.files import PROJECT
+from lorakit.files import PROJECT, alone
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
 from lorakit.runs.notebooks import FINISHED
@@ -133,13 +131,20 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
-        with _alone(runs[0]):
-            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records
-            before = signal.signal(signal.SIGINT, lambda *_: None)
+        lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
+        with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held:
+            command, root = _snakemake(pending, jobs), runs[0].root
+            process = subprocess.Popen(command, cwd=root, pass_fds=[held])  # it holds the lock if this one is killed
+            # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
+            before = (
+                signal.signal(signal.SIGINT, lambda *_: None),
+                signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+            )
             try:
-                subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root).wait()
+                process.wait()
             finally:
-                signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGINT, before[0])
+                signal.signal(signal.SIGTERM, before[1])
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
@@ -147,20 +152,6 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
         seen = f"see {os.path.relpath(run.executed)}" if run.executed.is_file() else "it did not start"
         _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
     return 1 if unfinished else 0
-
-
-@contextlib.contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Keep a second sweep of the setting out; unlike Snakemake's, this lock ends with the process, however it ends."""
-    from filelock import FileLock, Timeout
-
-    path = run.root / ".runs" / f".{run.setting}.lock"
-    path.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(path, blocking=False):
-            yield
-    except Timeout:
-        raise ParameterError("SETTING", run.setting, "another sweep of it is at work in this folder") from None
 
 
 def _snakemake(pending: list[Run], jobs: int) -> list[str]:

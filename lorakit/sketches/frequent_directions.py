@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import CheckpointError, require
+from lorakit.errors import CheckpointError, require, require_finite
 from lorakit.modules import usable_device
 
 TOLERANCE = 1e-12  # of the largest squared singular value: what is below is rounding
@@ -51,7 +51,7 @@ class FrequentDirections:
         """
         fits = 1 <= x.ndim <= 2 and x.shape[-1] == self.dim
         require(fits, "x", tuple(x.shape), f"must be ({self.dim},) or (n, {self.dim})")
-        require(bool(torch.isfinite(x).all()), "x", "non-finite values", "must be finite")
+        require_finite(bool(torch.isfinite(x).all()), "x", "non-finite values")
         self._append(x.detach().reshape(-1, self.dim).to(self._buffer), self.decay)
 
     def _append(self, x: Tensor, decay: float) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lorakit.errors import require
+from lorakit.errors import require, require_finite
 from lorakit.head import IGNORED, rows
 from lorakit.sketches.tensor_sketch import TensorSketch, as_float
 
@@ -39,7 +39,7 @@ def error_norms(logits: Tensor, labels: Tensor, softcap: float | None = None) ->
         ParameterError: a row of logits has no softmax (NaN, +∞).
     """
     error, scale, _ = error_in_place(as_float(logits).clone(), labels, softcap)
-    require(bool(torch.isfinite(scale).all()), "logits", "non-finite values", NOT_FINITE)
+    require_finite(bool(torch.isfinite(scale).all()), "logits", "non-finite values", NOT_FINITE)
     return error.norm(dim=1) / scale
 
 
@@ -104,7 +104,7 @@ def sparse_error(
     require(topk >= 1, "topk", topk, "must be at least 1")
     if log_normaliser is None:
         log_normaliser = as_float(logits).logsumexp(dim=1)  # a word of logit −∞ has probability 0
-        require(bool(torch.isfinite(log_normaliser).all()), "logits", "non-finite values", NOT_FINITE)
+        require_finite(bool(torch.isfinite(log_normaliser).all()), "logits", "non-finite values", NOT_FINITE)
     gold = labels[:, None]
     indices = torch.cat([top_indices(logits, topk), gold], dim=1)
     chosen = as_float(logits.gather(1, indices))
@@ -171,7 +171,7 @@ def sketch_batch(
     for h, z, y, *loss in _chunks(hidden, logits, labels, kind, chunk, *beside):
         normaliser = None
         if loss:
-            require(bool(torch.isfinite(loss[0]).all()), "logits", "non-finite loss", NOT_FINITE)
+            require_finite(bool(torch.isfinite(loss[0]).all()), "logits", "non-finite loss", NOT_FINITE)
             normaliser = as_float(loss[0]) + as_float(z.gather(1, y[:, None])).squeeze(1)
         total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap, normaliser))
     return total

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.errors import LorakitError, require
+from lorakit.errors import LorakitError, require, require_finite
 from lorakit.head import (
     IGNORED,
     ROWS_CHECKED,
@@ -188,7 +188,7 @@ class TokenGate:
             return _chosen(where, targets, *pick(None))
         best = self._best(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0])
         scores, losses = self.scored(hidden, where, targets, look, best)
-        require(bool(torch.isfinite(losses).all()), "logits", "non-finite loss", "must be finite")
+        require_finite(bool(torch.isfinite(losses).all()), "logits", "non-finite loss")
         index, weights = pick(scores.cpu()) if best is None else (best.places, None)
         chosen = _chosen(where, targets, index, weights)
         chosen_sum = chosen.total(losses[index.to(losses.device)]).double()

@@ -1,5 +1,6 @@
 """Between steps: count, move what acts there, decide whether to log, evaluate, save or stop, and keep the curve."""
 
+import contextlib
 import math
 import os
 import time
@@ -31,8 +32,13 @@ class Progress:
         self._bar = None
 
     def update(self, share: float, facts: dict[str, float]) -> None:
-        """`share` in [0, 1]; `facts`: name -> latest number, shown beside it."""
-        share = min(share, 1.0)
+        """`share` in [0, 1]; `facts`: name -> latest number, shown beside it. What cannot be shown ends no run."""
+        try:
+            self._show(min(share, 1.0), facts)
+        except (OSError, ValueError):  # a full log, a closed pipe, a closed file
+            self.style = "none"
+
+    def _show(self, share: float, facts: dict[str, float]) -> None:
         if self.style == "bar":
             from tqdm.auto import tqdm
 
@@ -48,7 +54,8 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
             self._bar = None
 
 

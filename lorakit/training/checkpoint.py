@@ -1,23 +1,35 @@
-"""A checkpoint holds what training changes and nothing else, and is complete once its last file is there."""
+"""A checkpoint holds what training changes and nothing else; written aside, it is complete under its name."""
 
 import json
+import os
+import pickle
 import re
-import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import write_text
-from lorakit.training.state import RunState
+from lorakit.files import put_away, settle
+from lorakit.training.state import RunState, require_processes
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
 STATE = "gate.pt"
 LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
-RUN = "run.json"  # written last: a checkpoint without it was cut short
-MARK = ".lorakit"  # written first: a checkpoint without it is somebody else's
+RUN = "run.json"  # a checkpoint without it was cut short, by a lorakit that did not write aside
+MARK = ".lorakit"  # a checkpoint without it is somebody else's
+SAVING = ".checkpoint"  # begins the name of the folder that the next checkpoint is written in
+TRAINERS = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+REMEDY = "put the file back, or pass resume=false to start over"
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, pickle.UnpicklingError,
+              zipfile.BadZipFile, SafetensorError)  # fmt: skip
 KEPT = 2  # complete checkpoints of a run
 
 
@@ -33,6 +45,11 @@ def numbered(output_dir: str | Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
+def ours(output_dir: str | Path) -> list[Path]:
+    """lorakit's own checkpoints, whole or not, oldest first."""
+    return [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
+
+
 def newest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint in `output_dir`; looking removes nothing."""
     return next(reversed(complete(output_dir)), None)
@@ -43,6 +60,63 @@ def complete(output_dir: str | Path) -> list[Path]:
     return [path for path in numbered(output_dir) if (path / RUN).is_file()]
 
 
+def intact(output_dir: str | Path, files: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose `files` are whole, and what newer ones lack; None where none was ever completed.
+
+    Raises:
+        CheckpointError: there are complete ones, and all of them are damaged.
+    """
+    told = []
+    for path in reversed(ours(output_dir)):
+        if not (problem := damage(path, files)):
+            return path, told
+        told.append(f"{path.name}: {problem}")
+    if complete(output_dir):
+        raise CheckpointError(f"{output_dir}: no checkpoint is whole: {'; '.join(told)}; {REMEDY}")
+    return None, told
+
+
+def damage(path: str | Path, files: Sequence[str]) -> str:
+    """What is wrong with a checkpoint's files, naming the first; empty: nothing."""
+    for name in files:
+        file = Path(path) / name
+        try:
+            if name == BEST and _about(path)["curve"]["best_step"] is None:
+                continue
+            if not file.is_file():
+                return f"{name} is missing; without it training would not go on as it would have"
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            elif file.suffix in (".pt", ".pth"):  # a zip, whose parts have checksums
+                with zipfile.ZipFile(file) as opened:
+                    if broken := opened.testzip():
+                        return f"{name} is damaged: {broken}"
+            elif name == RUN:
+                _ = [_about(path)[part] for part in ("identity", "ledger", "curve", "flops")]
+            elif TrainerState.load_from_json(str(file)).global_step < 1:
+                return f"{name} is damaged: it says of no step"
+        except (*UNREADABLE, OSError) as error:
+            return f"{name} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is read from `path` inside may not be what it should.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path} is damaged, or of another run: {said}; {REMEDY}") from None
+
+
 def require_room(output_dir: str | Path) -> None:
     """Refuse a folder with checkpoints of somebody else's, which saving might write into.
 
@@ -50,9 +124,11 @@ def require_room(output_dir: str | Path) -> None:
         ParameterError: naming one.
     """
     for path in numbered(output_dir):
-        ours = (path / MARK).is_file() or (path / RUN).is_file()
         require(
-            ours, "run_dir", str(output_dir), f"holds {path.name}, which lorakit did not write; name another folder"
+            path in ours(output_dir),
+            "run_dir",
+            str(output_dir),
+            f"holds {path.name}, which lorakit did not write; name another folder",
         )
 
 
@@ -69,7 +145,8 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: names or shapes differ from what `model` trains.
     """
-    stored = load_file(str(Path(path) / WEIGHTS))
+    with reading(Path(path) / WEIGHTS):
+        stored = load_file(str(Path(path) / WEIGHTS))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
@@ -81,10 +158,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
             parameter.copy_(stored[name])
 
 
-def save_run(run: RunState, path: Path) -> None:
-    """Write ledger, curve, gate and identity beside what the Trainer saved, the marker of completeness last.
+def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
+    """Write ledger, curve, gate and identity beside what the Trainer saved in `path`; all of it moves to `output_dir`.
 
-    Then remove the run's complete checkpoints but the newest `KEPT`.
+    Then the run's complete checkpoints go, but the newest `KEPT`.
     """
     save_seams(run, path)
     if run.curve.best:
@@ -95,11 +172,47 @@ def save_run(run: RunState, path: Path) -> None:
         "curve": run.curve.state_dict(),
         "flops": run.meter.state_dict(),
     }
-    write_text(json.dumps(state), path / RUN)
-    identity = json.loads(json.dumps(run.identity))
-    found = {other: json.loads((other / RUN).read_text(encoding="utf-8")) for other in complete(path.parent)}
-    for other in [other for other, about in found.items() if about["identity"] == identity][:-KEPT]:
-        shutil.rmtree(other)
+    (path / RUN).write_text(json.dumps(state), encoding="utf-8")
+    (path / MARK).touch()
+    settle(path)
+    os.replace(path, Path(output_dir) / path.name)
+    told = [other for other in complete(output_dir) if not damage(other, [RUN])]
+    for other in [other for other in told if not _differences(run, _about(other)["identity"])][:-KEPT]:
+        os.replace(other, path.parent / other.name)  # half removed it would still look like one
+
+
+def _about(path: str | Path) -> dict[str, Any]:
+    return json.loads((Path(path) / RUN).read_text(encoding="utf-8"))
+
+
+def _differences(run: RunState, stored: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint of identity `stored` says otherwise than `run`; other code (`code_of`) is no other run."""
+    expected = json.loads(json.dumps(run.identity))
+    return [
+        f"{name}={stored.get(name)!r} there, {expected.get(name)!r} here"
+        for name in sorted((stored.keys() | expected.keys()) - {"code"})
+        if stored.get(name) != expected.get(name)
+    ]
+
+
+def code_of(path: str | Path) -> str | None:
+    """The fingerprint of the code that wrote a checkpoint, where it says so."""
+    return _about(path)["identity"].get("code")
+
+
+def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> None:
+    """Put away what a run that goes on from `resumed`, or starts over, has not written and a killed one would resume.
+
+    A killed run goes on from the largest number, so an earlier run's, or a damaged one, must not stand there.
+
+    Args:
+        more: names of what else an earlier run made.
+    """
+    old = ours(output_dir)
+    places = [path.resolve() for path in old]
+    if resumed and Path(resumed).resolve() in places:
+        old = old[places.index(Path(resumed).resolve()) + 1 :]
+    put_away([*old, *(Path(output_dir) / name for name in more)])
 
 
 def load_run(run: RunState, path: str | Path) -> None:
@@ -112,19 +225,21 @@ def load_run(run: RunState, path: str | Path) -> None:
     for name in (RUN, STATE):
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
-    state = json.loads((path / RUN).read_text(encoding="utf-8"))
-    stored, expected = state["identity"], json.loads(json.dumps(run.identity))
-    for name in sorted(stored.keys() | expected.keys()):
-        if stored.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path}: checkpoint of another run: {name}={stored.get(name)!r} there, {expected.get(name)!r} here; "
-                "choose another run_dir, or pass resume=false to start over"
-            )
-    run.ledger.load_state_dict(state["ledger"])
-    run.curve.load_state_dict(state["curve"])
-    run.meter.load_state_dict(state["flops"])
+    with reading(path / RUN):
+        state = _about(path)
+        differences = _differences(run, state["identity"])
+    for difference in differences[:1]:
+        raise CheckpointError(
+            f"{path}: checkpoint of another run: {difference}; choose another run_dir, or pass resume=false to start "
+            "over"
+        )
+    with reading(path / RUN):
+        run.ledger.load_state_dict(state["ledger"])
+        run.curve.load_state_dict(state["curve"])
+        run.meter.load_state_dict(state["flops"])
     if (path / BEST).is_file():
-        run.curve.best = load_file(str(path / BEST))
+        with reading(path / BEST):
+            run.curve.best = load_file(str(path / BEST))
     load_seams(run, path)
 
 
@@ -145,9 +260,40 @@ def load_seams(run: RunState, path: Path) -> None:
         raise CheckpointError(
             f"{path}: no {STATE}: the gate's state is missing, and starting it afresh would be silent"
         )
-    seams = torch.load(path / STATE, weights_only=True)
-    run.gate.load_state_dict(seams["gate"])
-    run.gate_log.load_state_dict(seams["gate_log"])
-    run.tokens.load_state_dict(seams["tokens"])
-    for controller in run.controllers:
-        controller.load_state_dict(seams["controllers"][controller.name])
+    with reading(path / STATE):
+        seams = torch.load(path / STATE, weights_only=True)
+        run.gate.load_state_dict(seams["gate"])
+        run.gate_log.load_state_dict(seams["gate_log"])
+        run.tokens.load_state_dict(seams["tokens"])
+        for controller in run.controllers:
+            controller.load_state_dict(seams["controllers"][controller.name])
+
+
+class Resuming:
+    """The part of a Trainer that saves, checks and loads checkpoints as above."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        require_processes(resume_from_checkpoint, self.accelerator.num_processes)
+        load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, self.state.best_model_checkpoint)  # the Trainer would look for whole models
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        """What a checkpoint must hold for training to go on bitwise."""
+        several, scaler = self.args.world_size > 1, ["scaler.pt"] * self.args.fp16
+        draws = [f"rng_state_{rank}.pth" for rank in range(self.args.world_size)] if several else ["rng_state.pth"]
+        return [STATE, WEIGHTS, *TRAINERS, *draws, *scaler]
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        with reading(Path(folder or "") / "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(folder)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        with reading(Path(folder or "") / "rng_state.pth"):
+            super()._load_rng_state(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            save_weights(self.model, output_dir or self.args.output_dir)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import NotFinite, ParameterError, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
@@ -17,11 +17,11 @@ from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Se
 from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens, main_input
 from lorakit.training.loss import LossTrainer
-from lorakit.training.state import RunState, require_processes
-from lorakit.training.window import Part, Watch, average_gradients, blank
+from lorakit.training.state import RunState
+from lorakit.training.window import Diverged, Part, Watch, average_gradients, blank
 
 
-class GatedTrainer(LossTrainer):
+class GatedTrainer(checkpoint.Resuming, LossTrainer):
     """One forward per micro-batch; at the end of a window of accumulated ones the gate decides about their backwards.
 
     A rejected window leaves weights, moments and gradients as they were. With gradient accumulation the graphs of a
@@ -192,6 +192,8 @@ class GatedTrainer(LossTrainer):
             reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
             with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
+        except NotFinite as error:  # what looks at logits sees it before there is a loss
+            raise Diverged(f"{error} at step {self.ledger.steps + 1}") from None
         finally:
             self.compute_loss, self.accelerator.backward = compute_loss, backward
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
@@ -286,14 +288,3 @@ class GatedTrainer(LossTrainer):
         if "loss" in logs and self.gate.selective and self.ledger.steps:
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        require_processes(resume_from_checkpoint, self.accelerator.num_processes)
-        checkpoint.load_weights(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        checkpoint.load_weights(self.model, self.state.best_model_checkpoint)  # the Trainer would look for whole models
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            checkpoint.save_weights(self.model, output_dir or self.args.output_dir)

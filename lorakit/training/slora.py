@@ -83,11 +83,23 @@ class SLoRATrainer(GatedTrainer):
         self.add_callback(StepCallback(self.run))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As the Trainer's. Resuming needs the gate's state in the checkpoint."""
+        """As the Trainer's; True goes on from the newest checkpoint that is whole, the gate's state included."""
+        files = self.checkpoint_files
+        if resume_from_checkpoint is True and (found := checkpoint.numbered(self.args.output_dir)):
+            whole = [path for path in found if not checkpoint.damage(path, files)]
+            resume_from_checkpoint = str((whole or found)[-1])
+        if isinstance(resume_from_checkpoint, str) and (problem := checkpoint.damage(resume_from_checkpoint, files)):
+            raise CheckpointError(f"{resume_from_checkpoint}: {problem}; go on from an older one, or start over")
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         finally:
             self.run.end()
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        written = super().checkpoint_files
+        left_out = written[2:] if self.args.save_only_model else []
+        return [*(name for name in written if name not in left_out), "trainer_state.json", checkpoint.LEDGER]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

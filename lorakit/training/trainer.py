@@ -1,15 +1,19 @@
 """The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
+import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError, require
+from lorakit.files import aside
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -61,6 +65,7 @@ class BudgetTrainer(GatedTrainer):
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
         self.save_steps = save_steps
+        self._aside = ""  # where a checkpoint is being written
         self.run.identity, self.run.curve = dict(identity or {}), Curve(keep_best=keep_best)
         self.curve = self.run.curve
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
@@ -75,18 +80,22 @@ class BudgetTrainer(GatedTrainer):
             CheckpointError: there is none, it is not complete, or it belongs to another run.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoint.newest(self.args.output_dir)
+            resume_from_checkpoint, _ = checkpoint.intact(self.args.output_dir, self.checkpoint_files)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         if self.save_steps or self.args.save_strategy != "no":
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
+                if problem := checkpoint.damage(resume_from_checkpoint, self.checkpoint_files):
+                    raise CheckpointError(f"{resume_from_checkpoint}: {problem}; {checkpoint.REMEDY}")
                 checkpoint.load_run(self.run, resume_from_checkpoint)
                 if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                     checkpoint.load_weights(self.model, resume_from_checkpoint)
                     return None
                 resume_from_checkpoint = str(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
         finally:
             self.run.end()
@@ -139,13 +148,24 @@ class BudgetTrainer(GatedTrainer):
     # checkpoints ---------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / checkpoint.MARK).touch()
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            checkpoint.save_run(self.run, folder)
+        output_dir = self.args.output_dir
+        with contextlib.ExitStack() as saving:
+            if self.args.should_save:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                self._aside = str(saving.enter_context(aside(output_dir, checkpoint.SAVING)))
+            (self._aside,) = broadcast_object_list([self._aside])
+            saving.callback(setattr, self, "_aside", "")
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each has a random state of its own to save
+            if self.args.should_save:
+                checkpoint.save_run(self.run, checkpoint.folder(self._aside, self.state.global_step), output_dir)
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        return [checkpoint.RUN, *super().checkpoint_files, checkpoint.BEST]
+
+    def _get_output_dir(self, trial) -> str:
+        return self._aside or super()._get_output_dir(trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint)

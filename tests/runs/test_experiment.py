@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -15,7 +20,7 @@ from safetensors.torch import load_file
 
 import lorakit
 from lorakit import records
-from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.errors import CheckpointError, DataError, LorakitError, ParameterError
 from lorakit.runs import experiment
 from lorakit.runs import search as lr_search
 from lorakit.training import BudgetTrainer
@@ -96,22 +101,157 @@ def test_run_dir_keeps_an_adapter_that_gives_the_same_logits(tmp_path):
     assert any(torch.equal(tensor, parameter) for tensor in saved.values() for parameter in model.parameters())
 
 
-def test_diverged_run_is_recorded_and_keeps_its_files(tmp_path):
-    given = {"learning_rate": 1.0e30, "max_grad_norm": 1.0e30, "record": str(tmp_path / "r.json"), "budget": 30}
-    record = lorakit.run(QUICK | given | {"method": "full"})
+@pytest.mark.parametrize("method", ["head", "full", "lora"])
+@pytest.mark.parametrize(
+    ("model", "task", "auto"),
+    [
+        ("toy-encoder", "toy-reviews", "AutoModelForSequenceClassification"),
+        ("toy-encoder", "toy-stories", "AutoModelForMaskedLM"),
+        ("toy-decoder", "toy-stories", "AutoModelForCausalLM"),
+    ],
+)
+def test_from_pretrained_opens_what_was_kept(tmp_path, monkeypatch, method, model, task, auto):
+    import transformers
+
+    trained, build = [], experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda *given: trained.append(given[0]) or build(*given))
+    given = {"method": method, "model": model, "task": task, "max_length": 64, "run_dir": str(tmp_path)}
+    assert lorakit.run(QUICK | given).status == "done"
+    whole = tmp_path / ("model" if method in ("head", "full") else "adapter")
+    ours, words = trained[0].tokenizer, "A film to see again."
+    assert transformers.AutoTokenizer.from_pretrained(whole)(words)["input_ids"] == ours(words)["input_ids"]
+    assert (tmp_path / "model").exists() == (whole.name == "model")
+    if whole.name == "model":
+        opened, inputs = getattr(transformers, auto).from_pretrained(whole).eval(), ours(words, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(opened(**inputs).logits, trained[0].model.eval()(**inputs).logits)
+
+
+TOKENS = {"model": "toy-decoder", "task": "toy-stories", "max_length": 64}
+FLORA = {"method": "flora", "topk_tokens": 0.5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "full"},
+        TOKENS,
+        TOKENS | {"gating": FLORA},
+        TOKENS | {"gating": FLORA | {"mode": "fractional"}},
+        TOKENS | {"gating": FLORA, "gate": "novelty"},
+        TOKENS | {"gating": {"method": "random", "topk_tokens": 0.5}},
+        TOKENS | {"model": "toy-encoder", "gating": FLORA},
+        TOKENS | {"gate": "novelty"},
+    ],
+    ids=str,
+)
+def test_diverged_run_is_recorded_and_keeps_its_files(tmp_path, given):
+    hot = {"learning_rate": 1.0e30, "max_grad_norm": 1.0e30, "record": str(tmp_path / "r.json"), "budget": 30}
+    record = lorakit.run(QUICK | hot | given)
     assert records.read(tmp_path / "r.json").status == record.status == "diverged"
-    assert "loss is" in record.message and record.final == {} and record.costs.steps > 0
+    assert re.search(r"loss.* at step \d+$", record.message) and record.final == {} and record.costs.steps > 0
 
 
-def test_out_of_memory_is_recorded(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("tried to allocate 12 GiB")
+CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
-    monkeypatch.setattr(BudgetTrainer, "training_step", full)
+
+@pytest.mark.parametrize("where", ["training_step", "evaluate", "__init__"])
+@pytest.mark.parametrize(
+    ("error", "status", "raised"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 12 GiB"), "out_of_memory", False),
+        (MemoryError("std::bad_alloc"), "out_of_memory", False),
+        (RuntimeError(CPU), "out_of_memory", False),
+        (RuntimeError("could not create a primitive"), "out_of_memory", False),
+        (RuntimeError("could not create a memory object"), "out_of_memory", False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory", False),
+        (RuntimeError("could not create a primitive descriptor for the eltwise"), "failed", True),
+        (OSError(errno.ENOSPC, "No space left on device"), "failed", False),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "failed", False),
+        (RuntimeError("a bug"), "failed", True),
+        (KeyboardInterrupt(), "interrupted", True),
+    ],
+)
+def test_what_ended_a_run_is_recorded(tmp_path, monkeypatch, where, error, status, raised):
+    def end(*_, **__):
+        raise error
+
+    monkeypatch.setattr(BudgetTrainer, where, end)
     monkeypatch.setattr(experiment.memory, "cuda_peak_bytes", lambda: 11 * 2**30)
-    record = lorakit.run(QUICK | {"record": str(tmp_path / "r.json")})
-    assert (record.status, record.message) == ("out_of_memory", "tried to allocate 12 GiB")
-    assert record.costs.peak_memory_bytes == 11 * 2**30
+    with pytest.raises(type(error)) if raised else contextlib.nullcontext():
+        lorakit.run(QUICK | {"record": str(tmp_path / "r.json"), "run_dir": str(tmp_path / "run"), "save_steps": 1})
+    record = records.read(tmp_path / "r.json")
+    assert record.status == status and (str(error) or "stopped at step") in record.message
+    assert where == "__init__" or record.costs.peak_memory_bytes == 11 * 2**30
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "run"}
+
+
+@pytest.mark.parametrize("name", ["save", "replace"])
+def test_a_full_disk_while_saving_leaves_the_record_and_no_half_checkpoint(tmp_path, monkeypatch, name):
+    real = {"save": torch.save, "replace": os.replace}[name]
+
+    def full(*given, **options):
+        if "checkpoint" in str(given[1]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given, **options)
+
+    monkeypatch.setattr(torch if name == "save" else os, name, full)
+    run_dir = tmp_path / "run"
+    record = lorakit.run(QUICK | {"record": str(tmp_path / "r.json"), "run_dir": str(run_dir), "save_steps": 3})
+    assert record == records.read(tmp_path / "r.json") and record.costs.steps == 3
+    assert (record.status, record.message) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+
+
+def test_a_record_that_cannot_be_written_is_kept_elsewhere_and_that_is_said(tmp_path, monkeypatch):
+    wanted, write = tmp_path / "r.json", records.write
+
+    def full(record, path):
+        if path == wanted:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(record, path)
+
+    monkeypatch.setattr(records, "write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(
+        DataError, match="r.json': cannot be written: .*No space left on device; it is in .*r.json"
+    ) as told:
+        lorakit.run(QUICK | {"record": str(wanted)})
+    assert records.read(str(told.value).rpartition(" ")[2]).status == "done" and not wanted.exists()
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("style", ["bar", "plain"])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(errno.ENOSPC, ""), ValueError("I/O operation on closed file")]
+)
+def test_progress_that_cannot_be_shown_ends_no_run(monkeypatch, style, error):
+    monkeypatch.setenv("LORAKIT_PROGRESS", style)
+    monkeypatch.setattr(Broken, "error", error, raising=False)
+    monkeypatch.setattr(sys, "stderr" if style == "bar" else "stdout", Broken())
+    assert lorakit.run(QUICK).status == "done"
+
+
+def test_a_search_that_is_stopped_keeps_what_it_tried(tmp_path, monkeypatch):
+    given = QUICK | {"search_rates": [1.0e-3, 1.0e-4], "search_budget": 3, "record": str(tmp_path / "lr.json")}
+    step, seen = BudgetTrainer.training_step, []
+
+    def stopping(self, *given):
+        seen.append(self.args.learning_rate)
+        if seen[-1] == 1.0e-4:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(BudgetTrainer, "training_step", stopping)
+        lorakit.search(given)
+    stopped = records.read(tmp_path / "lr.json")
+    assert (stopped.status, len(stopped.search)) == ("interrupted", 1)
+    assert lorakit.search(given).search[0] == stopped.search[0]
 
 
 def test_ctrl_c_is_recorded_and_passed_on(tmp_path, monkeypatch):
@@ -209,12 +349,41 @@ def test_search_passes_over_what_diverged():
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"rank": 0}, "rank=0"), ({"learning_rate": "1e-4"}, "learning_rate='1e-4'.*1.0e-04"),
-     ({"ranks": 8}, "ranks=8: unknown parameter"), ({"method": "lra"}, "method='lra'.*lora"),
-     ({"task": "sst3"}, "sst3.*sst2"), ({"model": "no-such/model"}, "no-such/model"),
-     ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"), ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere")],
-)  # fmt: skip
-def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path):
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4'.*1.0e-04"),
+        ({"ranks": 8}, "ranks=8: unknown parameter"),
+        ({"method": "lra"}, "method='lra'.*lora"),
+        ({"task": "sst3"}, "sst3.*sst2"),
+        ({"model": "no-such/model"}, "no-such/model"),
+        ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"),
+        ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere"),
+        ({"exact_match_rows": 2}, "exact_match_rows=2: task 'toy-reviews' has no answers"),
+        ({"exact_match_rows": 2, "model": "toy-decoder", "task": "toy-stories"}, "exact_match_rows=2: task 'toy-st"),
+        ({"record": "."}, "record=.*is a folder"),
+        ({"record": "/dev/null"}, "record='/dev/null'.*a device"),
+        ({"record": "/dev/null/r.json"}, "record='/dev/null/r.json': is under /dev/null"),
+        ({"record": "/proc/r.json"}, "record='/proc/r.json': cannot be written"),
+        ({"record": "x" * 256}, "record=.*name too long"),
+        ({"run_dir": "/dev/null"}, "run_dir='/dev/null': is not a folder"),
+        ({"run_dir": "/proc/run"}, "run_dir='/proc/run': cannot be written"),
+        ({"run_dir": "/proc"}, "run_dir='/proc': cannot be written"),
+        ({"run_dir": "x" * 256}, "run_dir=.*name too long"),
+        ({"run_dir": "run", "record": "run"}, "record='run': is a folder of run_dir"),
+        ({"run_dir": "run", "record": "run/adapter"}, "record='run/adapter': is a folder of run_dir"),
+        ({"run_dir": "run/deep", "record": "run"}, "record='run': is a folder of run_dir"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(BudgetTrainer, "train", lambda *_, **__: pytest.fail("trained before it was told"))
     with pytest.raises(LorakitError, match=message):
         lorakit.run(QUICK | {"record": str(tmp_path / "r.json")} | changed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_the_adapter_is_to_be_is_told_before_training(tmp_path):
+    (tmp_path / "adapter").touch()
+    with pytest.raises(ParameterError, match="run_dir=.*adapter': is not a folder"):
+        lorakit.run(QUICK | {"run_dir": str(tmp_path)})
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

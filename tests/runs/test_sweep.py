@@ -11,6 +11,7 @@ from pathlib import Path
 import light_notebook
 import pytest
 import yaml
+from filelock import FileLock
 
 from lorakit import records
 from lorakit.errors import ParameterError
@@ -113,8 +114,28 @@ def test_changed_params_are_told_and_the_record_is_kept(place, capsys):
 
 def test_two_sweeps_of_a_setting_do_not_meet(place):
     runs = sweep.plan(place, "toy", "lora")
-    with sweep._alone(runs[0]), pytest.raises(ParameterError, match="another sweep"):
+    (place / ".runs").mkdir()
+    with FileLock(place / ".runs" / ".toy.lock"), pytest.raises(ParameterError, match="SETTING='toy': another sweep"):
         sweep.sweep(runs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_leaves_no_snakemake_beside_a_free_lock(place, number):
+    write_params(place, full="report_to: wait")
+    runs = sweep.plan(place, "toy", "full")
+    with subprocess.Popen([sys.executable, "-c", SWEEP, str(place)], stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        try:
+            while "working on full" not in process.stdout.readline():
+                assert process.poll() is None
+            os.kill(process.pid, number)  # it alone
+            if number == signal.SIGKILL:
+                process.wait()
+            with pytest.raises(ParameterError, match="another sweep"):
+                sweep.sweep(runs)
+        finally:
+            os.killpg(process.pid, signal.SIGINT if number == signal.SIGTERM else signal.SIGKILL)
+        process.stdout.read()
 
 
 @pytest.mark.parametrize(

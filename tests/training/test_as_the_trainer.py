@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_runs as runs
 from flora_runs import decoder, flora, ledger
-from slora_runs import Open, arguments, lora, slora
+from slora_runs import arguments, lora, slora
 from transformers import Trainer
 
 from lorakit.errors import LorakitError
@@ -142,7 +142,7 @@ def assert_same_step(ours, plain, untrained):
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("gate", [None, Open()], ids=["ungated", "gated"])
+@pytest.mark.parametrize("gate", [None, runs.Open()], ids=["ungated", "gated"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_is_the_one_that_was_asked_for(tmp_path, name, gate):
     ours, plain = on(SLoRATrainer, name, tmp_path, gate=gate), on(Trainer, name, tmp_path)
@@ -178,7 +178,7 @@ class Halved:
         return (loss / 2, outputs) if return_outputs else loss / 2
 
 
-@pytest.mark.parametrize("gate", [None, Open()], ids=["ungated", "gated"])
+@pytest.mark.parametrize("gate", [None, runs.Open()], ids=["ungated", "gated"])
 @pytest.mark.parametrize("mixin", [Doubled, Halved])
 @pytest.mark.parametrize("name", ["cross-entropy", "function"])
 def test_an_overridden_compute_loss_is_the_loss(tmp_path, name, mixin, gate):
@@ -246,7 +246,7 @@ def interrupted(run, at: int, error: Exception) -> None:
     run.training_step = failing
 
 
-GATES = {"ungated": lambda: None, "gated": Open}
+GATES = {"ungated": lambda: None, "gated": runs.Open}
 
 
 @pytest.mark.parametrize("gate", GATES)

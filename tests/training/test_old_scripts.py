@@ -8,7 +8,7 @@ import pytest
 import torch
 import training_runs as runs
 from flora_runs import arguments, decoder, flora
-from slora_runs import GATE, Open, lora, slora
+from slora_runs import GATE, lora, slora
 from transformers import Trainer, TrainerCallback
 
 from lorakit.errors import LorakitError, ParameterError
@@ -88,7 +88,7 @@ def on(trainer, folder, name, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("gate", [None, Open()], ids=["ungated", "gated"])
+@pytest.mark.parametrize("gate", [None, runs.Open()], ids=["ungated", "gated"])
 def test_a_model_is_trained_as_the_trainer_trains_it(tmp_path, name, gate):
     ours, plain = on(SLoRATrainer, tmp_path, name, gate=gate), on(Trainer, tmp_path, name)
     for run in (ours, plain):

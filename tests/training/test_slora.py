@@ -167,7 +167,7 @@ def test_a_checkpoint_without_the_gates_state_is_an_error(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
     slora(lora(), tmp_path / "a", **options).train()
     (tmp_path / "a" / "checkpoint-5" / checkpoint.STATE).unlink()
-    with pytest.raises(CheckpointError, match="gate's state is missing"):
+    with pytest.raises(CheckpointError, match="gate.pt is missing"):
         slora(lora(), tmp_path / "a", **options).train(resume_from_checkpoint=True)
     slora(lora(), tmp_path / "b", gate_config=None, **options).train()
     with pytest.raises(CheckpointError, match="no state of gate 'novelty'"):

@@ -160,8 +160,8 @@ def test_a_run_removes_only_its_own_older_checkpoints(tmp_path):
     trainer(model(), tmp_path, save_steps=20, identity={"seed": 1}).train()
     (tmp_path / "checkpoint-20").rename(tmp_path / "checkpoint-5")
     trainer(model(), tmp_path, save_steps=6, identity={"seed": 2}).train()
-    kept = {path.name for path in checkpoint.complete(tmp_path)}
-    assert kept == {"checkpoint-5", "checkpoint-18", "checkpoint-20"}
+    assert {path.name for path in checkpoint.complete(tmp_path)} == {"checkpoint-18", "checkpoint-20"}
+    assert [path.name for path in checkpoint.complete(tmp_path / "earlier-1")] == ["checkpoint-5"]  # put away
 
 
 def test_a_checkpoint_of_another_run_or_without_its_state_is_refused(tmp_path):

@@ -1,0 +1,77 @@
+"""What a run finds in its folder: an earlier run's checkpoints, damaged ones, another run at work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+import lorakit
+from lorakit.errors import ParameterError
+from lorakit.measure import environment
+from lorakit.training import BudgetTrainer
+
+SAVING = {
+    **{"budget": 6, "evaluations": 2, "batch_size": 8, "max_train": 64, "max_validation": 32, "max_test": 32},
+    **{"latency_repeats": 0, "predict_memory": False, "rank": 2, "save_steps": 2},
+}
+
+
+def adapter(run_dir):
+    return load_file(str(run_dir / "adapter" / "adapter_model.safetensors"))
+
+
+def equal(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """The run that follows is stopped before step `step` + 1."""
+    real = BudgetTrainer.training_step
+
+    def stopping(self, *given):
+        if self.ledger.steps >= step:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    monkeypatch.setattr(BudgetTrainer, "training_step", stopping)
+
+
+@pytest.mark.parametrize(
+    ("changed", "killed_at"),
+    [({"learning_rate": 0.02}, 0), ({"learning_rate": 0.02}, 3), ({"budget": 4}, 1), ({"budget": 9}, 5)],
+)
+def test_a_run_that_started_over_never_ends_with_the_old_ones_weights(tmp_path, monkeypatch, changed, killed_at):
+    new = SAVING | changed
+    lorakit.run(SAVING | {"run_dir": str(tmp_path / "one")})
+    old = adapter(tmp_path / "one")
+    lorakit.run(new | {"run_dir": str(tmp_path / "whole")})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_at(patched, killed_at)
+        lorakit.run(new | {"run_dir": str(tmp_path / "one"), "resume": False})
+    assert not (tmp_path / "one" / "adapter").exists()
+    resumed = lorakit.run(new | {"run_dir": str(tmp_path / "one")})
+    assert equal(adapter(tmp_path / "one"), adapter(tmp_path / "whole"))
+    assert any("resumed at step" in note for note in resumed.notes) == (killed_at >= 2)
+    assert equal(adapter(tmp_path / "one" / "earlier-1"), old)  # nothing is lost
+    assert {"checkpoint-4", "checkpoint-6"} < {path.name for path in (tmp_path / "one" / "earlier-1").iterdir()}
+
+
+@pytest.mark.parametrize("stored", ["another", None])  # None: a lorakit that did not say
+def test_a_checkpoint_of_other_code_is_noted(tmp_path, monkeypatch, stored):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_at(patched, 3)
+        patched.setattr(environment, "code_fingerprint", lambda: stored)
+        lorakit.run(SAVING | {"run_dir": str(tmp_path)})
+    for noted in (True, False):  # the second time from a checkpoint of this code
+        record = lorakit.run(SAVING | {"run_dir": str(tmp_path)})
+        assert record.status == "done"
+        assert ("resumed from a checkpoint that other code wrote" in record.notes) == noted
+
+
+def test_a_second_run_in_the_folder_is_refused_by_name(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ParameterError, match="run_dir=.*another run is at work there"):
+        lorakit.run(SAVING | {"run_dir": str(tmp_path)})
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert lorakit.run(SAVING | {"run_dir": str(tmp_path)}).status == "done"

@@ -1,0 +1,108 @@
+"""Checkpoints are written whole or not at all, and what is damaged is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import slora_runs
+from training_runs import equal, kill, tiny_bert, trainer, weights
+
+from lorakit.errors import CheckpointError
+from lorakit.training import Budget, checkpoint
+
+
+@pytest.mark.parametrize("stopped_in", ["torch.save", "os.replace", "lorakit.training.checkpoint.settle"])
+def test_a_save_that_is_stopped_leaves_no_checkpoint_and_no_trace(tmp_path, monkeypatch, stopped_in):
+    def stop(*_, **__):
+        assert not list(tmp_path.glob("checkpoint-*")), "half written under its own name"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped_in, stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tiny_bert(), tmp_path, save_steps=6).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: happened.append("on disk") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: happened.append(Path(paths[1]).name) or replace(*paths))
+    trainer(tiny_bert(), tmp_path, save_steps=20).train()
+    files = [path for path in (tmp_path / "checkpoint-20").iterdir()]
+    assert len(files) > 7 and happened == ["on disk"] * (len(files) + 1) + ["checkpoint-20"]
+
+
+FILES = [checkpoint.RUN, checkpoint.STATE, checkpoint.WEIGHTS, checkpoint.BEST, *checkpoint.TRAINERS, "rng_state.pth"]
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "other bytes": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "text": lambda path: path.write_text("[]"),
+    "a byte": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "another's": lambda path: path.write_bytes((path.parent / OTHER[path.suffix]).read_bytes()),
+}
+OTHER = {".pt": "rng_state.pth", ".pth": "scheduler.pt", ".safetensors": "rng_state.pth", ".json": "../other.json"}
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-200] + bytes([content[-200] ^ 255]) + content[-199:]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of 18 steps that was killed at 14 and saved at 6 and 12, its weights at the end, how to make it again."""
+
+    def again(folder):
+        return trainer(tiny_bert(), folder, save_steps=6, keep_best=True, evaluations=3, budget=Budget(18, "steps"))
+
+    folder = tmp_path_factory.mktemp("saved")
+    kill(again(folder), 28)
+    (folder / "other.json").write_text("{}")
+    whole = again(tmp_path_factory.mktemp("whole"))
+    whole.train()
+    return folder, weights(whole.model), again
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_an_older_whole_one_resumed(saved, tmp_path, name, damage):
+    folder, wanted, again = saved
+    shutil.copytree(folder, tmp_path / "run")
+    DAMAGES[damage](tmp_path / "run" / "checkpoint-12" / name)
+    if damage == "a byte" and checkpoint.damage(tmp_path / "run" / "checkpoint-12", FILES) == "":
+        pytest.skip("in a value of a file without checksums")
+    run = again(tmp_path / "run")
+    try:
+        run.train(resume_from_checkpoint=True)
+    except CheckpointError as told:  # its bytes are whole, but what they say is not this file's
+        assert damage == "another's" and re.search(rf"checkpoint-12/.*{name}|{name}.*damaged", str(told)), told
+    else:
+        assert equal(weights(run.model), wanted)
+        assert (tmp_path / "run" / "earlier-1" / "checkpoint-12").is_dir()
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    shutil.copytree(saved[0] / "checkpoint-12", tmp_path / "run" / "checkpoint-12")
+    DAMAGES[damage](tmp_path / "run" / "checkpoint-12" / name)
+    with pytest.raises(CheckpointError, match=rf"(?s){name}.*resume=false"):
+        again(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.LEDGER, checkpoint.STATE])
+def test_slora_goes_on_from_a_whole_checkpoint_or_says_what_is_missing(tmp_path, name):
+    options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    whole = slora_runs.slora(slora_runs.lora(), tmp_path, **options)
+    whole.train()
+    (tmp_path / "checkpoint-10" / name).write_bytes(b"")
+    resumed = slora_runs.slora(slora_runs.lora(), tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(whole.model), weights(resumed.model))
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"checkpoint-10: {name} is missing"):
+        slora_runs.slora(slora_runs.lora(), tmp_path, **options).train(resume_from_checkpoint=True)
