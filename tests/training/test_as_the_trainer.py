@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from lorakit.errors import LorakitError
 from lorakit.training import Budget, BudgetTrainer, FLoRATrainer, SLoRATrainer
-from lorakit.training.loss import MeanLoss
 
 
 def peft_model():
@@ -196,7 +195,12 @@ REFUSED = [
     ("function", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
     ("routers", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
     ("smoothed", FLoRATrainer, CHOOSING, "^label_smoothing_factor=0.2: "),
-    ("cross-entropy", FLoRATrainer, CHOOSING | {"compute_loss_func": MeanLoss("causal")}, "^compute_loss_func="),
+    (
+        "cross-entropy",
+        FLoRATrainer,
+        CHOOSING | {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.mean()},
+        "^compute_loss_func=",
+    ),
     ("cross-entropy", type("Mine", (Doubled, FLoRATrainer), {}), CHOOSING, "^compute_loss='Mine': "),
     (
         "one label",
