@@ -81,7 +81,8 @@ class Run:
         """Parameter -> (what the record was made with, what the params files say now), where they differ."""
         resolved, apart = records.read(self.record).resolved, flagged(Params, APART)
         was = Params(**{name: value for name, value in resolved.items() if name in Params.model_fields})
-        pairs = {name: (getattr(was, name), getattr(self.params, name)) for name in Params.model_fields}
+        now = self.params  # read from its files at every look
+        pairs = {name: (getattr(was, name), getattr(now, name)) for name in Params.model_fields}
         return {name: pair for name, pair in pairs.items() if name not in apart and pair[0] != pair[1]}
 
 
