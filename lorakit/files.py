@@ -56,7 +56,13 @@ def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, blocking=False) as held:
-            yield held._context.lock_file_fd  # a child that is passed it keeps the lock as long as it lives
+            try:
+                yield held._context.lock_file_fd  # a child that is passed it keeps the lock as long as it lives
+            except ParameterError:  # refused: nothing is left behind
+                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is not empty
+                    lock.parent.rmdir()
+                raise
     except Timeout:
         raise ParameterError(name, value, f"{who} is at work there") from None
 

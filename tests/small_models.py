@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorakit.adapters.attachment import trained_tensors
+from lorakit.errors import LorakitError
 
 KINDS = ("bert", "gpt2", "gemma")
 HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "gpt2_classifier": ["score"]}
@@ -76,11 +77,11 @@ def gradients(model):
 
 
 def _held(model):
-    """Everything a model holds, merged or not, the scales of 4-bit weights too."""
-    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    states = {name: tensor.quant_state for name, tensor in held.items() if getattr(tensor, "quant_state", None)}
-    scales = {f"{name}.{key}": value for name, state in states.items() for key, value in state.as_dict(True).items()}
-    return held | scales
+    """Everything stored, the scales of 4-bit weights too; while merged, when nothing is, what the model holds."""
+    try:
+        return model.state_dict()
+    except LorakitError:
+        return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def bits(model):

@@ -127,8 +127,8 @@ def export(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _tied(model: nn.Module) -> bool:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    return outputs is None or inputs.weight is outputs.weight
+    outputs = model.get_output_embeddings()  # a model without may name no inputs either
+    return outputs is None or model.get_input_embeddings().weight is outputs.weight
 
 
 @dataclass

@@ -15,6 +15,7 @@ from lorakit.seams import AlwaysOpen, Gate
 from lorakit.training import checkpoint
 from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
+from lorakit.training.state import require_processes
 
 KEYS = (
     *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
@@ -88,6 +89,8 @@ class SLoRATrainer(GatedTrainer):
         if resume_from_checkpoint is True and (found := checkpoint.numbered(self.args.output_dir)):
             whole = [path for path in found if not checkpoint.damage(path, files)]
             resume_from_checkpoint = str((whole or found)[-1])
+        if isinstance(resume_from_checkpoint, str):
+            require_processes(resume_from_checkpoint, self.accelerator.num_processes)
         if isinstance(resume_from_checkpoint, str) and (problem := checkpoint.damage(resume_from_checkpoint, files)):
             raise CheckpointError(f"{resume_from_checkpoint}: {problem}; go on from an older one, or start over")
         try:

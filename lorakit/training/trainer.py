@@ -20,6 +20,7 @@ from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
+from lorakit.training.state import require_processes
 
 
 class BudgetTrainer(GatedTrainer):
@@ -87,6 +88,7 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
+                require_processes(resume_from_checkpoint, self.accelerator.num_processes)
                 if problem := checkpoint.damage(resume_from_checkpoint, self.checkpoint_files):
                     raise CheckpointError(f"{resume_from_checkpoint}: {problem}; {checkpoint.REMEDY}")
                 checkpoint.load_run(self.run, resume_from_checkpoint)

@@ -159,7 +159,7 @@ def test_the_command_line_merges(tmp_path, capsys):
     loaded = models.load("toy-encoder", "classify", num_labels=3)
     model = perturbed(attach(loaded.model, seed=0))
     adapter = str(save_adapter(model, tmp_path / "adapter"))
-    assert cli.main(["export", adapter, "--merge", "--output", str(tmp_path / "whole")]) == 0
+    assert cli.main(["export", adapter, "--merge", "--base", "toy-encoder", "--output", str(tmp_path / "whole")]) == 0
     plain = models.load(str(tmp_path / "whole"), "classify", num_labels=3).model
     torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -156,7 +156,7 @@ def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, 
 
 def test_the_note_says_that_nothing_pages():
     def notes(optimizer, device):
-        params, model = SimpleNamespace(optimizer=optimizer), SimpleNamespace(device=torch.device(device))
+        params, model = SimpleNamespace(optimizer=optimizer, tf32=False), SimpleNamespace(device=torch.device(device))
         return Assembled(params, model, None, SimpleNamespace(notes=["task"]), SimpleNamespace(notes=["model"])).notes
 
     paged = "optimizer 'paged_adamw_8bit': nothing pages on cpu; its state stays in memory, unpaged"

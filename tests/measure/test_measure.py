@@ -125,7 +125,7 @@ def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
 def test_plan_margins():
     def printed(peak):
         memory = dict.fromkeys(KINDS, 0) | {"peak": peak * plan.GIB}
-        return plan.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, "packaged dimensions"))
+        return plan.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, "packaged dimensions", 512))
 
     assert "predicted need 12.0 GiB" in printed(10)
     table = printed(20).splitlines()[-len(plan.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB

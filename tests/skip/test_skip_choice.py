@@ -66,7 +66,7 @@ def test_m_accumulates_over_the_batches_of_a_step(build, tiny_bert):
 def test_the_average_starts_at_the_first_measurement_and_replaces_while_warm(tiny_bert):
     model, skip = prepared(ours, tiny_bert, ema=0.25, warmup=0.5)
     skip._measured = lambda probes: [measured] * 12
-    skip.probes[0].squares = torch.ones(2)
+    skip.probes[0].measuring = True
     skip._warm, skip.metric, measured = False, [1.0] * 12, 2.0
     skip.after_step(0.6, None)
     assert skip.metric == [1.25] * 12
