@@ -118,11 +118,8 @@ def step_claims(
 
 def predicted_peak(case: Case, build: Build) -> float:
     """MiB at the peak of a training step."""
-    from lorakit.measure.memory import predict_training_memory
+    from lorakit.measure.memory import predict_step_memory
 
-    def on_meta() -> nn.Module:
-        with torch.device("meta"):
-            base = case.base()
-        return build(base)
-
-    return predict_training_memory(on_meta, lambda: make_batch(case))["peak"] / 2**20
+    with torch.device("meta"):
+        base = case.base()
+    return predict_step_memory(build(base), make_batch(case))["peak"] / 2**20

@@ -21,16 +21,6 @@ from lorakit.seams import TokenSelection
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def predict_training_memory(
-    build: Callable[[], nn.Module], make_batch: Callable[[], Mapping[str, torch.Tensor]], **options: Any
-) -> dict[str, int]:
-    """Predict from `build() -> model`, on the meta device with adapters attached, and `make_batch() -> inputs`.
-
-    Nothing of the model's size is allocated. Options, result and errors as for `predict_step_memory`.
-    """
-    return predict_step_memory(build(), make_batch(), **options)
-
-
 def predict_step_memory(
     model: nn.Module,
     batch: Mapping[str, torch.Tensor],

@@ -13,7 +13,7 @@ from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
 from lorakit.base.quantize import quantisable
 from lorakit.errors import ParameterError, require
 from lorakit.measure.live import KINDS
-from lorakit.measure.memory import predict_training_memory
+from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.modules import is_conv1d, replace_modules
 from lorakit.params import Params, check
@@ -94,9 +94,9 @@ def predict(plan: Plan) -> Prediction:
     if plan.quantize == "nf4":
         quantize_meta(base)
     model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
-    memory = predict_training_memory(
-        lambda: model,
-        lambda: make_batch(plan.batch, seq, kind),
+    memory = predict_step_memory(
+        model,
+        make_batch(plan.batch, seq, kind),
         optimizer=plan.optimizer,
         autocast=None if plan.precision == "fp32" else plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing,

@@ -111,12 +111,6 @@ def agreement(values: Sketched, size: int, what: str = "cosine", point: str = "t
 # The sparse error -----------------------------------------------------------------------------------
 
 
-def _only_top(indices: Tensor, values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """The gold word's entry is dropped where it is not among the K."""
-    inside = (indices[:, :-1] == labels[:, None]).any(dim=1)
-    return torch.cat([values[:, :-1], (values[:, -1] * inside)[:, None]], dim=1)
-
-
 def _softmax_of_kept(indices: Tensor, values: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Probabilities as if there were no other words than those kept."""
     kept = logits.gather(1, indices)
@@ -128,7 +122,9 @@ def _softmax_of_kept(indices: Tensor, values: Tensor, logits: Tensor, labels: Te
 
 SPARSE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "the K most probable words and the label": lambda indices, values, logits, labels: values,
-    "without the label": _only_top,
+    "without the label": lambda indices, values, logits, labels: torch.cat(
+        [values[:, :-1], (values[:, -1] * (indices[:, :-1] == labels[:, None]).any(dim=1))[:, None]], dim=1
+    ),  # the gold word's entry is dropped where it is not among the K
     "softmax over these words alone": _softmax_of_kept,
 }
 

@@ -74,7 +74,9 @@ def redundant_stream(
     redundant = _places(batches, count, run, for_places)
     stream = np.empty((batches, batch_size), dtype=np.int64)
     stream[redundant] = chosen.reshape(-1, batch_size)
-    stream[~redundant] = _walk(outside, (batches - count) * batch_size, for_fresh).reshape(-1, batch_size)
+    fresh = (batches - count) * batch_size  # rows: a permutation of those outside, then another
+    walks = [for_fresh.permutation(outside) for _ in range(-(-fresh // max(1, len(outside))))]
+    stream[~redundant] = np.concatenate([outside[:0], *walks])[:fresh].reshape(-1, batch_size)
     ordered_rows = rows.select(stream.ravel())
     if kind == "near":
         ordered_rows = _thinned_copies(ordered_rows, redundant.repeat(batch_size), drop, special, for_redundant)
@@ -100,12 +102,6 @@ def _places(batches: int, count: int, run: int, rng: np.random.Generator) -> np.
     lengths = np.array([1] * (batches - count) + runs, dtype=np.int64)
     order = rng.permutation(len(lengths))
     return np.repeat(order >= batches - count, lengths[order])
-
-
-def _walk(outside: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` rows: a permutation of those outside, then another."""
-    passes = -(-count // max(1, len(outside)))
-    return np.concatenate([outside[:0], *(rng.permutation(outside) for _ in range(passes))])[:count]
 
 
 # near-duplicates ------------------------------------------------------------------------------------

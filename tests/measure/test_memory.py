@@ -13,7 +13,7 @@ from benchmarks._profiled import measured_step_peak, training_step
 from lorakit import adapters
 from lorakit.errors import ParameterError
 from lorakit.measure.live import KINDS, LiveBytes
-from lorakit.measure.memory import cuda_peak_bytes, predict_step_memory, predict_training_memory, reset_cuda_peak
+from lorakit.measure.memory import cuda_peak_bytes, predict_step_memory, reset_cuda_peak
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens
 
@@ -79,7 +79,7 @@ def test_meta_model_predicts_as_the_real_one(build, method):
         return adapters.attach(model, method, seed=0)
 
     real = predict_step_memory(adapters.attach(factory(), method, seed=0), batch)
-    assert predict_training_memory(on_meta, lambda: batch) == real
+    assert predict_step_memory(on_meta(), batch) == real
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
