@@ -13,6 +13,7 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -140,13 +141,16 @@ class Masker:
     tokenizer: PreTrainedTokenizerFast
     seed: int
 
+    @cached_property
+    def _special(self) -> torch.Tensor:
+        return torch.tensor(sorted({*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}))
+
     def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, T) -> (ids with tokens hidden, labels); a row with any ordinary token has at least one label."""
         digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         chance = torch.rand(ids.shape, generator=generator)
-        special = {*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}
-        ordinary = ~torch.isin(ids, torch.tensor(sorted(special)))
+        ordinary = ~torch.isin(ids, self._special)
         chance = chance.masked_fill(~ordinary, 2.0)
         least = chance == chance.amin(1, keepdim=True)
         chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))

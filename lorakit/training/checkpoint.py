@@ -50,11 +50,6 @@ def ours(output_dir: str | Path) -> list[Path]:
     return [path for path in numbered(output_dir) if (path / MARK).is_file() or (path / RUN).is_file()]
 
 
-def newest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; looking removes nothing."""
-    return next(reversed(complete(output_dir)), None)
-
-
 def complete(output_dir: str | Path) -> list[Path]:
     """lorakit's own checkpoints that were written to their end, oldest first."""
     return [path for path in numbered(output_dir) if (path / RUN).is_file()]
@@ -81,7 +76,7 @@ def damage(path: str | Path, files: Sequence[str]) -> str:
     for name in files:
         file = Path(path) / name
         try:
-            if name == BEST and _about(path)["curve"]["best_step"] is None:
+            if name == BEST and about(path)["curve"]["best_step"] is None:
                 continue
             if not file.is_file():
                 return f"{name} is missing; without it training would not go on as it would have"
@@ -93,7 +88,7 @@ def damage(path: str | Path, files: Sequence[str]) -> str:
                     if broken := opened.testzip():
                         return f"{name} is damaged: {broken}"
             elif name == RUN:
-                _ = [_about(path)[part] for part in ("identity", "ledger", "curve", "flops")]
+                _ = [about(path)[part] for part in ("identity", "ledger", "curve", "flops")]
             elif TrainerState.load_from_json(str(file)).global_step < 1:
                 return f"{name} is damaged: it says of no step"
         except (*UNREADABLE, OSError) as error:
@@ -123,13 +118,10 @@ def require_room(output_dir: str | Path) -> None:
     Raises:
         ParameterError: naming one.
     """
+    own = ours(output_dir)
     for path in numbered(output_dir):
-        require(
-            path in ours(output_dir),
-            "run_dir",
-            str(output_dir),
-            f"holds {path.name}, which lorakit did not write; name another folder",
-        )
+        told = f"holds {path.name}, which lorakit did not write; name another folder"
+        require(path in own, "run_dir", str(output_dir), told)
 
 
 def save_weights(model: torch.nn.Module, path: str | Path) -> None:
@@ -177,27 +169,23 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     settle(path)
     os.replace(path, Path(output_dir) / path.name)
     told = [other for other in complete(output_dir) if not damage(other, [RUN])]
-    for other in [other for other in told if not _differences(run, _about(other)["identity"])][:-KEPT]:
+    for other in [other for other in told if not _differences(run, about(other)["identity"])][:-KEPT]:
         os.replace(other, path.parent / other.name)  # half removed it would still look like one
 
 
-def _about(path: str | Path) -> dict[str, Any]:
+def about(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of its run: identity (with the code that wrote it), ledger, curve, FLOPs."""
     return json.loads((Path(path) / RUN).read_text(encoding="utf-8"))
 
 
 def _differences(run: RunState, stored: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint of identity `stored` says otherwise than `run`; other code (`code_of`) is no other run."""
+    """What a checkpoint of identity `stored` says otherwise than `run`; other code is no other run."""
     expected = json.loads(json.dumps(run.identity))
     return [
         f"{name}={stored.get(name)!r} there, {expected.get(name)!r} here"
         for name in sorted((stored.keys() | expected.keys()) - {"code"})
         if stored.get(name) != expected.get(name)
     ]
-
-
-def code_of(path: str | Path) -> str | None:
-    """The fingerprint of the code that wrote a checkpoint, where it says so."""
-    return _about(path)["identity"].get("code")
 
 
 def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> None:
@@ -226,7 +214,7 @@ def load_run(run: RunState, path: str | Path) -> None:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
     with reading(path / RUN):
-        state = _about(path)
+        state = about(path)
         differences = _differences(run, state["identity"])
     for difference in differences[:1]:
         raise CheckpointError(
@@ -272,8 +260,15 @@ def load_seams(run: RunState, path: Path) -> None:
 class Resuming:
     """The part of a Trainer that saves, checks and loads checkpoints as above."""
 
+    remedy = REMEDY
+
+    def require_resumable(self, path: str | Path) -> None:
+        """Raise `CheckpointError` where another number of processes wrote it, or a file is missing or damaged."""
+        require_processes(path, self.accelerator.num_processes)
+        if problem := damage(path, self.checkpoint_files):
+            raise CheckpointError(f"{path}: {problem}; {self.remedy}")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        require_processes(resume_from_checkpoint, self.accelerator.num_processes)
         load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -15,7 +15,6 @@ from lorakit.seams import AlwaysOpen, Gate
 from lorakit.training import checkpoint
 from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
-from lorakit.training.state import require_processes
 
 KEYS = (
     *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
@@ -45,6 +44,8 @@ class SLoRATrainer(GatedTrainer):
         LorakitError: with a gate, a model without an output head, or of no kind that gates know.
         CheckpointError: resuming from a checkpoint without this gate's state.
     """
+
+    remedy = "go on from an older one, or start over"
 
     def __init__(
         self,
@@ -85,14 +86,11 @@ class SLoRATrainer(GatedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's; True goes on from the newest checkpoint that is whole, the gate's state included."""
-        files = self.checkpoint_files
         if resume_from_checkpoint is True and (found := checkpoint.numbered(self.args.output_dir)):
-            whole = [path for path in found if not checkpoint.damage(path, files)]
-            resume_from_checkpoint = str((whole or found)[-1])
+            whole = (path for path in reversed(found) if not checkpoint.damage(path, self.checkpoint_files))
+            resume_from_checkpoint = str(next(whole, found[-1]))
         if isinstance(resume_from_checkpoint, str):
-            require_processes(resume_from_checkpoint, self.accelerator.num_processes)
-        if isinstance(resume_from_checkpoint, str) and (problem := checkpoint.damage(resume_from_checkpoint, files)):
-            raise CheckpointError(f"{resume_from_checkpoint}: {problem}; go on from an older one, or start over")
+            self.require_resumable(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         finally:

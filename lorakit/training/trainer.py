@@ -20,7 +20,6 @@ from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
-from lorakit.training.state import require_processes
 
 
 class BudgetTrainer(GatedTrainer):
@@ -88,9 +87,7 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.require_room(self.args.output_dir)
         try:
             if resume_from_checkpoint:
-                require_processes(resume_from_checkpoint, self.accelerator.num_processes)
-                if problem := checkpoint.damage(resume_from_checkpoint, self.checkpoint_files):
-                    raise CheckpointError(f"{resume_from_checkpoint}: {problem}; {checkpoint.REMEDY}")
+                self.require_resumable(resume_from_checkpoint)
                 checkpoint.load_run(self.run, resume_from_checkpoint)
                 if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                     checkpoint.load_weights(self.model, resume_from_checkpoint)

@@ -312,7 +312,7 @@ def test_resume_is_bitwise(model, tmp_path, kind):
     killed, _ = run(model(), tmp_path / "killed", kind, **options | {"gate": Alternating()})
     kill(killed, 21 if kind != "l1" else 35)  # amid the schedule; after the freeze
     resumed, second = run(model(), tmp_path / "killed", kind, **options | {"gate": Alternating()})
-    resumed.train(resume_from_checkpoint=str(checkpoint.newest(tmp_path / "killed")))
+    resumed.train(resume_from_checkpoint=str(checkpoint.complete(tmp_path / "killed")[-1]))
     assert equal(weights(whole.model), weights(resumed.model))
     moments = [side.optimizer.state_dict()["state"] for side in (whole, resumed)]
     assert all(equal(list(a.values()), list(b.values())) for a, b in zip(*map(dict.values, moments), strict=True))

@@ -135,7 +135,7 @@ def test_checkpoint_cut_short_is_passed_over(tmp_path):
     trainer(model(), tmp_path, save_steps=6).train()
     (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).unlink()
     before = sorted(tmp_path.rglob("*"))
-    assert checkpoint.newest(tmp_path) == checkpoint.folder(tmp_path, 18)
+    assert checkpoint.complete(tmp_path)[-1] == checkpoint.folder(tmp_path, 18)
     assert sorted(tmp_path.rglob("*")) == before
     trainer(model(), tmp_path, save_steps=6).train(resume_from_checkpoint=True)
     assert (checkpoint.folder(tmp_path, 20) / checkpoint.RUN).is_file()
@@ -149,7 +149,7 @@ def test_what_is_not_ours_is_never_deleted(tmp_path):
     (tmp_path / "checkpoint-7").write_text("a file")
     (tmp_path / "checkpoint-8").symlink_to(tmp_path / "checkpoint-best")
     before = sorted(tmp_path.iterdir())
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.complete(tmp_path) == []
     trainer(model(), tmp_path).train()
     with pytest.raises(ParameterError, match="checkpoint-500, which lorakit did not write"):
         trainer(model(), tmp_path, save_steps=6).train()
@@ -166,7 +166,7 @@ def test_a_run_removes_only_its_own_older_checkpoints(tmp_path):
 
 def test_a_checkpoint_of_another_run_or_without_its_state_is_refused(tmp_path):
     trainer(model(), tmp_path, save_steps=20, identity={"learning_rate": 0.01, "seed": 3}).train()
-    kept = checkpoint.newest(tmp_path)
+    kept = checkpoint.complete(tmp_path)[-1]
     other = trainer(model(), tmp_path, identity={"learning_rate": 0.02, "seed": 3})
     wider = trainer(model(intermediate_size=128), tmp_path, identity={"learning_rate": 0.01, "seed": 3})
     for run, says in ((other, "learning_rate=0.01 there, 0.02 here"), (wider, r"\(64, 32\), here \(128, 32\)")):
@@ -181,7 +181,7 @@ def test_checkpoint_holds_only_what_is_trained(tmp_path):
     only_head = model()
     only_head.bert.requires_grad_(False)
     trainer(only_head, tmp_path, save_steps=20).train()
-    stored = load_file(str(checkpoint.newest(tmp_path) / checkpoint.WEIGHTS))
+    stored = load_file(str(checkpoint.complete(tmp_path)[-1] / checkpoint.WEIGHTS))
     assert set(stored) == {"classifier.weight", "classifier.bias"}
 
 
