@@ -109,7 +109,7 @@ def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
     assert set(shown) == {"text/plain", "image/png"}
     assert imread(io.BytesIO(shown["image/png"])).shape[1] == 780
     assert repr(drawn) == repr(figures.loss_curve(runs()))
-    assert repr(drawn).startswith("<Figure size 780x")  # no address, which would differ
+    assert repr(drawn).startswith("<Drawn size 780x")  # no address, which would differ
     inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
     inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
     assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
@@ -146,3 +146,39 @@ def test_save_names_the_formats_it_knows(tmp_path):
     with pytest.raises(ParameterError, match="figure=.*must end in one of.*pdf.*png.*svg"):
         style.save(figures.loss_curve(runs()), tmp_path / "figure.docx")
     assert not list(tmp_path.iterdir())
+
+
+def _panel(line=(0.848, 0.8, 0.7), units=1.0, dots=(1.0, 2.0), cells=((1, 2), (3, float("nan"))), said="3 seeds"):
+    with style.panel(3, 3) as axes:
+        axes[0].plot([1, 2, 3], [units * y for y in line])
+        axes[0].fill_between([1, 2, 3], 0, [units * y for y in line])
+        axes[1].scatter([0, 1], dots)
+        axes[1].bar([0, 1], dots)
+        axes[2].imshow(cells)
+        axes[2].set_title(said, loc="left")
+    return axes[0].figure
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"line": (0.948, 0.8, 0.7)},
+        {"line": (0.8, 0.848, 0.7)},
+        {"units": 1000.0},
+        {"dots": (1.0, 2.2)},
+        {"cells": ((1, 2), (3, 1))},
+        {"said": "2 seeds"},
+    ],
+    ids=str,
+)
+def test_a_figures_text_tells_what_is_drawn(change):
+    assert repr(_panel(**change)) != repr(_panel())
+
+
+def test_a_figures_text_holds_after_drawing_and_for_another_processors_last_bits():
+    figure = _panel()
+    before = repr(figure)
+    assert figure._repr_png_() and repr(figure) == before
+    assert "nan" not in before
+    assert repr(_panel(line=tuple(y * (1 + 1e-6) for y in (0.848, 0.8, 0.7)))) == before
+    assert DisplayFormatter().format(figure)[0]["text/plain"] == before

@@ -1,0 +1,50 @@
+"""What a picture says in numbers, so that a test that does not look at pictures notices when it says something else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
+GOLDEN = (5**0.5 - 1) / 2  # the fractions of its multiples are all different, and spread evenly
+
+
+def drawn_numbers(ax: Axes) -> tuple[int, float]:
+    """How many numbers a panel shows, and a digest of them: where lines, dots, bars and cells are, what texts say.
+
+    Each artist's numbers, divided by the largest of them, are summed with weights between 1 and 2 that differ from
+    place to place, and ten times the largest one's decimal logarithm is added. So the sum moves, in its first decimal,
+    when one number moves by a tenth of the largest, when two change places, or when the unit changes, and hardly by
+    another processor's last bits. What cannot be drawn (NaN, infinities, masked cells) counts as 0.
+    """
+    import numpy as np
+
+    count, total = 0, 0.0
+    for artist in _numbers(ax):
+        numbers = np.ma.filled(np.ma.masked_invalid(np.ma.asarray(artist, float)), 0).ravel()
+        count += numbers.size
+        if largest := np.abs(numbers).max(initial=0):
+            weights = 1 + np.arange(1, numbers.size + 1) * GOLDEN % 1
+            total += 10 * math.log10(largest) + float(weights @ numbers) / largest
+    return count, total
+
+
+def _numbers(ax: Axes) -> Iterator[ArrayLike]:
+    for line in ax.lines:
+        yield from (line.get_xdata(), line.get_ydata())
+    for collection in ax.collections:
+        places = collection.get_offsets()
+        yield from (places[:, 0], places[:, 1])
+        if len(places) == 1:  # no dots, which are one marker in many places, but lines and areas
+            yield from (numbers for path in collection.get_paths() for numbers in path.vertices.T)
+    for patch in ax.patches:
+        yield from patch.get_path().transformed(patch.get_patch_transform()).vertices.T
+    for artist in (*ax.collections, *ax.images):
+        yield from () if artist.get_array() is None else (artist.get_array(),)
+    said = " ".join((ax.get_title("left"), ax.get_xlabel(), ax.get_ylabel(), *(text.get_text() for text in ax.texts)))
+    yield [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", said.replace("−", "-"))]
