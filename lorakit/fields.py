@@ -30,6 +30,14 @@ class Refusal(NamedTuple):
     when: Callable[[Any], bool]
 
 
+class Idle(NamedTuple):
+    """Parameters that say nothing while `when` holds of their group; no names: all but the one of `without`."""
+
+    without: str  # what would make them mean something; begins with that parameter's name
+    when: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
+
+
 def field(default: Any, meaning: str, *flags: str, **limits: Any) -> Any:
     """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt).
 
@@ -50,6 +58,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
     question: ClassVar[str] = ""  # the one it answers; a row of a table may answer one differently
     refuses: ClassVar[tuple[Refusal, ...]] = ()  # what does not go together with the rest of a run
+    idle: ClassVar[tuple[Idle, ...]] = ()  # what would change nothing
 
     def __init__(self, **given: Any):
         try:
@@ -72,6 +81,19 @@ class Settings(BaseModel):
     def of(cls, whole: Settings) -> Self:
         """The part of `whole` that this class is about."""
         return cls(**{name: getattr(whole, name) for name in cls.model_fields})
+
+    @classmethod
+    def require_meant(cls, whole: Settings, names: Iterable[str], prefix: str = "") -> None:
+        """Refuse what of `names` would change nothing about `whole`.
+
+        Raises:
+            ParameterError: naming the parameter, with `prefix`, its value and what it says nothing without.
+        """
+        names = set(names)
+        for without, when, of in cls.idle:
+            for name in of or [other for other in cls.model_fields if other != without.partition(" ")[0]]:
+                if name in names and when(whole):
+                    raise ParameterError(prefix + name, getattr(whole, name), f"says nothing without {prefix}{without}")
 
     def but(self, **changes: Any) -> Self:
         """A copy with `changes`, checked."""

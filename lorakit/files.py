@@ -104,6 +104,7 @@ def written(path: str | Path, folder: bool = False) -> Iterator[Path]:
     Raises:
         ParameterError: see `require_place`.
     """
+    path = Path(path).expanduser()  # "~" is the user's folder, as a shell would have it
     require_place(path, folder=folder)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,7 @@ def write_text(text: str, path: str | Path) -> Path:
     """Write `text` to `path`, whole or not at all; see `written`."""
     with written(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def sha256(path: str | Path) -> str:

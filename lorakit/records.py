@@ -238,7 +238,7 @@ def read(path: str | Path) -> Record:
     Raises:
         DataError: the file is missing, is not JSON, or does not follow this schema version.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         raw = from_json(path.read_bytes())  # in half the time of `json`
         version = raw.get("schema_version")
@@ -261,7 +261,7 @@ def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> lis
     if isinstance(paths, (str, Path)):
         paths = [paths]
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         others = {file.parent for file in found if file.name in TRAINED and path.is_dir()}
         files += [file for file in found if others.isdisjoint(file.parents)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lorakit.errors import require
-from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Place, Refusal, Settings, field
+from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
 # the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
 RATES: dict[str, tuple[float, str]] = {
@@ -57,6 +57,7 @@ class DataSettings(Settings):
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
     redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
+    idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),)
 
 
 class BaseSettings(Settings):
@@ -65,6 +66,7 @@ class BaseSettings(Settings):
     question = "base"
     quantize: Literal["none", "nf4"] = field("none", "nf4: linear layers in 4 bits (QLoRA)")
     double_quant: bool = field(True, "nf4: the blocks' scales in 8 bits")
+    idle = (Idle("quantize", lambda p: p.quantize == "none"),)
     refuses = (
         Refusal("quantize", "4-bit weights cannot be trained: method 'full'",
                 lambda p: p.quantize != "none" and p.method == "full"),
@@ -117,6 +119,10 @@ class SparseSettings(Settings):
     prune_start: float = field(0.2, "share of the budget at which the zeros begin to appear", ge=0, lt=1)
     prune_end: float = field(0.8, "share of the budget at which all are there", gt=0, le=1)
     l1: float = field(0.0, "sparsify l1: the penalty λ; 0: found while training, from `sparsity`", ge=0)
+    idle = (
+        Idle("method 'sparse'", lambda p: p.method != "sparse"),
+        Idle("l1 0", lambda p: p.l1 > 0, ("sparsity",)),
+    )
     refuses = (
         Refusal("select", "must be 'last' for a method that prunes on the way",  # the best may be from before
                 lambda p: p.method == "sparse" and p.select != "last"),
@@ -164,6 +170,11 @@ class SkipSettings(Settings):
     skip_explore: float = field(0.05, "chance of what would be skipped to be trained all the same", ge=0, le=1)
     skip_ema: float = field(0.2, "weight of the newest measurement", gt=0, le=1)
     skip_measure_every: int = field(4, "steps between measurements, where decided from the average", ge=1)
+    idle = (
+        Idle("skip", lambda p: p.skip == "none"),
+        Idle("skip_share 0", lambda p: p.skip_share > 0, ("skip_threshold",)),
+        Idle("skip_decide 'ema'", lambda p: p.skip_decide == "forward", ("skip_ema", "skip_measure_every")),
+    )
     refuses = (
         Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
                 lambda p: p.skip != "none" and p.method not in SKIPPABLE),
@@ -186,6 +197,11 @@ class GateSettings(Settings):
     gate_refresh: int = field(4, "accepted batches between refreshes of the basis", ge=1)
     gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
     gate_leverage: bool = field(False, "ridge-leverage novelty")
+    idle = (
+        Idle("gate", lambda p: p.gate == "none"),
+        Idle("a gate that scores novelty", lambda p: p.gate in ("random", "loss_floor", "gradient_norm"),
+             ("gate_m", "gate_k", "gate_rows", "gate_refresh", "gate_decay", "gate_leverage")),
+    )  # fmt: skip
     refuses = (
         Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or "
                 "fp32", lambda p: p.gate != "none" and p.precision == "fp16"),
@@ -221,6 +237,11 @@ class Gating(Settings):
     policy: Literal["topk", "pps"] = field("topk", "the largest scores, or drawn in proportion and weighted")
     per: Literal["batch", "sequence"] = field("batch", "what the share is of: the (micro-)batch, or each sequence")
     mode: Literal["gather", "fractional"] = field("gather", "how far the backward of the others is saved")
+    idle = (
+        Idle("method", lambda p: p.method == "baseline"),
+        Idle("method 'flora'", lambda p: p.method != "flora", ("score", "sketch_dim", "topk_logits", "policy")),
+        Idle("score 'sketch'", lambda p: p.score != "sketch", ("sketch_dim",)),
+    )
 
     @property
     def selective(self) -> bool:

@@ -144,6 +144,40 @@ def test_parameters_of_a_group_that_contradict_each_other(given, says):
 # what is told of them ---------------------------------------------------------------------------------
 
 
+IDLE = [
+    ({"gating": {"mode": "fractional"}}, "gating.mode='fractional': says nothing without gating.method"),
+    (
+        {"gating": {"method": "random", "score": "loss"}},
+        "gating.score='loss': says nothing without gating.method 'flora'",
+    ),
+    ({"gating": {"method": "flora", "score": "loss", "sketch_dim": 64}}, "gating.sketch_dim=64: says nothing without"),
+    ({"gate_rate": 0.5}, "gate_rate=0.5: says nothing without gate"),
+    ({"gate": "random", "gate_m": 64, "gate_k": 8}, "gate_m=64: says nothing without a gate that scores novelty"),
+    ({"skip_share": 0.5}, "skip_share=0.5: says nothing without skip"),
+    (
+        {"skip": "prefix", "skip_share": 0.5, "skip_threshold": 0.1},
+        "skip_threshold=0.1: says nothing without skip_share",
+    ),
+    ({"skip": "adapter", "skip_decide": "forward", "skip_ema": 0.5}, "skip_ema=0.5: says nothing without skip_decide"),
+    ({"method": "lora", "sparsity": 0.7}, "sparsity=0.7: says nothing without method 'sparse'"),
+    ({"method": "sparse", "sparsify": "l1", "l1": 0.1, "sparsity": 0.7}, "sparsity=0.7: says nothing without l1 0"),
+    ({"double_quant": False}, "double_quant=False: says nothing without quantize"),
+    ({"redundancy_pool": 8}, "redundancy_pool=8: says nothing without redundancy"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), IDLE)
+def test_what_would_change_nothing_is_refused_by_every_door(tmp_path, given, says):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(given))
+    for doors in (params.resolve(given), params.resolve(params.given([tmp_path / "own.yaml"], []))):
+        with pytest.raises(ParameterError, match=f"^{says}"):
+            params.check(doors)
+
+
+def test_a_default_may_be_named_though_it_changes_nothing():
+    params.check(params.resolve(params.Params().model_dump()))
+
+
 @pytest.mark.parametrize("markdown", [False, True])
 def test_the_reference_names_every_parameter_once(markdown):
     text = params.reference(markdown)

@@ -54,7 +54,7 @@ class AdapterLayer(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features): the output with the update, in the base's dtype.
 
-        What `base_layer(x)` gives is not ours to change: a hook or the layer itself may have kept it.
+        What `base_layer(x)` gives is ours to change only where `is_plain`: else a hook or the layer may have kept it.
         """
 
     @staticmethod
@@ -137,10 +137,13 @@ class AdapterLayer(nn.Module, ABC):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the base's forward is x Wᵀ + b and nothing else: no subclass's own, no hook that looks on."""
-        base = self.base_layer
+        """Whether the base's forward is x Wᵀ + b and nothing else: no subclass's or own, no hook that looks on."""
+        base, everywhere = self.base_layer, nn.modules.module
         hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
-        return (self.transposed or type(base).forward is nn.Linear.forward) and not any(hooks)
+        hooks += (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)
+        hooks += (everywhere._global_backward_pre_hooks, everywhere._global_backward_hooks)
+        own = "forward" in vars(base)  # accelerate's, which brings weights in from elsewhere
+        return (self.transposed or type(base).forward is nn.Linear.forward) and not own and not any(hooks)
 
     def merge_obstacle(self) -> str:
         """Why the update cannot be folded into the base's weight; empty where it can."""

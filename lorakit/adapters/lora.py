@@ -49,8 +49,9 @@ class LoRALayer(AdapterLayer):
                 inner, B = inner.detach(), B.detach()
         if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
             return F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype).view_as(given)
-        # scale and sum inside the product: no second (N, out) temporary
-        return torch.addmm(out, inner, B.to(out.dtype).T, alpha=self.scaling).view_as(given)
+        # scale and sum inside the product, and where nobody else can hold `out` in its place: no (N, out) temporary
+        total = out.addmm_ if self.is_plain else out.addmm
+        return total(inner, B.to(out.dtype).T, alpha=self.scaling).view_as(given)
 
     @staticmethod
     def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:

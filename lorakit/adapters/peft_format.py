@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -190,10 +191,17 @@ def _lacking(
 ) -> list[str]:
     """Linear layers that `config` names as PEFT reads it, and that are not among the `targets` its tensors show."""
     wanted = config.get("target_modules")
-    if not targets or not wanted or config.get("layers_to_transform") not in (None, []) or wanted == ALL_LINEAR:
+    if not targets or not wanted or wanted == ALL_LINEAR:
         return [] if targets else ["any"]
     apart = config.get("exclude_modules") or []
     linear = [path for path, module in model.named_modules() if is_linear(getattr(module, "base_layer", module))]
+    if config.get("layers_to_transform") not in (None, []):  # of some blocks only, by PEFT's rule
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        require_quick(model, config)
+        asked = SimpleNamespace(exclude_modules=None, target_modules=wanted)
+        asked.layers_to_transform, asked.layers_pattern = config["layers_to_transform"], config.get("layers_pattern")
+        linear = [path for path in linear if check_target_module_exists(asked, path)]
     return [
         path
         for path in linear
@@ -203,6 +211,21 @@ def _lacking(
         and _names(wanted, path, "target_modules")
         and not _names(apart, path, "exclude_modules")
     ]
+
+
+def require_quick(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse patterns that PEFT, which gives up on none, would never be done with.
+
+    Raises:
+        ParameterError: naming the field.
+    """
+    whole, end = "{}", r"(.*\.)?({})"
+    forms = {"target_modules": whole, "exclude_modules": whole, "rank_pattern": end, "alpha_pattern": end}
+    for name, form in (forms | {"layers_pattern": end + r"\.\d+\..*"}).items():
+        asked = config.get(name) or ()
+        for pattern in [asked] if isinstance(asked, str) else asked if form != whole else ():
+            for path, _ in model.named_modules():
+                fullmatch(form.format(pattern), path, name)
 
 
 def _names(wanted: str | Sequence[str], path: str, parameter: str) -> bool:

@@ -39,8 +39,9 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
         ParameterError: `folder` is a file, or `packed` where no adapter is attached ("head", "full").
     """
     require_unmerged(model)
-    _save(model, Path(folder), packed)
-    return Path(folder)
+    folder = Path(folder).expanduser()
+    _save(model, folder, packed)
+    return folder
 
 
 def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool = False) -> None:
@@ -106,7 +107,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
         LorakitError: nothing is attached, it cannot be merged, or merged weights are not finite.
         ParameterError: `folder` holds something, or `model` is no transformers model.
     """
-    attachment, folder = attachment_of(model), Path(folder)
+    attachment, folder = attachment_of(model), Path(folder).expanduser()
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", str(folder), "not empty")
     with merged(model, safe=True), attachment.bare(model) as plain:
         known = hasattr(type(plain), "save_pretrained")

@@ -39,12 +39,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         The model; of a type that lorakit has no layer for, PEFT's wrapper around it (method "peft").
     """
     attachment: Attachment | None = getattr(model, "lorakit_attachment", None)
+    folder = Path(folder).expanduser()
     try:
         if attachment is None:
             require_bare(model, "load_adapter")
-        if _is_for_peft(Path(folder), attachment):
-            return _load_peft(model, Path(folder), attachment)
-        stored = _read(model, Path(folder))
+        if _is_for_peft(folder, attachment):
+            return _load_peft(model, folder, attachment)
+        stored = _read(model, folder)
         if attachment is None:
             attach_to(model, stored.method, stored.settings, stored.targets, stored.trained, seed=0)
             try:
@@ -65,7 +66,7 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
     Raises:
         CheckpointError: there is no adapter in `folder`.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     own = not (folder / peft_format.CONFIG_FILE).is_file()
     try:
         config = _read_json(folder / (OWN_CONFIG_FILE if own else peft_format.CONFIG_FILE))

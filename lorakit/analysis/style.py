@@ -265,7 +265,7 @@ def save(drawn: Figure, path: str | Path) -> Path:
     Raises:
         ParameterError: the ending is none that can be drawn.
     """
-    path, known = Path(path), drawn.canvas.get_supported_filetypes()
+    path, known = Path(path).expanduser(), drawn.canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise ParameterError("figure", str(path), f"must end in one of {', '.join(sorted(known))}")
     with written(path) as temporary:

@@ -34,6 +34,14 @@ def check(params: Params) -> None:
         for refusal in group.refuses:
             if refusal.when(params):
                 raise ParameterError(refusal.parameter, attrgetter(refusal.parameter)(params), refusal.why)
+        group.require_meant(params, changed(group, params))  # a notebook may name every default
+    for name, group in NESTED.items():
+        group.require_meant(own := getattr(params, name), changed(group, own), f"{name}.")
+
+
+def changed(group: type[Settings], values: Settings) -> set[str]:
+    """The parameters of `group` that `values` has otherwise than by default."""
+    return {name for name, info in group.model_fields.items() if getattr(values, name) != info.default}
 
 
 def known(values: dict[str, Any], name: str) -> Any:

@@ -54,7 +54,7 @@ def run_notebook(
         ParameterError: before anything is executed or written.
         NotebookFailed: a cell raised, or Ctrl-C or SIGTERM came; the kernel was interrupted, not killed.
     """
-    notebook, output = Path(notebook).resolve(), Path(output).resolve()
+    notebook, output = (Path(path).expanduser().resolve() for path in (notebook, output))
     require(notebook != output, "output", str(output), "must not be the notebook itself")
     require_place(output, "output")
     given = checked(notebook, params or {})

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lorakit.errors import require
 from lorakit.head import kind_of
 from lorakit.params import Params, check
-from lorakit.settings import TokenSettings
+from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
 from lorakit.training.slora import SLoRATrainer, known_kind, made_model
 
@@ -48,16 +47,8 @@ class FLoRATrainer(SLoRATrainer):
         args = args or TrainingArguments("tmp_trainer")
         model = made_model(model, options.pop("model_init", None), args.seed)
         settings = TokenSettings(gating=dict(gating or {})).gating
-        beside = {"method": [] if "method" in (gating or {}) else list(gating or {})}
-        beside["method 'flora'"] = (
-            [] if settings.method == "flora" else ["score", "sketch_dim", "topk_logits", "policy"]
-        )
-        beside["score 'sketch'"] = [] if settings.score == "sketch" else ["sketch_dim"]
-        for what, keys in beside.items():
-            for key in keys:
-                require(
-                    key not in (gating or {}), f"gating.{key}", getattr(settings, key), f"says nothing without {what}"
-                )
+        if settings.method != "baseline" or "method" not in (gating or {}):  # who names the baseline means it
+            Gating.require_meant(settings, gating or {}, "gating.")
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         check(Params(gating=settings, precision=precision, gradient_checkpointing=args.gradient_checkpointing))
         kind = known_kind(model) if settings.selective else kind_of(model)

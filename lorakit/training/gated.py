@@ -233,8 +233,11 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             self._backward(backward, part)
         else:
             self.ledger.add(without_labels=1)
-        if self.accelerator.sync_gradients and self.tokens.selective:
-            average_gradients(self.model, self.accelerator)
+        if self.accelerator.sync_gradients:
+            if self.tokens.selective:
+                average_gradients(self.model, self.accelerator)
+            if learns:
+                self.watch.gradients()
         self.watch.window(learns)
 
     # one window ----------------------------------------------------------------------------------------

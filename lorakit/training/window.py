@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lorakit.adapters import adapter_layers
+from lorakit.errors import ParameterError
 from lorakit.gates.log import GateLog
 from lorakit.modules import adapter_parameters
 from lorakit.seams import Candidate
@@ -74,6 +76,11 @@ class Watch:
     def __init__(self, model: nn.Module, log: GateLog):
         self.log, self.adapted = log, adapter_parameters(model)
         self.without_backward = self.without_gradient = 0
+        config = model.config.get_text_config().to_dict() if hasattr(model, "config") else {}
+        irregular = any(  # a forward leaves layers out: LayerDrop, a mixture of experts
+            of for name, of in config.items() if "layerdrop" in name or name.startswith("n") and "experts" in name
+        )
+        self.layers = {} if irregular else adapter_layers(model)
 
     def finite(self, broken: float, step: int, loss: float | str = "not finite in one of the processes") -> None:
         """Every process stops where the loss of one is not finite, before they wait for each other.
@@ -95,7 +102,20 @@ class Watch:
             raise Diverged(f"{STALLED} batches in a row had no label or were rejected (gate {self.log.gate.name!r})")
 
     def gradients(self) -> None:
-        """A window was accepted and its gradients are there: until one has reached an adapter, look for it."""
+        """A window was accepted and its gradients are there: until one has reached an adapter, look for it.
+
+        Raises:
+            ParameterError: after the first window an adapter has none, though it was not skipped.
+        """
+        layers, self.layers = self.layers, {}
+        idle = []
+        for path, layer in layers.items():
+            trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
+            skipped = (probe := getattr(layer, "probe", None)) is not None and not probe.active
+            idle += [path] if trained and not skipped and all(p.grad is None for p in trained) else []
+        if idle:
+            told = f"{len(idle)} of {len(layers)} adapters got no gradient in the first step: the loss does not depend"
+            raise ParameterError("target_modules", idle[0], f"{told} on these layers; name those it depends on")
         if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
             self.adapted = []  # they get one: never look again
         if not self.adapted:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from lorakit import cli
+from lorakit import cli, records
 from lorakit.adapters import attach, detach, export, load_adapter, merge, quantize_nf4, save_adapter, unmerge
 from lorakit.adapters.attachment import trained_tensors
+from lorakit.analysis import figures, style
 from lorakit.errors import LorakitError, ParameterError
 
 AUTO = {"tiny_bert": AutoModelForSequenceClassification, "tiny_gpt2": AutoModelForCausalLM}
@@ -172,3 +173,17 @@ def test_the_command_line_merges(tmp_path, capsys):
     ):
         assert cli.main(["export", *argv, "--merge"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_users_folder_by_every_door(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = attach(tiny_bert(), seed=0)
+    assert save_adapter(model, "~/adapter") == tmp_path / "adapter"
+    load_adapter(attach(tiny_bert(), seed=1), "~/adapter")
+    export(model, "~/whole")
+    run = records.Record(setting="s", method="lora", seed=0, status="done")
+    assert records.write(run, "~/r/s0.json") == tmp_path / "r" / "s0.json"
+    assert records.read("~/r/s0.json") == run and records.read_all("~/r") == [run]
+    style.save(figures.overview([run]), "~/r/s0.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "r", "whole"]
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["s0.json", "s0.png"]

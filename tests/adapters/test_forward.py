@@ -101,6 +101,40 @@ def test_hooks_on_the_base_layer_are_called_and_keep_what_they_saw(name, method,
         torch.testing.assert_close(one, other, **close)
 
 
+def keep_everywhere(base, kept):
+    return nn.modules.module.register_module_forward_hook(lambda m, given, out: kept.append(out) if m is base else None)
+
+
+def keep_in_a_forward_of_its_own(base, kept):  # as accelerate's hooks do, which bring weights in from elsewhere
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Keep(ModelHook):
+        def post_forward(self, module, output):
+            kept.append(output)
+            return output
+
+    add_hook_to_module(base, Keep())
+
+
+@pytest.mark.parametrize("keep", [keep_everywhere, keep_in_a_forward_of_its_own])
+@pytest.mark.parametrize("method", METHODS)
+def test_whoever_looks_at_the_base_layer_keeps_what_it_saw(method, keep):
+    model, x, kept = adapted("linear", method), inputs(), []
+    handle = keep(model[0].base_layer, kept)
+    model(x)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(kept[0], model_of("linear")[0](x))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_only_a_plain_layers_output_is_summed_in_its_place(monkeypatch, plain):
+    layer, given = adapted("linear", "lora")[0], []
+    layer.base_layer.forward = lambda x: given.append(nn.Linear.forward(layer.base_layer, x)) or given[0]
+    monkeypatch.setattr(type(layer), "is_plain", plain)
+    assert (layer(inputs()).data_ptr() == given[0].data_ptr()) is plain
+
+
 # --- what cannot be merged ------------------------------------------------------------------------------------------
 
 

@@ -21,12 +21,15 @@ from lorakit.training import Budget, FLoRATrainer, SLoRATrainer
 @pytest.mark.parametrize(
     ("gating", "message"),
     [
-        ({"topk_tokens": 0.2, "mode": "fractional"}, "^gating.topk_tokens=0.2: says nothing without method"),
-        ({"mode": "fractional"}, "^gating.mode='fractional': says nothing without method"),
-        ({"per": "sequence"}, "^gating.per='sequence': says nothing without method"),
-        ({"method": "random", "score": "loss"}, "^gating.score='loss': says nothing without method 'flora'"),
-        ({"method": "random", "policy": "pps"}, "^gating.policy='pps': says nothing without method 'flora'"),
-        ({"method": "flora", "score": "loss", "sketch_dim": 64}, "^gating.sketch_dim=64: says nothing without score"),
+        ({"topk_tokens": 0.2, "mode": "fractional"}, "^gating.topk_tokens=0.2: says nothing without gating.method"),
+        ({"mode": "fractional"}, "^gating.mode='fractional': says nothing without gating.method"),
+        ({"per": "sequence"}, "^gating.per='sequence': says nothing without gating.method"),
+        ({"method": "random", "score": "loss"}, "^gating.score='loss': says nothing without gating.method 'flora'"),
+        ({"method": "random", "policy": "pps"}, "^gating.policy='pps': says nothing without gating.method 'flora'"),
+        (
+            {"method": "flora", "score": "loss", "sketch_dim": 64},
+            "^gating.sketch_dim=64: says nothing without gating.score",
+        ),
     ],
 )
 def test_a_key_without_the_one_it_belongs_to_is_refused(tmp_path, gating, message):

@@ -10,7 +10,7 @@ import training_runs as runs
 from slora_runs import lora, slora
 
 from lorakit.adapters import attach
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, ParameterError
 from lorakit.gates import build_gate
 from lorakit.gates.log import GateWarning
 from lorakit.training import Budget, Diverged, checkpoint, window
@@ -125,6 +125,23 @@ def test_adapters_without_gradient_are_noticed(tmp_path):
             parameter.register_hook(torch.zeros_like)
     with pytest.warns(GateWarning, match="no gradient reached an adapter"):
         run.train()
+
+
+@pytest.mark.parametrize("gate", [None, runs.Open()])
+def test_an_adapter_that_the_loss_does_not_reach_is_refused_after_the_first_step(tmp_path, gate):
+    def started(**config):
+        model = runs.tiny_bert()
+        model.bert.beside = torch.nn.Linear(4, 4)
+        model.config.update(config)
+        options = {"gate": gate} if gate else {}
+        return runs.trainer(attach(model, "lora", seed=0), tmp_path, budget=Budget(2, "steps"), **options)
+
+    with pytest.raises(
+        ParameterError, match="^target_modules='bert.beside': 1 of [0-9]+ adapters got no gradient in the"
+    ):
+        started().train()
+    for irregular in ({"num_local_experts": 4}, {"layerdrop": 0.1}):
+        started(**irregular).train()
 
 
 # resume --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
+from lorakit.adapters.peft_format import require_quick
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
@@ -185,6 +186,7 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
     """
     config = files.read_config(folder)
     plain = config.to_dict()
+    require_quick(model, plain)
     told = {name: plain[name] for name in ("init_lora_weights", *CHANGE_THE_BASE) if name in plain}
     require_frozen_base(told, "adapter_config.json")
     config.inference_mode = not files.holds_weights(config)
