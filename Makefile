@@ -8,9 +8,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
-# notebooks are compared strictly: no progress bars, the same number of threads
-NOTEBOOK := CI=1 OMP_NUM_THREADS=2
-NBVAL := $(NOTEBOOK) $(BIN)/python -m pytest --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
+# notebooks are compared strictly: no progress bars, the same number of threads (one: two would wait for each other)
+NOTEBOOK := CI=1 OMP_NUM_THREADS=1
+# a file or notebook stays on one worker, and long ones begin first
+TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-lax check notebooks lab sweep clean
@@ -27,11 +29,11 @@ demo: $(INSTALLED) ## fine-tune a real model with every method; table and figure
 	$(BIN)/lorakit demo
 
 test: check ## everything CI runs: lint, the package's tests, every notebook cell compared strictly
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(TESTS)
 	$(NBVAL) --nbval notebooks
 
 test-lax: check ## as test, but notebook outputs may differ (other hardware)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(TESTS)
 	$(NBVAL) --nbval-lax notebooks
 
 check: $(INSTALLED) ## ruff: format and lint, notebooks included

@@ -29,11 +29,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own."""
+    """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own.
+
+    Raises:
+        ParameterError: a part of the model is compiled by itself, in whose names `torch.compile` stands.
+    """
 
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = getattr(model, "_orig_mod", model)
+        alone = next((path for path, module in inner.named_modules() if hasattr(module, "_orig_mod")), None)
+        told = f"its {alone} is compiled by itself: torch.compile(model), or model.{alone}.compile(), keep the names"
+        require(alone is None, "model", type(inner).__name__, told)
         result = function(inner, *args, **kwargs)
         return model if result is inner else result
 

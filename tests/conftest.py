@@ -22,7 +22,14 @@ import torch  # noqa: E402
 TINY = {"vocab_size": 99, "pad_token_id": 0}
 
 
+# files whose tests take longest, by starting processes or compiling: a worker that began one last would end alone
+LONG = ("test_distributed.py", "test_sweep.py", "test_resuming.py", "test_experiment.py", "test_runner.py",
+        "test_compiled.py", "test_skip.py", "21_ablations.ipynb", "23_token_choices.ipynb", "08_flora.ipynb")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
     for item in items:
         for mark in item.iter_markers():
             if reason := MISSING[mark.name](*mark.args) if mark.name in MISSING else "":

@@ -110,7 +110,7 @@ def attach_to(
     for path in trained:
         for parameter in model.get_submodule(path).parameters():
             if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(True).lorakit_trained = True
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
     if method in ADAPTERS and hasattr(model, "save_pretrained"):

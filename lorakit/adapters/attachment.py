@@ -76,6 +76,7 @@ class Attachment:
         vars(model).pop("save_pretrained", None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
+            vars(parameter).pop("lorakit_trained", None)
         return model
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +156,10 @@ def require_bare(model: nn.Module, method: str) -> None:
         if theirs or isinstance(module, AdapterLayer) or hasattr(module, "lorakit_attachment"):
             whose, off = ("PEFT's", "unload()") if theirs else ("an", "detach(…)")
             raise ParameterError("method", method, f"{path or 'the model'} already has {whose} adapter; {off} it first")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "lorakit_trained"):  # of a model around this one, by "full", "head" or `trainable`
+            around = "is trained in full, as part of a model that already has an adapter; detach(…) it first"
+            raise ParameterError("method", method, f"{name} {around}")
 
 
 def is_merged(model: nn.Module) -> bool:

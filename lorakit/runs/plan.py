@@ -161,7 +161,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
     rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
     extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
     autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
-    chosen = "" if plan.tokens == 1 else f", {plan.tokens:.0%} of the tokens ({plan.mode})"
+    chosen = "" if plan.tokens == 1 else f", {100 * plan.tokens:.3g} % of the tokens ({plan.mode})"
     base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
     lines = [
         f"{plan.model} ({prediction.source})",

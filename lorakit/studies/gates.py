@@ -202,7 +202,7 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
 
 def _rate(group: Sequence[Record]) -> str:
     rates = [rate for r in group if (rate := r.details.get("gate", {}).get("acceptance_rate")) is not None]
-    return f"{100 * statistics.fmean(rates):.0f} %" if rates else "100 %"
+    return tables.percent(statistics.fmean(rates) if rates else 1)
 
 
 def in_words(gap: stats.Difference) -> str:

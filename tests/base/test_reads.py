@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lorakit.adapters import quantize_nf4
+from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import dequantise, is_four_bit
 from lorakit.base.reads import read_elsewhere
 
@@ -65,5 +66,9 @@ def test_a_packed_model_is_saved_and_loaded_as_it_is(name, double_quant, tmp_pat
     model, inputs = made(name), MADE[name][1]
     quantize_nf4(model, double_quant=double_quant, compute_dtype="fp32").save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
+    prepare_four_bit(again, ())  # else bitsandbytes evaluates in bf16 on processors that have it
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+    for path, layer in model.named_modules():
+        if is_four_bit(layer):
+            assert torch.equal(dequantise(again.get_submodule(path)), dequantise(layer))

@@ -202,7 +202,7 @@ def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
     assert gather["logits"] < 0.6 * plain["logits"] and gather["activations"] > 0.9 * plain["activations"]
     assert fractional["activations"] < 0.6 * plain["activations"] and fractional["peak"] < gather["peak"]
     assert plan.main([folder, "--seq", "16", "--tokens", "0.2", "--mode", "fractional"]) == 0
-    assert "20% of the tokens (fractional)" in capsys.readouterr().out
+    assert "20 % of the tokens (fractional)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
