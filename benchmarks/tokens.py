@@ -193,11 +193,11 @@ def seconds_claims() -> list[Claim]:
             loss = tokens.select(model, inputs, ids).finish()
         loss.backward()
 
-    choices = {f"{mode} {fraction:.0%}": selection(model, fraction, mode) for mode, fraction in CHOICES}
-    choices["fractional 20% by loss"] = selection(model, 0.2, "fractional", "loss")
-    choices["fractional 20% at random"] = selection(model, 0.2, "fractional", method="random")
+    choices: dict[str, dict[str, Any]] = {f"{m} {f:.0%}": {"mode": m, "fraction": f} for m, f in CHOICES}
+    choices["fractional 20% by loss"] = choices["fractional 20%"] | {"score": "loss"}
+    choices["fractional 20% at random"] = choices["fractional 20%"] | {"method": "random"}
     claims = []
-    for name, tokens in choices.items():
-        timing = interleave(functools.partial(chosen, tokens), plain, ROUNDS, warmup=2)
+    for name, how in choices.items():
+        timing = interleave(functools.partial(chosen, selection(model, **how)), plain, ROUNDS, warmup=2)
         claims.append(time_claim(f"{name}: step", timing, 0.75 if name == "fractional 20%" else NO_TARGET))
     return claims
