@@ -1,17 +1,24 @@
 """A claim is a ratio, ours over theirs, that must not exceed its target.
 
 A benchmark is a module here with `DESCRIPTION` (what is compared), `TARGET` (in words) and `run() -> list[Claim]`.
+What `save` writes of one is what README's numbers are read from (`tests/test_readme.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import gc
+import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+NO_TARGET = float("inf")  # of a number to know, which claims nothing
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Claim:
     Args:
         name: what was compared, as the table shows it.
         ours, theirs: the two sides, in `unit`.
-        target: the largest ratio that keeps the claim.
+        target: the largest ratio that keeps the claim; without one the ratio is a number to know.
         unit: of the two sides: "ms", "MiB", "GFLOP", "nats" …
         measured_ratio: where the ratio is not `ours / theirs`, such as a median of pairwise ratios.
     """
@@ -29,7 +36,7 @@ class Claim:
     name: str
     ours: float
     theirs: float
-    target: float
+    target: float = NO_TARGET
     unit: str = ""
     measured_ratio: float | None = None
 
@@ -45,7 +52,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        return "ok" if self.ok else "missed"
+        return "missed" if not self.ok else "ok" if self.target < NO_TARGET else ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def time_claim(name: str, timing: Timing, target: float) -> Claim:
+def time_claim(name: str, timing: Timing, target: float = NO_TARGET) -> Claim:
     """A claim on `timing`, in milliseconds, its ratio the median of the rounds' ratios."""
     return Claim(name, timing.ours * 1e3, timing.theirs * 1e3, target, "ms", timing.ratio)
 
@@ -119,7 +126,7 @@ def table(claims: Sequence[Claim]) -> str:
     lines = [f"{'claim':{width}s}  {'ours':>12s} {'theirs':>12s} {'unit':6s} {'ratio':>7s} {'target':>7s}"]
     lines += [
         f"{claim.name:{width}s}  {claim.ours:12.4f} {claim.theirs:12.4f} {claim.unit:6s} "
-        f"{claim.ratio:7.4f} {claim.target:7.4f} {claim.verdict}"
+        f"{claim.ratio:7.4f} {claim.target:7.4f} {claim.verdict}".rstrip()
         for claim in claims
     ]
     return "\n".join(lines)
@@ -129,3 +136,23 @@ def last_line(name: str, claims: Sequence[Claim]) -> str:
     """`NAME: <ratio> (target <target>) ok|missed`, of the worst claim."""
     claim = worst(claims)
     return f"{name}: {claim.ratio:.4f} (target {claim.target:.4f}) {claim.verdict}"
+
+
+def save(name: str, claims: Sequence[Claim], path: Path) -> None:
+    """Write what was measured, when and with what, whole or not at all; a number JSON does not have is null."""
+    from lorakit.files import write_text
+    from lorakit.measure.environment import environment
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    measured = [
+        {"name": one.name, "unit": one.unit, "ok": one.ok}
+        | {side: number(getattr(one, side)) for side in ("ours", "theirs", "ratio", "target")}
+        for one in claims
+    ]
+    where = environment()
+    told = {"benchmark": name, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "claims": measured}
+    told |= {what: where[what] for what in ("cpu", "cpus", "threads")}
+    told["versions"] = {package: where["versions"][package] for package in ("torch", "transformers", "peft")}
+    write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n", path)

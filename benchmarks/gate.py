@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks._adapters import minilm
-from benchmarks._common import Claim, interleave, keep_memory, time_claim
+from benchmarks._common import NO_TARGET, Claim, interleave, keep_memory, time_claim
 from benchmarks._profiled import measured_step_peak
 from benchmarks.lora import build_ours
 
@@ -154,8 +154,8 @@ def forward_claim() -> Claim:
         config = {"m": 64, "k": 8, "target_novelty": 0.5, "burn_in": 5}
         trainer = SLoRATrainer(model, arguments, train_dataset=rows, gate_config=config)
         trainer.train()
-    rejected = 60 - trainer.ledger.accepted_steps
-    return Claim(f"forwards per candidate, {rejected} of 60 rejected", len(forwards) / 60, 1.0, 1.0, "")
+    assert trainer.ledger.accepted_steps < 60
+    return Claim("forwards per candidate batch, some rejected", len(forwards) / 60, 1.0, 1.0, "")
 
 
 def flop_claims() -> list[Claim]:
@@ -239,6 +239,4 @@ def run() -> list[Claim]:
     keep_memory()
     for case in (MINILM, CHATS):
         claims += time_claims(case)
-    every = time_claims(PRETRAINING)
-    print("without a target, every token predicted:", ", ".join(f"{c.name} {c.ratio:.3f}" for c in every))
-    return claims
+    return claims + [replace(claim, target=NO_TARGET) for claim in time_claims(PRETRAINING)]  # every token predicted

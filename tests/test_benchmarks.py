@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 import benchmarks.__main__ as cli
 from benchmarks._common import Claim, Timing, interleave, last_line, table, time_claim, worst
+from lorakit.errors import ParameterError
 
 LAST_LINE = r"^\w+: (\d+\.\d+|nan|inf) \(target \d+\.\d+\) (ok|missed)$"
 
@@ -55,6 +57,38 @@ def test_an_unknown_name(made_up, capsys):
     made_up(one=[KEPT])
     assert cli.main(["three"]) == 2
     assert "'three': unknown; known are one" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_saved_whole(made_up, tmp_path, capsys):
+    made_up(two=[KEPT, MISSED, Claim("to know", float("nan"), 2.0, unit="s", measured_ratio=0.5)])
+    for _ in range(2):  # an earlier file is replaced
+        assert cli.main(["two", "--save", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("two: ")
+    (path,) = (tmp_path / "new").iterdir()
+    text = path.read_text()
+    told = json.loads(text)
+    assert text == json.dumps(told, indent=1, sort_keys=True) + "\n" and path.name == "two.json"
+    kept, missed, known = told["claims"]
+    assert kept == {"name": "kept", "ours": 90, "theirs": 100, "unit": "ms", "ratio": 0.9, "target": 1, "ok": True}
+    assert missed["ok"] is False and (known["ours"], known["target"], known["ratio"]) == (None, None, 0.5)
+    assert {*told} == {"benchmark", "claims", "cpu", "cpus", "date", "threads", "versions"}
+    assert {*told["versions"]} == {"torch", "transformers", "peft"}
+
+
+def test_several_run_each_in_a_process_of_its_own(made_up, monkeypatch):
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command[3:]) or len(calls) % 2)
+    made_up(one=[KEPT], two=[MISSED])
+    assert cli.main(["one", "two", "--save", "there"]) == 1
+    assert [[*map(str, call)] for call in calls] == [[name, "--save", "there"] for name in ("one", "two")]
+    assert cli.main(["one", "three"]) == 2 and len(calls) == 2
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_runs(made_up, tmp_path):
+    made_up(one=None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ParameterError, match="--save"):
+        cli.main(["one", "--save", str(tmp_path / "file")])
 
 
 def test_the_modules_here_keep_to_the_interface():

@@ -1,0 +1,182 @@
+"""README's table rows and sentences with numbers that `python -m benchmarks NAME --save benchmarks/measured` wrote.
+
+While a benchmark's file is missing its numbers are `Unmeasured`: the texts have a `HOLE` in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from readme_records import line, percent
+
+from benchmarks import gate, hira, lora, nf4, skip, sparse
+from benchmarks.tokens import CHOICES
+from lorakit.files import PROJECT
+
+MEASURED = PROJECT / "benchmarks" / "measured"
+COMMAND = "python -m benchmarks {} --save benchmarks/measured"
+HOLE = "□"
+
+
+class Unmeasured:
+    """A claim without a file, and any number that is made of it."""
+
+    def _itself(self, *_: Any) -> Unmeasured:
+        return self
+
+    __getattr__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __rsub__ = __sub__ = _itself
+
+    def __gt__(self, _: Any) -> bool:
+        return False
+
+    def __format__(self, _: str) -> str:
+        return HOLE
+
+
+@functools.cache
+def saved(benchmark: str) -> dict[str, Any] | None:
+    path = MEASURED / f"{benchmark}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def claim(benchmark: str, name: str) -> Any:
+    """What was measured under this name: ours, theirs, ratio, target, in the claim's unit."""
+    if saved(benchmark) is None:
+        return Unmeasured()
+    found = {told["name"]: told for told in saved(benchmark)["claims"]}
+    return SimpleNamespace(**found[name])
+
+
+def ratios(benchmark: str, cases: Any, what: str, form: str) -> list[str]:
+    found = [claim(benchmark, f"{case.name}: {what}").ratio for case in cases]
+    return [f"{ratio:{form}}".replace("-", "−") for ratio in found]
+
+
+def row(title: str, benchmark: str, cases: Any, what: str, form: str = ".2f", target: str = ".2f") -> str:
+    """Of a table: what two models' claims came to, and the target that both have."""
+    goal = claim(benchmark, f"{cases[0].name}: {what}").target
+    return line(title, *ratios(benchmark, cases, what, form), f"{goal:{target}}")
+
+
+def short(number: Any) -> str:
+    return f"{number:.1e}".replace("e-0", "e-")
+
+
+def of_lora() -> Iterator[str]:
+    pins = (PROJECT / "constraints.txt").read_text(encoding="utf-8").split()
+    (peft,) = (pin.partition("==")[2] for pin in pins if pin.startswith("peft=="))
+    yield f"Against PEFT {peft.rpartition('.')[0]} on the same weights"
+    steps = ratios("lora", lora.CASES, "step", ".2f")
+    yield f"a step took {steps[0]} (MiniLM) and {steps[1]} (DistilBERT) of PEFT's time"
+    memory = max(claim("lora", f"{case.name}: predicted peak memory").ratio for case in lora.CASES)
+    gap = max(claim("lora", f"{case.name}: loss gap over 33 steps / 1e-5").ours for case in lora.CASES)
+    yield f"and {memory:.3f} of its predicted memory, with losses equal to {short(gap)}."
+
+
+def of_hira() -> Iterator[str]:
+    yield row("HiRA: step time over PEFT's", "hira", hira.CASES, "step")
+    beyond = "HiRA: predicted memory beyond LoRA's, over PEFT's"
+    yield row(beyond, "hira", hira.CASES, "predicted peak beyond LoRA's", ".3f")
+
+
+def of_skip() -> Iterator[str]:
+    half = "SkipLoRA, half of the blocks: backward"
+    yield row(f"{half} FLOPs over LoRA's", "skip", skip.CASES, "backward FLOPs, prefix")
+    yield row(f"{half} seconds over LoRA's", "skip", skip.CASES, "backward, prefix")
+    measure = "SkipLoRA: a step that pays for the measure, over one that does not"
+    yield row(measure, "skip", skip.CASES, "step, measured every 4th time", ".3f")
+    left, head = (claim("skip", f"Gemma 270M 4x256: backward FLOPs, {what}").ratio for what in ("prefix", "the head's"))
+    yield f"On Gemma 3 270M's dimensions the skipped half leaves {left:.2f} of the backward FLOPs, because"
+    yield f"{percent(head)} of them are the head's."
+
+
+def of_sparse() -> Iterator[str]:
+    half = f"Sparse LoRA, half of rank {sparse.RANK} removed"
+    yield row(f"{half}: adapter file", "sparse", sparse.CASES, "structured, compacted file")
+    yield row(f"{half}: unmerged inference", "sparse", sparse.CASES, "structured, compacted latency")
+
+
+def of_nf4() -> Iterator[str]:
+    names = [*nf4.MODELS]
+    bits = [claim("nf4", f"{name}: bits per linear weight") for name in names]
+    yield line("NF4 base: bits per linear weight", *(f"{one.ours:.2f}" for one in bits[:2]), f"{bits[0].theirs:.1f}")
+    loss = claim("nf4", f"{nf4.MINILM.model}: loss, last third of {nf4.STEPS} steps, 2 seeds")
+    title = f"NF4 base: training loss over LoRA's, last third of {nf4.STEPS} steps, two seeds"
+    yield line(title, f"{loss.ratio:.3f}", "", f"{loss.target:.2f}")
+    yield f"NF4's loss ratio holds at {nf4.STEPS} steps"
+    smaller = [f"{1 / claim('nf4', f'{name}: whole model over fp16').ratio:.1f}" for name in names]
+    yield f"The base is {smaller[0]} times smaller than in fp16 (DistilBERT {smaller[1]}, Gemma 270M {smaller[2]})"
+    yield f", not {16 / bits[0].ours:.0f}."
+
+
+def of_gate() -> Iterator[str]:
+    def pair(what: str) -> str:
+        return "; ".join(ratios("gate", (gate.MINILM, gate.CHATS), what, ".3f"))
+
+    over = {"rejected": "rejected batch over its forward", "accepted": "accepted batch over the plain step"}
+    goals = {kind: f"{claim('gate', f'{gate.MINILM.name}: {what}').target:.2f}" for kind, what in over.items()}
+    models = "MiniLM; Gemma 270M, 4 × 256 tokens, a quarter of them predicted"
+    yield line(f"{over['rejected']}, seconds: {models}", pair(over["rejected"]), goals["rejected"])
+    yield line(f"{over['accepted']}, seconds: the same", pair(over["accepted"]), goals["accepted"])
+    forwards = claim("gate", "forwards per candidate batch, some rejected")
+    yield line("backbone forwards per candidate batch", f"{forwards.ratio:.3g}", f"{forwards.target:g}")
+    large = "Gemma 1B T=2048"
+    flops = claim("gate", f"{large}: rejected FLOPs")
+    title = "rejected batch over its forward, FLOPs (Gemma 1B, 2,048 tokens)"
+    yield line(title, f"{flops.ratio:.4f}", f"{flops.target:.3f}")
+    step = claim("gate", f"{large}: FLOPs at rate 0.3 per candidate")
+    title = "step FLOPs saved at acceptance 0.3 (Gemma 1B, 2,048 tokens)"
+    yield line(title, percent(1 - step.ratio, ".1f"), percent(1 - step.target))
+    state = claim("gate", "gate state, m=512, k=64, V=262144")
+    yield line("gate state, V = 262,144", f"{state.ours:.2f} MB", f"{state.theirs:.0f} MB")
+    yield "the state is of m = 512, k = 64"
+    peak = claim("gate", "Gemma 640x4 1x256: peak of an accepted step")
+    title = "peak memory of an accepted step over the plain step's (4-layer Gemma, 256 tokens)"
+    yield line(title, f"{peak.ratio:.4f}", f"{peak.target:.2f}")
+    off = [claim("gate", f"acceptance at {rate}: |share - target|") for rate in gate.RATES]
+    rates, worst = ", ".join(map(str, gate.RATES)), max(one.ours for one in off)
+    title = f"acceptance rate at {rates} over {gate.STEPS:,} batches of a drifting stream, off by"
+    yield line(title, f"≤ {worst:.4f}", f"{off[0].theirs:.2f}")
+    every = [f"{claim('gate', f'{gate.PRETRAINING.name}: {what}').ratio:.3f}" for what in over.values()]
+    yield f"**Where every one of the 1,024 tokens is predicted** a rejected batch costs {every[0]} of its forward"
+    yield f"on Gemma 270M and an accepted one {every[1]}: to find"
+    yield "largest logits all 262,144 are read once more"
+
+
+def of_tokens() -> Iterator[str]:
+    yield "Gemma 3 270M, 4 × 256 tokens, over the plain step"
+    for mode, fraction in CHOICES:
+        name = f"{mode} {fraction:.0%}"
+        parts = ("step FLOPs", "predicted activations", "predicted peak", "step")
+        told = [f"{claim('tokens', f'{name}: {what}').ratio:.2f}" for what in parts]
+        quarter = claim("tokens", f"{name}, 25 % targets: step FLOPs").ratio
+        yield line(mode, percent(fraction), *told, f"{quarter:.2f}")
+    head = claim("tokens", "no choice, 25 % targets: step FLOPs").ratio
+    yield f"a head that leaves the prompts out takes {head:.2f} by itself"
+    loss, random = (claim("tokens", f"fractional 20% {how}: step").ratio for how in ("by loss", "at random"))
+    yield f"(20 % chosen by the loss alone: {loss:.2f}, at random, without scores: {random:.2f})"
+    scores = [claim("tokens", f"scoring by {score}") for score in ("sketch", "gradient_norm", "loss", "entropy")]
+    most, states = max(one.ratio for one in scores), claim("tokens", "scoring by hidden_gradient").ratio
+    yield f"It adds {percent(most - 1, '.1f')} to a forward's FLOPs by `sketch`, `gradient_norm`, `loss` and `entropy`"
+    yield f"but {percent(states - 1)} by `hidden_gradient`"
+    off = claim("tokens", "fractional, all chosen: gradient off by (1e-5)")
+    yield "At fraction 1 `gather` is bitwise the plain Trainer, and "
+    yield f"`fractional` with everything chosen has its gradient to {short(1e-5 * off.ours)}."
+    peak = claim("tokens", "gather 20%: predicted peak, Gemma 1B 1x2048")
+    yield "predicted peak at 20 % on Gemma 3 1B, 2,048 tokens with checkpointing, is "
+    yield f"{peak.ratio:.3f} of the plain one (target {peak.target:.2f})"
+
+
+SAID = {
+    "lora": of_lora,
+    "hira": of_hira,
+    "skip": of_skip,
+    "sparse": of_sparse,
+    "nf4": of_nf4,
+    "gate": of_gate,
+    "tokens": of_tokens,
+}
