@@ -41,7 +41,7 @@ check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff check .
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
-	$(NOTEBOOK) $(BIN)/python -m lorakit.runs.notebooks --regenerate notebooks/*.ipynb
+	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit.runs.notebooks --regenerate
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

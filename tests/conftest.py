@@ -24,7 +24,7 @@ TINY = {"vocab_size": 99, "pad_token_id": 0}
 
 # files whose tests take longest, by starting processes or compiling: a worker that began one last would end alone
 LONG = ("test_distributed.py", "test_sweep.py", "test_resuming.py", "test_experiment.py", "test_runner.py",
-        "test_compiled.py", "test_skip.py", "21_ablations.ipynb", "23_token_choices.ipynb", "08_flora.ipynb")  # fmt: skip
+        "test_compiled.py", "test_skip.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
