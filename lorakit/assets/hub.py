@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lorakit.errors import AssetError
+from lorakit.errors import AssetError, DataError
 
 TIMEOUT = 5.0  # seconds for the one question asked before anything is downloaded
 
@@ -56,13 +56,24 @@ def download_model(model: str, commit: str, weights: Sequence[str]) -> None:
         raise AssetError(f"model={model!r}: download from the hub failed: {_line(error)}") from None
 
 
-def data_files(repository: str, *patterns: str) -> list[list[Path]]:
+def data_files(repository: str, *patterns: str, folder: Path | None = None) -> list[list[Path]]:
     """A data set's files by pattern (shell style), in order of name: of its newest commit, or from the local cache.
+
+    Args:
+        folder: a snapshot of it, which is read instead.
 
     Raises:
         AssetError: the hub cannot be reached and the files are not in its cache, or the data set has no such file.
+        DataError: `folder` has no such file.
     """
     from huggingface_hub import snapshot_download
+
+    if folder is not None:
+        found = [sorted(folder.glob(pattern)) for pattern in patterns]
+        if missing := [pattern for pattern, files in zip(patterns, found, strict=True) if not files]:
+            told = f"{folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
+            raise DataError(f"data_dir: {told}")
+        return found
 
     commit, why = None, None
     try:

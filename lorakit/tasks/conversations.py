@@ -30,9 +30,9 @@ def tulu_from_folder(folder: Path) -> Corpus:
     return _tulu([messages for path in paths for messages in _checked(path)], paths)
 
 
-def tulu_from_hub() -> Corpus:
+def tulu_from_hub(folder: Path | None = None) -> Corpus:
     """Rows that are no conversation are left out and counted: they are not the user's to mend."""
-    [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data/train-*.parquet")
+    [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data/train-*.parquet", folder=folder)
     rows = [row["messages"] for path in paths for _, row in readers.parquet(path, ("messages",))]
     chats = [messages for messages in rows if chat.valid(messages)]
     dropped = len(rows) - len(chats)

@@ -46,7 +46,8 @@ class Recipe:
     Attributes:
         form: of its rows.
         origin: in words, what `elsewhere` reads.
-        elsewhere: reads the hub, an offline asset or the grammar; None: there are only the files of `data_dir`.
+        elsewhere: reads the hub (or a snapshot of it, if it is given the folder), an offline asset or the grammar;
+            None: there are only the files of `data_dir`.
         layout: the files `data_dir` must hold; empty for a task that is generated.
         from_folder: reads them.
         f1: is F1 reported, and the main metric.
@@ -54,7 +55,7 @@ class Recipe:
 
     form: Literal["labelled", "documents", "chats"]
     origin: str
-    elsewhere: Callable[[], Corpus] | None
+    elsewhere: Callable[..., Corpus] | None
     layout: str = ""
     from_folder: Callable[[Path], Corpus] | None = None
     f1: bool = False

@@ -84,8 +84,9 @@ def sst2_from_folder(folder: Path) -> Corpus:
     return _sst2(train, test, paths)
 
 
-def sst2_from_hub() -> Corpus:
-    train, test = hub.data_files("nyu-mll/glue", "sst2/train-*.parquet", "sst2/validation-*.parquet")
+def sst2_from_hub(folder: Path | None = None) -> Corpus:
+    names = ("sst2/train-*.parquet", "sst2/validation-*.parquet")
+    train, test = hub.data_files("nyu-mll/glue", *names, folder=folder)
     return _sst2(*(_hub_rows(paths, "sentence", "label") for paths in (train, test)), [*train, *test])
 
 
@@ -120,8 +121,9 @@ def imdb_from_folder(folder: Path) -> Corpus:
     return _divided(rows[False], rows[True], paths)
 
 
-def imdb_from_hub() -> Corpus:
-    train, test = hub.data_files("stanfordnlp/imdb", "plain_text/train-*.parquet", "plain_text/test-*.parquet")
+def imdb_from_hub(folder: Path | None = None) -> Corpus:
+    names = ("plain_text/train-*.parquet", "plain_text/test-*.parquet")
+    train, test = hub.data_files("stanfordnlp/imdb", *names, folder=folder)
     return _divided(*(_hub_rows(paths, "text", "label") for paths in (train, test)), [*train, *test])
 
 
@@ -142,8 +144,9 @@ def mrpc_from_folder(folder: Path) -> Corpus:
     return _divided(rows, test, paths, names.__getitem__, "the training file")
 
 
-def mrpc_from_hub() -> Corpus:
-    files = hub.data_files("nyu-mll/glue", *(f"mrpc/{split}-*.parquet" for split in ("train", "validation", "test")))
+def mrpc_from_hub(folder: Path | None = None) -> Corpus:
+    names = (f"mrpc/{split}-*.parquet" for split in ("train", "validation", "test"))
+    files = hub.data_files("nyu-mll/glue", *names, folder=folder)
     parts = (_hub_rows(paths, "sentence1", "sentence2", "label", strip=False) for paths in files)
     return apart(*parts, sum(files, []))
 

@@ -87,17 +87,21 @@ def load(
 
 
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
-    """The task's text, and in words where it came from."""
+    """The task's text, and in words where it came from; a folder may also be a snapshot of the hub's data set."""
     known, mirror = recipe(name), os.environ.get("LORAKIT_DATA", "")
     base = Path(data_dir or mirror).expanduser()
     if known.from_folder is None:
         require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
     elif data_dir and not base.is_dir():
         raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {known.layout}")
-    elif (data_dir or mirror) and (base / name).is_dir():
-        return known.from_folder(base / name), f"files of {'data_dir' if data_dir else 'LORAKIT_DATA'}"
-    elif data_dir:
-        return known.from_folder(base), "files of data_dir"
+    elif data_dir or (mirror and (base / name).is_dir()):
+        whose = "data_dir" if data_dir else "LORAKIT_DATA"
+        folder = base / name if (base / name).is_dir() else base
+        if known.elsewhere and known.origin.startswith("hub"):  # which keeps its files one folder down
+            glue = folder != base and "parquet" not in known.layout and any(folder.glob("*.parquet"))  # in the task's
+            if glue or any(folder.glob("*/*.parquet")):
+                return known.elsewhere(base if glue else folder), f"{known.origin}, its snapshot in {whose}"
+        return known.from_folder(folder), f"files of {whose}"
     if known.elsewhere is None:
         raise DataError(f"task {name} is read from data_dir (or LORAKIT_DATA) only; expected layout: {known.layout}")
     return known.elsewhere(), known.origin

@@ -32,8 +32,9 @@ def from_folder(folder: Path) -> Corpus:
     return Corpus(train, validation, test, fingerprints([path]), [note])
 
 
-def from_hub() -> Corpus:
-    files = hub.data_files("Salesforce/wikitext", *(f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES))
+def from_hub(folder: Path | None = None) -> Corpus:
+    names = (f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES)
+    files = hub.data_files("Salesforce/wikitext", *names, folder=folder)
     texts = (
         _articles(row["text"].rstrip("\n") for path in paths for _, row in readers.parquet(path, ("text",)))
         for paths in files
