@@ -11,15 +11,8 @@ from pydantic import Field, model_validator
 from lorakit.errors import require
 from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
-# the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
-RATES: dict[str, tuple[float, str]] = {
-    "lora": (2.0e-4, "Hu et al. 2021, GPT-2"),
-    "sparse": (2.0e-4, "as LoRA"),
-    "hira": (4.5e-3, "PEFT's method comparison"),
-    "peft": (1.0e-4, "PEFT's method comparison"),
-    "head": (1.0e-3, "AdamW's default in torch"),
-    "full": (2.0e-5, "Devlin et al. 2019"),
-}
+Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
+Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
@@ -35,8 +28,7 @@ class RunSettings(Settings):
     record: Place = field("", "file the record is written to; empty: none is written", FREE, APART)
     run_dir: Place = field("", "folder for checkpoints and the adapter; empty: none is kept", FREE, APART)
     resume: bool = field(True, "go on from the newest checkpoint in run_dir", FREE, APART, UNTRIED)
-    compares: Literal["", "equal_steps", "equal_flops", "full_length"] = field(
-        "", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED)  # fmt: skip
+    compares: Compares = field("", "a row whose one change is its budget: what that makes equal", FREE, APART, UNTRIED)
     combines: list[str] = field([], "rows of the setting whose changes this row makes together", FREE, APART, UNTRIED)
     differs: dict[str, str] = field({}, "parameter: why the row's method needs it so", FREE, APART, UNTRIED)
 
@@ -119,10 +111,7 @@ class SparseSettings(Settings):
     prune_start: float = field(0.2, "share of the budget at which the zeros begin to appear", ge=0, lt=1)
     prune_end: float = field(0.8, "share of the budget at which all are there", gt=0, le=1)
     l1: float = field(0.0, "sparsify l1: the penalty λ; 0: found while training, from `sparsity`", ge=0)
-    idle = (
-        Idle("method 'sparse'", lambda p: p.method != "sparse"),
-        Idle("l1 0", lambda p: p.l1 > 0, ("sparsity",)),
-    )
+    idle = (Idle("method 'sparse'", lambda p: p.method != "sparse"), Idle("l1 0", lambda p: p.l1 > 0, ("sparsity",)))
     refuses = (
         Refusal("select", "must be 'last' for a method that prunes on the way",  # the best may be from before
                 lambda p: p.method == "sparse" and p.select != "last"),
@@ -171,10 +160,9 @@ class SkipSettings(Settings):
     skip_ema: float = field(0.2, "weight of the newest measurement", gt=0, le=1)
     skip_measure_every: int = field(4, "steps between measurements, where decided from the average", ge=1)
     idle = (
-        Idle("skip", lambda p: p.skip == "none"),
-        Idle("skip_share 0", lambda p: p.skip_share > 0, ("skip_threshold",)),
+        Idle("skip", lambda p: p.skip == "none"), Idle("skip_share 0", lambda p: p.skip_share > 0, ("skip_threshold",)),
         Idle("skip_decide 'ema'", lambda p: p.skip_decide == "forward", ("skip_ema", "skip_measure_every")),
-    )
+    )  # fmt: skip
     refuses = (
         Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
                 lambda p: p.skip != "none" and p.method not in SKIPPABLE),
@@ -197,11 +185,7 @@ class GateSettings(Settings):
     gate_refresh: int = field(4, "accepted batches between refreshes of the basis", ge=1)
     gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
     gate_leverage: bool = field(False, "ridge-leverage novelty")
-    idle = (
-        Idle("gate", lambda p: p.gate == "none"),
-        Idle("a gate that scores novelty", lambda p: p.gate in ("random", "loss_floor", "gradient_norm"),
-             ("gate_m", "gate_k", "gate_rows", "gate_refresh", "gate_decay", "gate_leverage")),
-    )  # fmt: skip
+    idle = (Idle("gate", lambda p: p.gate == "none"),)
     refuses = (
         Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or "
                 "fp32", lambda p: p.gate != "none" and p.precision == "fp16"),
@@ -276,7 +260,7 @@ class TrainingSettings(Settings):
     """Training"""
 
     question = "training"
-    learning_rate: float = field(4.0e-3, "at its highest; the default is toy's: see RATES for others", UNTRIED, gt=0)
+    learning_rate: float = field(4.0e-3, "at its highest; the default is toy's: others: params.RATES", UNTRIED, gt=0)
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
@@ -312,7 +296,5 @@ class SearchSettings(Settings):
     """Learning-rate search (`lorakit search`)"""
 
     question = "search"
-    search_rates: list[Annotated[float, Field(gt=0, le=LARGEST[float])]] = field(
-        [], "rates to try", FREE, APART, UNTRIED
-    )
+    search_rates: list[Rate] = field([], "rates to try", FREE, APART, UNTRIED)
     search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1, le=LARGEST[float])

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from lorakit import cli, params
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.params import Params, beside, complete
-from lorakit.params.whole import GROUPS
+from lorakit.params.whole import GROUPS, RATES
 from lorakit.records import AXES
-from lorakit.settings import RATES, AdapterSettings, Gating
+from lorakit.settings import AdapterSettings, Gating
 
 
 def test_the_defaults_are_the_toy_run_pass_their_own_check_and_survive_yaml():
@@ -152,7 +152,6 @@ IDLE = [
     ),
     ({"gating": {"method": "flora", "score": "loss", "sketch_dim": 64}}, "gating.sketch_dim=64: says nothing without"),
     ({"gate_rate": 0.5}, "gate_rate=0.5: says nothing without gate"),
-    ({"gate": "random", "gate_m": 64, "gate_k": 8}, "gate_m=64: says nothing without a gate that scores novelty"),
     ({"skip_share": 0.5}, "skip_share=0.5: says nothing without skip"),
     (
         {"skip": "prefix", "skip_share": 0.5, "skip_threshold": 0.1},

@@ -12,8 +12,8 @@ from lorakit.errors import ParameterError
 from lorakit.fields import APART, FREE, UNTRIED, flagged
 from lorakit.files import PARAMS, PROJECT
 from lorakit.params import Params, doors, files
+from lorakit.params.whole import RATES
 from lorakit.runs.search import best_rate
-from lorakit.settings import RATES
 
 SETTINGS = sorted(path.parent.name for path in PARAMS.glob("*/_setting.yaml"))
 ROWS = [(setting, path.stem) for setting in SETTINGS for path in sorted((PARAMS / setting).glob("[!_]*.yaml"))]

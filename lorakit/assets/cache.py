@@ -4,14 +4,12 @@ import contextlib
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.assets.registry import Asset
 from lorakit.errors import AssetError
-from lorakit.files import sha256
+from lorakit.files import aside, sha256
 
 MANIFEST = "manifest.json"
 
@@ -75,16 +73,14 @@ def write_manifest(folder: Path, asset: Asset) -> None:
 @contextlib.contextmanager
 def new(asset: Asset) -> Iterator[Path]:
     """A folder to be filled, which becomes the asset's own, manifest included; a damaged one goes. Needs the lock."""
-    for left_by_a_kill in root().glob(f".{asset.name}.*"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     target = root() / asset.name
-    with tempfile.TemporaryDirectory(dir=root(), prefix=f".{asset.name}.") as aside:
-        folder = Path(aside) / "new"
+    with aside(root(), f".{asset.name}") as beside:
+        folder = beside / "new"
         folder.mkdir()
         yield folder
         write_manifest(folder, asset)
         if target.exists():
-            os.replace(target, folder.parent / "replaced")  # and away with what is beside `folder`
+            os.replace(target, beside / "replaced")  # and away with it
         os.replace(folder, target)
 
 

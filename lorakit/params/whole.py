@@ -10,6 +10,15 @@ from lorakit.fields import Settings
 # what lorakit trains; a params file may be called after it
 METHODS = ("lora", "sparse", "hira", "peft", "head", "full")
 NESTED = {"gating": s.Gating}  # parameters that are mappings with keys of their own, merged key by key
+# the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
+RATES: dict[str, tuple[float, str]] = {
+    "lora": (2.0e-4, "Hu et al. 2021, GPT-2"),
+    "sparse": (2.0e-4, "as LoRA"),
+    "hira": (4.5e-3, "PEFT's method comparison"),
+    "peft": (1.0e-4, "PEFT's method comparison"),
+    "head": (1.0e-3, "AdamW's default in torch"),
+    "full": (2.0e-5, "Devlin et al. 2019"),
+}
 PER_RUN = ("setting", "row", "seed", "record", "run_dir")  # a run's own, in no params file of a setting
 
 
@@ -58,7 +67,7 @@ def rated(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the method's stated learning rate, where they have none and are not about toys."""
     if "learning_rate" in values or is_toy(values):
         return dict(values)
-    return values | {"learning_rate": s.RATES.get(str(known(values, "method")), s.RATES["lora"])[0]}
+    return values | {"learning_rate": RATES.get(str(known(values, "method")), RATES["lora"])[0]}
 
 
 def rate_note(params: Params) -> str | None:

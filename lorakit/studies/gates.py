@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,16 @@ from pandas import DataFrame
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
-from lorakit.files import RESULTS
+from lorakit.files import RESULTS, aside
 from lorakit.gates import HeadGradientGate, ThresholdController
 from lorakit.head import HeadInput, find_head
 from lorakit.modules import adapter_parameters
 from lorakit.params import resolve
+from lorakit.params.whole import QUESTIONS
 from lorakit.records import Record, read_all
 from lorakit.runs.assembly import Assembled, assemble, build_trainer
 from lorakit.runs.experiment import new_record, run
+from lorakit.settings import GateSettings
 from lorakit.sketches import FrequentDirections
 from lorakit.training import BudgetTrainer
 
@@ -115,8 +118,8 @@ class Step(NamedTuple):
 
 def trained(given: Mapping[str, Any]) -> Assembled:
     """Model and task of a run, after its training and without any of its measurements."""
-    assembled, trainer, folder = _started(given)
-    with folder:
+    with aside(tempfile.gettempdir(), "study") as folder:
+        assembled, trainer = _started(given, folder)
         trainer.train()
     assembled.model.eval()
     return assembled
@@ -126,9 +129,7 @@ def watched(given: Mapping[str, Any]) -> list[Step]:
     """Train as `given` says and compare, bit by bit, weights and moments around every batch."""
     from transformers import TrainerCallback
 
-    assembled, trainer, folder = _started(given)
-    parameters = [p for p in assembled.model.parameters() if p.requires_grad]
-    states, steps = [_state(parameters, None)], []
+    parameters, states, steps = [], [], []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **_):
@@ -138,16 +139,19 @@ def watched(given: Mapping[str, Any]) -> list[Step]:
                      for one, other in zip(before, after, strict=True)]  # fmt: skip
             steps.append(Step(trainer.gate_log.decisions[-1], *moved))
 
-    trainer.add_callback(Watch())
-    with folder:
+    with aside(tempfile.gettempdir(), "study") as folder:
+        assembled, trainer = _started(given, folder)
+        parameters += [p for p in assembled.model.parameters() if p.requires_grad]
+        states.append(_state(parameters, None))
+        trainer.add_callback(Watch())
         trainer.train()
     return steps
 
 
-def _started(given: Mapping[str, Any]) -> tuple[Assembled, BudgetTrainer, Any]:
+def _started(given: Mapping[str, Any], folder: Path) -> tuple[Assembled, BudgetTrainer]:
     params = resolve(dict(given))
-    assembled, folder = assemble(params), tempfile.TemporaryDirectory()
-    return assembled, build_trainer(assembled, new_record(params, dict(given)), folder.name), folder
+    assembled = assemble(params)
+    return assembled, build_trainer(assembled, new_record(params, dict(given)), folder)
 
 
 def _state(parameters: Sequence[torch.nn.Parameter], optimizer: Any) -> tuple[list[Any], list[Any]]:
@@ -170,9 +174,15 @@ def thresholded(controller: ThresholdController, scores: Iterable[float], seed: 
 
 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
-    """A run of `base` with each variant's changes and each seed; a record is called after its variant."""
-    jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
-    return [run({**QUICK, **base, **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]
+    """A run of `base` with each variant's changes and each seed; a record is called after its variant.
+
+    What `base` says of a gate is left out where a variant has none.
+    """
+    made = {name: {**QUICK, **base, **changes, "row": name} for name, changes in variants.items()}
+    for name, given in made.items():
+        if given.get("gate", "none") == "none":
+            made[name] = {key: given[key] for key in given if QUESTIONS.get(key) != GateSettings.question}
+    return [run({**given, "seed": seed}) for given in made.values() for seed in seeds]
 
 
 def recorded(setting: str) -> list[Record]:

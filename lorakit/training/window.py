@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lorakit.adapters import adapter_layers
 from lorakit.errors import ParameterError
 from lorakit.gates.log import GateLog
 from lorakit.modules import adapter_parameters
@@ -80,7 +79,8 @@ class Watch:
         irregular = any(  # a forward leaves layers out: LayerDrop, a mixture of experts
             of for name, of in config.items() if "layerdrop" in name or name.startswith("n") and "experts" in name
         )
-        self.layers = {} if irregular else adapter_layers(model)
+        adapted = ((path, module) for path, module in model.named_modules() if hasattr(module, "adapter_parameters"))
+        self.layers = {} if irregular else dict(adapted)
 
     def finite(self, broken: float, step: int, loss: float | str = "not finite in one of the processes") -> None:
         """Every process stops where the loss of one is not finite, before they wait for each other.

