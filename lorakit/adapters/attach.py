@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from lorakit.adapters.attachment import Attachment, require_bare
+from lorakit.adapters.attachment import Attachment, batches_seen, require_bare
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.saving import Saving
 from lorakit.base.mending import prepare_four_bit
@@ -112,7 +112,9 @@ def attach_to(
             if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
                 parameter.requires_grad_(True).lorakit_trained = True
     replace_modules(model, wrapped)
-    model.lorakit_attachment = Attachment(method, settings, dict(targets), tuple(trained), flags)
+    model.lorakit_attachment = Attachment(
+        method, settings, dict(targets), tuple(trained), flags, batches_seen(model, trained)
+    )
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
         model.save_pretrained = Saving(model)
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.fields import Settings
-from lorakit.modules import replace_modules, unwrapping
+from lorakit.modules import inside, replace_modules, unwrapping
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
@@ -30,6 +30,7 @@ class Attachment:
     targets: Mapping[str, AdapterSettings]  # path of each adapted linear layer -> its own settings
     trained: Sequence[str]  # paths of the modules trained in full; "" is the whole model
     required_grad: Mapping[str, bool] = field(repr=False)  # of every parameter, before
+    batches: Mapping[str, int] = field(default_factory=dict, repr=False)  # see `batches_seen`, before
     foreign: ClassVar[bool] = False  # whether the adapter's code and files are PEFT's own
 
     def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
@@ -114,6 +115,15 @@ class Attachment:
     def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Of a foreign kind: take in what `write` wrote."""
         return model
+
+
+def batches_seen(model: nn.Module, trained: Sequence[str]) -> dict[str, int]:
+    """How many batches went into the running statistics of layers that are not trained (BatchNorm's), by path."""
+    return {
+        name.rpartition(".")[0]: int(buffer)
+        for name, buffer in model.named_buffers()
+        if name.endswith("num_batches_tracked") and not buffer.is_meta and not inside(name, trained)
+    }
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,29 @@ def test_a_state_is_loaded_whole_or_not_at_all(build):
     with pytest.raises(CheckpointError, match=r"classifier\.bias is \(3,\), this model has \(2,\)"):
         load_adapter_state(model, state)
     assert torch.equal(logits(model), before)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.first(x))
+
+
+@pytest.mark.parametrize("given", [{}, {"method": "peft", "peft_type": "LORA"}], ids=["ours", "PEFT's"])
+@pytest.mark.parametrize("how", ["train", "eval", "trainable"])
+def test_statistics_that_no_adapter_file_holds_are_told_of(tmp_path, given, how):
+    torch.manual_seed(0)
+    model = attach(Normed(), trainable=["norm"] if how == "trainable" else (), seed=0, **given).train()
+    if how == "eval":
+        next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)).eval()
+    model(torch.randn(8, 4))
+    told = pytest.warns(UserWarning, match="running statistics of 1 frozen layers") if how == "train" else nullcontext()
+    with told:
+        save_adapter(model, tmp_path / "a")
+    if how != "train":
+        torch.manual_seed(0)
+        again, x = load_adapter(Normed(), tmp_path / "a").eval(), torch.randn(3, 4)
+        torch.testing.assert_close(again(x), model.eval()(x))

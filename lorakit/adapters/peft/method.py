@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import Attachment, detach
+from lorakit.adapters.attachment import Attachment, batches_seen, detach
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
@@ -173,7 +173,9 @@ def wrap(
     wrapper.register_forward_hook(after_forward, with_kwargs=True)
     wrapper.lorakit_base = base
     wrapper.lorakit_unmerged = []
-    wrapper.lorakit_attachment = PeftAttachment("peft", settings, {}, tuple(trained), base.required_grad)
+    wrapper.lorakit_attachment = PeftAttachment(
+        "peft", settings, {}, tuple(trained), base.required_grad, batches_seen(model, trained)
+    )
     return wrapper
 
 
