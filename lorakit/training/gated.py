@@ -70,13 +70,20 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
-        self._verified = False
+        self._verified = self._tried = False
         self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        self._tried = False
+        return super().train(*arguments, **options)
 
     def _inner_training_loop(self, *arguments: Any, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """As the Trainer's, which calls it anew, with smaller batches, where memory ran out: nothing is left over."""
         self._part, self._window, self._measured = None, [], None
+        if self._tried and resume_from_checkpoint:  # else the next try would go on from where this one ended
+            self._load_from_checkpoint(resume_from_checkpoint)
+        self._tried = True
         self.run.begin(resumed=resume_from_checkpoint is not None)
         self._head = HeadInput(self._looks_at) if self._looks_at else None
         try:

@@ -272,6 +272,23 @@ def test_smaller_batches_after_memory_ran_out_begin_anew(tmp_path, gate, tokens)
     assert first == second and first["examples"] == 3 * 2 * 7
 
 
+def test_smaller_batches_of_a_resumed_run_begin_at_its_checkpoint(tmp_path):
+    """Memory runs out after a step that the checkpoint does not hold, of which nothing may be left."""
+    common = {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1, "gate": runs.Open()}
+    whole = on(SLoRATrainer, "cross-entropy", tmp_path / "run", per_device_train_batch_size=8, **common)
+    whole.train()
+    made = []
+    for size in (8, 7):
+        options = common | {"save_strategy": "no", "per_device_train_batch_size": size}
+        run = on(SLoRATrainer, "cross-entropy", tmp_path / "run", auto_find_batch_size=size == 8, **options)
+        if size == 8:
+            interrupted(run, 2, RuntimeError("CUDA out of memory. Tried to allocate"))
+        run.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+        made.append(run)
+    assert torch.equal(*map(trained, made)) and ledger(made[0]) == ledger(made[1])
+    assert made[0].ledger.examples == 8 + 2 * 7
+
+
 def test_a_budget_is_spent_again_by_the_next_call(tmp_path):
     run = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"))
     interrupted(run, 4, KeyboardInterrupt())
