@@ -117,6 +117,8 @@ def attach_to(
     )
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
         model.save_pretrained = Saving(model)
+    if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it knows of adapters
+        model._hf_peft_config_loaded = True
     return model
 
 

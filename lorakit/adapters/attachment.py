@@ -74,7 +74,8 @@ class Attachment:
         """The model as it was, but for the modules trained in full; what is merged is unmerged before."""
         replace_modules(model, {layer: layer.base_layer for layer in adapter_layers(model).values()})
         del model.lorakit_attachment
-        vars(model).pop("save_pretrained", None)
+        for ours in ("save_pretrained", "_hf_peft_config_loaded"):
+            vars(model).pop(ours, None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
             vars(parameter).pop("lorakit_trained", None)

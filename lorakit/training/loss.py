@@ -1,7 +1,6 @@
 """One loss for every model: the mean over all labels of an optimizer step, however many batches it was split into."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,20 +88,6 @@ def is_mean_loss(model: torch.nn.Module, inputs: Mapping[str, Any], kind: str) -
     return outputs.loss is None or same_loss(outputs.loss, MeanLoss(kind)(outputs, single["labels"]))
 
 
-@contextlib.contextmanager
-def adapters_known(model: torch.nn.Module) -> Iterator[None]:
-    """While inside, transformers takes lorakit's adapters on its own 4-bit model for adapters, and refuses it not."""
-    known = getattr(model, "_hf_peft_config_loaded", False)
-    attached = getattr(model, "is_quantized", False) and hasattr(model, "lorakit_attachment")
-    if attached:
-        model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if attached:
-            model._hf_peft_config_loaded = known
-
-
 class LossTrainer(Trainer):
     """A Trainer with the loss that was asked for: an overridden `compute_loss` or a `compute_loss_func`; else, where
     the kind of the model is known, `MeanLoss`, or the model's own where that is another one; else the Trainer's.
@@ -119,8 +104,7 @@ class LossTrainer(Trainer):
                 named is None, "tokenizer", type(tokenizer).__name__, "is called processing_class: give one of them"
             )
             trainer_arguments["processing_class"] = tokenizer
-        with adapters_known(trainer_arguments["model"]):
-            super().__init__(**trainer_arguments)
+        super().__init__(**trainer_arguments)
         self.kind = kind
         self.overridden = type(self).compute_loss is not LossTrainer.compute_loss
         self._loss_found = self.compute_loss_func is not None  # whether the model's own is to be asked no more

@@ -9,8 +9,9 @@ import torch
 import training_runs as runs
 from flora_runs import arguments, decoder, flora
 from slora_runs import GATE, lora, slora
-from transformers import Trainer, TrainerCallback
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
+from lorakit.adapters import attach, detach, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.gates.log import GateWarning
 from lorakit.training import Budget, FLoRATrainer, SLoRATrainer
@@ -155,12 +156,21 @@ def test_model_init_is_the_model_it_makes(tmp_path):
 
 
 def test_adapters_on_transformers_four_bit_model_are_adapters(tmp_path):
-    model = lora()
-    model.is_quantized, model.hf_quantizer = True, type("Quantizer", (), {"is_trainable": True})()
+    """Of ours and of the plain Trainer, which refuses a 4-bit model that it knows no adapters of."""
+    quantize_nf4(runs.tiny_bert(hidden_size=64), compute_dtype="fp32").save_pretrained(tmp_path / "packed")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model, arguments(tmp_path), train_dataset=runs.rows())
+    attach(model, "lora", seed=0)
+    before = runs.weights(model)
+    data = {"train_dataset": runs.rows(), "data_collator": runs.collate}
+    Trainer(model, arguments(tmp_path, max_steps=1), **data).train()
+    after = runs.weights(model)
+    assert not runs.equal(before, after)
     slora(model, tmp_path, gate_config=None, max_steps=1).train()
-    assert not getattr(model, "_hf_peft_config_loaded", False)
+    assert not runs.equal(after, runs.weights(model))
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(detach(model), arguments(tmp_path), train_dataset=runs.rows())
 
 
 def hooks(model) -> int:
