@@ -134,7 +134,10 @@ def time_claims(case: Case) -> list[Claim]:
 
 
 def forward_claim() -> Claim:
-    """Backbone forwards per candidate batch in SLoRATrainer's own loop, half of them rejected."""
+    """Backbone forwards per candidate batch in SLoRATrainer's own loop, half of them rejected.
+
+    Beside them is one of a single row, once a run: whether the model's own loss is the mean over labels.
+    """
     import tempfile
 
     from datasets import Dataset
@@ -146,7 +149,7 @@ def forward_claim() -> Claim:
     model = build_ours(BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)))
     rows = Dataset.from_list([{"input_ids": [i % 98 + 1] * 8, "labels": i % 2} for i in range(64)])
     forwards: list[int] = []
-    model.bert.register_forward_hook(lambda *_: forwards.append(1))
+    model.bert.register_forward_hook(lambda module, given, out: forwards.append(1) if len(out[0]) > 1 else None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=60, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
