@@ -35,9 +35,10 @@ class LoRALayer(AdapterLayer):
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def adapted(self, x: Tensor) -> Tensor:
-        given = self.base_layer(x)
-        # (N, in), (N, out)
-        x, out = x.reshape(-1, self.in_features), given.reshape(-1, self.out_features)
+        given, x = x, x.reshape(-1, self.in_features)
+        plain = self.is_plain and not self.transposed  # Conv1D gives a view, whose base would be copied in the backward
+        # (N, out), ours to change if plain: nobody else can hold it
+        out = self.base_layer(x) if plain else self.base_layer(given).reshape(-1, self.out_features)
         inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
         if not torch.is_autocast_enabled(x.device.type):
             inner = inner.to(self.lora_A.dtype)
@@ -48,10 +49,12 @@ class LoRALayer(AdapterLayer):
                 self.probe.require_cut(x)
                 inner, B = inner.detach(), B.detach()
         if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
-            return F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype).view_as(given)
-        # scale and sum inside the product, and where nobody else can hold `out` in its place: no (N, out) temporary
-        total = out.addmm_ if self.is_plain else out.addmm
-        return total(inner, B.to(out.dtype).T, alpha=self.scaling).view_as(given)
+            return (
+                F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype).view(*given.shape[:-1], self.out_features)
+            )
+        # scale and sum inside the product: no second (N, out) temporary
+        total = out.addmm_ if plain else out.addmm
+        return total(inner, B.to(out.dtype).T, alpha=self.scaling).view(*given.shape[:-1], self.out_features)
 
     @staticmethod
     def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:

@@ -193,3 +193,9 @@ def test_merged_four_bits_run_in_another_dtype(tiny_bert, tmp_path, kbit, first)
         plain = AutoModelForSequenceClassification.from_pretrained(export(model, tmp_path / "whole"))
         torch.testing.assert_close(merged, expected, atol=0.02, rtol=0.02)
         torch.testing.assert_close(plain.float()(input_ids=ids).logits, expected.float(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["linear", "conv1d", "kept"])
+def test_a_batch_without_rows_has_an_output_without_rows(name, method):
+    assert adapted(name, method)[0](torch.zeros(0, 5, 8)).shape == (0, 5, 6)
