@@ -35,13 +35,22 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError, Timeout):  # somebody else's, or still at work
             if (left / LOCK).is_file() and not left.is_symlink():
                 with FileLock(left / LOCK, blocking=False):
-                    shutil.rmtree(left)
+                    _clear(left)
+            left.rmdir()  # empty: killed before it was locked, or as it was removed
     folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
     try:
         with FileLock(folder / LOCK):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _clear(folder)
+            folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a folder of our own, its lock last: without one it is empty, or somebody else's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
