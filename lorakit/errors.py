@@ -2,7 +2,10 @@
 
 
 class LorakitError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it as one line."""
+    """Base of every error that is the user's to mend; one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
 class ParameterError(LorakitError, ValueError):
@@ -15,7 +18,9 @@ class ParameterError(LorakitError, ValueError):
     """
 
     def __init__(self, name: str, value: object, allowed: str):
-        super().__init__(f"{name}={value!r}: {allowed}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 300 else f"{shown[:297]}..."
+        super().__init__(f"{name:.100}={shown}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
 

@@ -50,7 +50,8 @@ class Fault(AssertionError):
 def fault_unless(condition: Any, *told: object) -> None:
     """Raise `Fault` with what is told, unless `condition` holds."""
     if not condition:
-        raise Fault(" | ".join(str(part)[-1500:] for part in told))
+        parts = map(str, told)
+        raise Fault(" | ".join(part if len(part) < 1500 else f"{part[:400]} … {part[-1100:]}" for part in parts))
 
 
 def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, seconds: float) -> None:

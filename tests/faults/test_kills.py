@@ -38,6 +38,8 @@ class Events:
         if event not in EVENTS or (event == "open" and not (arguments[2] or 0) & WRITES):
             return
         path = arguments[0]
+        if self.at is full and event not in ("open", "os.mkdir", "os.rename"):  # what frees room always works
+            return
         if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(self.place)):
             self.happened()
 
