@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, tied_names
@@ -27,6 +28,25 @@ _COMMON_FIELDS = {
 }
 # methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
 _BARE_PARAMETERS = {"HIRA"}
+
+
+class ConfigShape(BaseModel):
+    """Types of what is read below, and in `lorakit_config.json`, whatever else there is."""
+
+    model_config = ConfigDict(extra="allow")
+    peft_type: str | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    bias: str | None = None
+    init_lora_weights: bool | str | None = None
+    init_weights: bool | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    method: str | None = None
+    trained: list[str] = []
 
 
 @dataclass(frozen=True)

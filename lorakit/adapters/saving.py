@@ -1,11 +1,14 @@
 """What was trained, written: as PEFT's adapter file, as our own for "head" and "full", or whole, merged, for anyone."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from lorakit.files import written
 from lorakit.modules import replace_modules, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
+DIGEST = "lorakit_sha256"
 RESUMED_FILE = "model.safetensors"  # what the Trainer resumes from and looks for its best model in
 
 
@@ -78,8 +82,23 @@ def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool)
         config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
     if packed:
         tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    save_file(tensors, folder / tensors_file, metadata=metadata)
+    save_file(tensors, folder / tensors_file, metadata=metadata | {DIGEST: digest(tensors)})
+    with open(folder / tensors_file, "r+b") as file:  # the same tensors make the same file: metadata comes in any order
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
     (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, types, shapes and values: stands in a file's metadata, where PEFT passes over it."""
+    told = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        told.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return told.hexdigest()
 
 
 def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:

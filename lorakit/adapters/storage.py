@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
@@ -19,8 +20,8 @@ from lorakit.adapters.attachment import (
 )
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, unpack
-from lorakit.adapters.peft_format import StoredAdapter
-from lorakit.adapters.saving import OWN_CONFIG_FILE, OWN_TENSORS_FILE
+from lorakit.adapters.peft_format import ConfigShape, StoredAdapter
+from lorakit.adapters.saving import DIGEST, OWN_CONFIG_FILE, OWN_TENSORS_FILE, digest
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.modules import unwrapping
@@ -154,10 +155,12 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        ConfigShape.model_validate(config)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"{path.name}: {where or 'the whole'}: {error.errors()[0]['msg']}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path.name} is not a mapping")
     return config
 
 
@@ -167,18 +170,26 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
         return _read_tensors(folder / peft_format.TENSORS_FILE)
     try:
-        return torch.load(pickled, map_location="cpu", weights_only=True)
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling raises
         raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()):
+        raise CheckpointError(f"{pickled.name} holds no tensors by name")
+    return tensors
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing")
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            told = (file.metadata() or {}).get(DIGEST)
     except SafetensorError as error:
         raise CheckpointError(f"{path.name} is damaged: {error}") from None
+    if told and told != digest(tensors):  # PEFT's own files say none
+        raise CheckpointError(f"{path.name} is damaged: its tensors are not those that were written")
+    return tensors

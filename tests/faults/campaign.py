@@ -33,7 +33,7 @@ CASE = os.environ.get("CASE", "")
 SHARES = {"kills": 0.4, "params": 0.08, "data": 0.08, "adapters": 0.1, "checkpoints": 0.14, "records": 0.05}
 SHARES |= {"processes": 0.15}  # of MINUTES
 WRONG = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
-MOST = 25  # faults after which a campaign ends
+MOST = 12  # faults after which a campaign ends
 
 # by a thread: a case's own time limit is the alarm signal
 marks = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES + 900, method="thread")]
