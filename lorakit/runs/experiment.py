@@ -131,7 +131,9 @@ def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTra
         record.status, record.message = (
             ("out_of_memory", said) if full else ("failed", f"{type(error).__name__}: {said}")
         )
-        tried.stopped = None if full or isinstance(error, OSError) else error
+        if lost := isinstance(error, torch.distributed.DistError) or "gloo" in said:
+            record.message = f"another process of this run ended, or did not answer in time: {said[:200]}"
+        tried.stopped = None if full or lost or isinstance(error, OSError) else error
     return tried
 
 

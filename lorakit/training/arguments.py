@@ -1,6 +1,7 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
 import copy
+import os
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -30,6 +31,9 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     sampling = "group_by_length" if params.group_by_length else "random"
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
+    waited = os.environ.get("LORAKIT_TIMEOUT", "1800")
+    told = "a whole number of seconds that a process waits for the others"
+    require(waited.isdecimal() and 0 < int(waited) < 2**31, "LORAKIT_TIMEOUT", waited, told)
     try:
         arguments = TrainingArguments(
             output_dir=output_dir,
@@ -57,6 +61,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             report_to=reports or "none",
             remove_unused_columns=False,
             label_names=["labels"],
+            ddp_timeout=int(waited),
             ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
             dataloader_pin_memory=on_cuda,
         )

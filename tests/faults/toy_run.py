@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ OURS = re.compile(r"\.lock|adapter|model|checkpoint-[1-9][0-9]*|earlier-[0-9]+")
 TIMES = ("started", "seconds", "environment", "latency")
 
 
-def drawn(rng: random.Random) -> list[str]:
-    """Words for `lorakit train`: a row at random, a few of its parameters too."""
-    row = rng.choice([*ROWS, *TOKENS])
+def drawn(rng: random.Random, rows: Sequence[str] = (*ROWS, *TOKENS)) -> list[str]:
+    """Words for `lorakit train`: one of `rows`, a few of its parameters too."""
+    row = rng.choice(rows)
     setting = "toy-instruct" if row in TOKENS else "toy"
     values = SMALL | ROWS.get(row, {}) | {"save_steps": rng.choice([1, 1, 2, 3]), "seed": rng.randrange(4)}
     values["gradient_accumulation"] = rng.choice([1, 1, 2])
