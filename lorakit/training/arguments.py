@@ -2,8 +2,10 @@
 
 import copy
 import os
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -34,6 +36,8 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     waited = os.environ.get("LORAKIT_TIMEOUT", "1800")
     told = "a whole number of seconds that a process waits for the others"
     require(waited.isdecimal() and 0 < int(waited) < 2**31, "LORAKIT_TIMEOUT", waited, told)
+    if not on_cuda:  # where the Trainer tells its process group no timeout
+        PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
     try:
         arguments = TrainingArguments(
             output_dir=output_dir,

@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -142,7 +143,8 @@ def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | Non
             os.dup2(file.fileno(), 2)
         for name in ("stdout", "stderr", "__stdout__", "__stderr__"):  # pytest's are files of its own
             stream = open(1 if "out" in name else 2, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
-            setattr(__import__("sys"), name, stream)
+            setattr(sys, name, stream)
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
         os.environ.update(environment or {})
         warnings.resetwarnings()
         status = work()
@@ -160,6 +162,8 @@ def ended(pid: int, seconds: float) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
+    os.kill(pid, signal.SIGUSR1)  # where it is goes to its log
+    time.sleep(0.5)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise Fault(f"did not end in {seconds:g} s")

@@ -15,7 +15,7 @@ from faults import toy_run
 from faults.campaign import WRONG, ended, fault_unless, forked, marks, run
 
 pytestmark = marks
-LONGEST = 120  # seconds a run of two processes may take
+LONGEST = 90  # seconds a run of two processes may take
 TIMEOUT = 8  # seconds a process waits for the other, as LORAKIT_TIMEOUT says
 ROWS = ("lora", "head", "skip", "slora", "random", "sparse", "flora", "pps_fractional", "hira")
 HOW = ["dies", "dies", "stopped", "stalls", "diverges", "diverges"]
