@@ -18,9 +18,7 @@ class ParameterError(LorakitError, ValueError):
     """
 
     def __init__(self, name: str, value: object, allowed: str):
-        shown = repr(value)
-        shown = shown if len(shown) <= 300 else f"{shown[:297]}..."
-        super().__init__(f"{name:.100}={shown}: {allowed}")
+        super().__init__(f"{name:.100}={value!r:.300}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import create_model
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, tied_names
@@ -30,23 +30,15 @@ _COMMON_FIELDS = {
 _BARE_PARAMETERS = {"HIRA"}
 
 
-class ConfigShape(BaseModel):
-    """Types of what is read below, and in `lorakit_config.json`, whatever else there is."""
-
-    model_config = ConfigDict(extra="allow")
-    peft_type: str | None = None
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    bias: str | None = None
-    init_lora_weights: bool | str | None = None
-    init_weights: bool | str | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    method: str | None = None
-    trained: list[str] = []
+# types of what is read below, and of `lorakit_config.json`, whatever else there is
+_TYPES = {
+    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "bias", "method"), str | None),
+    **dict.fromkeys(("init_lora_weights", "init_weights"), bool | str | None),
+    **dict.fromkeys(("target_modules", "exclude_modules"), str | list[str] | None),
+    **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
+    **{"modules_to_save": list[str] | None, "trained": list[str]},
+}
+ConfigShape = create_model("ConfigShape", **{name: (kind, None) for name, kind in _TYPES.items()})
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,23 +80,19 @@ def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool)
         config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
     if packed:
         tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    save_file(tensors, folder / tensors_file, metadata=metadata | {DIGEST: digest(tensors)})
-    with open(folder / tensors_file, "r+b") as file:  # the same tensors make the same file: metadata comes in any order
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    save_file(tensors, folder / tensors_file, metadata=metadata | {DIGEST: "0" * 64})
+    with open(folder / tensors_file, "r+b") as file:
+        header, found = header_and_digest(file)  # its metadata in any order: the same tensors shall make the same file
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | {DIGEST: found}).items()))
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and values: stands in a file's metadata, where PEFT passes over it."""
-    told = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        told.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return told.hexdigest()
+def header_and_digest(file: BinaryIO) -> tuple[dict[str, Any], str]:
+    """The header of a safetensors file, and the sha256 of its data, which lorakit's own say and PEFT passes over."""
+    header = file.read(int.from_bytes(file.read(8), "little"))
+    return json.loads(header), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:

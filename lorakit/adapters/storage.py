@@ -21,7 +21,7 @@ from lorakit.adapters.attachment import (
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, unpack
 from lorakit.adapters.peft_format import ConfigShape, StoredAdapter
-from lorakit.adapters.saving import DIGEST, OWN_CONFIG_FILE, OWN_TENSORS_FILE, digest
+from lorakit.adapters.saving import DIGEST, OWN_CONFIG_FILE, OWN_TENSORS_FILE, header_and_digest
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.modules import unwrapping
@@ -170,26 +170,24 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
         return _read_tensors(folder / peft_format.TENSORS_FILE)
     try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling raises
+        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+        return {str(name): tensor.detach() for name, tensor in loaded.items()}
+    except Exception as error:  # whatever unpickling raises, or no tensors by name
         raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in tensors.items()):
-        raise CheckpointError(f"{pickled.name} holds no tensors by name")
-    return tensors
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing")
     try:
         tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get(DIGEST)
     except SafetensorError as error:
         raise CheckpointError(f"{path.name} is damaged: {error}") from None
-    if told and told != digest(tensors):  # PEFT's own files say none
+    with open(path, "rb") as file:
+        header, found = header_and_digest(file)
+    if header.get("__metadata__", {}).get(DIGEST, found) != found:  # PEFT's own files say none
         raise CheckpointError(f"{path.name} is damaged: its tensors are not those that were written")
     return tensors

@@ -34,8 +34,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
     waited = os.environ.get("LORAKIT_TIMEOUT", "1800")
-    told = "a whole number of seconds that a process waits for the others"
-    require(waited.isdecimal() and 0 < int(waited) < 2**31, "LORAKIT_TIMEOUT", waited, told)
+    require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
     if not on_cuda:  # where the Trainer tells its process group no timeout
         PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
     try:

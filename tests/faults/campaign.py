@@ -91,7 +91,7 @@ def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, sec
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise `Hang` in the block after `seconds`; where nothing can be raised, end everything and show where it hangs."""
+    """Raise `Hang` in the block after `seconds`; where nothing can be raised, end all and show where it hangs."""
 
     def stop(*_: object) -> None:
         raise Hang(f"longer than {seconds:g} s")

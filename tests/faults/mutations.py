@@ -9,7 +9,21 @@ from typing import Any
 
 ODD = [
     *(None, True, False, 0, 1, -1, 2, 3.0, -0.0, 0.5, 1e-3, 1e308, 1e-320, float("inf"), float("nan"), 2**31, 2**63),
-    *(10**40, "", " ", "8", "1e-3", "true", "null", "lora", "LoRA", "\u00e9\u4e2d\U0001f600", "\u202e", "a\nb", "x" * 5000),
+    *(
+        10**40,
+        "",
+        " ",
+        "8",
+        "1e-3",
+        "true",
+        "null",
+        "lora",
+        "LoRA",
+        "\u00e9\u4e2d\U0001f600",
+        "\u202e",
+        "a\nb",
+        "x" * 5000,
+    ),
     *("../..", "/", "~", "$HOME", "%s", "{}", "\0", [], [1], ["a", "a"], [[]], [None], {}, {"a": 1}, {"a": {"b": []}}),
 ]
 
@@ -55,7 +69,23 @@ def zeros(data: bytes, rng: random.Random) -> bytes:
 
 def inserted(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(data) + 1)
-    piece = rng.choice([b"\0", b"\xff", b"\xed\xa0\x80", b"\r", b"\n\n", b'"', b"\t", b"\xef\xbb\xbf", b"\x1a", b"\xc2\xa0", b"{", b"]", b"'"])
+    piece = rng.choice(
+        [
+            b"\0",
+            b"\xff",
+            b"\xed\xa0\x80",
+            b"\r",
+            b"\n\n",
+            b'"',
+            b"\t",
+            b"\xef\xbb\xbf",
+            b"\x1a",
+            b"\xc2\xa0",
+            b"{",
+            b"]",
+            b"'",
+        ]
+    )
     return data[:at] + piece * rng.choice([1, 1, 1, 5000]) + data[at:]
 
 
@@ -73,10 +103,22 @@ def dropped(data: bytes, rng: random.Random) -> bytes:
 
 def encoded(data: bytes, rng: random.Random) -> bytes:
     text = data.decode("utf-8", "replace")
-    return text.encode(rng.choice(["utf-16", "utf-16-le", "latin-1", "cp1252", "utf-32", "utf-8-sig", "utf-7"]), "replace")
+    return text.encode(
+        rng.choice(["utf-16", "utf-16-le", "latin-1", "cp1252", "utf-32", "utf-8-sig", "utf-7"]), "replace"
+    )
 
 
-BYTES: list[Callable[[bytes, random.Random], bytes]] = [flip, flip, cut, cut, zeros, inserted, inserted, repeated, dropped]
+BYTES: list[Callable[[bytes, random.Random], bytes]] = [
+    flip,
+    flip,
+    cut,
+    cut,
+    zeros,
+    inserted,
+    inserted,
+    repeated,
+    dropped,
+]
 TEXT = [*BYTES, encoded]
 
 
@@ -87,11 +129,14 @@ def lines(data: bytes, rng: random.Random) -> bytes:
     separator = b"\t" if b"\t" in data else b","
     fields = kept[at].split(separator)
     place = rng.randrange(len(fields))
-    fields[place] = rng.choice([b"", b"nan", b"NaN", b"2", b"-1", b"1.0", b"\xc2\xa01", b"true", b"x" * 200_000, b" 1 ", b"\xd9\xa1"])
+    fields[place] = rng.choice(
+        [b"", b"nan", b"NaN", b"2", b"-1", b"1.0", b"\xc2\xa01", b"true", b"x" * 200_000, b" 1 ", b"\xd9\xa1"]
+    )
     choices = [
         [*kept[:at], *kept[at + 1 :]], [*kept[:at], b"", *kept[at:]], [kept[0], *kept], kept[::-1],
         [line.replace(b"\t", b",") for line in kept], [line + b"\r" for line in kept], [b"\r".join(kept)],
-        [*kept[:at], separator.join(fields), *kept[at + 1 :]], [*kept[:at], kept[at] + separator + b"more", *kept[at + 1 :]],
+        [*kept[:at], separator.join(fields), *kept[at + 1 :]],
+        [*kept[:at], kept[at] + separator + b"more", *kept[at + 1 :]],
         [line[:-1] + b"1" if line[-2:-1] in (b"\t", b",") else line for line in kept], kept[:1], kept[1:], kept[:3],
     ]  # fmt: skip
     return b"\n".join(rng.choice(choices))

@@ -11,14 +11,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from faults import toy_run
 from faults.campaign import WRONG, ended, fault_unless, forked, marks, run
 
 pytestmark = marks
 LONGEST = 60  # seconds a run of one may take
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree")
+EVENTS = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.rmtree",
+)
 HOW = ["kill", "kill", "term", "power", "full"]
 
 
@@ -128,10 +137,7 @@ def case(rng: random.Random, folder: Path) -> str:
         pid = attempt(words, place, log, stop, how, **more)
         if by_clock:
             time.sleep(rng.uniform(0, 1.2 * seconds))
-            try:
-                os.kill(pid, {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
-            except ProcessLookupError:
-                pass
+            os.kill(pid, {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])  # not yet waited for, so it is there
         status = ended(pid, LONGEST)
         said = log.read_text() if log.exists() else ""
         told.append(f"{how} at {'the clock' if by_clock else stop} {more or ''} -> {status}")
@@ -144,7 +150,9 @@ def case(rng: random.Random, folder: Path) -> str:
         kinds.append(how)
     log = place / "last.log"
     status = ended(attempt(words, place, log, 0, "kill"), LONGEST)
-    fault_unless(status == 0 and not WRONG.search(log.read_text()), told, f"the last run ended with {status}", log.read_text())
+    fault_unless(
+        status == 0 and not WRONG.search(log.read_text()), told, f"the last run ended with {status}", log.read_text()
+    )
     difference = toy_run.difference(wanted, toy_run.outcome(place))
     fault_unless(not difference, told, "not as the undisturbed run", difference, words)
     found = toy_run.users(place)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
+import os
 import random
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from faults import mutations
+from faults import mutations, user_data
 from faults.campaign import command, fault_unless, marks, one_error, run
 
 from lorakit import params, records
@@ -38,7 +37,13 @@ def refused(work, *names: str) -> tuple[Any, str]:
 VALID = sorted(path for path in PARAMS.glob("*/*.yaml") if "accelerate" not in path.parts)
 CHEAP = {
     **{"budget": 2, "budget_unit": "steps", "evaluations": 1, "max_train": 32, "max_validation": 8, "max_test": 8},
-    **{"latency_repeats": 0, "predict_memory": False, "exact_match_rows": 0, "batch_size": 4, "gradient_accumulation": 1},
+    **{
+        "latency_repeats": 0,
+        "predict_memory": False,
+        "exact_match_rows": 0,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+    },
 }
 PLACES = ("record", "run_dir", "data_dir")
 LARGE = 2048
@@ -63,7 +68,9 @@ def alike(given: Any, resolved: Any) -> bool:
     if isinstance(given, dict) and isinstance(resolved, dict):
         return all(alike(value, resolved.get(name)) for name, value in given.items())
     if isinstance(given, str) and isinstance(resolved, float):
-        return re.fullmatch(r"[-+]?[\d_.]+[eE][-+]?\d+", given) is not None and float(given.replace("_", "")) == resolved
+        return (
+            re.fullmatch(r"[-+]?[\d_.]+[eE][-+]?\d+", given) is not None and float(given.replace("_", "")) == resolved
+        )
     if isinstance(given, list) and isinstance(resolved, list):
         return len(given) == len(resolved) and all(map(alike, given, resolved))
     number = isinstance(resolved, float) and isinstance(given, int) and not isinstance(given, bool)
@@ -91,7 +98,9 @@ def params_case(rng: random.Random, folder: Path) -> str:
         data = rng.choice(mutations.TEXT)(data, rng)
     if kind == "override":
         written = json.dumps(values.pop(chosen), allow_nan=True)
-        words = [chosen + "=" + rng.choice([written, written[: rng.randint(0, len(written))], written + rng.choice("]}:,'")])]
+        words = [
+            chosen + "=" + rng.choice([written, written[: rng.randint(0, len(written))], written + rng.choice("]}:,'")])
+        ]
         data = yaml.safe_dump(values).encode()
     path = folder / "p.yaml"
     path.write_bytes(data)
@@ -100,7 +109,9 @@ def params_case(rng: random.Random, folder: Path) -> str:
     if resolved is not None:
         resolved, error = resolved, refused(lambda: params.check(resolved))[1]
     if error:
-        fault_unless(kind != "key" or re.search("unknown parameter|not YAML|mapping", error), "a key that is misspelt", error)
+        fault_unless(
+            kind != "key" or re.search("unknown parameter|not YAML|mapping", error), "a key that is misspelt", error
+        )
         return f"{kind} refused"
     fault_unless(kind not in ("key", "twice"), f"{kind} was accepted", data)
     dumped = resolved.model_dump()
@@ -120,90 +131,37 @@ def params_case(rng: random.Random, folder: Path) -> str:
     fault_unless(status in (0, 1, 2), status, err)
     if status == 1:
         record = records.read(folder / "record.json")
-        fault_unless(record.status in ("diverged", "out_of_memory") and record.message, "the run failed", record.message)
+        fault_unless(
+            record.status in ("diverged", "out_of_memory") and record.message, "the run failed", record.message
+        )
     return f"{kind} run"
 
 
 # data -----------------------------------------------------------------------------------------------
 
 
-def labelled(rng: random.Random, count: int) -> list[tuple[str, int]]:
-    words = ["good", "bad", "film", "caf\u00e9", "\u4e2d\u6587", "it's", "a", "of", "1.5", "\u2028", "\U0001f600"]
-    return [(f"n{i} " + " ".join(rng.choices(words, k=rng.randint(1, 8))) + " end", rng.randrange(2)) for i in range(count)]
-
-
-def chats(rng: random.Random, count: int, first: int = 0) -> list[dict]:
-    roles = ("user", "assistant")
-    made = []
-    for i in range(first, first + count):
-        turns = [{"role": roles[k % 2], "content": f"q{i} {k} \u00e9"} for k in range(2 * rng.randint(1, 2))]
-        made.append({"messages": [{"role": "system", "content": "s"}] * rng.randrange(2) + turns})
-    return made
-
-
-def tsv_rows(text: str, columns: int, label: int, texts: tuple[int, ...], header: bool) -> set:
-    kept = text.split("\n")
-    while kept and not kept[-1].strip():
-        kept.pop()
-    rows = [line.removesuffix("\r").split("\t") for line in kept[header:]]
-    fault_unless(rows and all(len(row) == columns for row in rows), "another number of columns was accepted")
-    return {(*(row[place].strip() for place in texts), row[label]) for row in rows}
-
-
-def csv_table(text: str) -> set:
-    rows = list(csv.reader([line + "\n" for line in text.split("\n")][: None if text.split("\n")[-1] else -1], strict=True))
-    fault_unless(rows[0] == ["text", "label"] and all(len(row) == 2 for row in rows), "another table was accepted")
-    return {tuple(row) for row in rows[1:]}
-
-
-def said_rows(text: str) -> set:
-    values = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return {json.dumps(value["messages"] if isinstance(value, dict) else value) for value in values}
-
-
-def ratings(text: str) -> set:
-    rows = tsv_rows(text, 3, 1, (2,), header=False)
-    fault_unless(all(math.isfinite(float(rating)) for _, rating in rows), "a rating that is no number was accepted")
-    return {(text, str(int(float(rating) > 0))) for text, rating in rows}
-
-
-def formats(rng: random.Random) -> dict[str, dict[str, tuple[str, Any]]]:
-    """task -> file -> its valid text, and an independent reader of its rows."""
-    rows, more = labelled(rng, 60), labelled(rng, 40)
-    sst2 = lambda part: "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part)  # noqa: E731
-    mrpc = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    mrpc += "".join(f"{label}\t{i}\t{i + 999}\t{text}\tthe {text}\n" for i, (text, label) in enumerate(rows))
-    quoted = "text,label\n" + "".join(f'"{text}, ""so""\nit is",{label}\n' for text, label in rows)
-    chat = lambda first: "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats(rng, 40, first))  # noqa: E731
-    wiki = "".join(f" = Title {i} = \n\n {text} . \n = = Part = = \n {text} again \n" for i, (text, _) in enumerate(rows))
-    return {
-        "sst2": {"train.tsv": (sst2(rows), lambda t: tsv_rows(t, 2, 1, (0,), True)),
-                 "dev.tsv": (sst2(more), lambda t: tsv_rows(t, 2, 1, (0,), True))},
-        "imdb": {"a.csv": (quoted, csv_table)},
-        "mrpc": {"msr_paraphrase_train.txt": (mrpc, lambda t: tsv_rows(t, 5, 0, (3, 4), True))},
-        "reviews": {"movieReviewSnippets_GroundTruth.txt": (
-            "".join(f"{i}\t{(2 * label - 1) * 1.5}\t{text}\n" for i, (text, label) in enumerate(rows)), ratings)},
-        "instruct": {"train.jsonl": (chat(0), said_rows), "validation.jsonl": (chat(90), said_rows)},
-        "tulu": {"a.jsonl": (chat(0), said_rows)},
-        "wikitext2": {"train.txt": (wiki, None)},
-    }  # fmt: skip
-
-
 def data_case(rng: random.Random, folder: Path) -> str:
     from lorakit import tasks
     from lorakit.tasks import registry
 
-    task, files = rng.choice(sorted(formats(rng).items()))
+    task, files = rng.choice(sorted(user_data.formats(rng).items()))
     parquet = task == "tulu" and rng.random() < 0.5
     chosen = rng.choice(sorted(files))
     for name, (text, _) in files.items():
         (folder / name).write_bytes(text.encode())
-    path, how = folder / chosen, rng.choice([*mutations.TEXT, mutations.lines, mutations.lines, mutations.lines, "swap"])
+    path, how = (
+        folder / chosen,
+        rng.choice([*mutations.TEXT, mutations.lines, mutations.lines, mutations.lines, "swap"]),
+    )
     if parquet:
-        path = parquet_of(rng, folder, chosen)
+        path = user_data.parquet_of(rng, folder, chosen)
         how = rng.choice(mutations.BYTES)
     before = path.read_bytes()
-    data = rng.choice([t for f in formats(rng).values() for t, _ in f.values()]).encode() if how == "swap" else how(before, rng)
+    data = (
+        rng.choice([t for f in user_data.formats(rng).values() for t, _ in f.values()]).encode()
+        if how == "swap"
+        else how(before, rng)
+    )
     path.write_bytes(data)
     made, error = refused(lambda: registry.read(task, str(folder)), path.name, "too few", "different rows")
     if error:
@@ -215,25 +173,14 @@ def data_case(rng: random.Random, folder: Path) -> str:
         known: set = set()
         for name, (_, reader) in files.items():
             known |= reader((folder / name).read_bytes().decode("utf-8-sig"))
-        rows = [json.dumps(row) if isinstance(row, list) else (row.text, *([row.pair] if row.pair else []), str(row.label))
-                for row in found]  # fmt: skip
+        rows = [user_data.plain(row) for row in found]
         invented = [row for row in rows if row not in known]
         fault_unless(not invented, "rows that are not the file's", invented[:2])
     decoder = task in ("instruct", "tulu")
-    loaded, error = refused(lambda: tasks.load(task, TOKENIZERS[decoder], data_dir=str(folder), max_length=32), task, path.name)
+    loaded, error = refused(
+        lambda: tasks.load(task, TOKENIZERS[decoder], data_dir=str(folder), max_length=32), task, path.name
+    )
     return f"{task} {'refused' if error else 'read'}"
-
-
-def parquet_of(rng: random.Random, folder: Path, chosen: str) -> Path:
-    import pyarrow
-    from pyarrow.parquet import write_table
-
-    (folder / chosen).unlink()
-    rows = chats(rng, 40)
-    if rng.random() < 0.3:
-        rows = [{rng.choice(["messages", "message"]): rng.choice([row["messages"], None, "text", 1])} for row in rows[:1]]
-    write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet", compression=rng.choice(["snappy", "none"]))
-    return folder / "a.parquet"
 
 
 TOKENIZERS: dict[bool, Any] = {}
@@ -259,7 +206,9 @@ def records_case(rng: random.Random, folder: Path) -> str:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     figure = ["--figures" if name == "report" else "--figure", folder / "figure.png"] if rng.random() < 0.05 else []
     status, out, err = command(name, folder, "--output", output, *figure)
-    fault_unless(status in (0, 2) and output.exists() == (status == 0) and bool(out.strip()) == (status == 0), name, err)
+    fault_unless(
+        status in (0, 2) and output.exists() == (status == 0) and bool(out.strip()) == (status == 0), name, err
+    )
     fault_unless({path.name: path.read_bytes() for path in folder.glob("*.json")} == before, "the records changed")
     return f"{name} {'refused' if status else 'written'}"
 
@@ -268,9 +217,9 @@ def records_case(rng: random.Random, folder: Path) -> str:
     ("name", "case", "seconds"),
     [("params", params_case, 60), ("data", data_case, 30), ("records", records_case, 60)],
 )
-def test_what_is_malformed_is_refused_in_one_line_or_read_as_what_it_says(tmp_path, encoder, decoder, name, case, seconds):
-    import os
-
+def test_what_is_malformed_is_refused_in_one_line_or_read_as_what_it_says(
+    tmp_path, encoder, decoder, name, case, seconds
+):
     os.environ["LORAKIT_PROGRESS"] = "none"
     TOKENIZERS.update({False: encoder, True: decoder})
     run(name, case, tmp_path, seconds)

@@ -1,4 +1,4 @@
-"""Of two processes one dies, stalls or diverges: both end, in time and with one message, and a resumed run is bitwise."""
+"""Of two processes one dies, stalls or diverges: both end, in time and with one message, and resuming is bitwise."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ def two(words: list[str], place: Path, log: str, before: Callable[[int], None] =
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place_of = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LORAKIT_TIMEOUT": str(TIMEOUT)}
+    place_of = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LORAKIT_TIMEOUT": str(TIMEOUT),
+    }
 
     def work(rank: int) -> int:
         before(rank)
         return toy_run.train(words, place)
 
     return [
-        forked(lambda rank=rank: work(rank), place / f"{log}-{rank}.log", place_of | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        forked(
+            lambda rank=rank: work(rank),
+            place / f"{log}-{rank}.log",
+            place_of | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(2)
     ]
 
@@ -93,7 +102,9 @@ def case(rng: random.Random, folder: Path) -> str:
     for number in range(rng.choice([1, 1, 2])):
         how, bad, step = rng.choice(HOW), rng.randrange(2), rng.randint(1, 9)
         began, log = time.monotonic(), f"{number}"
-        pids = two(words, place, log, lambda rank, how=how, bad=bad, step=step: harm(how, step) if rank == bad else None)
+        pids = two(
+            words, place, log, lambda rank, how=how, bad=bad, step=step: harm(how, step) if rank == bad else None
+        )
         statuses = {1 - bad: ended(pids[1 - bad], LONGEST)}
         took = time.monotonic() - began
         if how == "stalls":

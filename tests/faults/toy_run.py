@@ -93,7 +93,9 @@ def difference(first: dict[str, Any], second: dict[str, Any], path: str = "") ->
                 return found
         return ""
     if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        return next((d for i, pair in enumerate(zip(first, second, strict=True)) if (d := difference(*pair, f"{path}/{i}"))), "")
+        return next(
+            (d for i, pair in enumerate(zip(first, second, strict=True)) if (d := difference(*pair, f"{path}/{i}"))), ""
+        )
     return "" if first == second and type(first) is type(second) else f"{path}: {first!r} or {second!r}"[:600]
 
 
@@ -129,10 +131,14 @@ def users(place: Path) -> dict[str, bytes]:
             found[name] = os.readlink(path).encode()
         elif path.is_file() and path.name == "users.md":
             found["users.md"] = path.read_bytes()
-        elif path.is_file() and (not OURS.fullmatch(name.split("/")[0]) or path.name == "mine.txt"):
-            if not is_temporary(name):
-                found[name] = path.read_bytes()
+        elif path.name == "mine.txt" or path.is_file() and not is_temporary(name) and not in_ours(name):
+            found[name] = path.read_bytes()
     return found | {path.name: path.read_bytes() for path in sorted((place / "elsewhere").glob("*"))}
+
+
+def in_ours(name: str) -> bool:
+    """Is it in a folder that a run makes, or its lock?"""
+    return bool(OURS.fullmatch(name.split("/")[0]))
 
 
 def is_temporary(name: str) -> bool:
