@@ -37,9 +37,13 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
                 with FileLock(left / LOCK, blocking=False):
                     _clear(left)
             left.rmdir()  # empty: killed before it was locked, or as it was removed
-    folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
+    held = None
+    while held is None or not (folder / LOCK).is_file():  # else another process took it for left, before it was locked
+        folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
+        with contextlib.suppress(FileNotFoundError, Timeout):
+            held = FileLock(folder / LOCK).acquire(blocking=False)
     try:
-        with FileLock(folder / LOCK):
+        with held:
             yield folder
     finally:
         with contextlib.suppress(OSError):

@@ -77,7 +77,7 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
     names = next(
         (folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()), ""
     )
-    tensors = _read_tensors(names).items() if names else ()
+    tensors = _read_tensors(names)[0].items() if names else ()
     rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
     return config.get("base_model_name_or_path"), kind, min(rows, default=None)
 
@@ -130,16 +130,12 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
         config = _read_json(folder / peft_format.CONFIG_FILE)
         if not (folder / PACKED_FILE).is_file():
             return peft_format.read(model, config, peft_format.renamed(model, _peft_tensors(folder)))
-        from safetensors import safe_open
-
-        stored = _read_tensors(folder / PACKED_FILE)
-        with safe_open(folder / PACKED_FILE, "pt") as file:
-            return peft_format.read(model, config, unpack(stored, file.metadata() or {}))
+        return peft_format.read(model, config, unpack(*_read_tensors(folder / PACKED_FILE)))
     if not (folder / OWN_CONFIG_FILE).is_file():
         below = sorted(path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG_FILE}"))
         named = f"; PEFT keeps a named adapter one folder down: name {folder / below[0]}" if below else ""
         raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}{named}")
-    config, tensors = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
+    config, (tensors, _) = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
     method, trained = config.get("method"), config.get("trained", [])
     if method not in ("head", "full"):
         raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
@@ -168,7 +164,7 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
     """What PEFT stored, the older pickled form too."""
     pickled = folder / "adapter_model.bin"
     if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
-        return _read_tensors(folder / peft_format.TENSORS_FILE)
+        return _read_tensors(folder / peft_format.TENSORS_FILE)[0]
     try:
         loaded = torch.load(pickled, map_location="cpu", weights_only=True)
         return {str(name): tensor.detach() for name, tensor in loaded.items()}
@@ -176,7 +172,8 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -188,6 +185,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.name} is damaged: {error}") from None
     with open(path, "rb") as file:
         header, found = header_and_digest(file)
-    if header.get("__metadata__", {}).get(DIGEST, found) != found:  # PEFT's own files say none
+    if (metadata := header.get("__metadata__", {})).get(DIGEST, found) != found:  # PEFT's own files say none
         raise CheckpointError(f"{path.name} is damaged: its tensors are not those that were written")
-    return tensors
+    return tensors, metadata
