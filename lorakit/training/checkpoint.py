@@ -73,14 +73,12 @@ def intact(output_dir: str | Path, files: Sequence[str]) -> tuple[Path | None, l
 
 def damage(path: str | Path, files: Sequence[str]) -> str:
     """What is wrong with a checkpoint's files, naming the first; empty: nothing."""
-    try:
-        mark = Path(path) / MARK
-        written = json.loads(mark.read_text(encoding="utf-8") or "{}") if mark.is_file() else {}
-    except UNREADABLE:
-        return f"{MARK} is damaged"
-    for name in files:
+    for name in (MARK, *files):
         file = Path(path) / name
         try:
+            if name == MARK:
+                written = json.loads(file.read_text(encoding="utf-8") or "{}") if file.is_file() else {}
+                continue
             if name == BEST and about(path)["curve"]["best_step"] is None:
                 continue
             if not file.is_file():
@@ -224,11 +222,9 @@ def load_run(run: RunState, path: str | Path) -> None:
     with reading(path / RUN):
         state = about(path)
         differences = _differences(run, state["identity"])
-    for difference in differences[:1]:
-        raise CheckpointError(
-            f"{path}: checkpoint of another run: {difference}; choose another run_dir, or pass resume=false to start "
-            "over"
-        )
+    if differences:
+        told = "choose another run_dir, or pass resume=false to start over"
+        raise CheckpointError(f"{path}: checkpoint of another run: {differences[0]}; {told}")
     with reading(path / RUN):
         run.ledger.load_state_dict(state["ledger"])
         run.curve.load_state_dict(state["curve"])
