@@ -37,8 +37,8 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
                 with FileLock(left / LOCK, blocking=False):
                     _clear(left)
             left.rmdir()  # empty: killed before it was locked, or as it was removed
-    held = None
-    while held is None or not (folder / LOCK).is_file():  # else another process took it for left, before it was locked
+    held, folder = None, Path(place)
+    while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
         folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
         with contextlib.suppress(FileNotFoundError, Timeout):
             held = FileLock(folder / LOCK).acquire(blocking=False)

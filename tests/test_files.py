@@ -175,4 +175,7 @@ def test_a_folder_that_another_process_took_for_left_is_made_again(tmp_path, mon
     monkeypatch.setattr(tempfile, "mkdtemp", taken)
     with aside(tmp_path, "a") as folder:
         assert str(folder) == made[1] and folder.is_dir()
+    monkeypatch.undo()
+    with aside(tmp_path, "a"):
+        pass
     assert not [*tmp_path.iterdir()]

@@ -63,7 +63,7 @@ def test_the_error_says_what_is_allowed(given, allowed):
 
 
 def test_an_error_is_one_line_however_long_the_value():
-    for name, value in (("optimizer", "x" * 5000), ("y" * 5000, 1), ("model", ["a\nb"] * 999)):
+    for name, value in (("init", "x" * 5000), ("y" * 5000, 1), ("model", ["a\nb"] * 999)):
         with pytest.raises(ParameterError) as caught:
             params.resolve({name: value})
         assert len(str(caught.value)) < 2500 and "\n" not in str(caught.value)
