@@ -2,10 +2,10 @@
 
 
 class LorakitError(Exception):
-    """Base of every error that is the user's to mend; one line, whatever it quotes."""
+    """Base of every error that is the user's to mend; one line that can be read, whatever it quotes."""
 
     def __str__(self) -> str:
-        return " ".join(line.strip() for line in super().__str__().splitlines())
+        return " ".join(super().__str__().splitlines())[:1900]
 
 
 class ParameterError(LorakitError, ValueError):

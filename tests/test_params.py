@@ -67,7 +67,8 @@ def test_an_error_is_one_line_however_long_the_value():
         with pytest.raises(ParameterError) as caught:
             params.resolve({name: value})
         assert len(str(caught.value)) < 2500 and "\n" not in str(caught.value)
-    assert str(LorakitError("a file:\n  not read\r\n")) == "a file: not read"
+    assert str(LorakitError("a file:\nnot read\r\n" + "x" * 5000))[:20] == "a file: not read xxx"
+    assert len(str(LorakitError("x" * 5000))) < 2000
 
 
 def test_yamls_scientific_notation_is_explained():

@@ -136,7 +136,7 @@ def lines(data: bytes, rng: random.Random) -> bytes:
         [*kept[:at], *kept[at + 1 :]], [*kept[:at], b"", *kept[at:]], [kept[0], *kept], kept[::-1],
         [line.replace(b"\t", b",") for line in kept], [line + b"\r" for line in kept], [b"\r".join(kept)],
         [*kept[:at], separator.join(fields), *kept[at + 1 :]],
-        [*kept[:at], kept[at] + separator + b"more", *kept[at + 1 :]],
+        [*kept[:at], kept[at] + separator + rng.choice([b"more", b"1"]), *kept[at + 1 :]],
         [line[:-1] + b"1" if line[-2:-1] in (b"\t", b",") else line for line in kept], kept[:1], kept[1:], kept[:3],
     ]  # fmt: skip
     return b"\n".join(rng.choice(choices))
