@@ -25,7 +25,7 @@ ROWS = {  # row -> what it is told beside SMALL, so that its method acts within 
 }  # fmt: skip
 TOKENS = ("flora", "pps_fractional", "random_tokens")  # rows of toy-instruct
 OURS = re.compile(r"\.lock|adapter|model|checkpoint-[1-9][0-9]*|earlier-[0-9]+")  # what may be in a run's folder
-TIMES = ("started", "seconds", "environment", "latency")
+TIMES = ("started", "seconds", "environment", "latency", "resume")
 
 
 def drawn(rng: random.Random, rows: Sequence[str] = (*ROWS, *TOKENS)) -> list[str]:
@@ -76,7 +76,7 @@ def hashes(place: Path) -> dict[str, str]:
 
 
 def timeless(value: Any) -> Any:
-    """A record without what a clock said, and without what is noted of where it was resumed."""
+    """A record without what a clock said, and without whether and where it was resumed."""
     if isinstance(value, dict):
         kept = {name: item for name, item in value.items() if name not in TIMES}
         return {name: timeless(item) for name, item in kept.items()}
