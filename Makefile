@@ -4,6 +4,9 @@ SETTING ?= toy
 METHODS ?=
 SEEDS ?=
 JOBS ?= 1
+SEED ?=
+MINUTES ?= 20
+CASE ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -15,7 +18,9 @@ TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-l
 NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lax check notebooks lab sweep clean
+FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
+
+.PHONY: help demo test test-lax check faults notebooks lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -35,6 +40,9 @@ test: check ## everything CI runs: lint, the package's tests, every notebook cel
 test-lax: check ## as test, but notebook outputs may differ (other hardware)
 	$(TESTS)
 	$(NBVAL) --nbval-lax notebooks
+
+faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: runs killed, input malformed, processes lost; drawn from a seed
+	$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults -s -q -p no:cacheprovider
 
 check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff format --check .

@@ -2,7 +2,10 @@
 
 
 class LorakitError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it as one line."""
+    """Base of every error that is the user's to mend; one line that can be read, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())[:1900]
 
 
 class ParameterError(LorakitError, ValueError):
@@ -15,7 +18,7 @@ class ParameterError(LorakitError, ValueError):
     """
 
     def __init__(self, name: str, value: object, allowed: str):
-        super().__init__(f"{name}={value!r}: {allowed}")
+        super().__init__(f"{name:.100}={value!r:.300}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
 

@@ -35,13 +35,26 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError, Timeout):  # somebody else's, or still at work
             if (left / LOCK).is_file() and not left.is_symlink():
                 with FileLock(left / LOCK, blocking=False):
-                    shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
+                    _clear(left)
+            left.rmdir()  # empty: killed before it was locked, or as it was removed
+    held, folder = None, Path(place)
+    while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
+        folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
+        with contextlib.suppress(FileNotFoundError, Timeout):
+            held = FileLock(folder / LOCK).acquire(blocking=False)
     try:
-        with FileLock(folder / LOCK):
+        with held:
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _clear(folder)
+            folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a folder of our own, its lock last: without one it is empty, or somebody else's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager

@@ -122,13 +122,18 @@ class _Shape(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
+class _Logged(_Shape):
+    __pydantic_extra__: dict[str, float | None]
+    step: Count
+
+
 class _Gate(_Shape):
     name: str = ""
     target_rate: float | None = None
     acceptance_rate: float | None = None
     burn_in: int = 0
     warnings: list[str] = []
-    log: list[dict[str, Any]] = []
+    log: list[_Logged] = []
 
 
 class _Gating(_Shape):

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from lorakit.errors import ParameterError
-from lorakit.files import require_place, sha256, write_text, written
+from lorakit.files import LOCK, MARK, aside, require_place, sha256, write_text, written
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,3 +142,40 @@ def test_where_nothing_can_be_written_is_told_before_anything_is(tmp_path, path,
         with pytest.raises(ParameterError, match=complaint):
             refuse()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("removed", [[LOCK], ["half", LOCK], ["half"], []])
+def test_what_a_kill_left_on_its_way_goes_and_what_is_the_users_stays(tmp_path, removed):
+    with aside(tmp_path, "a") as folder:
+        (folder / "half").write_text("x")
+        left = shutil.copytree(folder, tmp_path / f"a{MARK}abcdefgh")
+    for name in removed:
+        (left / name).unlink()
+    with aside(tmp_path, "a"):
+        assert left.exists() == (removed == [LOCK])  # without its lock it is somebody else's, unless it is empty
+    assert [*tmp_path.iterdir()] == [left] * (removed == [LOCK])
+
+
+def test_a_folder_that_another_process_took_for_left_is_made_again(tmp_path, monkeypatch):
+    real, made = tempfile.mkdtemp, []
+
+    def taken(**where):
+        made.append(real(**where))
+        if len(made) == 1:
+            (Path(made[0]) / LOCK).touch()
+            monkeypatch.setattr(os, "open", lambda *a, opened=os.open, **k: stolen(opened, *a, **k))
+        return made[-1]
+
+    def stolen(opened, path, *more, **named):
+        if str(path).startswith(made[0]):
+            shutil.rmtree(made[0], ignore_errors=True)
+            raise FileNotFoundError(path)
+        return opened(path, *more, **named)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with aside(tmp_path, "a") as folder:
+        assert str(folder) == made[1] and folder.is_dir()
+    monkeypatch.undo()
+    with aside(tmp_path, "a"):
+        pass
+    assert not [*tmp_path.iterdir()]

@@ -62,6 +62,15 @@ def test_the_error_says_what_is_allowed(given, allowed):
         params.resolve(given)
 
 
+def test_an_error_is_one_line_however_long_the_value():
+    for name, value in (("init", "x" * 5000), ("y" * 5000, 1), ("model", ["a\nb"] * 999)):
+        with pytest.raises(ParameterError) as caught:
+            params.resolve({name: value})
+        assert len(str(caught.value)) < 2500 and "\n" not in str(caught.value)
+    assert str(LorakitError("a file:\nnot read\r\n" + "x" * 5000))[:20] == "a file: not read xxx"
+    assert len(str(LorakitError("x" * 5000))) < 2000
+
+
 def test_yamls_scientific_notation_is_explained():
     """What somebody else's reader of YAML 1.1 makes of it; ours does not."""
     given = yaml.safe_load("learning_rate: 1e-4")

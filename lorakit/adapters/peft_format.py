@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pydantic import create_model
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, tied_names
@@ -28,6 +29,17 @@ _COMMON_FIELDS = {
 }
 # methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
 _BARE_PARAMETERS = {"HIRA"}
+
+
+# types of what is read below, and of `lorakit_config.json`, whatever else there is
+_TYPES = {
+    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "bias", "method"), str | None),
+    **dict.fromkeys(("init_lora_weights", "init_weights"), bool | str | None),
+    **dict.fromkeys(("target_modules", "exclude_modules"), str | list[str] | None),
+    **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
+    **{"modules_to_save": list[str] | None, "trained": list[str]},
+}
+ConfigShape = create_model("ConfigShape", **{name: (kind, None) for name, kind in _TYPES.items()})
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What was trained, written: as PEFT's adapter file, as our own for "head" and "full", or whole, merged, for anyone."""
 
+import hashlib
 import json
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from lorakit.files import written
 from lorakit.modules import replace_modules, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
+DIGEST = "lorakit_sha256"
 RESUMED_FILE = "model.safetensors"  # what the Trainer resumes from and looks for its best model in
 
 
@@ -95,8 +97,19 @@ def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool)
         config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
     if packed:
         tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
-    save_file(tensors, folder / tensors_file, metadata=metadata)
+    save_file(tensors, folder / tensors_file, metadata=metadata | {DIGEST: "0" * 64})
+    with open(folder / tensors_file, "r+b") as file:
+        header, found = header_and_digest(file)  # its metadata in any order: the same tensors shall make the same file
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | {DIGEST: found}).items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     (folder / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def header_and_digest(file: BinaryIO) -> tuple[dict[str, Any], str]:
+    """The header of a safetensors file, and the sha256 of its data, which lorakit's own say and PEFT passes over."""
+    header = file.read(int.from_bytes(file.read(8), "little"))
+    return json.loads(header), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
@@ -19,8 +20,8 @@ from lorakit.adapters.attachment import (
 )
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, unpack
-from lorakit.adapters.peft_format import StoredAdapter
-from lorakit.adapters.saving import OWN_CONFIG_FILE, OWN_TENSORS_FILE
+from lorakit.adapters.peft_format import ConfigShape, StoredAdapter
+from lorakit.adapters.saving import DIGEST, OWN_CONFIG_FILE, OWN_TENSORS_FILE, header_and_digest
 from lorakit.adapters.state import load_adapter_state
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.modules import unwrapping
@@ -77,7 +78,7 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
     names = next(
         (folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()), ""
     )
-    tensors = _read_tensors(names).items() if names else ()
+    tensors = _read_tensors(names)[0].items() if names else ()
     rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
     return config.get("base_model_name_or_path"), kind, min(rows, default=None)
 
@@ -130,16 +131,12 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
         config = _read_json(folder / peft_format.CONFIG_FILE)
         if not (folder / PACKED_FILE).is_file():
             return peft_format.read(model, config, peft_format.renamed(model, _peft_tensors(folder)))
-        from safetensors import safe_open
-
-        stored = _read_tensors(folder / PACKED_FILE)
-        with safe_open(folder / PACKED_FILE, "pt") as file:
-            return peft_format.read(model, config, unpack(stored, file.metadata() or {}))
+        return peft_format.read(model, config, unpack(*_read_tensors(folder / PACKED_FILE)))
     if not (folder / OWN_CONFIG_FILE).is_file():
         below = sorted(path.parent.name for path in folder.glob(f"*/{peft_format.CONFIG_FILE}"))
         named = f"; PEFT keeps a named adapter one folder down: name {folder / below[0]}" if below else ""
         raise CheckpointError(f"no adapter here: neither {peft_format.CONFIG_FILE} nor {OWN_CONFIG_FILE}{named}")
-    config, tensors = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
+    config, (tensors, _) = _read_json(folder / OWN_CONFIG_FILE), _read_tensors(folder / OWN_TENSORS_FILE)
     method, trained = config.get("method"), config.get("trained", [])
     if method not in ("head", "full"):
         raise CheckpointError(f"method={method!r}: {OWN_CONFIG_FILE} may hold 'head' or 'full'")
@@ -155,10 +152,12 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        ConfigShape.model_validate(config)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"{path.name}: {where or 'the whole'}: {error.errors()[0]['msg']}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path.name} is not a mapping")
     return config
 
 
@@ -166,20 +165,27 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
     """What PEFT stored, the older pickled form too."""
     pickled = folder / "adapter_model.bin"
     if (folder / peft_format.TENSORS_FILE).is_file() or not pickled.is_file():
-        return _read_tensors(folder / peft_format.TENSORS_FILE)
+        return _read_tensors(folder / peft_format.TENSORS_FILE)[0]
     try:
-        return torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling raises
+        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+        return {str(name): tensor.detach() for name, tensor in loaded.items()}
+    except Exception as error:  # whatever unpickling raises, or no tensors by name
         raise CheckpointError(f"{pickled.name} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path.name} is damaged: {error}") from None
+    with open(path, "rb") as file:
+        header, found = header_and_digest(file)
+    if (metadata := header.get("__metadata__", {})).get(DIGEST, found) != found:  # PEFT's own files say none
+        raise CheckpointError(f"{path.name} is damaged: its tensors are not those that were written")
+    return tensors, metadata

@@ -64,6 +64,8 @@ def assemble(params: Params) -> Assembled:
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
+    if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
+        loaded.model.config.problem_type = "single_label_classification"
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)

@@ -128,10 +128,10 @@ def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTra
     except Exception as error:
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
         said = " ".join(str(error).split())[:500]
-        record.status, record.message = (
-            ("out_of_memory", said) if full else ("failed", f"{type(error).__name__}: {said}")
-        )
-        tried.stopped = None if full or isinstance(error, OSError) else error
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in said
+        what = "another process of this run ended, or did not answer in time" if lost else type(error).__name__
+        record.status, record.message = "out_of_memory" if full else "failed", said if full else f"{what}: {said}"
+        tried.stopped = None if full or lost or isinstance(error, OSError) else error
     return tried
 
 

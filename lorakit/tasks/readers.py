@@ -28,7 +28,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise bad_row(path, number, "UTF-8 text", raw) from None
+                text = "\0"
+            if "\0" in text:  # UTF-16, or a hole that a crash left
+                raise bad_row(path, number, "UTF-8 text without NUL", raw) from None
             yield number, text.removesuffix("\n").removesuffix("\r")
 
 

@@ -1,8 +1,11 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
 import copy
+import os
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -30,6 +33,10 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     sampling = "group_by_length" if params.group_by_length else "random"
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
+    waited = os.environ.get("LORAKIT_TIMEOUT", "1800")
+    require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
+    if not on_cuda:  # where the Trainer tells its process group no timeout
+        PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
     try:
         arguments = TrainingArguments(
             output_dir=output_dir,
@@ -57,6 +64,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
             report_to=reports or "none",
             remove_unused_columns=False,
             label_names=["labels"],
+            ddp_timeout=int(waited),
             ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
             dataloader_pin_memory=on_cuda,
         )

@@ -75,6 +75,12 @@ class StepCallback(TrainerCallback):
         self.run.gate_log.begin(self.budget.steps() if self.budget else state.max_steps)
         self.run.ledger.restart_clock()
 
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        if hasattr(
+            train_dataloader, "set_epoch"
+        ):  # of a resumed epoch, accelerate tells no sampler shared by processes
+            train_dataloader.set_epoch(int(state.epoch))
+
     def on_train_end(self, args, state, control, **_):
         warmup, accepted = args.get_warmup_steps(state.max_steps), self.run.ledger.accepted_steps
         if self.budget is None and self.run.gate.selective and accepted < warmup:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import put_away, settle
+from lorakit.files import put_away, settle, sha256
 from lorakit.training.state import RunState, require_processes
 
 WEIGHTS = "trainable.safetensors"
@@ -24,7 +24,7 @@ BEST = "best.safetensors"
 STATE = "gate.pt"
 LEDGER = "ledger.pt"  # of SLoRATrainer, which keeps no run.json
 RUN = "run.json"  # a checkpoint without it was cut short, by a lorakit that did not write aside
-MARK = ".lorakit"  # a checkpoint without it is somebody else's
+MARK = ".lorakit"  # a checkpoint without it is somebody else's; it holds the sha256 of every other file
 SAVING = ".checkpoint"  # begins the name of the folder that the next checkpoint is written in
 TRAINERS = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 REMEDY = "put the file back, or pass resume=false to start over"
@@ -73,13 +73,18 @@ def intact(output_dir: str | Path, files: Sequence[str]) -> tuple[Path | None, l
 
 def damage(path: str | Path, files: Sequence[str]) -> str:
     """What is wrong with a checkpoint's files, naming the first; empty: nothing."""
-    for name in files:
+    for name in (MARK, *files):
         file = Path(path) / name
         try:
+            if name == MARK:
+                written = json.loads(file.read_text(encoding="utf-8") or "{}") if file.is_file() else {}
+                continue
             if name == BEST and about(path)["curve"]["best_step"] is None:
                 continue
             if not file.is_file():
                 return f"{name} is missing; without it training would not go on as it would have"
+            if written.get(name, told := sha256(file)) != told:
+                return f"{name} is damaged: its sha256 is not that of what was written"
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
                     opened.keys()
@@ -165,7 +170,8 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
         "flops": run.meter.state_dict(),
     }
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
-    (path / MARK).touch()
+    digests = {file.name: sha256(file) for file in sorted(path.iterdir())}
+    (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
     settle(path)
     os.replace(path, Path(output_dir) / path.name)
     told = [other for other in complete(output_dir) if not damage(other, [RUN])]
@@ -216,11 +222,9 @@ def load_run(run: RunState, path: str | Path) -> None:
     with reading(path / RUN):
         state = about(path)
         differences = _differences(run, state["identity"])
-    for difference in differences[:1]:
-        raise CheckpointError(
-            f"{path}: checkpoint of another run: {difference}; choose another run_dir, or pass resume=false to start "
-            "over"
-        )
+    if differences:
+        told = "choose another run_dir, or pass resume=false to start over"
+        raise CheckpointError(f"{path}: checkpoint of another run: {differences[0]}; {told}")
     with reading(path / RUN):
         run.ledger.load_state_dict(state["ledger"])
         run.curve.load_state_dict(state["curve"])
@@ -245,9 +249,7 @@ def load_seams(run: RunState, path: Path) -> None:
         CheckpointError: the checkpoint holds no gate's state, or another gate's.
     """
     if not (path / STATE).is_file():
-        raise CheckpointError(
-            f"{path}: no {STATE}: the gate's state is missing, and starting it afresh would be silent"
-        )
+        raise CheckpointError(f"{path}: no {STATE}: the gate's state is missing, and a fresh one would be silent")
     with reading(path / STATE):
         seams = torch.load(path / STATE, weights_only=True)
         run.gate.load_state_dict(seams["gate"])

@@ -178,7 +178,7 @@ def test_damaged_files_are_refused(build, tmp_path):
     config.write_text("{")
     refused(build("bert"), folder, "not JSON")
     config.write_text("[]")
-    refused(build("bert"), folder, "not a mapping")
+    refused(build("bert"), folder, "the whole: Input should be a valid dictionary")
 
 
 def test_merged_is_neither_saved_nor_loaded(build, tmp_path):

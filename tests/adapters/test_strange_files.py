@@ -143,6 +143,41 @@ def test_a_damaged_pickle_is_refused(tiny_bert, tmp_path):
         load_adapter(twin(tiny_bert), tmp_path)
 
 
+@pytest.mark.parametrize("content", ["text", ["a"], {"a": 1}, {1: torch.zeros(2)}])
+def test_a_pickle_of_no_tensors_by_name_is_refused(tiny_bert, tmp_path, content):
+    saved(tiny_bert, tmp_path)
+    (tmp_path / TENSORS).unlink()
+    torch.save(content, tmp_path / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin is damaged|lacks"):
+        load_adapter(twin(tiny_bert), tmp_path)
+
+
+TYPES = [{"peft_type": ["LORA"]}, {"rank_pattern": [1]}, {"modules_to_save": "classifier"}, {"target_modules": [[1]]}]
+
+
+@pytest.mark.parametrize("fields", [*TYPES, {"init_lora_weights": []}, {"alpha_pattern": {"a": "b"}}])
+def test_a_config_of_other_types_is_refused_by_name(tiny_bert, tmp_path, fields):
+    saved(tiny_bert, tmp_path)
+    edit(tmp_path, **fields)
+    with pytest.raises(CheckpointError, match=f"{CONFIG}: {next(iter(fields))}"):
+        load_adapter(twin(tiny_bert), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_byte_of_our_own_tensors_that_changed_is_found_and_saving_twice_is_the_same(
+    tiny_bert, tmp_path, method, packed
+):
+    model = attach(twin(tiny_bert), method, seed=0)
+    packed &= method == "lora"
+    files = [next(save_adapter(model, tmp_path / n, packed=packed).glob("*.safetensors")) for n in ("one", "two")]
+    content = files[0].read_bytes()
+    assert content == files[1].read_bytes()
+    files[0].write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(CheckpointError, match="is damaged: its tensors are not those that were written"):
+        load_adapter(twin(tiny_bert), tmp_path / "one")
+
+
 def test_a_later_version_of_our_own_file_is_refused(tiny_bert, tmp_path):
     saved(tiny_bert, tmp_path, "head")
     config = json.loads((tmp_path / "lorakit_config.json").read_text())

@@ -73,6 +73,8 @@ REFUSED = {
         "mrpc", {"msr_paraphrase_train.txt": MRPC + pairs(), "msr_paraphrase_test.txt": MRPC}, r"test\.txt, line 2"),
     "no chats": ("instruct", {"train.jsonl": "\n", "validation.jsonl": chats()}, r"train\.jsonl, line 2: .*'no rows'"),
     "train is dev": ("sst2", {"train.tsv": SST2 + rows(), "dev.tsv": SST2 + rows()}, "no rows are left.*later split"),
+    "NUL": ("sst2", {"train.tsv": SST2 + rows() + "a\0b\t1\n", "dev.tsv": SST2 + rows(90)}, r"tsv, line 62: .*NUL"),
+    "UTF-16": ("wikitext2", {"train.txt": "".join(f"{c}\0" for c in " = A = \n text \n")}, r"\.txt, line 1: .*NUL"),
     "a blank line between": ("sst2", {"train.tsv": SST2 + "\n" + rows(), "dev.tsv": SST2 + rows(90)}, r"tsv, line 2"),
     **{f"rating {value}": ("reviews", {SNIPPETS: ratings() + f"9\t{value}\ttext\n"}, rf"line 61: .*'{value}'")
        for value in ("inf", "-inf", "nan", "1e999")},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -51,7 +50,7 @@ OTHER = {".pt": "rng_state.pth", ".pth": "scheduler.pt", ".safetensors": "rng_st
 
 
 def flipped(content: bytes) -> bytes:
-    return content[:-200] + bytes([content[-200] ^ 255]) + content[-199:]
+    return content[:-200] + bytes([content[-200] ^ 1]) + content[-199:]
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +74,10 @@ def test_a_damaged_checkpoint_is_named_and_an_older_whole_one_resumed(saved, tmp
     folder, wanted, again = saved
     shutil.copytree(folder, tmp_path / "run")
     DAMAGES[damage](tmp_path / "run" / "checkpoint-12" / name)
-    if damage == "a byte" and checkpoint.damage(tmp_path / "run" / "checkpoint-12", FILES) == "":
-        pytest.skip("in a value of a file without checksums")
     run = again(tmp_path / "run")
-    try:
-        run.train(resume_from_checkpoint=True)
-    except CheckpointError as told:  # its bytes are whole, but what they say is not this file's
-        assert damage == "another's" and re.search(rf"checkpoint-12/.*{name}|{name}.*damaged", str(told)), told
-    else:
-        assert equal(weights(run.model), wanted)
-        assert (tmp_path / "run" / "earlier-1" / "checkpoint-12").is_dir()
+    run.train(resume_from_checkpoint=True)
+    assert equal(weights(run.model), wanted)
+    assert (tmp_path / "run" / "earlier-1" / "checkpoint-12").is_dir()
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(folder)
     shutil.copytree(saved[0] / "checkpoint-12", tmp_path / "run" / "checkpoint-12")

@@ -1,0 +1,169 @@
+"""A campaign draws cases from a printed seed until its share of the minutes is over, and says how to repeat a failure.
+
+    make faults SEED=7 MINUTES=20       every campaign
+    make faults SEED=7 CASE=kills/17    one case of it
+
+A case is a function of a random generator and an empty folder; what it raises is a fault. What a generator draws
+depends on (seed, campaign, number) alone. A case killed by the clock, not at an event, need not fail again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SEED = int(os.environ.get("SEED") or time.time_ns() // 10**6 % 10**8)
+MINUTES = float(os.environ.get("MINUTES") or 20)
+CASE = os.environ.get("CASE", "")
+SHARES = {"kills": 0.4, "params": 0.08, "data": 0.08, "adapters": 0.1, "checkpoints": 0.14, "records": 0.05}
+SHARES |= {"processes": 0.15}  # of MINUTES
+WRONG = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
+MOST = 12  # faults after which a campaign ends
+
+# by a thread: a case's own time limit is the alarm signal
+marks = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES + 900, method="thread")]
+
+
+class Hang(BaseException):
+    """A case took longer than it may; nothing in the package can mistake it for an error of its own."""
+
+
+class Fault(AssertionError):
+    """What must never happen did."""
+
+
+def fault_unless(condition: Any, *told: object) -> None:
+    """Raise `Fault` with what is told, unless `condition` holds."""
+    if not condition:
+        parts = map(str, told)
+        raise Fault(" | ".join(part if len(part) < 1500 else f"{part[:400]} … {part[-1100:]}" for part in parts))
+
+
+def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, seconds: float) -> None:
+    """Cases 0, 1, … of campaign `name` for its share of the time, each at most `seconds` long.
+
+    Args:
+        case: says in a word what kind of case it was, for the summary.
+    """
+    only = CASE.partition("/")[2] if CASE.partition("/")[0] == name else None
+    if CASE and only is None:
+        pytest.skip(f"CASE={CASE}")
+    print(f"\n{name}: SEED={SEED}", flush=True)
+    ends, kinds, faults, number = time.monotonic() + 60 * MINUTES * SHARES[name], Counter(), [], int(only or 0)
+    while len(faults) < MOST:
+        place = folder / f"{name}-{number}"
+        place.mkdir()
+        try:
+            with limited(seconds), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kinds[case(random.Random(f"{name}/{SEED}/{number}"), place)] += 1
+        except (Exception, Hang) as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {error}" + ("" if isinstance(error, Fault) else f" at {last}")
+            faults.append(f"FAULT {told}\n  repeat: make faults SEED={SEED} CASE={name}/{number}")
+            print(faults[-1], flush=True)
+        if only is None:
+            shutil.rmtree(place, ignore_errors=True)
+        number += 1
+        if only is not None or time.monotonic() > ends:
+            break
+    told = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    print(f"{name}: SEED={SEED}: {sum(kinds.values()) + len(faults)} cases, {len(faults)} faults; {told}", flush=True)
+    if faults:
+        pytest.fail(f"{len(faults)} faults of {name}, SEED={SEED}: see above", pytrace=False)
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise `Hang` in the block after `seconds`; where nothing can be raised, end all and show where it hangs."""
+
+    def stop(*_: object) -> None:
+        raise Hang(f"longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(5 * seconds, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def command(*argv: object) -> tuple[int, str, str]:
+    """`lorakit ARGV` in this process: its exit status, stdout and stderr; what comes out of it is a fault."""
+    from lorakit import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main([str(word) for word in argv])
+        except SystemExit as end:  # argparse's
+            status = int(end.code or 0)
+    fault_unless(not WRONG.search(err.getvalue()), "a traceback on stderr", err.getvalue())
+    if status == 2:
+        one_error(err.getvalue().split("error: ")[-1] if "usage:" in err.getvalue() else err.getvalue())
+    return status, out.getvalue(), err.getvalue()
+
+
+def one_error(text: str) -> None:
+    """Refusals are one line, short enough to be read, that says something."""
+    lines = [line for line in text.splitlines() if line.strip() and "Warning" not in line]
+    fault_unless(lines and len(lines) == 1 and 10 < len(lines[0]) < 2000, "not one clear line", text)
+
+
+def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> int:
+    """The pid of a child that does `work`, with its output in `log`, and ends with the status it gives."""
+    if pid := os.fork():
+        return pid
+    status = 70  # something else came out of it; the traceback is in the log
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with open(log, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        for name in ("stdout", "stderr", "__stdout__", "__stderr__"):  # pytest's are files of its own
+            stream = open(1 if "out" in name else 2, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
+            setattr(sys, name, stream)
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
+        os.environ.update(environment or {})
+        warnings.resetwarnings()
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def ended(pid: int, seconds: float) -> int:
+    """The exit status of child `pid`, negative for a signal; it is killed, and a fault, where it takes longer."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGUSR1)  # where it is goes to its log
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise Fault(f"did not end in {seconds:g} s")
