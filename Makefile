@@ -11,8 +11,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
-# notebooks are compared strictly: no progress bars, the same number of threads (one: two would wait for each other)
-NOTEBOOK := CI=1 OMP_NUM_THREADS=1
+# notebooks are compared strictly: no progress bars, the same number of threads (one: two would wait for each other),
+# the same vector instructions, by which bf16 products differ
+NOTEBOOK := CI=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 # a file or notebook stays on one worker, and long ones begin first
 TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
