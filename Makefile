@@ -4,6 +4,7 @@ SETTING ?= toy
 METHODS ?=
 SEEDS ?=
 JOBS ?= 1
+N ?= 60
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -13,7 +14,7 @@ NOTEBOOK := CI=1 OMP_NUM_THREADS=2
 NBVAL := $(NOTEBOOK) $(BIN)/python -m pytest --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lax check notebooks lab sweep clean
+.PHONY: help demo test test-lax check mutants notebooks lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -37,6 +38,9 @@ test-lax: check ## as test, but notebook outputs may differ (other hardware)
 check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at a time; which does no test catch?
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed "$(SEED)" --count "$(N)" $(if $(AGAIN),--again)
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	$(NOTEBOOK) $(BIN)/python -m lorakit.runs.notebooks --regenerate notebooks/*.ipynb

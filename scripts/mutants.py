@@ -1,0 +1,188 @@
+"""Small wrong changes to the package, one at a time: does a test fail? (`make mutants SEED=7 N=60`)
+
+Mutants follow from rules over the syntax tree, and a seed draws among them, in proportion to files' lines. Each is put
+into a copy of the tree and met by the tests that run its line, the quickest of the nearest first. Which test runs which
+line is traced once per test file and kept, as results are, under .runs/: a campaign called again goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mutant_rules import ROOMS, ROOT, draw, mutated
+
+LIMIT, BUDGET = 120, 60  # seconds a mutant may take; seconds its tests took when they were traced
+TRACES: dict[str, dict] = {}  # test -> what it ran so far
+
+
+# --- which test runs which line: this file is a pytest plugin too, `-p mutants` ---------------------------------------
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Trace the package's lines in this test; after a file's last, write what its passing tests ran."""
+    found = TRACES.setdefault(item.nodeid.split("[")[0], {"seconds": 0.0, "failed": False, "lines": set()})
+    found["words"] = sorted(set(re.findall(r"\w+", inspect.getsource(item.function))))
+    package = f"{ROOT}/lorakit/"
+
+    def local(frame, event, _):
+        if event == "line":
+            found["lines"].add((frame.f_code.co_filename, frame.f_lineno))
+        return local
+
+    sys.settrace(lambda frame, event, _: local if frame.f_code.co_filename.startswith(package) else None)
+    result = yield
+    sys.settrace(None)
+    if nextitem is None or nextitem.path != item.path:
+        for trace in TRACES.values():
+            trace["lines"] = sorted({f"{Path(name).relative_to(ROOT).as_posix()}:{text_of(name)[line - 1].strip()}"
+                                     for name, line in trace["lines"]})  # fmt: skip
+        kept = {test: trace for test, trace in TRACES.items() if not trace["failed"]}
+        kept_in(Path(os.environ["TRACES"]), item.path).write_text(json.dumps(kept))
+        TRACES.clear()
+    return result
+
+
+def pytest_runtest_logreport(report) -> None:
+    found = TRACES[report.nodeid.split("[")[0]]
+    found["seconds"] += report.duration
+    found["failed"] |= report.outcome != "passed"
+
+
+@cache
+def text_of(name: str) -> list[str]:
+    return Path(name).read_text().splitlines()
+
+
+def kept_in(store: Path, path: Path) -> Path:
+    """Where a test file's traces lie, by its content."""
+    return store / f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}.json"
+
+
+# --- a campaign ------------------------------------------------------------------------------------------------------
+def copied(folder: Path) -> Path:
+    """The tree as it is on disk, without what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def tested(tree: Path, *arguments: str, seconds: float, **environment: str) -> tuple[int | None, str]:
+    """Exit code (none where time was up) and output of pytest in the copy."""
+    paths = f"{tree}{os.pathsep}{tree / 'scripts'}"
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'tmp'}"]
+    started = subprocess.Popen(
+        [*command, *arguments], cwd=tree, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = started.communicate(timeout=seconds)
+        return started.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        return None, ""
+
+
+def traced(tree: Path) -> dict[str, dict]:
+    """Each test's seconds and the lines it runs; a test file is traced once, and again when it changed."""
+    store, found = ROOT / ".runs" / "mutants-traces", {}
+    store.mkdir(parents=True, exist_ok=True)
+    named = re.compile(rf"lorakit(\.| import .*)\b({'|'.join(ROOMS)})\b")
+    files = [path for path in sorted((tree / "tests").rglob("test_*.py")) if named.search(path.read_text())]
+    if new := [str(path) for path in files if not kept_in(store, path).exists()]:
+        print(f"tracing {len(new)} test files", flush=True)
+        tested(tree, "-p", "mutants", *new, seconds=7200, TRACES=str(store))
+    for path in files:
+        found |= json.loads(kept_in(store, path).read_text()) if kept_in(store, path).exists() else {}
+    return found
+
+
+def tests_of(mutant: dict, traces: dict[str, dict]) -> list[str]:
+    """Tests that run the line, then others of those files, then any that enter the file; within BUDGET seconds."""
+    path, shows = mutant["path"], re.compile(mutant["shows"])
+    runs = {test for test, trace in traces.items() if any(map(shows.search, trace["lines"]))}
+    files = {test.split("::")[0] for test in runs}
+
+    def rank(test: str) -> tuple:
+        near = set(traces[test]["words"]) & set(mutant["names"]) or test.split("/")[1] == path.split("/")[1]
+        return test not in runs, test.split("::")[0] not in files, not near, traces[test]["seconds"]
+
+    chosen, seconds = [], 0.0
+    enters = {test for test, trace in traces.items() if any(line.startswith(f"{path}:") for line in trace["lines"])}
+    for test in sorted(runs | enters, key=rank):
+        if seconds + traces[test]["seconds"] <= BUDGET:
+            chosen, seconds = [*chosen, test], seconds + traces[test]["seconds"]
+    return chosen
+
+
+def meet(mutant: dict, tree: Path, tests: list[str]) -> dict:
+    """What the tests say of a mutant, and the first that fails."""
+    path, arguments, started = tree / mutant["path"], tree.parent / "arguments", time.monotonic()
+    arguments.write_text("\n".join(tests))
+    sound, code, output = path.read_text(), 0, ""
+    if changed := mutated(mutant, sound) if tests else "":
+        path.write_text(changed)
+        code, output = tested(tree, "-x", f"@{arguments}", seconds=LIMIT)
+        path.write_text(sound)
+    seconds = round(time.monotonic() - started)
+    by = re.findall(r"^(?:FAILED|ERROR) (?:\S*::)?(\S+)", output, re.MULTILINE)
+    if code is None:  # it hangs, unless the tests are as slow without it
+        code, by = tested(tree, "-x", f"@{arguments}", seconds=LIMIT)[0] == 0, ["time"]
+    status = "caught" if code else "survived" if changed or not tests else "gone"
+    return {"status": status, "seconds": seconds, "by": (by or [""])[0], "tests": len(tests)}
+
+
+def shown(mutant: dict) -> tuple[str, str]:
+    """A row of the table, and the difference."""
+    place = f"{mutant['path']}:{mutant['line']}"
+    old, new = " ".join(line.strip() for line in mutant["old"]), mutant["new"].strip()
+    start = max(0, len(os.path.commonprefix([old, new])) - 12)
+    end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
+    change = f"{old[start : len(old) - end]} -> {new[start : len(new) - end]}"
+    difference = "\n".join([place, *(f"-{line}" for line in mutant["old"]), f"+{mutant['new']}", ""])
+    row = f"{mutant['status']:8} {mutant['seconds']:4} s {mutant['tests']:4} tests  {place:45} {change[:90]}"
+    return f"{row}  [{mutant['by'][:50]}]", difference
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seed", type=lambda text: int(text or random.SystemRandom().randrange(10**6)), default="")
+    options.add_argument("--count", type=int, default=60)
+    options.add_argument("--again", action="store_true", help="meet the survivors again, after new tests")
+    asked = options.parse_args()
+    store = ROOT / ".runs" / f"mutants-{asked.seed}.json"
+    mutants = json.loads(store.read_text()) if store.exists() else draw(asked.seed, asked.count)
+    print(f"seed {asked.seed}, {len(mutants)} mutants, kept in {store.relative_to(ROOT)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied(Path(folder) / "tree")
+        traces = traced(tree)
+        for number, mutant in enumerate(mutants, 1):
+            if "status" not in mutant or (asked.again and mutant["status"] == "survived"):
+                mutant |= meet(mutant, tree, tests_of(mutant, traces))
+                store.write_text(json.dumps(mutants, indent=1))
+            print(f"{number:3} {shown(mutant)[0]}", flush=True)
+    survivors = [mutant for mutant in mutants if mutant["status"] == "survived"]
+    print("", *(shown(mutant)[1] for mutant in survivors), sep="\n")
+    caught = sum(mutant["status"] == "caught" for mutant in mutants)
+    print(f"seed {asked.seed}: {caught} of {len(mutants)} caught ({caught / len(mutants):.2f})")
+
+
+if __name__ == "__main__":
+    main()
