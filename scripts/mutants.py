@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -27,6 +28,8 @@ import pytest
 from mutant_rules import ROOMS, ROOT, draw, mutated
 
 LIMIT, BUDGET = 120, 60  # seconds a mutant may take; seconds its tests took when they were traced
+PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:xdist")
+HEAVY = ("torch", "transformers", "transformers.trainer", "peft", "accelerate", "datasets", "scipy.stats", "pandas")
 TRACES: dict[str, dict] = {}  # test -> what it ran so far
 
 
@@ -83,21 +86,25 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def tested(tree: Path, *arguments: str, seconds: float, **environment: str) -> tuple[int | None, str]:
-    """Exit code (none where time was up) and output of pytest in the copy."""
-    paths = f"{tree}{os.pathsep}{tree / 'scripts'}"
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'tmp'}"]
-    started = subprocess.Popen(
-        [*command, *arguments], cwd=tree, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = started.communicate(timeout=seconds)
-        return started.returncode, output
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        return None, ""
+def tested(tree: Path, *arguments: str, seconds: float) -> tuple[int | None, str]:
+    """Exit code (none where time was up) and output of pytest in the copy: a fork, which has PyTorch loaded already."""
+    output = tree.parent / "output"
+    if not (child := os.fork()):
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (stream == 1) | os.O_APPEND), stream)
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        os._exit(pytest.main([*PYTEST, f"--basetemp={tree.parent / 'tmp'}", *arguments]))
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return status, output.read_text()
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None, ""
 
 
 def traced(tree: Path) -> dict[str, dict]:
@@ -108,7 +115,10 @@ def traced(tree: Path) -> dict[str, dict]:
     files = [path for path in sorted((tree / "tests").rglob("test_*.py")) if named.search(path.read_text())]
     if new := [str(path) for path in files if not kept_in(store, path).exists()]:
         print(f"tracing {len(new)} test files", flush=True)
-        tested(tree, "-p", "mutants", *new, seconds=7200, TRACES=str(store))
+        paths = os.pathsep.join((str(tree), str(tree / "scripts")))
+        environment = os.environ | {"PYTHONPATH": paths, "TRACES": str(store)}
+        command = [sys.executable, "-m", "pytest", *PYTEST, f"--basetemp={tree.parent / 'tmp'}", "-p", "mutants", *new]
+        subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for path in files:
         found |= json.loads(kept_in(store, path).read_text()) if kept_in(store, path).exists() else {}
     return found
@@ -149,6 +159,15 @@ def meet(mutant: dict, tree: Path, tests: list[str]) -> dict:
     return {"status": status, "seconds": seconds, "by": (by or [""])[0], "tests": len(tests)}
 
 
+def prepare(tree: Path) -> None:
+    """What every run of pytest forked from here finds: the copy before this tree, tests' settings, PyTorch loaded."""
+    os.environ |= {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.dont_write_bytecode = True
+    for name in HEAVY:
+        importlib.import_module(name)
+
+
 def shown(mutant: dict) -> tuple[str, str]:
     """A row of the table, and the difference."""
     place = f"{mutant['path']}:{mutant['line']}"
@@ -173,6 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder) / "tree")
         traces = traced(tree)
+        prepare(tree)
         for number, mutant in enumerate(mutants, 1):
             if "status" not in mutant or (asked.again and mutant["status"] == "survived"):
                 mutant |= meet(mutant, tree, tests_of(mutant, traces))
