@@ -69,7 +69,11 @@ def wrong_calls(node: ast.Call, func: ast.expr, args: list, keywords: list, modu
         yield args[0]
     if len(args) > 1 and whole not in ("min", "max"):
         yield like(node, args=[args[1], args[0], *args[2:]])
-    yield from (like(node, keywords=[other for other in keywords if other is not left]) for left in keywords)
+    yield from (
+        like(node, keywords=[other for other in keywords if other is not left])
+        for left in keywords
+        if not left_alone(left)
+    )
 
 
 def left_alone(node: ast.AST) -> bool:
@@ -77,7 +81,9 @@ def left_alone(node: ast.AST) -> bool:
     match node:
         case ast.Expr(value=ast.Call(func=func)):
             return bool(QUIET.match(ast.unparse(func)))
-        case ast.JoinedStr() | ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
+        case (
+            ast.JoinedStr() | ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()) | ast.keyword(arg="repr")
+        ):
             return True
         case ast.FunctionDef(name="__repr__" | "__str__" | "extra_repr") | ast.Assign(targets=[ast.Name("__all__")]):
             return True

@@ -37,7 +37,7 @@ TRACES: dict[str, dict] = {}  # test -> what it ran so far
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """Trace the package's lines in this test; after a file's last, write what its passing tests ran."""
-    found = TRACES.setdefault(item.nodeid.split("[")[0], {"seconds": 0.0, "failed": False, "lines": set()})
+    found = TRACES.setdefault(item.nodeid, {"seconds": 0.0, "failed": False, "lines": set()})
     found["words"] = sorted(set(re.findall(r"\w+", inspect.getsource(item.function))))
     package = f"{ROOT}/lorakit/"
 
@@ -60,7 +60,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_runtest_logreport(report) -> None:
-    found = TRACES[report.nodeid.split("[")[0]]
+    found = TRACES[report.nodeid]
     found["seconds"] += report.duration
     found["failed"] |= report.outcome != "passed"
 
@@ -113,6 +113,7 @@ def traced(tree: Path) -> dict[str, dict]:
     store.mkdir(parents=True, exist_ok=True)
     named = re.compile(rf"lorakit(\.| import .*)\b({'|'.join(ROOMS)})\b")
     files = [path for path in sorted((tree / "tests").rglob("test_*.py")) if named.search(path.read_text())]
+    files.sort(key=lambda path: path.parent.name not in ROOMS)
     if new := [str(path) for path in files if not kept_in(store, path).exists()]:
         print(f"tracing {len(new)} test files", flush=True)
         paths = os.pathsep.join((str(tree), str(tree / "scripts")))
@@ -150,6 +151,9 @@ def meet(mutant: dict, tree: Path, tests: list[str]) -> dict:
     if changed := mutated(mutant, sound) if tests else "":
         path.write_text(changed)
         code, output = tested(tree, "-x", f"@{arguments}", seconds=LIMIT)
+        if "\nERROR: not found: " in output:  # the change gave a test's cases other names
+            arguments.write_text("\n".join(dict.fromkeys(test.split("[")[0] for test in tests)))
+            code, output = tested(tree, "-x", f"@{arguments}", seconds=LIMIT)
         path.write_text(sound)
     seconds = round(time.monotonic() - started)
     by = re.findall(r"^(?:FAILED|ERROR) (?:\S*::)?(\S+)", output, re.MULTILINE)
