@@ -115,7 +115,8 @@ def mutants_of(path: str, text: str) -> Iterator[dict]:
             code = f"({code})" if isinstance(other, (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp)) else code
             head, tail = lines[first - 1].encode()[: node.col_offset], lines[last - 1].encode()[node.end_col_offset :]
             new = f"{head.decode()}{code}{tail.decode()}"
-            yield {"path": path, "line": first, "old": lines[first - 1 : last], "new": new} | where(
+            kind = type(node).__name__
+            yield {"path": path, "line": first, "kind": kind, "old": lines[first - 1 : last], "new": new} | where(
                 path, node, around, lines
             )
 
@@ -159,6 +160,7 @@ def draw(seed: int, count: int) -> list[dict]:
     start, step = chance.random(), len(sites) / count
     for number in range(count):
         site = sites[int((number + start) * step)]
-        sound = [mutant for mutant in chance.sample(site, len(site)) if mutated(mutant, texts[mutant["path"]])]
-        drawn += sound[:1]
+        kinds = {kind: chance.random() for kind in sorted({mutant["kind"] for mutant in site})}  # else most were calls
+        site = sorted(chance.sample(site, len(site)), key=lambda mutant: kinds[mutant["kind"]])
+        drawn += [mutant for mutant in site if mutated(mutant, texts[mutant["path"]])][:1]
     return drawn
