@@ -126,18 +126,19 @@ def traced(tree: Path) -> dict[str, dict]:
 
 
 def tests_of(mutant: dict, traces: dict[str, dict]) -> list[str]:
-    """Tests that run the line, then others of those files, then any that enter the file; within BUDGET seconds."""
-    path, shows = mutant["path"], re.compile(mutant["shows"])
+    """Tests that run the line, then others of those files, then any of the file or its names; within BUDGET seconds."""
+    path, shows, names = mutant["path"], re.compile(mutant["shows"]), set(mutant["names"])
     runs = {test for test, trace in traces.items() if any(map(shows.search, trace["lines"]))}
     files = {test.split("::")[0] for test in runs}
+    enters = {test for test, trace in traces.items() if any(line.startswith(f"{path}:") for line in trace["lines"])}
+    cases = {test for test in traces if names & set(re.findall(r"\w+", test.partition("[")[2]))}  # a row of a table
 
     def rank(test: str) -> tuple:
-        near = set(traces[test]["words"]) & set(mutant["names"]) or test.split("/")[1] == path.split("/")[1]
-        return test not in runs, test.split("::")[0] not in files, not near, traces[test]["seconds"]
+        near = names & set(traces[test]["words"]) or test.split("/")[1] == path.split("/")[1]
+        return test not in cases, test not in runs, test.split("::")[0] not in files, not near, traces[test]["seconds"]
 
     chosen, seconds = [], 0.0
-    enters = {test for test, trace in traces.items() if any(line.startswith(f"{path}:") for line in trace["lines"])}
-    for test in sorted(runs | enters, key=rank):
+    for test in sorted(runs | enters | cases, key=rank):
         if seconds + traces[test]["seconds"] <= BUDGET:
             chosen, seconds = [*chosen, test], seconds + traces[test]["seconds"]
     return chosen
