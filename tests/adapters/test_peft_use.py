@@ -212,6 +212,12 @@ def test_merging_a_tied_head_leaves_the_embedding_alone(build):
     assert detach(wrapper).lm_head.weight is model.transformer.wte.weight
 
 
+def test_inputs_may_be_given_by_place(build):
+    wrapper = attached(build("bert"), "POLY").eval()
+    ids = batch(wrapper)["input_ids"]
+    assert torch.equal(wrapper(ids).logits, wrapper(input_ids=ids).logits)
+
+
 def test_packed_rows_are_refused_for_prompts(build):
     wrapper = attached(build("gpt2"), "PROMPT_TUNING")
     with pytest.raises(LorakitError, match="packed rows"):
