@@ -255,6 +255,13 @@ def test_an_optimizer_is_named_as_usable_exactly_where_the_trainer_builds_it(nam
         assert training_arguments(Params(optimizer=name), str(tmp_path)).optim == name
 
 
+def test_a_gpu_without_bf16_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lorakit.training.arguments.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ParameterError, match="precision='bf16': this GPU has no bf16; use fp32 or fp16"):
+        training_arguments(Params(precision="bf16"), str(tmp_path))
+
+
 def test_tf32_falls_back_with_a_note(monkeypatch, tmp_path):
     for module in ("training.arguments", "runs.assembly"):
         monkeypatch.setattr(f"lorakit.{module}.is_torch_tf32_available", lambda: False)
