@@ -193,12 +193,25 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
 
 
+def test_no_weights_are_copied_unless_the_best_are_asked_for(tmp_path):
+    curve = ran(trainer(model(), tmp_path, evaluations=2)).curve
+    assert (curve.best, curve.best_step) == ({}, None)
+    assert curve.chosen() is curve.points[-1]
+
+
 def test_nan_loss_is_diverged_not_a_number(tmp_path):
     broken = model()
     with torch.no_grad():
         broken.classifier.bias.fill_(math.nan)
     with pytest.raises(Diverged, match="training loss is nan at step 1"):
         trainer(broken, tmp_path).train()
+
+
+def test_a_validation_loss_that_is_no_number_is_diverged_too(tmp_path):
+    broken = model()
+    broken.classifier.register_forward_hook(lambda head, _, out: out if head.training else out * math.nan)
+    with pytest.raises(Diverged, match="validation loss is nan at step 10"):
+        trainer(broken, tmp_path, budget=Budget(20, "steps"), evaluations=2).train()
 
 
 def test_bf16_autocast_and_gradient_checkpointing_still_learn(tmp_path):
