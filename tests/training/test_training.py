@@ -14,12 +14,13 @@ from training_runs import Alternating, Closed, equal, killed_and_resumed, near, 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from lorakit.adapters import attach
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.params import Params
 from lorakit.runs.assembly import Assembled
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
-from lorakit.training.loss import example_statistics
+from lorakit.training.loss import adapters_known, example_statistics
 
 
 def model(**options):
@@ -191,6 +192,16 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     run.curve.restore_best(run.model)
     assert run.curve.chosen().step == min(losses, key=losses.get)
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("quantised", [None, False, True])
+def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(quantised):
+    adapted = attach(model(), "lora")
+    if quantised is not None:
+        adapted.is_quantized = quantised
+    with adapters_known(adapted):
+        assert getattr(adapted, "_hf_peft_config_loaded", False) == bool(quantised)
+    assert not getattr(adapted, "_hf_peft_config_loaded", False)
 
 
 def test_no_weights_are_copied_unless_the_best_are_asked_for(tmp_path):
