@@ -122,10 +122,7 @@ def test_a_run_without_labels_is_ended(tmp_path, monkeypatch, gate):
     monkeypatch.setattr(window, "STALLED", 5)
     model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
     options = {"train_dataset": runs.half_empty().select(range(8)), "params": {"gradient_accumulation": 1}}
-    options |= {
-        "gate": build_gate(runs.batch_gate(gate, burn_in=3), model, "causal"),
-        "budget": Budget(10, "accepted_steps"),
-    }
+    options |= {"gate": build_gate(runs.batch_gate(gate, burn_in=3), model, "causal")}
     with pytest.raises(Diverged, match="5 batches in a row had no label"):
         runs.trainer(model, tmp_path, language=True, budget=Budget(10, "accepted_steps"), **options).train()
 
