@@ -161,7 +161,7 @@ def meet(mutant: dict, tree: Path, tests: list[str]) -> dict:
     if code is None:  # it hangs, unless the tests are as slow without it
         code, by = tested(tree, "-x", f"@{arguments}", seconds=LIMIT)[0] == 0, ["time"]
     status = "caught" if code else "survived" if changed or not tests else "gone"
-    return {"status": status, "seconds": seconds, "by": (by or [""])[0], "tests": len(tests)}
+    return {"status": status, "seconds": seconds, "by": (by or [""])[0] if code else "", "tests": len(tests)}
 
 
 def prepare(tree: Path) -> None:

@@ -205,3 +205,9 @@ def test_only_logits_that_are_no_numbers_are_a_loss_that_is_none(tmp_path, monke
     monkeypatch.setattr(run.tokens, "select", refuse)
     with pytest.raises(raised, match="training loss is nan at step 1" if name == "logits" else "hidden='nan'"):
         run.train()
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_runs_seed_is_the_selections(tmp_path, seed):
+    shares = flora(decoder(), tmp_path, {"method": "random"}, seed=seed).tokens.shares
+    assert (shares.seed, shares.rank) == (seed, 0)

@@ -194,6 +194,13 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
 
 
+def test_training_again_begins_again(tmp_path):
+    run = ran(trainer(model(), tmp_path, budget=Budget(4, "steps"), evaluations=2))
+    once = (run.ledger.steps, run.ledger.tokens, [point.step for point in run.curve.points])
+    run.train()
+    assert (run.ledger.steps, run.ledger.tokens, [point.step for point in run.curve.points]) == once
+
+
 @pytest.mark.parametrize("quantised", [None, False, True])
 def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(quantised):
     adapted = attach(model(), "lora")
