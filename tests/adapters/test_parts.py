@@ -97,3 +97,20 @@ def test_what_peft_does_not_take_from_a_file_is_told(tiny_bert, tmp_path, monkey
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}')
     with pytest.raises(CheckpointError, match="PEFT cannot read its config"):
         files.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["around", "inside", "ours"])
+def test_what_carries_an_adapter_gets_no_second_one(tiny_bert, how):
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    bare, config = tiny_bert(), LoraConfig(target_modules=["query"])
+    if how == "around":
+        carrying, message = get_peft_model(bare, config), "the model already has PEFT's adapter; unload.. it first"
+    elif how == "inside":
+        inject_adapter_in_model(config, bare)
+        carrying, message = bare, "bert.encoder.*query already has PEFT's adapter; unload.. it first"
+    else:
+        carrying, message = nn.Sequential(attach(bare)), r"0 already has an adapter; detach\(…\) it first"
+    for method in ("lora", "head", "peft"):
+        with pytest.raises(ParameterError, match=message):
+            attach(carrying, method)
