@@ -206,7 +206,8 @@ def main() -> None:
     survivors = [mutant for mutant in mutants if mutant["status"] == "survived"]
     print("", *(shown(mutant)[1] for mutant in survivors), sep="\n")
     caught = sum(mutant["status"] == "caught" for mutant in mutants)
-    print(f"seed {asked.seed}: {caught} of {len(mutants)} caught ({caught / len(mutants):.2f})")
+    met = max(1, caught + len(survivors))  # the others' lines are gone
+    print(f"seed {asked.seed}: {caught} of {met} caught ({caught / met:.2f})")
 
 
 if __name__ == "__main__":
