@@ -7,6 +7,7 @@ JOBS ?= 1
 SEED ?=
 MINUTES ?= 20
 CASE ?=
+N ?= 60
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -21,7 +22,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults notebooks lab sweep clean
+.PHONY: help demo test test-lax check faults mutants notebooks lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -48,6 +49,9 @@ faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: runs killed, inpu
 check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at a time; which does no test catch?
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed "$(SEED)" --count "$(N)" $(if $(AGAIN),--again)
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit.runs.notebooks --regenerate

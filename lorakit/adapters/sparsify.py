@@ -129,10 +129,7 @@ class Sparsifier(Controller):
         known = self._mask(path, layer, "lora_A")[:, 0]
         norms = A.norm(dim=1) * B.norm(dim=0)  # (r,), ‖A_k‖·‖B_k‖: the Frobenius norm of the rank's term B_k A_k of BA
         ranks = prune_smallest(norms, known, round(target * len(known)))
-        return {
-            f"{path}.lora_A": ranks[:, None].expand_as(A).contiguous(),
-            f"{path}.lora_B": ranks[None, :].expand_as(B).contiguous(),
-        }
+        return {f"{path}.lora_A": ranks[:, None].expand_as(A), f"{path}.lora_B": ranks[None, :].expand_as(B)}
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor | None:
         return gradient.masked_fill(self.pruned[name], 0) if name in self.pruned else None

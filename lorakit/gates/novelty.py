@@ -93,7 +93,7 @@ class HeadGradientGate(ScoredGate):
         )
         super().__init__(controller, seed)
         self.d_hidden, self.vocab_size, self.m, self.k = d_hidden, vocab_size, m, k
-        self.k_topk, self.reorth_every = k_topk or vocab_size, reorth_every
+        self.k_topk, self.reorth_every = min(k_topk or vocab_size, vocab_size), reorth_every
         self.kind, self.softcap, self.leverage = kind, softcap, leverage
         self.device = usable_device(device)
         self.sketch = TensorSketch(
@@ -210,12 +210,10 @@ class HeadGradientGate(ScoredGate):
         self.update(measured[: self.m])
 
     def flops(self, candidate: Candidate) -> float:
-        """Per label: softmax (4 per logit), CountSketches, two FFTs, their product; projection; the SVD's share."""
-        kept = min(self.k_topk, self.vocab_size) + 1
-        transform = 2.5 * self.m * math.log2(self.m)
-        per_label = 4 * self.vocab_size + 2 * (self.d_hidden + kept) + 2 * transform + 3 * self.m
+        """The labels' sketches; the projection; the SVD's share."""
         rows = 2 * self.directions.rows
-        return candidate.targets * per_label + 2 * self.k * self.m + 6 * rows * rows * self.m / self.directions.rows
+        sketched = candidate.targets * self.sketch.flops(self.k_topk + 1)
+        return sketched + 2 * self.k * self.m + 6 * rows * rows * self.m / self.directions.rows
 
     def state_bytes(self) -> int:
         """Bytes of everything the gate holds between two batches."""
@@ -223,7 +221,7 @@ class HeadGradientGate(ScoredGate):
         return sum(leaf.numel() * leaf.element_size() if torch.is_tensor(leaf) else 8 for leaf in held)
 
     def report(self) -> dict[str, Any]:
-        settings = {"m": self.m, "k": self.k, "rows": self.directions.rows, "k_topk": min(self.k_topk, self.vocab_size)}
+        settings = {"m": self.m, "k": self.k, "rows": self.directions.rows, "k_topk": self.k_topk}
         return super().report() | settings | {"state_bytes": self.state_bytes()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ C(x)_b = Σ_{i: h(i) = b} s(i)·x_i, R^d → R^m, linear, E⟨C(x), C(y)⟩ = �
 T(x, y) = irfft(rfft(C₁x)·rfft(C₂y)): a CountSketch of vec(x ⊗ y) that is never formed (Pham and Pagh 2013).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -143,6 +144,10 @@ class TensorSketch:
         """Σ_n T(x_n, y_n), (m,): `sparse` summed over rows x (N, dim_x) before the one inverse transform."""
         product = torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y.sparse(indices, values))
         return torch.fft.irfft(product.sum(0), n=self.size)
+
+    def flops(self, kept: int) -> float:
+        """Of one h ⊗ error: softmax (4 per logit), CountSketches, of `kept` entries of the error, FFTs, product."""
+        return 4 * self.y.dim + 2 * (self.x.dim + kept) + self.size * (5 * math.log2(self.size) + 3)
 
     def state_dict(self) -> dict[str, Any]:
         return {"x": self.x.state_dict(), "y": self.y.state_dict()}

@@ -1,7 +1,5 @@
 """What a prediction's backward may be worth: functions of its hidden state h and error e = softmax(logits) − onehot."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,7 +60,4 @@ class TokenScore:
 
     def flops(self, count: int) -> float:
         """Of scoring `count` predictions beyond matrix products, as `HeadGradientGate.flops` counts."""
-        if self.name != "sketch":
-            return 5.0 * self.words * count
-        transform = 2.5 * self.sketch.size * math.log2(self.sketch.size)
-        return count * (4 * self.words + 2 * (self.width + self.kept + 1) + 2 * transform + 3 * self.sketch.size)
+        return count * (self.sketch.flops(self.kept + 1) if self.name == "sketch" else 5.0 * self.words)

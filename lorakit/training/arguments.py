@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_torch_tf32_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from lorakit.errors import ParameterError, require
 from lorakit.params import Params
@@ -25,6 +25,8 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     """
     on_cuda = torch.cuda.is_available()
     require(params.precision != "fp16" or on_cuda, "precision", params.precision, "fp16 needs CUDA; use bf16 or fp32")
+    usable = params.precision != "bf16" or not on_cuda or is_torch_bf16_gpu_available()
+    require(usable, "precision", params.precision, "this GPU has no bf16; use fp32 or fp16")
     reports = [name.strip() for name in params.report_to.split(",") if name.strip() not in ("", "none")]
     known = ["all", *get_available_reporting_integrations()]
     allowed = f"must be none or, of what is installed here, {', '.join(known)}"
@@ -37,41 +39,36 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
     if not on_cuda:  # where the Trainer tells its process group no timeout
         PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
-    try:
-        arguments = TrainingArguments(
-            output_dir=output_dir,
-            max_steps=NO_LIMIT,
-            per_device_train_batch_size=params.batch_size,
-            per_device_eval_batch_size=params.eval_batch_size,
-            gradient_accumulation_steps=params.gradient_accumulation,
-            learning_rate=params.learning_rate,
-            weight_decay=params.weight_decay,
-            max_grad_norm=params.max_grad_norm,
-            use_cpu=not on_cuda,
-            bf16=params.precision == "bf16",
-            fp16=params.precision == "fp16",
-            tf32=True if params.tf32 and is_torch_tf32_available() else None,
-            activation_checkpointing=params.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-            train_sampling_strategy=sampling,
-            seed=params.seed,
-            data_seed=params.seed,
-            logging_strategy="no",
-            eval_strategy="no",
-            save_strategy="no",
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            report_to=reports or "none",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            ddp_timeout=int(waited),
-            ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
-            dataloader_pin_memory=on_cuda,
-        )
-    except ValueError as error:
-        if "precision" in str(error):
-            raise ParameterError("precision", params.precision, str(error)) from None
-        raise
+    arguments = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=NO_LIMIT,
+        per_device_train_batch_size=params.batch_size,
+        per_device_eval_batch_size=params.eval_batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation,
+        learning_rate=params.learning_rate,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        use_cpu=not on_cuda,
+        bf16=params.precision == "bf16",
+        fp16=params.precision == "fp16",
+        tf32=True if params.tf32 and is_torch_tf32_available() else None,
+        activation_checkpointing=params.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        train_sampling_strategy=sampling,
+        seed=params.seed,
+        data_seed=params.seed,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=reports or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_timeout=int(waited),
+        ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
+        dataloader_pin_memory=on_cuda,
+    )
     if why := _lacking(arguments, params.optimizer):
         usable = [name.value for name in OptimizerNames if not _lacking(arguments, name.value)]
         raise ParameterError("optimizer", params.optimizer, f"{why}; there are {', '.join(usable)}")
@@ -83,7 +80,7 @@ def _lacking(arguments: TrainingArguments, optimizer: str) -> str:
     """Why the Trainer cannot build the optimizer of that name here; empty if it can."""
     try:
         asked = copy.copy(arguments)
-        asked.optim = OptimizerNames(optimizer)
+        asked.optim = optimizer
         Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Linear(1, 1))
     except (ImportError, ValueError, RuntimeError) as error:
         known = optimizer in [name.value for name in OptimizerNames]

@@ -68,9 +68,14 @@ def test_exported_is_a_plain_model(request, tmp_path, build, options, before):
 def test_four_bits_are_exported_dense(tiny_bert, tmp_path):
     model = perturbed(attach(quantize_nf4(twin(tiny_bert), compute_dtype="fp32"), target_modules=["query"], seed=0))
     expected = logits(model)
+    modules, model.hf_quantizer = list(model.modules()), (quantizer := object())  # as after transformers' own loading
+    model.config.quantization_config = {"load_in_4bit": True}
     plain = AUTO["tiny_bert"].from_pretrained(export(model, tmp_path / "whole"))
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(model), expected)
+    assert list(model.modules()) == modules  # still in 4 bits, and known as such
+    assert (model.hf_quantizer, model.config.quantization_config) == (quantizer, {"load_in_4bit": True})
+    assert not hasattr(plain.config, "quantization_config")
 
 
 @pytest.mark.parametrize("build", AUTO)

@@ -161,6 +161,13 @@ def test_a_file_goes_into_what_is_attached_or_is_refused(build, tmp_path):
         load_adapter(build("gpt2"), tmp_path)
 
 
+def test_of_several_settings_that_differ_the_first_by_name_is_told(build, tmp_path):
+    save_adapter(attached(build("bert"), "DORA", rank=4), tmp_path)
+    other = attached(build("bert"), "DORA", rank=2, alpha=3, dropout=0.5, init="gaussian", target_modules=["key"])
+    with pytest.raises(CheckpointError, match=r"init_lora_weights=True, attached is 'gaussian'; detach"):
+        load_adapter(other, tmp_path)
+
+
 def test_a_file_with_a_tensor_missing_leaves_the_model_bare(build, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -203,6 +210,12 @@ def test_merging_a_tied_head_leaves_the_embedding_alone(build):
         torch.testing.assert_close(logits(wrapper), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(model.transformer.wte.weight, embedding)
     assert detach(wrapper).lm_head.weight is model.transformer.wte.weight
+
+
+def test_inputs_may_be_given_by_place(build):
+    wrapper = attached(build("bert"), "POLY").eval()
+    ids = batch(wrapper)["input_ids"]
+    assert torch.equal(wrapper(ids).logits, wrapper(input_ids=ids).logits)
 
 
 def test_packed_rows_are_refused_for_prompts(build):

@@ -257,6 +257,20 @@ def test_a_penalty_beyond_all_bounds_leaves_every_layer_a_rank(model, factors):
     assert sparsifier.reached() > 0.98
 
 
+def test_what_a_layer_gets_back_are_the_entries_of_its_strongest_rank(moved):
+    built = moved()
+    sparsifier, optimizer = Sparsifier(built, runs.zeros("l1", l1=1e6)), adamw(built)
+    sparsifier.begin()
+    built.train()(**batch(0)).loss.backward()
+    optimizer.step()
+    factors = [(la.lora_A.detach().clone(), la.lora_B.detach().clone()) for la in adapter_layers(built).values()]
+    sparsifier.after_step(0.5, optimizer)
+    for layer, (A, B) in zip(adapter_layers(built).values(), factors, strict=True):
+        rank = int((A.abs().amax(1) * B.abs().amax(0)).argmax())
+        assert layer.lora_A.count_nonzero() == layer.lora_B.count_nonzero() == 1
+        assert layer.lora_A.abs().max() == A[rank].abs().max() and layer.lora_B.abs().max() == B[:, rank].abs().max()
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [

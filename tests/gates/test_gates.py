@@ -13,6 +13,7 @@ from training_runs import tiny_bert, tiny_gemma
 from lorakit.errors import LorakitError
 from lorakit.gates import HeadGradientGate, ThresholdController
 from lorakit.head import HeadInput, find_head
+from lorakit.seams import Candidate
 
 
 def run_controller(controller, scores, seed=0):
@@ -188,3 +189,13 @@ def test_the_descriptions_loop_runs_verbatim():
     assert gate.acceptance_rate() == pytest.approx(np.mean(accepted[5:]), abs=0.02)
     with pytest.raises(RuntimeError, match="accept"):
         gate.step()
+
+
+@pytest.mark.parametrize(("k_topk", "kept"), [(5, 5), (0, 9), (64, 9)])
+def test_flops_are_the_sketches_the_projections_and_a_share_of_the_svds(k_topk, kept):
+    gate = HeadGradientGate(4, 9, m=64, k=8, k_topk=k_topk)
+    assert gate.report()["k_topk"] == kept
+    labels = torch.tensor([[-100, 3, 5, -100, 7]])
+    svd = 6 * 32 * 32 * 64 / 16  # of 2 x 16 rows, once in 16
+    candidate = Candidate(torch.zeros(()), None, labels, kind="causal")
+    assert gate.flops(candidate) == 3 * gate.sketch.flops(kept + 1) + 2 * 8 * 64 + svd

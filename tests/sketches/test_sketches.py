@@ -136,6 +136,12 @@ def test_inner_products_are_unbiased_and_their_variance_falls_with_the_size_unde
     assert max(scaled) / min(scaled) < 1.5, scaled
 
 
+def test_its_flops_by_hand():
+    softmax, count_sketches, transforms, product = 4 * 10, 2 * 3 + 2 * 4, 2 * 2.5 * 16 * 4, 3 * 16
+    sketch = TensorSketch(3, 10, 16, generator=torch.Generator().manual_seed(0))
+    assert sketch.flops(4) == softmax + count_sketches + transforms + product
+
+
 def test_scikit_learn_makes_the_same_vector_of_the_same_hashes():
     approximation = pytest.importorskip("sklearn.kernel_approximation")
     sketch, x = TensorSketch(9, 9, 16, generator=rng()), normal(4, 9)

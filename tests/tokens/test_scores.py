@@ -222,3 +222,9 @@ def test_what_cannot_be_scored_is_an_error():
         tokens.choose(hidden, batch()["labels"].masked_fill(batch()["labels"] == 98, 99))
     with pytest.raises(ParameterError, match="^logits='non-finite loss'"):
         tokens.choose(hidden * float("nan"), batch()["labels"])
+
+
+@pytest.mark.parametrize(("name", "each"), [("loss", 5 * 10), ("sketch", 40 + 2 * (4 + 3 + 1) + 5 * 16 * 4 + 3 * 16)])
+def test_flops_grow_with_the_predictions(name, each):
+    head = Head(nn.Linear(4, 10), 4, 10, None)
+    assert TokenScore(name, head, sketch_dim=16, topk_logits=3).flops(7) == 7 * each

@@ -35,6 +35,20 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert len(files) > 7 and happened == ["on disk"] * (len(files) + 1) + ["checkpoint-20"]
 
 
+def test_a_run_may_save_at_every_step(tmp_path):
+    trainer(tiny_bert(), tmp_path, save_steps=1, budget=Budget(3, "steps")).train()
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_process_alone_clears_what_an_earlier_run_left(tmp_path, monkeypatch, first):
+    cleared, run = [], trainer(tiny_bert(), tmp_path, budget=Budget(1, "steps"))
+    monkeypatch.setattr(run, "is_world_process_zero", lambda: first)
+    monkeypatch.setattr(checkpoint, "begin", lambda *_: cleared.append(1))
+    run.train()
+    assert len(cleared) == first
+
+
 FILES = [checkpoint.RUN, checkpoint.STATE, checkpoint.WEIGHTS, checkpoint.BEST, *checkpoint.TRAINERS, "rng_state.pth"]
 DAMAGES = {
     "missing": lambda path: path.unlink(),

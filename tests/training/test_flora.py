@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import training_runs as runs
 from flora_runs import MODES, arguments, budgeted, decoder, flora, ledger, modes
 
+from lorakit.errors import ParameterError
 from lorakit.gates import build_gate
-from lorakit.training import FLoRATrainer
+from lorakit.training import Diverged, FLoRATrainer
 
 
 def losses(run) -> list[float]:
@@ -192,3 +193,21 @@ def test_a_micro_batch_without_a_label_weighs_nothing(tmp_path, mode):
     alone = runs.ran(flora(decoder(), tmp_path / "b", settings, data=rows.select(range(8, 16)), **options))
     for a, b in zip(runs.weights(both.model), runs.weights(alone.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "raised"), [("logits", Diverged), ("hidden", ParameterError)])
+def test_only_logits_that_are_no_numbers_are_a_loss_that_is_none(tmp_path, monkeypatch, name, raised):
+    def refuse(*_):
+        raise ParameterError(name, "nan", "must be finite")
+
+    run = budgeted(decoder(), tmp_path)
+    run.tokens.verify = lambda *_: None
+    monkeypatch.setattr(run.tokens, "select", refuse)
+    with pytest.raises(raised, match="training loss is nan at step 1" if name == "logits" else "hidden='nan'"):
+        run.train()
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_runs_seed_is_the_selections(tmp_path, seed):
+    shares = flora(decoder(), tmp_path, {"method": "random"}, seed=seed).tokens.shares
+    assert (shares.seed, shares.rank) == (seed, 0)

@@ -117,6 +117,16 @@ def test_a_run_that_never_trains_is_ended(tmp_path, monkeypatch):
         run.train()
 
 
+@pytest.mark.parametrize("gate", ["none", "random"])
+def test_a_run_without_labels_is_ended(tmp_path, monkeypatch, gate):
+    monkeypatch.setattr(window, "STALLED", 5)
+    model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
+    options = {"train_dataset": runs.half_empty().select(range(8)), "params": {"gradient_accumulation": 1}}
+    options |= {"gate": build_gate(runs.batch_gate(gate, burn_in=3), model, "causal")}
+    with pytest.raises(Diverged, match="5 batches in a row had no label"):
+        runs.trainer(model, tmp_path, language=True, budget=Budget(10, "accepted_steps"), **options).train()
+
+
 def test_adapters_without_gradient_are_noticed(tmp_path):
     model = lora()
     run = runs.trainer(model, tmp_path, gate=runs.Open(), budget=Budget(6, "steps"))

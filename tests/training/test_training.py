@@ -14,12 +14,13 @@ from training_runs import Alternating, Closed, equal, killed_and_resumed, near, 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from lorakit.adapters import attach
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.params import Params
 from lorakit.runs.assembly import Assembled
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
-from lorakit.training.loss import example_statistics
+from lorakit.training.loss import adapters_known, example_statistics
 
 
 def model(**options):
@@ -193,12 +194,42 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
 
 
+def test_training_again_begins_again(tmp_path):
+    run = ran(trainer(model(), tmp_path, budget=Budget(4, "steps"), evaluations=2))
+    once = (run.ledger.steps, run.ledger.tokens, [point.step for point in run.curve.points])
+    run.train()
+    assert (run.ledger.steps, run.ledger.tokens, [point.step for point in run.curve.points]) == once
+
+
+@pytest.mark.parametrize("quantised", [None, False, True])
+def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(quantised):
+    adapted = attach(model(), "lora")
+    if quantised is not None:
+        adapted.is_quantized = quantised
+    with adapters_known(adapted):
+        assert getattr(adapted, "_hf_peft_config_loaded", False) == bool(quantised)
+    assert not getattr(adapted, "_hf_peft_config_loaded", False)
+
+
+def test_no_weights_are_copied_unless_the_best_are_asked_for(tmp_path):
+    curve = ran(trainer(model(), tmp_path, evaluations=2)).curve
+    assert (curve.best, curve.best_step) == ({}, None)
+    assert curve.chosen() is curve.points[-1]
+
+
 def test_nan_loss_is_diverged_not_a_number(tmp_path):
     broken = model()
     with torch.no_grad():
         broken.classifier.bias.fill_(math.nan)
     with pytest.raises(Diverged, match="training loss is nan at step 1"):
         trainer(broken, tmp_path).train()
+
+
+def test_a_validation_loss_that_is_no_number_is_diverged_too(tmp_path):
+    broken = model()
+    broken.classifier.register_forward_hook(lambda head, _, out: out if head.training else out * math.nan)
+    with pytest.raises(Diverged, match="validation loss is nan at step 10"):
+        trainer(broken, tmp_path, budget=Budget(20, "steps"), evaluations=2).train()
 
 
 def test_bf16_autocast_and_gradient_checkpointing_still_learn(tmp_path):
@@ -253,6 +284,13 @@ def test_an_optimizer_is_named_as_usable_exactly_where_the_trainer_builds_it(nam
         built = False
     with nullcontext() if built else pytest.raises(ParameterError, match=f"optimizer='{name}'"):
         assert training_arguments(Params(optimizer=name), str(tmp_path)).optim == name
+
+
+def test_a_gpu_without_bf16_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lorakit.training.arguments.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ParameterError, match="precision='bf16': this GPU has no bf16; use fp32 or fp16"):
+        training_arguments(Params(precision="bf16"), str(tmp_path))
 
 
 def test_tf32_falls_back_with_a_note(monkeypatch, tmp_path):

@@ -36,9 +36,8 @@ def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     return args, kwargs
 
 
-def after_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+def after_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
     """Cut the virtual tokens' logits off, so that logits and labels stand side by side."""
     logits = getattr(outputs, "logits", None)
     if logits is not None and logits.dim() == 3 and _inserts_tokens(config_of(wrapper)):
         outputs.logits = logits[:, config_of(wrapper).num_virtual_tokens :]
-    return outputs

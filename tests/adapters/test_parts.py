@@ -1,0 +1,116 @@
+"""What attached adapters refuse, hand over and leave alone, part by part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sparse_models
+import torch
+from peft_types import attached
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorakit.adapters import attach, load_adapter, save_adapter
+from lorakit.adapters.attachment import adapter_layers
+from lorakit.adapters.layer import ADAPTERS
+from lorakit.adapters.peft import files
+from lorakit.adapters.peft.schedule import PeftSchedule
+from lorakit.adapters.saving import Saving
+from lorakit.adapters.sparsify import Sparsifier
+from lorakit.errors import CheckpointError, LorakitError, ParameterError
+
+model = sparse_models.model
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_targets_may_be_any_collection(tiny_bert, kind):
+    adapted = attach(tiny_bert(), target_modules=kind(["query", "value"]))
+    assert {path.rpartition(".")[2] for path in adapter_layers(adapted)} == {"query", "value"}
+
+
+def test_a_base_in_eight_bits_is_not_read(tiny_bert):
+    layer = next(iter(adapter_layers(attach(tiny_bert())).values()))
+    layer.base_layer.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LorakitError, match=r"the base weight is torch.int8 \(Linear\), not read here"):
+        layer.base_weight()
+
+
+def test_who_needs_something_between_steps(model):
+    assert ADAPTERS["lora"].controllers(model(), None) == []
+    (sparsifier,) = ADAPTERS["sparse"].controllers(model(), sparse_models.runs.zeros())
+    assert isinstance(sparsifier, Sparsifier)
+    wrapper = attached(sparse_models.bare(), "LN_TUNING")
+    (schedule,) = wrapper.lorakit_attachment.controllers(wrapper, None)
+    assert isinstance(schedule, PeftSchedule) and schedule.state_dict() == {"step": 0}
+
+
+def test_what_has_no_gradient_is_not_shrunk(model):
+    built = model()
+    sparsifier = Sparsifier(built, sparse_models.runs.zeros("l1", l1=1e6))
+    before = [p.clone() for p in built.parameters()]
+    sparsifier.begin()
+    sparsifier.after_step(0.5, torch.optim.SGD(built.parameters(), lr=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(before, built.parameters(), strict=True))
+
+
+def test_only_the_main_process_saves_and_nobody_pushes(tiny_bert, tmp_path):
+    saving = Saving(attach(tiny_bert()))
+    saving(tmp_path / "other", is_main_process=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ParameterError, match="push_to_hub=True"):
+        saving(tmp_path, push_to_hub=True)
+    saving(tmp_path / "main")
+    assert (tmp_path / "main" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"method": "lora"}, "method='lora': .* may hold 'head' or 'full'"), ({"version": 2}, "version=2; this lorakit"),
+     ({"format": "other"}, "format='other'"), ({"trained": ["nowhere"]}, "this model has no module nowhere")],
+)  # fmt: skip
+def test_our_own_file_is_read_as_what_it_says_or_not_at_all(tiny_bert, tmp_path, change, message):
+    save_adapter(attach(tiny_bert(), "head"), tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize("wanted", [".*LayerNorm", ["LayerNorm"], ("LayerNorm",)])
+def test_types_that_act_on_other_modules_name_them(tiny_bert, wanted):
+    found = attached(tiny_bert(), "LN_TUNING", target_modules=wanted).peft_config["default"].target_modules
+    assert found == (wanted if isinstance(wanted, str) else ["LayerNorm"])
+
+
+def test_what_peft_does_not_take_from_a_file_is_told(tiny_bert, tmp_path, monkeypatch):
+    def refuses(*_):
+        raise RuntimeError("size\n   mismatch")
+
+    save_adapter(attached(tiny_bert(), "IA3"), tmp_path)
+    tensors = {name: tensor + 1 for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for stub, message in ((refuses, "does not fit this model: size mismatch"), (lambda *_: None, "PEFT did not take")):
+        monkeypatch.setattr("peft.set_peft_model_state_dict", stub)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter(attached(tiny_bert(), "IA3"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}')
+    with pytest.raises(CheckpointError, match="PEFT cannot read its config"):
+        files.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["around", "inside", "ours"])
+def test_what_carries_an_adapter_gets_no_second_one(tiny_bert, how):
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    bare, config = tiny_bert(), LoraConfig(target_modules=["query"])
+    if how == "around":
+        carrying, message = get_peft_model(bare, config), "the model already has PEFT's adapter; unload.. it first"
+    elif how == "inside":
+        inject_adapter_in_model(config, bare)
+        carrying, message = bare, "bert.encoder.*query already has PEFT's adapter; unload.. it first"
+    else:
+        carrying, message = nn.Sequential(attach(bare)), r"0 already has an adapter; detach\(…\) it first"
+    for method in ("lora", "head", "peft"):
+        with pytest.raises(ParameterError, match=message):
+            attach(carrying, method)
