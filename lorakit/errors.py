@@ -18,7 +18,7 @@ class ParameterError(LorakitError, ValueError):
     """
 
     def __init__(self, name: str, value: object, allowed: str):
-        super().__init__(f"{name:.100}={value!r:.300}: {allowed}")
+        super().__init__(f"{str(name):.100}={value!r:.300}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
 

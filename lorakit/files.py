@@ -39,6 +39,7 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
             left.rmdir()  # empty: killed before it was locked, or as it was removed
     held, folder = None, Path(place)
     while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
+        held = None
         folder = Path(tempfile.mkdtemp(dir=place, prefix=name + MARK))
         with contextlib.suppress(FileNotFoundError, Timeout):
             held = FileLock(folder / LOCK).acquire(blocking=False)

@@ -38,13 +38,18 @@ def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = getattr(model, "_orig_mod", model)
-        alone = next((path for path, module in inner.named_modules() if hasattr(module, "_orig_mod")), None)
-        told = f"its {alone} is compiled by itself: torch.compile(model), or model.{alone}.compile(), keep the names"
-        require(alone is None, "model", type(inner).__name__, told)
+        require_own_names(inner)
         result = function(inner, *args, **kwargs)
         return model if result is inner else result
 
     return call
+
+
+def require_own_names(model: nn.Module) -> None:
+    """Refuse a model in whose modules' names `torch.compile` stands; see `unwrapping`."""
+    alone = next((path for path, module in model.named_modules() if hasattr(module, "_orig_mod")), None)
+    how = f"torch.compile(model), or model.get_submodule({alone!r}).compile(), keep the names"
+    require(alone is None, "model", type(model).__name__, f"its {alone} is compiled by itself: {how}")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

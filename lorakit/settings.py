@@ -159,10 +159,8 @@ class SkipSettings(Settings):
     skip_explore: float = field(0.05, "chance of what would be skipped to be trained all the same", ge=0, le=1)
     skip_ema: float = field(0.2, "weight of the newest measurement", gt=0, le=1)
     skip_measure_every: int = field(4, "steps between measurements, where decided from the average", ge=1)
-    idle = (
-        Idle("skip", lambda p: p.skip == "none"), Idle("skip_share 0", lambda p: p.skip_share > 0, ("skip_threshold",)),
-        Idle("skip_decide 'ema'", lambda p: p.skip_decide == "forward", ("skip_ema", "skip_measure_every")),
-    )  # fmt: skip
+    idle = (Idle("skip", lambda p: p.skip == "none"),
+            Idle("skip_decide 'ema'", lambda p: p.skip_decide == "forward", ("skip_measure_every",)))  # fmt: skip
     refuses = (
         Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
                 lambda p: p.skip != "none" and p.method not in SKIPPABLE),
@@ -260,7 +258,9 @@ class TrainingSettings(Settings):
     """Training"""
 
     question = "training"
-    learning_rate: float = field(4.0e-3, "at its highest; the default is toy's: others: params.RATES", UNTRIED, gt=0)
+    learning_rate: float = field(
+        4.0e-3, "at its highest; the default is toy's, of others in params.RATES", UNTRIED, gt=0
+    )
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)

@@ -163,10 +163,9 @@ IDLE = [
     ({"gate_rate": 0.5}, "gate_rate=0.5: says nothing without gate"),
     ({"skip_share": 0.5}, "skip_share=0.5: says nothing without skip"),
     (
-        {"skip": "prefix", "skip_share": 0.5, "skip_threshold": 0.1},
-        "skip_threshold=0.1: says nothing without skip_share",
+        {"skip": "adapter", "skip_decide": "forward", "skip_measure_every": 9},
+        "skip_measure_every=9: says nothing without",
     ),
-    ({"skip": "adapter", "skip_decide": "forward", "skip_ema": 0.5}, "skip_ema=0.5: says nothing without skip_decide"),
     ({"method": "lora", "sparsity": 0.7}, "sparsity=0.7: says nothing without method 'sparse'"),
     ({"method": "sparse", "sparsify": "l1", "l1": 0.1, "sparsity": 0.7}, "sparsity=0.7: says nothing without l1 0"),
     ({"double_quant": False}, "double_quant=False: says nothing without quantize"),

@@ -1,11 +1,12 @@
 """Attach an adapter to a model in place and take it off again, leaving the model as it was."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Generator, nn
 
-from lorakit.adapters.attachment import Attachment, batches_seen, require_bare
+from lorakit.adapters.attachment import TRAINED, Attachment, batches_seen, require_bare
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.saving import Saving
 from lorakit.base.mending import prepare_four_bit
@@ -110,15 +111,16 @@ def attach_to(
     for path in trained:
         for parameter in model.get_submodule(path).parameters():
             if parameter.is_floating_point():  # packed 4-bit weights cannot take a gradient
-                parameter.requires_grad_(True).lorakit_trained = True
+                parameter.requires_grad_(True)
+                TRAINED[parameter] = weakref.ref(model)
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(
         method, settings, dict(targets), tuple(trained), flags, batches_seen(model, trained)
     )
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
         model.save_pretrained = Saving(model)
-    if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it knows of adapters
-        model._hf_peft_config_loaded = True
+        if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it has adapters
+            model._hf_peft_config_loaded = True
     return model
 
 

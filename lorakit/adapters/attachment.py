@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
@@ -16,6 +17,8 @@ from lorakit.fields import Settings
 from lorakit.modules import inside, replace_modules, unwrapping
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
+
+TRAINED = WeakIdKeyDictionary()  # a parameter that is trained in full -> the model that it was attached in, weakly
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Attachment:
             vars(model).pop(ours, None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
-            vars(parameter).pop("lorakit_trained", None)
+            TRAINED.pop(parameter, None)
         return model
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -168,9 +171,10 @@ def require_bare(model: nn.Module, method: str) -> None:
             whose, off = ("PEFT's", "unload()") if theirs else ("an", "detach(…)")
             raise ParameterError("method", method, f"{path or 'the model'} already has {whose} adapter; {off} it first")
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "lorakit_trained"):  # of a model around this one, by "full", "head" or `trainable`
-            around = "is trained in full, as part of a model that already has an adapter; detach(…) it first"
-            raise ParameterError("method", method, f"{name} {around}")
+        around = TRAINED.get(parameter, lambda: None)()
+        if around is not None and any(parameter is own for own in around.parameters()):
+            told = f"{name} is trained in full, as part of a {type(around).__name__} that already has an adapter"
+            raise ParameterError("method", method, f"{told}; detach(…) it first")
 
 
 def is_merged(model: nn.Module) -> bool:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lorakit.base.nf4 import dense, dequantise, is_four_bit
 from lorakit.errors import LorakitError
@@ -144,6 +146,15 @@ class AdapterLayer(nn.Module, ABC):
         hooks += (everywhere._global_backward_pre_hooks, everywhere._global_backward_hooks)
         own = "forward" in vars(base)  # accelerate's, which brings weights in from elsewhere
         return (self.transposed or type(base).forward is nn.Linear.forward) and not own and not any(hooks)
+
+    @property
+    def owns_output(self) -> bool:
+        """Whether nobody else can hold what the base's forward gives, nor is it a view: then it may be changed."""
+        if not self.is_plain or self.transposed or torch.compiler.is_compiling():
+            return False
+        modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)  # keep what they choose
+        kept = any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
+        return not kept and torch._C._functorch.peek_interpreter_stack() is None  # which changes nothing in place
 
     def merge_obstacle(self) -> str:
         """Why the update cannot be folded into the base's weight; empty where it can."""

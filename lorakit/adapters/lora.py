@@ -36,8 +36,8 @@ class LoRALayer(AdapterLayer):
 
     def adapted(self, x: Tensor) -> Tensor:
         given, x = x, x.reshape(-1, self.in_features)
-        plain = self.is_plain and not self.transposed  # Conv1D gives a view, whose base would be copied in the backward
-        # (N, out), ours to change if plain: nobody else can hold it
+        plain = self.owns_output
+        # (N, out)
         out = self.base_layer(x) if plain else self.base_layer(given).reshape(-1, self.out_features)
         inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
         if not torch.is_autocast_enabled(x.device.type):

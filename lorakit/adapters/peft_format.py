@@ -36,7 +36,7 @@ _TYPES = {
     **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "bias", "method"), str | None),
     **dict.fromkeys(("init_lora_weights", "init_weights"), bool | str | None),
     **dict.fromkeys(("target_modules", "exclude_modules"), str | list[str] | None),
-    **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
+    **{"rank_pattern": dict[str, Any] | None, "alpha_pattern": dict[str, float] | None},  # AdaLoRA's ranks are masks
     **{"modules_to_save": list[str] | None, "trained": list[str]},
 }
 ConfigShape = create_model("ConfigShape", **{name: (kind, None) for name, kind in _TYPES.items()})

@@ -26,7 +26,7 @@ from lorakit.adapters.packed import PACKED_FILE, pack
 from lorakit.base.nf4 import dense, is_four_bit
 from lorakit.errors import require
 from lorakit.files import written
-from lorakit.modules import replace_modules, unwrapping
+from lorakit.modules import replace_modules, require_own_names, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 DIGEST = "lorakit_sha256"
@@ -57,6 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
 
 def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool = False) -> None:
     attachment = attachment_of(model)
+    require_own_names(model)
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
     now = batches_seen(model.get_base_model() if attachment.foreign else model, attachment.trained)
     if moved := [path for path, count in attachment.batches.items() if now.get(path, count) != count]:
@@ -149,7 +150,8 @@ def export(model: nn.Module, folder: str | Path) -> Path:
                 if getattr(config, "tie_word_embeddings", False):
                     stack.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = _tied(plain)
-            for owner, name in ((plain, "hf_quantizer"), (plain.config, "quantization_config")):
+            owners = ((plain, "hf_quantizer"), (plain, "_hf_peft_config_loaded"), (plain.config, "quantization_config"))
+            for owner, name in owners:
                 if vars(owner).get(name) is not None:
                     stack.callback(setattr, owner, name, vars(owner).pop(name))
             type(plain).save_pretrained(plain, temporary)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from numpy.typing import ArrayLike
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 GOLDEN = (5**0.5 - 1) / 2  # the fractions of its multiples are all different, and spread evenly
+
+
+class Drawn(Figure):
+    """A figure whose text says what is drawn, panel by panel: see `drawn_numbers`."""
+
+    def __repr__(self) -> str:
+        panels = ", ".join(f"{count} numbers: {total:.4g}" for count, total in map(drawn_numbers, self.axes))
+        return f"{super().__repr__()[:-1]}: {panels}>"
 
 
 def drawn_numbers(ax: Axes) -> tuple[int, float]:
@@ -22,8 +30,6 @@ def drawn_numbers(ax: Axes) -> tuple[int, float]:
     when one number moves by a tenth of the largest, when two change places, or when the unit changes, and hardly by
     another processor's last bits. What cannot be drawn (NaN, infinities, masked cells) counts as 0.
     """
-    import numpy as np
-
     count, total = 0, 0.0
     for artist in _numbers(ax):
         numbers = np.ma.filled(np.ma.masked_invalid(np.ma.asarray(artist, float)), 0).ravel()
@@ -36,7 +42,7 @@ def drawn_numbers(ax: Axes) -> tuple[int, float]:
 
 def _numbers(ax: Axes) -> Iterator[ArrayLike]:
     for line in ax.lines:
-        yield from (line.get_xdata(), line.get_ydata())
+        yield from (line.get_xdata(orig=False), line.get_ydata(orig=False))
     for collection in ax.collections:
         places = collection.get_offsets()
         yield from (places[:, 0], places[:, 1])

@@ -8,10 +8,10 @@ import math
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorakit.analysis.drawn import drawn_numbers
 from lorakit.analysis.names import LOOKS
 from lorakit.errors import ParameterError
 from lorakit.files import written
@@ -108,18 +108,12 @@ def figure(height: float) -> Figure:
     Its text says what was drawn (`drawn_numbers`), which nbval compares where it does not look at pictures.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    class Drawn(Figure):
-        def _repr_png_(self) -> bytes:
-            return _drawn(self, "png", SCREEN_DPI)
-
-        def __repr__(self) -> str:
-            panels = ", ".join(f"{count} numbers: {total:.4g}" for count, total in map(drawn_numbers, self.axes))
-            return f"{super().__repr__()[:-1]}: {panels}>"
+    from lorakit.analysis.drawn import Drawn
 
     new = Drawn(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(new)
+    new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
     return new
 
 

@@ -56,6 +56,10 @@ def download_model(model: str, commit: str, weights: Sequence[str]) -> None:
         raise AssetError(f"model={model!r}: download from the hub failed: {_line(error)}") from None
 
 
+class NoSnapshot(DataError):
+    """A folder is not what the hub keeps of a data set."""
+
+
 def data_files(repository: str, *patterns: str, folder: Path | None = None) -> list[list[Path]]:
     """A data set's files by pattern (shell style), in order of name: of its newest commit, or from the local cache.
 
@@ -64,15 +68,16 @@ def data_files(repository: str, *patterns: str, folder: Path | None = None) -> l
 
     Raises:
         AssetError: the hub cannot be reached and the files are not in its cache, or the data set has no such file.
-        DataError: `folder` has no such file.
+        NoSnapshot: `folder` has none of these files.
+        DataError: it lacks some.
     """
     from huggingface_hub import snapshot_download
 
     if folder is not None:
         found = [sorted(folder.glob(pattern)) for pattern in patterns]
         if missing := [pattern for pattern, files in zip(patterns, found, strict=True) if not files]:
-            told = f"{folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
-            raise DataError(f"data_dir: {told}")
+            told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
+            raise (DataError if any(found) else NoSnapshot)(told)
         return found
 
     commit, why = None, None

@@ -1,13 +1,15 @@
 """From what is given to a run, by any door: the setting's file, the row's file, then what was given, which wins."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lorakit.errors import ParameterError, require
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
 from lorakit.params.files import ROW_QUESTIONS, SETTING, merge, of_files, read_files, rows_of
-from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
+from lorakit.params.whole import GROUPS, NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
 
 IPYTHON = ("In", "Out", "exit", "quit", "get_ipython", "open")
 
@@ -27,6 +29,9 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: a params file breaks the rule of rows, or the setting has no such row and `given` makes none.
     """
+    for name in NESTED:
+        named = isinstance(inner := given.get(name, {}), dict) and all(isinstance(key, str) for key in inner)
+        require(named, name, inner, "must be a mapping of names to values")
     setting, row = given.get("setting"), given.get("row")
     folder = PARAMS / str(setting)
     if not isinstance(setting, str) or not (folder / SETTING).is_file():
@@ -36,13 +41,27 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     require(
         not row or row in rows or by_hand, "row", row, f"{setting} has {', '.join(rows)}; another says what it changes"
     )
-    filed = of_files(folder, row if row in rows else "")
+    filed = switched_off(of_files(folder, row if row in rows else ""), given)
     moved = {name for name in ("model", "task", "method") if name in given and given[name] != known(filed, name)}
     if setting == "toy" and moved - {"method"} and not is_toy(given):
         filed.pop("learning_rate", None)
     if moved and "learning_rate" not in given:
         filed.pop("learning_rate_from", None)  # that search was about another run
     return rated(merge(filed, given))
+
+
+def switched_off(filed: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`filed` without what would say nothing once `given` is heard: of a gate, say, where `gate: none` is given."""
+    left = dict(filed)
+    for group in GROUPS:
+        for without, when, names in group.idle:
+            switch = without.partition(" ")[0]
+            with contextlib.suppress(TypeError):  # of a value that is none, which is told of later
+                if switch in given and when(SimpleNamespace(**{switch: given[switch]})):
+                    for name in names or [name for name in group.model_fields if name != switch]:
+                        left.pop(name, None)
+    off = [name for name, group in NESTED.items() if given.get(name, {}).get("method") == group().method]
+    return {name: value for name, value in left.items() if name not in off}
 
 
 def params_of(setting: str, row: str) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTra
     except Exception as error:
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
         said = " ".join(str(error).split())[:500]
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in said
+        several = tried.trainer is not None and tried.trainer.args.world_size > 1
+        lost = several and (isinstance(error, torch.distributed.DistError) or bool(re.search(r"\bgloo\b", said)))
         what = "another process of this run ended, or did not answer in time" if lost else type(error).__name__
         record.status, record.message = "out_of_memory" if full else "failed", said if full else f"{what}: {said}"
         tried.stopped = None if full or lost or isinstance(error, OSError) else error

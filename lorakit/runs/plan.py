@@ -61,7 +61,8 @@ class Plan:
     @property
     def gating(self) -> Gating:
         """Which tokens get a backward."""
-        return Gating(method="flora" if self.tokens < 1 else "baseline", topk_tokens=self.tokens, mode=self.mode)
+        chosen = Gating(method="flora", topk_tokens=self.tokens, mode=self.mode)
+        return chosen if chosen.selective else Gating()
 
 
 @dataclass(frozen=True)

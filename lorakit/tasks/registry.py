@@ -1,10 +1,12 @@
 """Every task by name: where its text comes from, and how it becomes a `Task`: read, split, subsample, tokenise."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from lorakit.assets import hub
 from lorakit.errors import DataError, ParameterError, require
 from lorakit.tasks import build, conversations, labelled, wikitext
 from lorakit.tasks.corpus import Corpus, Recipe
@@ -97,10 +99,9 @@ def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
     elif data_dir or (mirror and (base / name).is_dir()):
         whose = "data_dir" if data_dir else "LORAKIT_DATA"
         folder = base / name if (base / name).is_dir() else base
-        if known.elsewhere and known.origin.startswith("hub"):  # which keeps its files one folder down
-            glue = folder != base and "parquet" not in known.layout and any(folder.glob("*.parquet"))  # in the task's
-            if glue or any(folder.glob("*/*.parquet")):
-                return known.elsewhere(base if glue else folder), f"{known.origin}, its snapshot in {whose}"
+        for place in dict.fromkeys((folder, base)) if known.origin.startswith("hub") else ():
+            with contextlib.suppress(hub.NoSnapshot):
+                return known.elsewhere(place), f"{known.origin}, its snapshot in {whose}"
         return known.from_folder(folder), f"files of {whose}"
     if known.elsewhere is None:
         raise DataError(f"task {name} is read from data_dir (or LORAKIT_DATA) only; expected layout: {known.layout}")

@@ -35,7 +35,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     sampling = "group_by_length" if params.group_by_length else "random"
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
-    waited = os.environ.get("LORAKIT_TIMEOUT", "1800")
+    waited = os.environ.get("LORAKIT_TIMEOUT") or "1800"
     require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
     if not on_cuda:  # where the Trainer tells its process group no timeout
         PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))

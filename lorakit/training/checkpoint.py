@@ -78,6 +78,8 @@ def damage(path: str | Path, files: Sequence[str]) -> str:
         try:
             if name == MARK:
                 written = json.loads(file.read_text(encoding="utf-8") or "{}") if file.is_file() else {}
+                if not isinstance(written, dict):
+                    return f"{name} is damaged: no mapping"
                 continue
             if name == BEST and about(path)["curve"]["best_step"] is None:
                 continue

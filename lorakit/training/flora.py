@@ -50,7 +50,13 @@ class FLoRATrainer(SLoRATrainer):
         if settings.method != "baseline" or "method" not in (gating or {}):  # who names the baseline means it
             Gating.require_meant(settings, gating or {}, "gating.")
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        check(Params(gating=settings, precision=precision, gradient_checkpointing=args.gradient_checkpointing))
+        check(
+            Params(
+                gating=settings if settings.selective else Gating(),
+                precision=precision,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        )
         kind = known_kind(model) if settings.selective else kind_of(model)
         super().__init__(
             model,

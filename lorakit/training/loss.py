@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from lorakit.errors import require
 from lorakit.head import IGNORED, same_loss, shifted, takes_labels
-from lorakit.modules import evaluating
+from lorakit.modules import evaluating, require_own_names
 
 
 class MeanLoss:
@@ -104,7 +104,17 @@ class LossTrainer(Trainer):
                 named is None, "tokenizer", type(tokenizer).__name__, "is called processing_class: give one of them"
             )
             trainer_arguments["processing_class"] = tokenizer
-        super().__init__(**trainer_arguments)
+        model = trainer_arguments["model"]
+        if hasattr(model, "lorakit_attachment"):
+            require_own_names(model)
+        attached = hasattr(model, "lorakit_attachment") and not getattr(model, "_hf_peft_config_loaded", False)
+        if quantized := attached and getattr(model, "is_quantized", False):  # and only a head is trained: see `attach`
+            model._hf_peft_config_loaded = True
+        try:
+            super().__init__(**trainer_arguments)
+        finally:
+            if quantized:
+                del model._hf_peft_config_loaded
         self.kind = kind
         self.overridden = type(self).compute_loss is not LossTrainer.compute_loss
         self._loss_found = self.compute_loss_func is not None  # whether the model's own is to be asked no more

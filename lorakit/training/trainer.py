@@ -20,6 +20,7 @@ from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
+from lorakit.training.window import leaves_layers_out
 
 
 class BudgetTrainer(GatedTrainer):
@@ -62,6 +63,7 @@ class BudgetTrainer(GatedTrainer):
         require(not self.args.load_best_model_at_end, "load_best_model_at_end", True, best)
         measured = self.compute_metrics or (lambda _: {})
         self.compute_metrics = lambda prediction: mean_loss(prediction) | measured(prediction)
+        self.watch.refuses = not leaves_layers_out(self.model)
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
         self.save_steps = save_steps

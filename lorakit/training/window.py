@@ -69,18 +69,24 @@ class Diverged(Exception):
     """The loss is not a finite number any more, or no batch is accepted any more; the message says where."""
 
 
+def leaves_layers_out(model: nn.Module) -> bool:
+    """Whether the configuration says that a forward may leave layers out: LayerDrop, a mixture of experts."""
+    config = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    parts = [told, *(part for part in told.values() if isinstance(part, dict))]
+    numbers = [(name, of) for part in parts for name, of in part.items() if isinstance(of, (int, float))]
+    return any(of > 0 for name, of in numbers if "layerdrop" in name or "experts" in name)
+
+
 class Watch:
     """Looks at `model` after every window; warnings go to `log`."""
 
     def __init__(self, model: nn.Module, log: GateLog):
         self.log, self.adapted = log, adapter_parameters(model)
-        self.without_backward = self.without_gradient = 0
-        config = model.config.get_text_config().to_dict() if hasattr(model, "config") else {}
-        irregular = any(  # a forward leaves layers out: LayerDrop, a mixture of experts
-            of for name, of in config.items() if "layerdrop" in name or name.startswith("n") and "experts" in name
-        )
-        adapted = ((path, module) for path, module in model.named_modules() if hasattr(module, "adapter_parameters"))
-        self.layers = {} if irregular else dict(adapted)
+        self.without_backward = self.without_gradient = self.windows = 0
+        self.reached = False
+        self.layers = {path: module for path, module in model.named_modules() if hasattr(module, "adapter_parameters")}
+        self.refuses = False  # what the loss does not reach: a model of one's own may leave layers out now and then
 
     def finite(self, broken: float, step: int, loss: float | str = "not finite in one of the processes") -> None:
         """Every process stops where the loss of one is not finite, before they wait for each other.
@@ -102,20 +108,27 @@ class Watch:
             raise Diverged(f"{STALLED} batches in a row had no label or were rejected (gate {self.log.gate.name!r})")
 
     def gradients(self) -> None:
-        """A window was accepted and its gradients are there: until one has reached an adapter, look for it.
+        """A window was accepted and its gradients are there, or in the first `GRADIENTS_BY` they are not: told then.
 
         Raises:
-            ParameterError: after the first window an adapter has none, though it was not skipped.
+            ParameterError: if `refuses`, in the first: of some adapters no parameter has one, of others some has.
         """
-        layers, self.layers = self.layers, {}
-        idle = []
-        for path, layer in layers.items():
-            trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
-            skipped = (probe := getattr(layer, "probe", None)) is not None and not probe.active
-            idle += [path] if trained and not skipped and all(p.grad is None for p in trained) else []
-        if idle:
-            told = f"{len(idle)} of {len(layers)} adapters got no gradient in the first step: the loss does not depend"
-            raise ParameterError("target_modules", idle[0], f"{told} on these layers; name those it depends on")
+        by = 1 if self.refuses else GRADIENTS_BY
+        if self.windows < by:
+            self.windows += 1
+            before = len(self.layers)
+            for path, layer in [*self.layers.items()]:
+                trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
+                skipped = (probe := getattr(layer, "probe", None)) is not None and not probe.active
+                if skipped or not trained or any(p.grad is not None for p in trained):
+                    del self.layers[path]
+            self.reached |= len(self.layers) < before
+            if self.windows == by and self.layers and self.reached:
+                told = f"no gradient reached {len(self.layers)} adapters by step {by}: the loss does not depend on "
+                told += f"{', '.join([*self.layers][:8])}; name the layers it depends on"
+                if self.refuses:
+                    raise ParameterError("target_modules", next(iter(self.layers)), told)
+                self.log.warn(f"target_modules: {told}")
         if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
             self.adapted = []  # they get one: never look again
         if not self.adapted:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import adapter_layers, attach, can_merge, export, merge, quantize_nf4, unmerge
@@ -131,8 +134,21 @@ def test_whoever_looks_at_the_base_layer_keeps_what_it_saw(method, keep):
 def test_only_a_plain_layers_output_is_summed_in_its_place(monkeypatch, plain):
     layer, given = adapted("linear", "lora")[0], []
     layer.base_layer.forward = lambda x: given.append(nn.Linear.forward(layer.base_layer, x)) or given[0]
-    monkeypatch.setattr(type(layer), "is_plain", plain)
+    monkeypatch.setattr(type(layer), "owns_output", plain)
     assert (layer(inputs()).data_ptr() == given[0].data_ptr()) is plain
+
+
+def test_an_output_that_a_checkpoint_or_a_transform_holds_is_left_alone():
+    model, x = adapted("linear", "lora"), inputs().requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), x)[0]
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    kept = checkpoint(model, x, use_reentrant=False, context_fn=keep)
+    torch.testing.assert_close(torch.autograd.grad(kept.sum(), x)[0], expected)
+    layer = model[0].eval()
+    stacked = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in layer.adapter_parameters().items()}
+    rows = inputs()
+    both = torch.vmap(lambda given: torch.func.functional_call(layer, given, (rows,)))(stacked)
+    torch.testing.assert_close(both[0], layer(rows))
 
 
 # --- what cannot be merged ------------------------------------------------------------------------------------------

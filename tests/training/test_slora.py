@@ -144,14 +144,13 @@ def test_an_adapter_that_the_loss_does_not_reach_is_refused_after_the_first_step
         model.bert.beside = torch.nn.Linear(4, 4)
         model.config.update(config)
         options = {"gate": gate} if gate else {}
-        return runs.trainer(attach(model, "lora", seed=0), tmp_path, budget=Budget(2, "steps"), **options)
+        return runs.trainer(attach(model, "lora", seed=0), tmp_path, budget=Budget(4, "steps"), **options)
 
-    with pytest.raises(
-        ParameterError, match="^target_modules='bert.beside': 1 of [0-9]+ adapters got no gradient in the"
-    ):
+    with pytest.raises(ParameterError, match="^target_modules='bert.beside': no gradient reached 1 adapters by step 1"):
         started().train()
-    for irregular in ({"num_local_experts": 4}, {"layerdrop": 0.1}):
-        started(**irregular).train()
+    for irregular in ({"moe_num_experts": 4}, {"encoder": {"layerdrop": 0.1}}):
+        with pytest.warns(GateWarning, match="no gradient reached 1 adapters by step 3: .* bert.beside"):
+            started(**irregular).train()
 
 
 # resume --------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from training_runs import Alternating, Closed, equal, killed_and_resumed, near, 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lorakit.adapters import attach
+from lorakit.adapters import attach, detach
 from lorakit.errors import CheckpointError, ParameterError
 from lorakit.params import Params
 from lorakit.runs.assembly import Assembled
 from lorakit.training import Budget, Diverged, Ledger, Schedule, checkpoint
 from lorakit.training.arguments import training_arguments
-from lorakit.training.loss import adapters_known, example_statistics
+from lorakit.training.loss import example_statistics
 
 
 def model(**options):
@@ -202,13 +202,18 @@ def test_training_again_begins_again(tmp_path):
 
 
 @pytest.mark.parametrize("quantised", [None, False, True])
-def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(quantised):
-    adapted = attach(model(), "lora")
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(tmp_path, method, quantised):
+    """An adapted one for good, so that the plain Trainer takes it; one whose head is trained while ours is made."""
+    bare = tiny_bert()
     if quantised is not None:
-        adapted.is_quantized = quantised
-    with adapters_known(adapted):
-        assert getattr(adapted, "_hf_peft_config_loaded", False) == bool(quantised)
-    assert not getattr(adapted, "_hf_peft_config_loaded", False)
+        bare.is_quantized = quantised
+        bare.hf_quantizer = type("Quantizer", (), {"is_trainable": True})()
+    adapted = attach(bare, method)
+    assert getattr(adapted, "_hf_peft_config_loaded", False) == (bool(quantised) and method == "lora")
+    trainer(adapted, tmp_path)
+    assert getattr(adapted, "_hf_peft_config_loaded", False) == (bool(quantised) and method == "lora")
+    assert not hasattr(detach(adapted), "_hf_peft_config_loaded")
 
 
 def test_no_weights_are_copied_unless_the_best_are_asked_for(tmp_path):
