@@ -181,6 +181,26 @@ def test_what_would_change_nothing_is_refused_by_every_door(tmp_path, given, say
             params.check(doors)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"setting": "toy", "row": "slora", "gate": "none"},
+        {"setting": "toy-instruct", "row": "pps_fractional", "gating": {"method": "baseline"}},
+        {"setting": "toy", "row": "sparse", "method": "lora"},
+        {"setting": "toy", "row": "skip", "skip": "none"},
+    ],
+)
+def test_who_switches_a_rows_change_off_need_not_name_what_belonged_to_it(given):
+    params.check(params.resolve(given))
+
+
+@pytest.mark.parametrize("value", ["x", [], {1: 2}, None])
+def test_a_switch_that_is_no_value_of_its_own_is_refused_as_such(value):
+    for name in ("skip", "l1", "gating", "redundancy"):  # the gates there are is known where they are
+        with pytest.raises(ParameterError, match=f"^{name}"):
+            params.check(params.resolve({"setting": "toy", "row": "slora", name: value}))
+
+
 def test_a_default_may_be_named_though_it_changes_nothing():
     params.check(params.resolve(params.Params().model_dump()))
 

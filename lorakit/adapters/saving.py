@@ -150,8 +150,8 @@ def export(model: nn.Module, folder: str | Path) -> Path:
                 if getattr(config, "tie_word_embeddings", False):
                     stack.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = _tied(plain)
-            owners = ((plain, "hf_quantizer"), (plain, "_hf_peft_config_loaded"), (plain.config, "quantization_config"))
-            for owner, name in owners:
+            of_packed = [(plain, name) for name in ("hf_quantizer", "_hf_peft_config_loaded", "_weight_conversions")]
+            for owner, name in [*of_packed, (plain.config, "quantization_config")]:
                 if vars(owner).get(name) is not None:
                     stack.callback(setattr, owner, name, vars(owner).pop(name))
             type(plain).save_pretrained(plain, temporary)

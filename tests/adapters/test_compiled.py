@@ -62,6 +62,7 @@ def test_a_part_compiled_by_itself_is_refused_by_name(tiny_bert, tmp_path):
     for path, call in (
         ("bert", lambda: attach(model)),
         ("bert.encoder", lambda: save_adapter(attached, tmp_path / "a")),
+        ("bert.encoder", lambda: attached.save_pretrained(tmp_path / "a")),
     ):
         with pytest.raises(ParameterError, match=rf"its {path} is compiled by itself: torch\.compile\(model\), or"):
             call()

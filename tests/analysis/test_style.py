@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import itertools
+import pickle
 import subprocess
 import sys
 
@@ -182,3 +184,11 @@ def test_a_figures_text_holds_after_drawing_and_for_another_processors_last_bits
     assert "nan" not in before
     assert repr(_panel(line=tuple(y * (1 + 1e-6) for y in (0.848, 0.8, 0.7)))) == before
     assert DisplayFormatter().format(figure)[0]["text/plain"] == before
+
+
+def test_a_figure_of_words_and_days_has_a_text_and_may_be_pickled():
+    with style.panel(2, 2) as axes:
+        axes[0].plot(["a", "b"], [1, 2])
+        axes[1].plot([datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)], [1, 2])
+    again = pickle.loads(pickle.dumps(axes[0].figure))
+    assert repr(again) == repr(axes[0].figure) and "4 numbers" in repr(again)

@@ -11,7 +11,7 @@ from flora_runs import arguments, decoder, flora
 from slora_runs import GATE, lora, slora
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from lorakit.adapters import attach, detach, quantize_nf4
+from lorakit.adapters import attach, detach, export, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.gates.log import GateWarning
 from lorakit.training import Budget, FLoRATrainer, SLoRATrainer
@@ -169,8 +169,16 @@ def test_adapters_on_transformers_four_bit_model_are_adapters(tmp_path):
     assert not runs.equal(before, after)
     slora(model, tmp_path, gate_config=None, max_steps=1).train()
     assert not runs.equal(after, runs.weights(model))
+    export(model, tmp_path / "whole")
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "whole").num_labels == 2
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(detach(model), arguments(tmp_path), train_dataset=runs.rows())
+    slora(attach(model, "head"), tmp_path, gate_config=None, max_steps=1).train()
+
+
+def test_naming_the_baseline_beside_other_keys_is_meant(tmp_path):
+    """As in a loop over methods."""
+    flora(decoder(), tmp_path, gating={"method": "baseline", "topk_tokens": 0.3, "mode": "fractional"})
 
 
 def hooks(model) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,11 @@ def test_an_adapter_that_the_loss_does_not_reach_is_refused_after_the_first_step
     for irregular in ({"moe_num_experts": 4}, {"encoder": {"layerdrop": 0.1}}):
         with pytest.warns(GateWarning, match="no gradient reached 1 adapters by step 3: .* bert.beside"):
             started(**irregular).train()
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(num_labels=2), {"experts": 3}])
+def test_a_configuration_of_ones_own_says_nothing_of_layers(config):
+    assert not window.leaves_layers_out(SimpleNamespace(config=config))
 
 
 # resume --------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_only_a_quantised_model_is_shown_to_the_trainer_as_adapted(tmp_path, met
     assert getattr(adapted, "_hf_peft_config_loaded", False) == (bool(quantised) and method == "lora")
     trainer(adapted, tmp_path)
     assert getattr(adapted, "_hf_peft_config_loaded", False) == (bool(quantised) and method == "lora")
-    assert not hasattr(detach(adapted), "_hf_peft_config_loaded")
+    assert not detach(adapted)._hf_peft_config_loaded
 
 
 def test_no_weights_are_copied_unless_the_best_are_asked_for(tmp_path):
