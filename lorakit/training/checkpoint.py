@@ -175,7 +175,9 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     digests = {file.name: sha256(file) for file in sorted(path.iterdir())}
     (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
     settle(path)
-    os.replace(path, Path(output_dir) / path.name)
+    if (place := Path(output_dir) / path.name).is_dir():  # one of ours, whose folder was given this name
+        os.replace(place, path.parent / "replaced")
+    os.replace(path, place)
     told = [other for other in complete(output_dir) if not damage(other, [RUN])]
     for other in [other for other in told if not _differences(run, about(other)["identity"])][:-KEPT]:
         os.replace(other, path.parent / other.name)  # half removed it would still look like one

@@ -113,3 +113,18 @@ def test_slora_goes_on_from_a_whole_checkpoint_or_says_what_is_missing(tmp_path,
         (folder / name).unlink()
     with pytest.raises(CheckpointError, match=f"checkpoint-10: {name} is missing"):
         slora_runs.slora(slora_runs.lora(), tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_under_another_steps_name_makes_room_for_that_steps(tmp_path):
+    """Two of ours have changed names: the run goes on from what the newest name holds, and writes over that name."""
+
+    def made():
+        return trainer(slora_runs.lora(), tmp_path / "run", budget=Budget(6, "steps"), save_steps=1)
+
+    kill(made(), 9)
+    older, newer = checkpoint.complete(tmp_path / "run")
+    for old, new in ((older, "x"), (newer, older.name), (tmp_path / "run" / "x", newer.name)):
+        old.rename(tmp_path / "run" / new)
+    resumed = made()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.ledger.steps == 6 and not list((tmp_path / "run").glob(".checkpoint*"))
