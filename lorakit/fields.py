@@ -37,6 +37,14 @@ class Idle(NamedTuple):
     when: Callable[[Any], bool]
     names: tuple[str, ...] = ()
 
+    @property
+    def switch(self) -> str:
+        return self.without.partition(" ")[0]
+
+    def of(self, group: type[Settings]) -> tuple[str, ...]:
+        """The parameters of `group` that are meant."""
+        return self.names or tuple(name for name in group.model_fields if name != self.switch)
+
 
 def field(default: Any, meaning: str, *flags: str, **limits: Any) -> Any:
     """A parameter: its default, one line of meaning, what it does not matter for, and its range (ge, gt, le, lt).
@@ -90,10 +98,11 @@ class Settings(BaseModel):
             ParameterError: naming the parameter, with `prefix`, its value and what it says nothing without.
         """
         names = set(names)
-        for without, when, of in cls.idle:
-            for name in of or [other for other in cls.model_fields if other != without.partition(" ")[0]]:
-                if name in names and when(whole):
-                    raise ParameterError(prefix + name, getattr(whole, name), f"says nothing without {prefix}{without}")
+        for idle in cls.idle:
+            for name in idle.of(cls):
+                if name in names and idle.when(whole):
+                    told = f"says nothing without {prefix}{idle.without}"
+                    raise ParameterError(prefix + name, getattr(whole, name), told)
 
     def but(self, **changes: Any) -> Self:
         """A copy with `changes`, checked."""

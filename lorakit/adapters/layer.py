@@ -56,7 +56,7 @@ class AdapterLayer(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features): the output with the update, in the base's dtype.
 
-        What `base_layer(x)` gives is ours to change only where `is_plain`: else a hook or the layer may have kept it.
+        What `base_layer(x)` gives is ours to change only where `owns_output`: else somebody may have kept it.
         """
 
     @staticmethod

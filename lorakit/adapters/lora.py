@@ -49,12 +49,10 @@ class LoRALayer(AdapterLayer):
                 self.probe.require_cut(x)
                 inner, B = inner.detach(), B.detach()
         if inner.dtype != out.dtype:  # low-precision base, fp32 adapter: add in fp32, round once
-            return (
-                F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype).view(*given.shape[:-1], self.out_features)
-            )
-        # scale and sum inside the product: no second (N, out) temporary
-        total = out.addmm_ if plain else out.addmm
-        return total(inner, B.to(out.dtype).T, alpha=self.scaling).view(*given.shape[:-1], self.out_features)
+            total = F.linear(inner, B).mul_(self.scaling).add_(out).to(out.dtype)
+        else:  # scale and sum inside the product: no second (N, out) temporary
+            total = (out.addmm_ if plain else out.addmm)(inner, B.to(out.dtype).T, alpha=self.scaling)
+        return total.view(*given.shape[:-1], self.out_features)
 
     @staticmethod
     def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:

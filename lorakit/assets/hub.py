@@ -74,12 +74,11 @@ def data_files(repository: str, *patterns: str, folder: Path | None = None) -> l
     from huggingface_hub import snapshot_download
 
     if folder is not None:
-        found = [sorted(folder.glob(pattern)) for pattern in patterns]
-        if missing := [pattern for pattern, files in zip(patterns, found, strict=True) if not files]:
-            told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
+        found, missing = _matching(folder, patterns)
+        told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
+        if missing:
             raise (DataError if any(found) else NoSnapshot)(told)
         return found
-
     commit, why = None, None
     try:
         commit = newest_commit(repository, "dataset")
@@ -91,8 +90,7 @@ def data_files(repository: str, *patterns: str, folder: Path | None = None) -> l
     except Exception as error:  # as above
         why = why or error
     else:
-        found = [sorted(folder.glob(pattern)) for pattern in patterns]
-        missing = [pattern for pattern, files in zip(patterns, found, strict=True) if not files]
+        found, missing = _matching(folder, patterns)
         if not missing:
             return found
         why = f"no file {', '.join(missing)}"
@@ -102,6 +100,12 @@ def data_files(repository: str, *patterns: str, folder: Path | None = None) -> l
         "and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill the hub's cache (HF_HOME) on a "
         "machine with a network"
     )
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> tuple[list[list[Path]], list[str]]:
+    """The files of each pattern, in order of name, and the patterns without any."""
+    found = [sorted(folder.glob(pattern)) for pattern in patterns]
+    return found, [pattern for pattern, files in zip(patterns, found, strict=True) if not files]
 
 
 def _line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """From what is given to a run, by any door: the setting's file, the row's file, then what was given, which wins."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,15 +51,14 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     return rated(merge(filed, given))
 
 
-def switched_off(filed: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def switched_off(filed: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`filed` without what would say nothing once `given` is heard: of a gate, say, where `gate: none` is given."""
     left = dict(filed)
     for group in GROUPS:
-        for without, when, names in group.idle:
-            switch = without.partition(" ")[0]
+        for idle in (idle for idle in group.idle if idle.switch in given):
             with contextlib.suppress(TypeError):  # of a value that is none, which is told of later
-                if switch in given and when(SimpleNamespace(**{switch: given[switch]})):
-                    for name in names or [name for name in group.model_fields if name != switch]:
+                if idle.when(SimpleNamespace(**{idle.switch: given[idle.switch]})):
+                    for name in idle.of(group):
                         left.pop(name, None)
     off = [name for name, group in NESTED.items() if given.get(name, {}).get("method") == group().method]
     return {name: value for name, value in left.items() if name not in off}

@@ -20,11 +20,10 @@ from lorakit.gates import HeadGradientGate, ThresholdController
 from lorakit.head import HeadInput, find_head
 from lorakit.modules import adapter_parameters
 from lorakit.params import resolve
-from lorakit.params.whole import QUESTIONS
+from lorakit.params.doors import switched_off
 from lorakit.records import Record, read_all
 from lorakit.runs.assembly import Assembled, assemble, build_trainer
 from lorakit.runs.experiment import new_record, run
-from lorakit.settings import GateSettings
 from lorakit.sketches import FrequentDirections
 from lorakit.training import BudgetTrainer
 
@@ -176,13 +175,11 @@ def thresholded(controller: ThresholdController, scores: Iterable[float], seed: 
 def ablate(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Record]:
     """A run of `base` with each variant's changes and each seed; a record is called after its variant.
 
-    What `base` says of a gate is left out where a variant has none.
+    What `base` says of a gate, say, is left out where a variant has none.
     """
-    made = {name: {**QUICK, **base, **changes, "row": name} for name, changes in variants.items()}
-    for name, given in made.items():
-        if given.get("gate", "none") == "none":
-            made[name] = {key: given[key] for key in given if QUESTIONS.get(key) != GateSettings.question}
-    return [run({**given, "seed": seed}) for given in made.values() for seed in seeds]
+    jobs = [(name, changes, seed) for name, changes in variants.items() for seed in seeds]
+    kept = {name: switched_off(base, {"gate": "none", **base, **changes}) for name, changes in variants.items()}
+    return [run({**QUICK, **kept[name], **changes, "row": name, "seed": seed}) for name, changes, seed in jobs]
 
 
 def recorded(setting: str) -> list[Record]:

@@ -76,9 +76,8 @@ class StepCallback(TrainerCallback):
         self.run.ledger.restart_clock()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        if hasattr(
-            train_dataloader, "set_epoch"
-        ):  # of a resumed epoch, accelerate tells no sampler shared by processes
+        # of a resumed epoch, accelerate tells no sampler that processes share
+        if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(int(state.epoch))
 
     def on_train_end(self, args, state, control, **_):

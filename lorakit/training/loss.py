@@ -105,15 +105,18 @@ class LossTrainer(Trainer):
             )
             trainer_arguments["processing_class"] = tokenizer
         model = trainer_arguments["model"]
-        if hasattr(model, "lorakit_attachment"):
+        if attached := hasattr(model, "lorakit_attachment"):
             require_own_names(model)
-        attached = hasattr(model, "lorakit_attachment") and not getattr(model, "_hf_peft_config_loaded", False)
-        if quantized := attached and getattr(model, "is_quantized", False):  # and only a head is trained: see `attach`
+        # the Trainer refuses what transformers packed unless it has adapters; and who trains its head: see `attach`
+        shown = (
+            attached and getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+        )
+        if shown:
             model._hf_peft_config_loaded = True
         try:
             super().__init__(**trainer_arguments)
         finally:
-            if quantized:
+            if shown:
                 del model._hf_peft_config_loaded
         self.kind = kind
         self.overridden = type(self).compute_loss is not LossTrainer.compute_loss

@@ -84,8 +84,8 @@ class Watch:
     def __init__(self, model: nn.Module, log: GateLog):
         self.log, self.adapted = log, adapter_parameters(model)
         self.without_backward = self.without_gradient = self.windows = 0
-        self.reached = False
         self.layers = {path: module for path, module in model.named_modules() if hasattr(module, "adapter_parameters")}
+        self.count = len(self.layers)  # of which those that a gradient reached leave
         self.refuses = False  # what the loss does not reach: a model of one's own may leave layers out now and then
 
     def finite(self, broken: float, step: int, loss: float | str = "not finite in one of the processes") -> None:
@@ -116,14 +116,12 @@ class Watch:
         by = 1 if self.refuses else GRADIENTS_BY
         if self.windows < by:
             self.windows += 1
-            before = len(self.layers)
             for path, layer in [*self.layers.items()]:
                 trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
                 skipped = (probe := getattr(layer, "probe", None)) is not None and not probe.active
                 if skipped or not trained or any(p.grad is not None for p in trained):
                     del self.layers[path]
-            self.reached |= len(self.layers) < before
-            if self.windows == by and self.layers and self.reached:
+            if self.windows == by and 0 < len(self.layers) < self.count:
                 told = f"no gradient reached {len(self.layers)} adapters by step {by}: the loss does not depend on "
                 told += f"{', '.join([*self.layers][:8])}; name the layers it depends on"
                 if self.refuses:
