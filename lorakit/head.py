@@ -3,8 +3,9 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,30 @@ def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return positions, flat[positions]
 
 
+def fullest_row(inputs: Mapping[str, Any], labels: Tensor, kind: str) -> tuple[dict[str, Any], Tensor]:
+    """Of a batch the row in which most is predicted: its inputs, and its labels (1, T) or (1,)."""
+    counts = (shifted(labels, kind).reshape(len(labels), -1) != IGNORED).sum(1)
+    row = slice(first := int(counts.argmax()), first + 1)
+    batched = {name for name, value in inputs.items() if torch.is_tensor(value) and len(value) == len(labels)}
+    return {name: value[row] if name in batched else value for name, value in inputs.items()}, labels[row]
+
+
+def by_sequence(parts: Iterable[tuple[Tensor, Tensor]], where: Tensor, shape: torch.Size) -> Tensor:
+    """(B, 4) float64 of each sequence: Σ of losses, predictions, how many were right, predictions.
+
+    Args:
+        parts: losses (n,) and whether each was predicted right (n,), chunk after chunk of the predictions at `where`
+            (N,) of the flattened (B, T), which is `shape`.
+    """
+    sums, first = torch.zeros(shape[0], 4, dtype=torch.float64, device=where.device), 0
+    for losses, right in parts:
+        sequence = where[first : first + len(losses)] // shape[1]
+        ones = torch.ones_like(losses)
+        sums.index_add_(0, sequence, torch.stack([losses, ones, right.to(losses.dtype), ones], dim=1).double())
+        first += len(losses)
+    return sums
+
+
 # where the head is -------------------------------------------------------------------------------------
 
 
@@ -104,16 +129,26 @@ def has_task_head(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's last linear layer. d_hidden: H; outputs: V words or C classes; softcap: None or c of c·tanh(x / c)."""
+    """A model's last linear layer. d_hidden: H; outputs: V words or C classes; softcap: None or c of c·tanh(x / c).
+
+    scale: what the logits are multiplied by before (Cohere's `logit_scale`, Granite's `logits_scaling`).
+    """
 
     module: nn.Module
     d_hidden: int
     outputs: int
     softcap: float | None
+    scale: float = 1.0
 
     def capped(self, raw: Tensor) -> Tensor:
         """The model's logits, of what its linear layer gives."""
+        raw = raw if self.scale == 1 else raw * self.scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is a linear map that nothing changes: neither trained, adapted nor in 4 bits."""
+        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (…, V) of hidden states (…, H), float32, by the head itself, adapters and all."""
@@ -141,7 +176,10 @@ def find_head(model: nn.Module, kind: str) -> Head:
             "the head gradient needs one; gates 'random' and 'loss_floor' do not"
         )
     outputs, width = module.weight.shape
-    return Head(module, width, outputs, getattr(model.config, "final_logit_softcapping", None))
+    told = getattr(model.config, "get_text_config", lambda: model.config)()
+    divided = getattr(told, "logits_scaling", None) or 1.0
+    scale = (getattr(told, "logit_scale", None) or 1.0) / divided if kind != "classify" else 1.0
+    return Head(module, width, outputs, getattr(told, "final_logit_softcapping", None), scale)
 
 
 @dataclass
@@ -150,6 +188,7 @@ class HeadCheck:
 
     head: Head
     checked: bool = False
+    remedy: str = ""
 
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
@@ -177,7 +216,7 @@ class HeadCheck:
                 return
         raise LorakitError(
             f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
-            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs})"
+            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs}){self.remedy}"
         )
 
 
@@ -229,3 +268,9 @@ def replaced_input(head: Head, replace: Callable[[Tensor], Tensor]) -> Iterator[
         yield given
     finally:
         handle.remove()
+
+
+def ambient_autocast(device: torch.device) -> torch.autocast:
+    """The autocast of this moment, to be entered again later: what a model was called under."""
+    kind = device.type
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))

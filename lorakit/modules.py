@@ -205,3 +205,9 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in forward order: of the lists of modules of one class the largest; empty without any."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
+    return [*max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=[])]

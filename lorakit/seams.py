@@ -155,8 +155,9 @@ class Selected:
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
     chosen_sum: as `finish()` will give it, detached, where known.
     backpropagated: input tokens a backward passes through; None: all of the batch's.
-    kept: whether the chosen ones' logits were, so that the backward passes no head.
+    made: what was made of their logits while all were looked at: "keep" them, "now" their gradient; empty: nothing.
     ran: R·K and R·K·T, where `finish` runs R rows of K tokens again; what its FLOPs and the backward's are made of.
+    head: predictions whose gradient `finish` makes, and its chunks; the backward passes no head.
     flops: of scoring, by formula, beyond the matrix products that are counted as they run.
     """
 
@@ -164,8 +165,9 @@ class Selected:
     predictions: int
     chosen: int
     backpropagated: int | None
-    kept: bool = False
+    made: str = ""
     ran: tuple[int, ...] = ()
+    head: tuple[int, int] = (0, 0)
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
     flops: float = 0.0
@@ -174,12 +176,16 @@ class Selected:
 class TokenSelection(Seam, Protocol):
     """Stands between the trainer and the model: calls the model, and says which tokens a backward reaches.
 
-    selective: False where every token gets its backward: then the trainer runs the model as ever, and asks nothing.
+    selective: False where every token gets its backward.
+    makes_loss: whether it makes the loss from what the head is given; else the trainer runs the model as ever, and
+        asks nothing.
     two_pass: whether `Selected.finish` runs the model a second time.
-    head: of the model (`lorakit.head.Head`).
+    head: of the model (`lorakit.head.Head`); smoothing: of the labels.
     """
 
+    smoothing: float
     selective: bool
+    makes_loss: bool
     two_pass: bool
     head: Any
 
@@ -194,14 +200,17 @@ class TokenSelection(Seam, Protocol):
     def divisor(self, labels: Tensor) -> int:
         """What the losses of a batch with these labels are divided by, to be summed over a window and all ranks."""
 
+    def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Of a batch in evaluation, (B, 4), see `training.loss.example_statistics`."""
+
     def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
         """What the FLOPs of `select` grow with, in proportion, beside those of a pass over the batch."""
 
 
 class AllTokens(Seam):
-    """The baseline: every token gets its backward."""
+    """The plain model: every token gets its backward, and the loss is made of all logits."""
 
-    selective = two_pass = False
+    selective = makes_loss = two_pass = False
 
 
 # between the steps -------------------------------------------------------------------------------------
@@ -223,6 +232,9 @@ class Controller(Seam):
 
     def bind(self, total_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Learn how to sum a float64 vector over all processes."""
+
+    def bind_two_passes(self) -> None:
+        """Learn that only chosen tokens get a backward, in a second pass; refuse what measures a whole batch's."""
 
     def begin(self) -> None:
         """Training starts, or goes on after a resume."""

@@ -14,6 +14,8 @@ from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, 
 Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
 Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
+Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
+BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
 SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
 
@@ -96,12 +98,11 @@ class AttachSettings(Settings):
 
 
 class SparseSettings(Settings):
-    """Method sparse: how zeros come into LoRA's factors while it trains
+    """Method sparse: how zeros come into LoRA's factors while it trains, by the cubic of Zhu & Gupta (2017)
 
     "magnitude" zeroes the smallest entries of each matrix; "l1" shrinks by the proximal step and freezes what is zero
-    at `prune_end`; "structured" zeroes whole ranks, which `compact` can remove. Between `prune_start` and `prune_end`
-    the zeros appear by the cubic of Zhu & Gupta (2017). With a fixed λ the share of zeros is an outcome, and
-    `sparsity` is not used; with l1 = 0 λ is found at each step, for each matrix, so that its zeros follow the cubic.
+    at `prune_end`; "structured" zeroes whole ranks, which `compact` can remove. A fixed λ uses no `sparsity`; with l1 =
+    0 each matrix finds the λ that follows the cubic.
     """
 
     question = "adapter"
@@ -119,11 +120,10 @@ class SparseSettings(Settings):
 
     @model_validator(mode="after")
     def _sparse_together(self) -> Self:
-        start, end = self.prune_start, self.prune_end
         both = self.sparsify != "structured" or self.sparse_factors == "both"
-        taken = "structured pruning takes a rank from both: must be 'both'"
-        require(both, "sparse_factors", self.sparse_factors, taken)
-        require(end > start, "prune_end", end, f"must be after prune_start={start} and at most 1")
+        require(both, "sparse_factors", self.sparse_factors, "structured pruning takes ranks from both: must be 'both'")
+        after = f"must be after prune_start={self.prune_start} and at most 1"
+        require(self.prune_end > self.prune_start, "prune_end", self.prune_end, after)
         require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.sparsify!r}")
         return self
 
@@ -141,17 +141,14 @@ class SparseSettings(Settings):
 class SkipSettings(Settings):
     """Which layers get a backward
 
-    "adapter": each one whose M = ‖Δh‖/‖h‖ is below the threshold is skipped; "prefix": the transformer blocks from the
-    first on as long as every adapter in them is below it, which is what shortens the backward pass. `skip_share` makes
-    the threshold that quantile of the current M; of a prefix it is the share of blocks, the lowest, whatever they
-    measure: no threshold on a running maximum could tell them otherwise.
+    "adapter": each whose M = ‖Δh‖/‖h‖ is below the threshold; "prefix": the transformer blocks from the first on while
+    every adapter in them is below it, which shortens the backward pass. `skip_share` makes the threshold that quantile
+    of the current M; of a prefix it is the share of blocks, whatever they measure.
     """
 
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
-    skip_decide: Literal["ema", "forward"] = field(
-        "ema", "before the forward, from an average; or in it, from the step's own M: a synchronisation per adapter"
-    )
+    skip_decide: Literal["ema", "forward"] = field("ema", "from an average; or in the forward, which waits per adapter")
     skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
     skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
@@ -185,8 +182,8 @@ class GateSettings(Settings):
     gate_leverage: bool = field(False, "ridge-leverage novelty")
     idle = (Idle("gate", lambda p: p.gate == "none"),)
     refuses = (
-        Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16 or "
-                "fp32", lambda p: p.gate != "none" and p.precision == "fp16"),
+        Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16",
+                lambda p: p.gate != "none" and p.precision == "fp16"),
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -194,26 +191,22 @@ class GateSettings(Settings):
         m, k, rows = self.gate_m, self.gate_k, self.gate_rows
         require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
         require(k < m, "gate_k", k, f"must be below gate_m={m}")
-        fits = f"must be 0, or above gate_k={k} and at most gate_m={m}"
-        require(rows == 0 or k < rows <= m, "gate_rows", rows, fits)
+        require(rows == 0 or k < rows <= m, "gate_rows", rows, f"must be 0, or above gate_k={k}, at most gate_m={m}")
         return self
 
 
 class Gating(Settings):
     """Which tokens get a backward (FLoRA): the keys of `gating:`, the settings of the room `lorakit.tokens`
 
-    "flora" chooses by `score`: "sketch" ‖TensorSketch(h ⊗ e)‖ from the most probable words; "gradient_norm" ‖h‖·‖e‖,
-    which that estimates; "loss"; "entropy" of the prediction; "hidden_gradient" ‖W_Uᵀe‖, the gradient that reaches the
-    last layer. Policy "topk" takes the largest scores, biased; "pps" draws with probability proportional to the score
-    and weights by its inverse (Horvitz and Thompson 1952), unbiased for the gradient of the mean loss in mode
-    "gather". Mode "gather": the chosen hidden states go through the head, all tokens through the layers; "fractional":
-    only the chosen run through the layers a second time, against the recorded keys and values of all (TokenTune).
-    Where a frozen head's logits of the chosen can be kept while all are scored (top-k), the head runs once.
+    "flora" chooses by `score`, see `lorakit.tokens.TokenScore`: policy "topk" the largest, biased; "pps" in proportion,
+    weighted by the inverse (Horvitz and Thompson 1952), unbiased in mode "gather". Mode "gather": chosen states go
+    through the head, all tokens through the layers; "fractional": only the chosen run through the layers again,
+    against recorded keys and values of all (TokenTune).
     """
 
     method: Literal["baseline", "random", "flora"] = field("baseline", "all; a share drawn uniformly; by `score`")
     topk_tokens: float = field(0.2, "share of the predictions that is kept; 1: the baseline", gt=0, le=1)
-    score: Literal["sketch", "gradient_norm", "loss", "entropy", "hidden_gradient"] = field("sketch", "of a prediction")
+    score: Score = field("sketch", "of a prediction")
     sketch_dim: int = field(512, "size of the sketch", ge=2)
     topk_logits: int = field(64, "words kept of each error, the label's always among them; 0: all", ge=0)
     policy: Literal["topk", "pps"] = field("topk", "the largest scores, or drawn in proportion and weighted")
@@ -235,22 +228,31 @@ class Gating(Settings):
 
     @property
     def weighted(self) -> bool:
-        """Whether the chosen are weighted by their inverse probabilities."""
         return self.method == "flora" and self.policy == "pps"
 
 
 class TokenSettings(Settings):
-    """Which tokens get a backward"""
+    """Which tokens get a backward, and what their loss is made of
+
+    "exact": the head runs for predictions only, in chunks, and no logits are kept; for chosen tokens always. "nll": all
+    logits, as the model makes them, and a classifier's. "dft": exact, each loss times its token's own probability (Wu
+    et al. 2025). "liger": Liger's CUDA kernel.
+    """
 
     question = "tokens"
     gating: Gating = field(Gating(), "FLoRA; a mapping with keys of its own")
+    loss: Literal["exact", "nll", "dft", "liger"] = field("exact", "of a language model")
+    logits_mib: float = field(128, "what a chunk's logits may take, and once more those kept for a backward", gt=0)
+    idle = (Idle("loss 'exact'", lambda p: p.loss == "liger", ("logits_mib",)),)
     refuses = (
+        Refusal("loss", "liger's kernel weighs no tokens; gating.policy 'topk', or loss 'exact'",
+                lambda p: p.loss == "liger" and p.gating.selective and p.gating.weighted),
         Refusal("precision", "fp16's gradient scaler needs a backward every step, a batch without labels has none; use "
                 "bf16 or fp32", lambda p: p.gating.selective and p.precision == "fp16"),
         Refusal("gradient_checkpointing", "drops the keys that gating.mode 'fractional' records; leave it out, or use "
                 "'gather'", lambda p: p.gating.fractional and p.gradient_checkpointing),
-        Refusal("gating.mode", "does not go with SkipLoRA; use 'gather' with it",
-                lambda p: p.gating.fractional and p.skip != "none"),
+        Refusal("gating.mode", BY_SHARE, lambda p: p.gating.fractional and p.skip != "none" and not (
+            p.skip == "prefix" and p.skip_share > 0 and p.skip_decide == "ema")),
     )  # fmt: skip
 
 
@@ -258,9 +260,7 @@ class TrainingSettings(Settings):
     """Training"""
 
     question = "training"
-    learning_rate: float = field(
-        4.0e-3, "at its highest; the default is toy's, of others in params.RATES", UNTRIED, gt=0
-    )
+    learning_rate: float = field(4.0e-3, "at its highest; toy's default, of others in params.RATES", UNTRIED, gt=0)
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)

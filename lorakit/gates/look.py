@@ -23,6 +23,11 @@ class GateLook:
     head: Head
     _measured: Tensor | None = field(default=None, init=False)
 
+    @property
+    def rate(self) -> float:
+        """The share of batches whose loss will be asked for."""
+        return self.gate.target_rate
+
     def __call__(self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
         measured = self.gate.measure(
             Candidate(

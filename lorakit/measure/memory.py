@@ -64,13 +64,14 @@ def predict_step_memory(
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
         inputs = {name: fake(mode, value) for name, value in batch.items()}
         made = PREDICTABLE[optimizer](trained, device == "cuda")
-        if tokens is None or not tokens.selective:
+        if tokens is None or not tokens.makes_loss:
             return _step(model, inputs, made, autocast, mode, lambda: model(**inputs).loss)
         real = dict(batch)
         labels = real.pop("labels")
         inputs.pop("labels")
-        with tokens.dry(real, labels):
-            return _step(model, inputs, made, autocast, mode, lambda: tokens.select(model, inputs, labels).finish())
+        with tokens.dry(real, labels) as masks:
+            held = inputs | dict(enumerate(masks))
+            return _step(model, held, made, autocast, mode, lambda: tokens.select(model, inputs, labels).finish())
 
 
 def _step(

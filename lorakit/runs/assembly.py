@@ -14,6 +14,7 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
+from lorakit.settings import TokenSettings
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
@@ -127,7 +128,9 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
         gate=build_gate(params, model, task.kind, seed=params.seed),
-        tokens=build_tokens(params.gating, model, task.kind, seed=params.seed, rank=args.process_index),
+        tokens=build_tokens(
+            params.gating, model, task.kind, loss=TokenSettings.of(params), seed=params.seed, rank=args.process_index
+        ),
         controllers=controllers,
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model", "code")},
         evaluations=params.evaluations,

@@ -22,6 +22,7 @@ from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
+from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
@@ -253,7 +254,7 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
         optimizer=params.optimizer,
         autocast=None if params.precision == "fp32" else params.precision,
         device=model.device.type,
-        tokens=build_tokens(params.gating, model, task.kind, seed=params.seed),
+        tokens=build_tokens(params.gating, model, task.kind, loss=TokenSettings.of(params), seed=params.seed),
     )
 
 

@@ -12,7 +12,7 @@ from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.probe import Probe
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.seams import Controller
-from lorakit.settings import SkipSettings
+from lorakit.settings import BY_SHARE, SkipSettings
 from lorakit.skip.choice import block_numbers, choose, threshold
 
 
@@ -58,13 +58,19 @@ class SkipLoRA(Controller):
         self._handle: Any = None
         self._sum: Callable[[Tensor], Tensor] = lambda vector: vector
         self._forced: list[bool] = []
-        self._warm = True
+        self._warm = self.measures = True
         remove_probes(model, self.probes)
 
     # the trainer's calls -------------------------------------------------------------------------------
 
     def bind(self, total_over_ranks: Callable[[Tensor], Tensor]) -> None:
         self._sum = total_over_ranks
+
+    def bind_two_passes(self) -> None:
+        asked = self.settings
+        by_share = asked.skip == "prefix" and asked.skip_share > 0 and asked.skip_decide == "ema"
+        require(by_share, "gating.mode", "fractional", BY_SHARE)
+        self.measures = False
 
     def begin(self) -> None:
         if self._handle is None:
@@ -78,10 +84,10 @@ class SkipLoRA(Controller):
     def begin_step(self, share: float) -> None:
         in_forward, self._warm = self.settings.skip_decide == "forward", share < self.settings.skip_warmup
         warm = self._warm
-        measuring = in_forward or warm or self.steps % self.settings.skip_measure_every == 0
+        measuring = self.measures and (in_forward or warm or self.steps % self.settings.skip_measure_every == 0)
         active = [True] * len(self.probes)
-        if not warm and self.metric is not None and not in_forward:
-            active = self._chosen(self.metric)
+        if not warm and not in_forward and (self.metric is not None or not self.measures):
+            active = self._chosen(self.metric or [0.0] * len(self.probes))
         if in_forward and not warm:
             draws = torch.rand(len(self.probes), generator=self.generator).tolist()
             explored = draws if self.settings.skip == "adapter" else [draws[0]] * len(draws)

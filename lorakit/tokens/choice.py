@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from lorakit.head import IGNORED, shifted
 from lorakit.settings import Gating
-from lorakit.tokens.kept_logits import BestLogits
+from lorakit.tokens.kept_logits import BestLogits, SeenLogits
 
 FLOOR = 0.05  # of the mean score, added to all: a prediction of score 0 must have a chance for weights to exist
 
@@ -98,7 +98,7 @@ class Shares:
 
     def quotas(self, groups: Sequence[int]) -> list[int]:
         """How many of each group are kept."""
-        return [quota(count, self.settings.topk_tokens) for count in groups]
+        return [quota(count, self.settings.topk_tokens) if self.settings.selective else count for count in groups]
 
     def generator(self) -> Generator:
         """The next batch's, from (seed, rank, how many there were), so that a checkpoint of one rank serves all."""
@@ -113,7 +113,9 @@ class Shares:
             if k:
                 mine = None if scores is None else scores[first : first + count]
                 weight = None
-                if self.settings.method == "random":
+                if k == count and not self.settings.weighted:
+                    index = torch.arange(count)
+                elif self.settings.method == "random":
                     index = uniform(count, k, generator)
                 elif self.settings.weighted:
                     index, probabilities = proportional(mine, k, generator)
@@ -133,18 +135,20 @@ class Chosen:
 
     where: (k,) places in the flattened (B·T), ascending; targets: (k,) what is predicted there.
     predictions: N, of which these were chosen.
+    index: (k,) which of these they are.
     weights: (k,) float32, 1 / π, or None for plain sums.
     loss_sum, chosen_sum: Σ of all losses and the (weighted) sum of the chosen, detached, where they were scored.
-    best: their logits, where those were kept.
+    held: what was kept of their logits while those were looked at.
     """
 
     where: Tensor
     targets: Tensor
     predictions: int
+    index: Tensor
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
     chosen_sum: Tensor | None = None
-    best: BestLogits | None = None
+    held: BestLogits | SeenLogits | None = None
 
     def total(self, losses: Tensor) -> Tensor:
         """Σ of losses (k,), weighted where they were sampled."""

@@ -16,10 +16,11 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
-from lorakit.head import replaced_input
+from lorakit.head import ambient_autocast, replaced_input
 from lorakit.seams import Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
+from lorakit.tokens.cut import Cut
 from lorakit.tokens.kept_logits import with_gradient
 from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places
 from lorakit.tokens.selection import TokenGate
@@ -70,34 +71,35 @@ class FractionalGate(TokenGate):
 
     two_pass = True
 
-    def __init__(self, settings: Gating, model: nn.Module, kind: str, *, seed: int = 0, rank: int = 0):
-        super().__init__(settings, model, kind, seed=seed, rank=rank)
+    def __init__(self, settings: Gating, model: nn.Module, kind: str, **options: Any):
+        super().__init__(settings, model, kind, **options)
         require(kind == "causal", "gating.mode", "fractional", "needs a causal language model; encoders: 'gather'")
+        self.model = model
         self.config = model.config.get_text_config()
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)
-        self._keeps = self._keeps and not drops_out(model)
+        self._same = not drops_out(model)
 
     def select(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
     ) -> Selected:
-        chosen, recorded, masks = self._record(model, inputs, labels, look)
+        chosen, *recorded = self._record(model, inputs, labels, look)
         if not len(chosen.where):
             zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
             return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0)
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
-        finish = lambda: self._loss(model, inputs, chosen, at, recorded, masks)  # noqa: E731
+        finish = lambda: self._finish(model, inputs, chosen, at, *recorded)  # noqa: E731
         ran = at.columns.numel()
         return self._selected(chosen, finish, len(chosen.where), (ran, ran * labels.shape[1]))
 
     def _record(
         self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
-    ) -> tuple[Chosen, DynamicCache, Masks]:
-        """Pass 1: what was chosen, keys and values of every layer, and the masks of all tokens."""
+    ) -> tuple[Chosen, DynamicCache, Masks, Cut]:
+        """Pass 1: what was chosen, keys and values of every layer, the masks of all tokens, and where pass 2 starts."""
         require("input_ids" in inputs, "inputs_embeds", "given", "mode 'fractional' needs input_ids; use 'gather'")
         require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
         masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
-        recorded, kept = DynamicCache(), []
+        recorded, kept, cut = DynamicCache(), [], Cut(self.model)
         packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
 
         def replace(hidden: Tensor) -> Tensor:
@@ -105,16 +107,18 @@ class FractionalGate(TokenGate):
             return hidden[:, :0]
 
         before = None if self._dry is not None else _random_state(inputs)
-        with torch.no_grad(), replaced_input(self.head, replace):
+        with torch.no_grad(), self._scoring(model, inputs, labels), replaced_input(self.head, replace), cut.recorded():
             model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
         if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
-            kept[0].best = None
+            kept[0].held = None
         if len(recorded.layers) != self.config.num_hidden_layers:
             raise LorakitError(
                 f"{type(model).__name__} recorded keys of {len(recorded.layers)} of its "
                 f"{self.config.num_hidden_layers} layers: mode 'fractional' cannot serve it (use_cache); use 'gather'"
             )
-        return kept[0], recorded, masks
+        for layer in recorded.layers[: cut.count]:  # not needed any more
+            layer.keys = layer.values = None
+        return kept[0], recorded, masks, cut
 
     def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
         plan = super()._plan(inputs, labels)
@@ -122,14 +126,12 @@ class FractionalGate(TokenGate):
         plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
         return plan
 
-    def _loss(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
+    def _finish(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
         """Σ of the chosen losses; where their logits were kept, without the head."""
-        if chosen.best is None:
-            return chosen.total(self.losses(self._run(model, inputs, *recorded), chosen.targets))
-        losses, gradient = chosen.best.take(chosen.targets, self.head)  # before the second pass: its memory is freed
-        states: list[Tensor] = []
-        self._run(model, inputs, *recorded, lambda chosen_states: states.append(chosen_states) or chosen_states[:, :0])
-        return with_gradient(losses.sum(), states[0][0], gradient)
+        if chosen.held is None:
+            return self._loss_of(chosen, *self._run(model, inputs, *recorded))
+        losses, gradient = chosen.held.take(chosen, self.loss)  # before the second pass: its memory is freed
+        return with_gradient(losses, self._run(model, inputs, *recorded)[0], gradient)
 
     def _run(
         self,
@@ -138,18 +140,23 @@ class FractionalGate(TokenGate):
         at: Places,
         recorded: DynamicCache,
         masks: Masks,
-        given: Callable[[Tensor], Tensor] = lambda states: states,
-    ) -> Tensor:
-        """Pass 2: logits (1, k, V) of the chosen, in the order of `Chosen.where`; the head gets `given(states)`."""
-        flat = at.row * at.columns.shape[1] + at.slot
-        with replaced_input(self.head, lambda hidden: given(hidden.flatten(0, 1)[flat][None])):
-            outputs = model(
+        cut: Cut,
+    ) -> tuple[Tensor, torch.autocast]:
+        """Pass 2: what the head would be given (k, H), in the order of `Chosen.where`, and under which autocast."""
+        flat, made = at.row * at.columns.shape[1] + at.slot, []
+
+        def none_left(hidden: Tensor) -> Tensor:
+            made.append((hidden.flatten(0, 1)[flat], ambient_autocast(hidden.device)))
+            return hidden[:, :0]
+
+        with replaced_input(self.head, none_left), cut.started(at):
+            model(
                 **chosen_inputs(inputs, at),
                 attention_mask=chosen_masks(masks, at),
                 past_key_values=FreshKeys(recorded, at),
                 use_cache=True,
             )
-        return outputs.logits
+        return made[0]
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Both passes must give the chosen predictions the same losses."""
@@ -157,8 +164,8 @@ class FractionalGate(TokenGate):
         if not self.divisor(labels):
             return
         try:
-            chosen, recorded, masks = self._record(model, inputs, labels, None)
-            logits = self._run(model, inputs, places(chosen.where, labels.shape[1]), recorded, masks)
+            chosen, *recorded = self._record(model, inputs, labels, None)
+            states, _ = self._run(model, inputs, places(chosen.where, labels.shape[1]), *recorded)
         except LorakitError:
             raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
@@ -169,8 +176,11 @@ class FractionalGate(TokenGate):
         hidden: list[Tensor] = []
         with replaced_input(self.head, lambda given: hidden.append(given) or given[:, :0]):
             model(**inputs)
-        first = self.losses(self.head.logits(hidden[0].flatten(0, 1)[chosen.where]), chosen.targets)
-        error = (self.losses(logits, chosen.targets) - first).norm() / first.norm()
+        first, again = (
+            torch.cat([losses for losses, _ in self.loss.losses(given, chosen.targets)])
+            for given in (hidden[0].flatten(0, 1)[chosen.where], states)
+        )
+        error = (again - first).norm() / first.norm()
         if not error < TOLERANCE and bool(torch.isfinite(first).all()):
             raise LorakitError(
                 f"{type(model).__name__}: the chosen tokens alone have other losses than in their sequence (off by "

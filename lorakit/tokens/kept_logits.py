@@ -1,12 +1,12 @@
-"""The chosen predictions' logits, kept while all are scored: their loss and its gradient need no second product."""
+"""What is kept of predictions while all are looked at, so that their loss and its gradient need no second product."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.head import Head
-from lorakit.sketches.head_gradient import error_in_place
+from lorakit.tokens.head_loss import HeadLoss
 
 
 class BestLogits:
@@ -18,13 +18,15 @@ class BestLogits:
         count: N; kept: k.
     """
 
+    made = "keep"
+
     def __init__(self, pick: Callable[[Tensor], Tensor] | None, count: int, kept: int):
         self.pick, self.seen = pick, 0
         self.scores = torch.full((count,), -torch.inf)
         self.held = torch.full((kept,), -1)  # which prediction each row of `raw` belongs to; −1: none yet
         self.raw: Tensor | None = None  # (k, V)
 
-    def add(self, scores: Tensor, raw: Tensor) -> None:
+    def add(self, scores: Tensor, raw: Tensor, *_: object) -> None:
         """The next predictions' scores (n,) and the head's results (n, V), which may be kept as they are."""
         start, self.seen = self.seen, self.seen + len(raw)
         if self.raw is None:
@@ -48,23 +50,46 @@ class BestLogits:
         """(k,) what was kept, ascending."""
         return self.held.sort().values
 
-    def take(self, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        """Losses (k,) and their gradients by what the head was given (k, H), both in the order of `places`; only once.
-
-        Args:
-            targets: (k,), in that order.
-        """
-        order = self.held.argsort().to(targets.device)
+    def take(self, chosen: Any, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+        """Σ of the losses () of `choice.Chosen` ones, and its gradient by what the head was given (k, H); only once."""
+        order = self.held.argsort().to(chosen.targets.device)
         raw, self.raw = self.raw, None
-        dtype, weight = raw.dtype, head.module.weight
-        logits = head.capped(raw.float())
-        del raw
-        here = torch.empty_like(targets).index_put((order,), targets)
-        error, scale, losses = error_in_place(logits, here, head.softcap)
-        if dtype == torch.float16:  # in which s·e may be too large
-            error, scale = error / scale[:, None], torch.ones_like(scale)
-        gradient = (error.to(dtype) @ weight.to(dtype)).float() / scale[:, None]
-        return losses[order], gradient[order]
+        here = torch.empty_like(chosen.targets).index_put((order,), chosen.targets)
+        losses, gradient = _gradients(raw.split(loss.chunk), here, loss)
+        return losses.sum(), gradient[order]
+
+
+class SeenLogits:
+    """Of every prediction the head's results, or at once the gradient that they give.
+
+    Args:
+        at_once: the latter.
+    """
+
+    def __init__(self, at_once: bool):
+        self.made, self.parts = "now" if at_once else "keep", []
+
+    def add(self, scores: Tensor, raw: Tensor, targets: Tensor, loss: HeadLoss) -> None:
+        """See `BestLogits.add`; targets: (n,)."""
+        self.parts.append(loss.gradient(raw, targets) if self.made == "now" else raw)
+
+    def take(self, chosen: Any, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+        """See `BestLogits.take`."""
+        parts, self.parts = self.parts, []
+        if self.made == "keep":
+            losses, gradient = _gradients(parts, chosen.targets, loss)
+        else:
+            losses, gradient = (torch.cat(part)[chosen.index] for part in zip(*parts, strict=True))
+        if chosen.weights is not None:
+            gradient = gradient * chosen.weights[:, None]
+        return chosen.total(losses), gradient
+
+
+def _gradients(parts: Sequence[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+    """Losses (k,) and gradients (k, H) of the head's results, in parts."""
+    words = targets.split([len(raw) for raw in parts])
+    made = [loss.gradient(raw, part) for raw, part in zip(parts, words, strict=True)]
+    return torch.cat([losses for losses, _ in made]), torch.cat([gradient for _, gradient in made])
 
 
 def with_gradient(value: Tensor, states: Tensor, gradient: Tensor) -> Tensor:

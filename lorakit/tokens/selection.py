@@ -1,4 +1,7 @@
-"""FLoRA: score every prediction without a graph, keep a share of them, and backpropagate their losses only."""
+"""FLoRA: score every prediction without a graph, keep a share of them, and backpropagate their losses only.
+
+With all of them kept it is the exact loss, whose logits never exist at once.
+"""
 
 import contextlib
 import functools
@@ -9,26 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lorakit.errors import LorakitError, require, require_finite
-from lorakit.head import (
-    IGNORED,
-    ROWS_CHECKED,
-    Head,
-    HeadCheck,
-    find_head,
-    replaced_input,
-    rows,
-    same_loss,
-    shifted,
-    takes_labels,
-)
+from lorakit.errors import require, require_finite
+from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
-from lorakit.settings import Gating
-from lorakit.sketches.head_gradient import chunk_of
-from lorakit.tokens.choice import Chosen, Plan, Shares, quota
-from lorakit.tokens.kept_logits import BestLogits, with_gradient
+from lorakit.settings import Gating, TokenSettings
+from lorakit.tokens.choice import Chosen, Plan, Shares
+from lorakit.tokens.head_loss import HeadLoss, cheapest, require_plain_loss
+from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
 
@@ -37,30 +30,36 @@ class TokenGate:
     head for the chosen. The gradient is exactly that of the chosen predictions' summed loss.
 
     Args:
-        settings: what to choose and how.
+        settings: what to choose and how; method "baseline" keeps all.
         model: a causal or masked language model; kind: "causal" (the state at t predicts the label at t + 1), "masked".
+        loss: which of the chosen, and how many logits at once; smoothing: of the labels.
         seed: of sketch and draws; rank: of this process, whose draws are its own.
 
     Raises:
-        ParameterError: kind "classify": one prediction per example leaves nothing to choose.
+        ParameterError: kind "classify": one prediction per example leaves nothing to choose; see `HeadLoss`.
         LorakitError: the model has no linear output head.
     """
 
-    selective, two_pass = True, False
+    two_pass, makes_loss = False, True
 
-    def __init__(self, settings: Gating, model: nn.Module, kind: str, *, seed: int = 0, rank: int = 0):
+    def __init__(
+        self,
+        settings: Gating,
+        model: nn.Module,
+        kind: str,
+        *,
+        loss: TokenSettings | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        smoothing: float = 0.0,
+    ):
         require(kind in ("causal", "masked"), "gating.method", settings.method, refused(kind))
-        self.settings, self.kind = settings, kind
+        self.settings, self.kind, self.selective = settings, kind, settings.selective
         self.shares = Shares(settings, kind, seed=seed, rank=rank)
         self.head: Head = find_head(model, kind)
-        self.score = TokenScore(
-            settings.score if settings.method == "flora" else "none",
-            self.head,
-            sketch_dim=settings.sketch_dim,
-            topk_logits=settings.topk_logits,
-            seed=seed,
-        )
-        self._keeps = settings.method == "flora" and not settings.weighted
+        self.smoothing, self.loss = smoothing, HeadLoss(self.head, loss or TokenSettings(), smoothing)
+        self.score = TokenScore(settings, self.head, model, seed)
+        self._same = True  # whether what is scored is what gets the backward, so that its logits serve both
         self.seen = {"predictions": 0, "chosen": 0}
         self._dry: Plan | None = None
 
@@ -74,25 +73,54 @@ class TokenGate:
         Raises:
             ParameterError: labels outside the vocabulary, or logits that are not finite.
         """
-        made: list[tuple[Chosen, Tensor]] = []
+        made: list[tuple[Chosen, Tensor, torch.autocast]] = []
 
-        def chosen_only(hidden: Tensor) -> Tensor:
+        def none_left(hidden: Tensor) -> Tensor:
             chosen = self.choose(hidden.detach(), labels, look)
-            made.append((chosen, hidden.flatten(0, -2)[chosen.where]))
-            return made[0][1][None] if chosen.best is None else hidden[:, :0]
+            made.append((chosen, hidden.flatten(0, -2)[chosen.where], ambient_autocast(hidden.device)))
+            return hidden[:, :0]
 
-        with replaced_input(self.head, chosen_only):
-            outputs = model(**inputs)
-        chosen, states = made[0]
-        if chosen.best is not None:
-            return self._selected(chosen, lambda: self._kept_loss(chosen, states), None)
-        loss = chosen.total(self.losses(outputs.logits, chosen.targets))
-        return self._selected(chosen, lambda: loss, None)
+        with self._scoring(model, inputs, labels), replaced_input(self.head, none_left):
+            model(**inputs)
+        return self._selected(made[0][0], lambda: self._loss_of(*made.pop()), None)
 
-    def _kept_loss(self, chosen: Chosen, states: Tensor) -> Tensor:
-        """Σ of the chosen losses, from the logits that were kept; states (k, H): what the head would be given."""
-        losses, gradient = chosen.best.take(chosen.targets, self.head)
-        return with_gradient(losses.sum(), states, gradient)
+    def _loss_of(self, chosen: Chosen, states: Tensor, autocast: torch.autocast) -> Tensor:
+        """Σ of the chosen losses, of what the head would be given (k, H)."""
+        if chosen.held is None:
+            with autocast:
+                return self.loss(states, chosen.targets, chosen.weights)
+        losses, gradient = chosen.held.take(chosen, self.loss)
+        return with_gradient(losses, states, gradient)
+
+    @contextlib.contextmanager
+    def _scoring(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
+        """While inside, the model's forward leaves what the score is made of."""
+        with self.score.watching():
+            if self.score.excess:  # the base's own losses first
+                with self.score.base_model(), replaced_input(self.head, lambda hidden: self._base(hidden, labels)):
+                    model(**inputs)
+            yield
+
+    def _base(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        where, targets = self._rows(labels)
+        found = self.loss.losses(hidden.flatten(0, -2)[where], targets)
+        self.score.base = torch.cat([losses for losses, _ in found] or [hidden.new_zeros(0)])
+        return hidden[:, :0]
+
+    @torch.no_grad()
+    def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Of a batch (B, T), (B, 4), as `training.loss.example_statistics`, a chunk of logits at a time."""
+        made: list[Tensor] = []
+
+        def measured(hidden: Tensor) -> Tensor:
+            where, targets = rows(labels, self.kind)
+            parts = self.loss.losses(hidden.flatten(0, -2)[where], targets)
+            made.append(by_sequence(parts, where, labels.shape))
+            return hidden[:, :0]
+
+        with replaced_input(self.head, measured):
+            model(**inputs)
+        return made[0]
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
@@ -100,48 +128,32 @@ class TokenGate:
         Raises:
             LorakitError: its logits are not its head's linear map, its own loss not their cross-entropy.
         """
-        row = int((shifted(labels, self.kind) != IGNORED).sum(1).argmax())
-        single = {
-            name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
-            for name, value in inputs.items()
-        }
+        single, own = fullest_row(inputs, labels, self.kind)
         with evaluating(model), torch.no_grad():  # without dropout: every pass is the same
-            self._try(model, single, labels[row : row + 1])
+            self._try(model, single, own)
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        own = {"labels": torch.arange(ROWS_CHECKED, device=labels.device)[None]} if takes_labels(model) else {}
-        with replaced_input(self.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
-            outputs = model(**inputs, **own)
-        if not given:
-            raise LorakitError("the model's forward did not call its output head: there is nothing to select")
-        HeadCheck(self.head)(given[0], outputs.logits)
-        if own and outputs.loss is not None:
-            where, targets = rows(own["labels"], self.kind)
-            mean = self.losses(outputs.logits.flatten(0, 1)[where], targets).mean()
-            if not same_loss(outputs.loss, mean):
-                raise LorakitError(
-                    f"{type(model).__name__}: its own loss is {float(outputs.loss):.4g}, the mean cross-entropy of its "
-                    f"labels {float(mean):.4g}: chosen tokens know the latter only; take off what it adds or "
-                    "puts in its place (loss_function, router losses)"
-                )
+        require_plain_loss(self.loss, model, inputs, self.kind)
 
     def divisor(self, labels: Tensor) -> int:
         groups = self.shares.groups(labels)
         return sum(groups if self.settings.weighted else self.shares.quotas(groups))
 
     def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
-        """Predictions scored and chunks they come in; chosen ones, where the head runs for them again.
+        """Predictions that the head runs for to look at them, those whose gradient it makes then, and its chunks.
 
         Chunks count where the head does something once a call, as an adapter of W0's size does.
         """
         groups = self.shares.groups(labels)
-        scored = sum(groups) if self.scores(look) else 0
-        fixed = self._head_is_fixed()
-        again = 0 if self.two_pass or (self._keeps and fixed and scored) else sum(self.shares.quotas(groups))
-        return (scored, 0 if fixed else -(-scored // self._chunk(scored)), again)
+        looked = sum(groups) if self.scores(look) else 0
+        now = looked if self._plan_of(looked, sum(self.shares.quotas(groups)), look) == "now" else 0
+        return (looked, now, self._chunks(looked))
+
+    def _chunks(self, count: int) -> int:
+        return 0 if self.head.is_fixed else -(-count // self.loss.chunk)
 
     def report(self) -> dict[str, Any]:
-        return {"gating": self.settings.model_dump(), **self.seen}
+        return {"gating": self.settings.model_dump(), **self.seen} if self.selective else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"draws": self.shares.draws, "seen": dict(self.seen)}
@@ -153,12 +165,15 @@ class TokenGate:
     # choosing ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def dry(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
-        """While inside, `select` works on inputs without data; of the real `labels` it chooses as many as ever."""
+    def dry(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[list[Tensor]]:
+        """While inside, `select` works on inputs without data; of the real `labels` it chooses as many as ever.
+
+        What it gives is what `select` would make and hold, and here finds made: the masks of a second pass.
+        """
         before = self.shares.draws, dict(self.seen)
         self._dry = self._plan(inputs, labels)
         try:
-            yield
+            yield tree_leaves(self._dry.masks)
         finally:
             self._dry = None
             self.shares.draws, self.seen = before
@@ -168,106 +183,116 @@ class TokenGate:
         picked = self.shares.pick(torch.ones(len(where)), self.shares.groups(labels), self.shares.generator())
         return Plan(where, targets, _chosen(where, targets, *picked))
 
+    def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return rows(labels, self.kind) if self._dry is None else (self._dry.where, self._dry.targets)
+
     @torch.no_grad()
     def choose(self, hidden: Tensor, labels: Tensor, look: Look | None = None) -> Chosen:
         """Score hidden states (B, T, H) against labels (B, T) and keep a share; logits exist a chunk at a time."""
+        where, targets = self._rows(labels)
         if self._dry is not None:
-            where, targets, chosen = self._dry.where, self._dry.targets, self._dry.chosen
+            chosen = self._dry.chosen
             if not self.scores(look):
                 return chosen
-            best = self._best(len(where), len(chosen.where), None)
-            self.scored(hidden, where, targets, look, best)
-            return replace(chosen, best=best)
-        where, targets = rows(labels, self.kind)
+            held = self._held(len(where), len(chosen.where), None, look)
+            self.scored(hidden, where, targets, look, held)
+            return replace(chosen, held=held)
         groups = self.shares.groups(labels)
         pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
         if len(where):
             low, high = (int(bound) for bound in targets.aminmax())
             require(low >= 0 and high < self.head.outputs, "labels", (low, high), f"must be below {self.head.outputs}")
-        if not self.scores(look) or not len(where):
-            return _chosen(where, targets, *pick(None))
-        best = self._best(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0])
-        scores, losses = self.scored(hidden, where, targets, look, best)
+        if not len(where) or not self.scores(look):
+            seen = self.score.updates
+            return _chosen(where, targets, *pick(None if seen is None else seen.flatten()[where].cpu()))
+        held = self._held(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
+        scores, losses = self.scored(hidden, where, targets, look, held)
         require_finite(bool(torch.isfinite(losses).all()), "logits", "non-finite loss")
-        index, weights = pick(scores.cpu()) if best is None else (best.places, None)
+        if self.score.updates is not None:
+            scores = self.score.updates.flatten()[where]
+        index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
         chosen = _chosen(where, targets, index, weights)
-        chosen_sum = chosen.total(losses[index.to(losses.device)]).double()
-        return replace(chosen, best=best, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
+        chosen_sum = chosen.total(self.loss.weighed(losses[chosen.index])).double()
+        return replace(chosen, held=held, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
 
-    def _best(self, count: int, kept: int, pick: Callable[[Tensor], Tensor] | None) -> BestLogits | None:
-        """What keeps the logits of the chosen, where their loss needs no more than those.
+    def _plan_of(self, looked: int, used: int, look: Look | None) -> str:
+        """How the gradient of those used comes about, see `cheapest`; the head must be a formula for any but "again".
 
-        A batch that waits for a gate's decision holds them, (k, V), until then.
+        What waits for a gate's decision is used as often as the gate accepts.
         """
-        return BestLogits(pick, count, kept) if self._keeps and self._head_is_fixed() else None
+        if not (looked and self._same and self.loss.is_fixed):
+            return "again"
+        kept = looked if not self.selective else used
+        best = not self.selective or self.settings.method == "flora" and not self.settings.weighted and self.score.seen
+        size = kept * self.head.outputs * self.head.module.weight.element_size()
+        return cheapest(used * getattr(look, "rate", 1.0), looked, size if best else torch.inf, self.loss.room)
 
-    def _head_is_fixed(self) -> bool:
-        head = self.head.module
-        return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
-
-    def _chunk(self, count: int) -> int:
-        """Of so many predictions, how many at a time: as many rows as the chosen ones' logits have, which are needed
-        in any case, or more; large products are faster."""
-        return max(chunk_of(self.head.outputs), quota(count, self.settings.topk_tokens))
+    def _held(
+        self, looked: int, used: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None
+    ) -> BestLogits | SeenLogits | None:
+        """What keeps something of the predictions that are looked at, until their loss is made."""
+        plan = self._plan_of(looked, used, look)
+        if plan == "again":
+            return None
+        return BestLogits(pick, looked, used) if plan == "keep" and self.selective else SeenLogits(plan == "now")
 
     def scores(self, look: Look | None) -> bool:
         """Whether all predictions go through the head: to be scored, or for a batch gate to look at."""
-        return self.score.name != "none" or look is not None
+        return self.score.seen or look is not None
 
     @torch.no_grad()
     def scored(
-        self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None, best: BestLogits | None = None
+        self,
+        hidden: Tensor,
+        where: Tensor,
+        targets: Tensor,
+        look: Look | None = None,
+        held: BestLogits | SeenLogits | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states.
 
-        Args:
-            best: keeps the chosen ones' logits meanwhile.
+        What is needed of them later, `held` keeps.
         """
-        chunk = self._chunk(len(where))
-        flat, found = hidden.flatten(0, -2), []
-        for places, labels in zip(where.split(chunk), targets.split(chunk), strict=True):
-            h = flat[places]
-            raw = self.head.module(h)
+        found: list[tuple[Tensor, Tensor]] = []
+        for h, y, raw in self.loss.raw(hidden.flatten(0, -2)[where], targets):
             logits = self.head.capped(raw.float())
-            if best is None:
+            if held is None:
                 raw = None  # its memory is free for what the scores need
             elif logits is raw and self.score.overwrites:
                 raw = raw.clone()
+            losses = None
             if look is not None:
-                look(h, logits, labels, F.cross_entropy(logits, labels, reduction="none"))
-            found.append(self.score(h, logits, labels))
-            if best is not None:
-                best.add(found[-1][0], raw)
-            raw = logits = None  # before the next chunk's
-        scores, losses = zip(*found, strict=True)
-        return torch.cat(scores), torch.cat(losses)
-
-    @staticmethod
-    def losses(logits: Tensor, targets: Tensor) -> Tensor:
-        """(k,) of logits (1, k, V) and targets (k,)."""
-        return F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
+                losses = F.cross_entropy(logits, y, reduction="none")
+                look(h, logits, y, losses)
+            found.append(self.score(h, logits, y, losses, len(found) * self.loss.chunk))
+            logits = None
+            if held is not None:
+                held.add(found[-1][0], raw, y, self.loss)
+            raw = None  # before the next chunk's
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
     def _selected(
         self, chosen: Chosen, finish: Callable[[], Tensor], backpropagated: int | None, ran: tuple[int, ...] = ()
     ) -> Selected:
-        predictions, kept = chosen.predictions, len(chosen.where)
-        self.seen = {"predictions": self.seen["predictions"] + predictions, "chosen": self.seen["chosen"] + kept}
+        now = {"predictions": (predictions := chosen.predictions), "chosen": (kept := len(chosen.where))}
+        self.seen = {name: self.seen[name] + count for name, count in now.items()}
         return Selected(
             finish=finish,
             predictions=predictions,
             chosen=kept,
             backpropagated=backpropagated,
-            kept=chosen.best is not None,
+            made="" if chosen.held is None else chosen.held.made,
             ran=ran,
+            head=(kept, self._chunks(kept)),
             loss_sum=chosen.loss_sum,
             chosen_sum=chosen.chosen_sum,
-            flops=self.score.flops(predictions) if chosen.loss_sum is not None else 0.0,
+            flops=self.score.flops(predictions, chosen.loss_sum is not None),
         )
 
 
 def _chosen(where: Tensor, targets: Tensor, index: Tensor, weights: Tensor | None) -> Chosen:
-    index = index.to(where.device)
-    return Chosen(where[index], targets[index], len(where), None if weights is None else weights.to(where.device))
+    index, weights = index.to(where.device), None if weights is None else weights.to(where.device)
+    return Chosen(where[index], targets[index], len(where), index, weights)
 
 
 def refused(kind: str) -> str:

@@ -57,13 +57,18 @@ class FLoRATrainer(SLoRATrainer):
                 gradient_checkpointing=args.gradient_checkpointing,
             )
         )
-        kind = known_kind(model) if settings.selective else kind_of(model)
+        loss = options.get("loss", "nll")
+        kind = known_kind(model) if settings.selective or loss != "nll" else kind_of(model)
+        made = {
+            "loss": TokenSettings(loss=loss),
+            "smoothing": 0.0 if settings.selective else args.label_smoothing_factor,
+        }
         super().__init__(
             model,
             args,
             train_dataset,
             eval_dataset,
             processing_class,
-            tokens=build_tokens(settings, model, kind, seed=args.seed, rank=args.process_index),
+            tokens=build_tokens(settings, model, kind, seed=args.seed, rank=args.process_index, **made),
             **options,
         )

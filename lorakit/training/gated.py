@@ -51,17 +51,18 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
     ):
         super().__init__(kind, **trainer_arguments)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
-        if self.tokens.selective:
-            self.require_no_other_loss("chosen tokens have their cross-entropy for a loss, and no other")
-        skipping = self.tokens.two_pass and any(controller.name == "skip" for controller in controllers)
-        measured = "measures no layers for SkipLoRA to skip; use 'gather' with it"
-        require(not skipping, "gating.mode", "fractional", measured)
+        if self.tokens.makes_loss:
+            self.require_no_other_loss(
+                "chosen tokens, and a loss that is not 'nll', have their own", self.tokens.smoothing
+            )
         for controller in controllers:
             controller.bind(self.total_over_ranks)
+            if self.tokens.two_pass:
+                controller.bind_two_passes()
         self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
         self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
         self.controllers = self.run.controllers
-        looks = self.gate.needs_hidden and not self.tokens.selective  # else it looks while the tokens are chosen
+        looks = self.gate.needs_hidden and not self.tokens.makes_loss  # else it looks while the tokens are chosen
         self._looks_at = find_head(self.model, kind) if looks else None
         self._head: HeadInput | None = None  # while it trains
         self._part: Part | None = None
@@ -106,7 +107,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             for name, shape in shapes.items()
         )
         self._whole = (length, length**2)
-        if self.tokens.selective:
+        if self.tokens.makes_loss:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels = inputs.get("labels")
         self._find_loss(inputs)
@@ -135,7 +136,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         return loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
-        """The loss of the chosen tokens; while a gate may still reject the batch, only its value."""
+        """The loss that the token selection makes; while a gate may still reject the batch, only its value."""
         batch = dict(inputs)
         labels = batch.pop("labels")
         if not self._verified and self.tokens.divisor(labels):
@@ -158,9 +159,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             return labels.new_zeros((), dtype=torch.float32)
         self.ledger.add(flops_forward=flops, flops_gate=selected.flops)
         whole = selected.backpropagated is None
-        sizes = (*(self._whole if whole else selected.ran), 0 if selected.kept else selected.chosen)
-        key = self._key("backward", selected.kept, selected.chosen > 0)
-        self._part = part = Part((key, sizes), tokens if whole else selected.backpropagated, selected.predictions)
+        cost = (self._key("backward", selected.chosen > 0), self._whole if whole else selected.ran)
+        self._part = part = Part(cost, tokens if whole else selected.backpropagated, selected.predictions)
         if selected.loss_sum is not None:
             part.loss = selected.loss_sum.item() * per_label
         part.finish = lambda: self._finished(selected, per_chosen)
@@ -174,8 +174,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         )
 
     def _finished(self, selected: Selected, per_chosen: float) -> torch.Tensor:
-        key = self._key("finish", selected.kept, selected.chosen > 0)
-        loss, flops = self.meter.measure(key, (*selected.ran, selected.chosen), selected.finish)
+        key = self._key("finish", selected.made, selected.chosen > 0)
+        loss, flops = self.meter.measure(key, (*selected.ran, *selected.head), selected.finish)
         self.ledger.add(flops_forward=flops)
         return loss * per_chosen
 
@@ -196,7 +196,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
         try:
             # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
-            reduces = (self.gate.selective or self.tokens.selective) and self.accelerator.num_processes > 1
+            reduces = (self.gate.selective or self.tokens.makes_loss) and self.accelerator.num_processes > 1
             with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
         except NotFinite as error:  # what looks at logits sees it before there is a loss
@@ -241,7 +241,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         else:
             self.ledger.add(without_labels=1)
         if self.accelerator.sync_gradients:
-            if self.tokens.selective:
+            if self.tokens.makes_loss:
                 average_gradients(self.model, self.accelerator)
             if learns:
                 self.watch.gradients()

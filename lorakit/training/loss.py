@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from lorakit.errors import require
-from lorakit.head import IGNORED, same_loss, shifted, takes_labels
+from lorakit.head import IGNORED, by_sequence, fullest_row, rows, same_loss, shifted, takes_labels
 from lorakit.modules import evaluating, require_own_names
+from lorakit.sketches.head_gradient import chunk_of
 
 
 class MeanLoss:
@@ -78,11 +79,7 @@ def is_mean_loss(model: torch.nn.Module, inputs: Mapping[str, Any], kind: str) -
         return True
     if labels.is_floating_point() or getattr(model.config, "num_labels", 2) == 1 and kind == "classify":
         return False
-    row = int((labels.flatten(1) if labels.dim() > 1 else labels[:, None]).ne(IGNORED).sum(1).argmax())
-    single = {
-        name: value[row : row + 1] if torch.is_tensor(value) and len(value) == len(labels) else value
-        for name, value in inputs.items()
-    }
+    single, _ = fullest_row(inputs, labels, kind)
     with evaluating(model):
         outputs = model(**single)
     return outputs.loss is None or same_loss(outputs.loss, MeanLoss(kind)(outputs, single["labels"]))
@@ -125,12 +122,13 @@ class LossTrainer(Trainer):
             smoothing = self.label_smoother.epsilon if self.label_smoother else 0.0
             self.compute_loss_func, self._loss_found = MeanLoss(kind, smoothing), smoothing > 0
 
-    def require_no_other_loss(self, why: str) -> None:
-        """Refuse for `why` any loss that the user asked for; the model's own is looked at later."""
+    def require_no_other_loss(self, why: str, smoothing: float) -> None:
+        """Refuse for `why` any loss that the user asked for, but this `smoothing`; the model's own waits."""
+        smoothed = self.args.label_smoothing_factor
         asked = {
             "compute_loss": type(self).__name__ if self.overridden else None,
             "compute_loss_func": None if type(self.compute_loss_func) is MeanLoss else self.compute_loss_func,
-            "label_smoothing_factor": self.args.label_smoothing_factor or None,
+            "label_smoothing_factor": smoothed if smoothed != smoothing else None,
         }
         for name, given in asked.items():
             require(given is None, name, given, why)
@@ -165,10 +163,10 @@ def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) ->
     if kind == "classify":
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         return torch.stack([loss, torch.ones_like(loss), logits.argmax(-1), labels], dim=1).double()
-    rows = []
-    for sequence, predicted in zip(logits, shifted(labels, kind), strict=True):  # (T, V) and (T,)
-        valid = predicted != IGNORED
-        chosen, targets = sequence[valid].float(), predicted[valid]  # only the positions that have a label are read
-        loss, right = F.cross_entropy(chosen, targets, reduction="sum"), (chosen.argmax(-1) == targets).sum()
-        rows.append(torch.stack([loss.double(), valid.sum().double(), right.double(), valid.sum().double()]))
-    return torch.stack(rows)
+    where, targets = rows(labels, kind)
+    flat, size = logits.flatten(0, -2), chunk_of(logits.shape[-1])
+    chunks = (
+        (flat[places].float(), words) for places, words in zip(where.split(size), targets.split(size), strict=True)
+    )
+    parts = ((F.cross_entropy(z, y, reduction="none"), z.argmax(-1) == y) for z, y in chunks)
+    return by_sequence(parts, where, labels.shape)

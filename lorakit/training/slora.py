@@ -12,6 +12,8 @@ from lorakit.errors import CheckpointError, LorakitError, require
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.head import find_head, kind_of
 from lorakit.seams import AlwaysOpen, Gate
+from lorakit.settings import Gating, TokenSettings
+from lorakit.tokens import build_tokens
 from lorakit.training import checkpoint
 from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
@@ -36,6 +38,8 @@ class SLoRATrainer(GatedTrainer):
             acceptance rate; {} for all defaults, which are the method's as described and not a run's (see there), None
             for the ungated baseline.
         gate: a gate of your own instead.
+        loss: "nll", the one that was asked for, of all logits; "exact" or "dft": see `lorakit.settings.TokenSettings`,
+            with `label_smoothing_factor` where there is one. Evaluation is the Trainer's, logits and all.
         model_init: makes the model, once, where none is given; the gate belongs to that one.
         Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
 
@@ -57,6 +61,7 @@ class SLoRATrainer(GatedTrainer):
         gate_config: Mapping[str, Any] | None = None,
         *,
         gate: Gate | None = None,
+        loss: str = "nll",
         model_init: Callable[[], torch.nn.Module] | None = None,
         **options: Any,
     ):
@@ -72,6 +77,9 @@ class SLoRATrainer(GatedTrainer):
             gate = HeadGradientGate(head.d_hidden, head.outputs, **of_model, **gate_config)
         gate = gate or AlwaysOpen()
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
+        if loss != "nll" and "tokens" not in options:
+            made = {"loss": TokenSettings(loss=loss), "smoothing": args.label_smoothing_factor}
+            options["tokens"] = build_tokens(Gating(), model, kind or known_kind(model), **made)
         super().__init__(
             kind=kind,
             gate=gate,

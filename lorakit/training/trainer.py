@@ -142,8 +142,10 @@ class BudgetTrainer(GatedTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-        statistics = example_statistics(logits, labels, self.kind)
+            if self.tokens.makes_loss:
+                statistics = self.tokens.statistics(model, inputs, labels)
+            else:
+                statistics = example_statistics(model(**inputs).logits, labels, self.kind)
         return None, statistics, statistics[:, 3]
 
     # checkpoints ---------------------------------------------------------------------------------------

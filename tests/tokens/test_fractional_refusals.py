@@ -134,7 +134,7 @@ def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name
     [
         ({"precision": "fp16"}, "^precision='fp16': fp16's gradient scaler"),
         ({"gradient_checkpointing": True}, "^gradient_checkpointing=True: .*'fractional'"),
-        ({"skip": "adapter"}, "^gating.mode='fractional': does not go with SkipLoRA"),
+        ({"skip": "adapter"}, "^gating.mode='fractional': measures no layers"),
     ],
 )
 def test_settings_that_contradict_the_run(given, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from lorakit.adapters import attach
 from lorakit.head import Head
-from lorakit.settings import Gating
-from lorakit.sketches import head_gradient
+from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import choice as policies
 from lorakit.tokens.choice import Shares
 from lorakit.tokens.fractional import drops_out
+from lorakit.tokens.head_loss import HeadLoss
 from lorakit.tokens.kept_logits import BestLogits, with_gradient
 
 WORDS, WIDTH = 37, 12
@@ -102,14 +103,14 @@ def test_losses_and_gradients_are_autograds(softcap, dtype, tolerance):
         best.add(part, module(states))
     assert best.held.diff().min() < 0  # the kept ones' rows are in another order than their places
     where = best.places
-    losses, gradient = best.take(targets[where], head)
+    total, gradient = best.take(SimpleNamespace(targets=targets[where]), HeadLoss(head, TokenSettings()))
     assert best.raw is None
     expected = F.cross_entropy(head.logits(hidden[where]), targets[where], reduction="none")
-    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(total, expected.sum(), rtol=tolerance, atol=0)
     (truth,) = torch.autograd.grad(expected.sum(), hidden)
     assert (gradient - truth[where]).norm() < tolerance * truth.norm()
-    loss = with_gradient(losses.sum(), hidden[where], gradient)
-    assert loss == losses.sum()
+    loss = with_gradient(total, hidden[where], gradient)
+    assert loss == total
     assert torch.equal(torch.autograd.grad(loss, hidden)[0][where], gradient.to(dtype))
 
 
@@ -127,8 +128,8 @@ class Rows:
 def taken(model: nn.Module, given: dict[str, Tensor], keeps: bool, autocast: bool = False, **settings):
     """Loss and gradients of one batch; with and without kept logits."""
     tokens = selection(model, **{"method": "flora", "topk_tokens": 0.3} | settings)
-    assert tokens._keeps
-    tokens._keeps = keeps
+    assert tokens._same
+    tokens._same = keeps
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         made = tokens.select(model, *split(given))
         loss = made.finish()
@@ -140,7 +141,7 @@ def taken(model: nn.Module, given: dict[str, Tensor], keeps: bool, autocast: boo
 @pytest.mark.parametrize("per", ["batch", "sequence"])
 @pytest.mark.parametrize("score", ["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy"])
 def test_gradients_are_those_of_running_the_head_again(monkeypatch, score, per, mode):
-    monkeypatch.setattr(head_gradient, "BLOCK", 1)  # chunks of 16: three
+    monkeypatch.setattr(HeadLoss, "chunk", 16)  # three
     model, given = adapted(of("gemma")), batch("right")
     rows = Rows(model)
     loss, found, made = taken(model, given, True, score=score, per=per, mode=mode)
@@ -153,7 +154,7 @@ def test_gradients_are_those_of_running_the_head_again(monkeypatch, score, per, 
 
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
 def test_a_chunk_of_as_many_as_are_kept(monkeypatch, mode):
-    monkeypatch.setattr(head_gradient, "BLOCK", 1)
+    monkeypatch.setattr(HeadLoss, "chunk", 18)
     model, given = adapted(of("llama")), batch("bare")
     tokens = selection(model, method="flora", topk_tokens=0.4, per="sequence")
     assert tokens.shares.quotas(tokens.shares.groups(given["labels"])) == [6, 6, 6]  # and 18 of all 45
@@ -181,7 +182,7 @@ def test_a_masked_language_models_head_is_not_run_again():
     rows, made = Rows(model), []
     for keeps in (True, False):
         tokens = selection(model, "masked", method="flora", topk_tokens=0.3, mode="gather")
-        tokens._keeps = keeps
+        tokens._same = keeps
         one = tokens.select(model, *split(given))
         made.append(gradients(model, one.finish()))
     assert rows.count == 2 * one.predictions + one.chosen
@@ -238,7 +239,7 @@ def test_where_the_second_pass_drops_out_otherwise_its_own_logits_count(make):
     assert drops_out(model)
     rows = Rows(model)
     tokens = selection(model, method="flora", topk_tokens=0.3)
-    assert not tokens._keeps  # or a prediction of memory and FLOPs would be wrong
+    assert not tokens._same  # or a prediction of memory and FLOPs would be wrong
     made = tokens.select(model, *split(batch("right")))
     made.finish()
     assert rows.count == made.predictions + made.chosen
@@ -251,7 +252,7 @@ def test_noise_of_another_name_is_noticed_when_it_is_drawn():
     model, given = adapted(of("llama")), batch("right")
     rows = Rows(model)
     noisy = selection(model, method="flora", topk_tokens=0.3)
-    assert not drops_out(model) and noisy._keeps
+    assert not drops_out(model) and noisy._same
     layer = model.model.layers[0].mlp
     handle = layer.register_forward_hook(lambda *given: given[-1] + 0.1 * torch.randn_like(given[-1]))
     made = noisy.select(model, *split(given))
@@ -279,8 +280,8 @@ def test_half_precision_does_not_overflow():
     head = Head(nn.Linear(4, words, bias=False).half().requires_grad_(False), 4, words, None)
     best = BestLogits(functools.partial(policies.largest, k=2), 2, 2)
     best.add(torch.ones(2), torch.zeros(2, words, dtype=torch.float16))  # s = 1 / p = 100,000
-    losses, gradient = best.take(torch.tensor([3, 5]), head)
-    assert torch.isfinite(gradient).all() and torch.allclose(losses, torch.tensor(words).log().expand(2))
+    total, gradient = best.take(SimpleNamespace(targets=torch.tensor([3, 5])), HeadLoss(head, TokenSettings()))
+    assert torch.isfinite(gradient).all() and torch.allclose(total, 2 * torch.tensor(words).log())
     assert torch.allclose(gradient, head.module.weight.float().mean(0) - head.module.weight[[3, 5]].float(), atol=1e-3)
 
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakit.errors import ParameterError
 from lorakit.head import Head, rows
 from lorakit.settings import Gating
-from lorakit.sketches import head_gradient
 from lorakit.tokens import build_tokens
+from lorakit.tokens.head_loss import HeadLoss
 from lorakit.tokens.scores import TokenScore
 from lorakit.tokens.selection import TokenGate
 
@@ -39,6 +39,11 @@ def batch() -> dict[str, Tensor]:
     labels[0, :4] = labels[1, 9:12] = labels[2, 17:] = -100
     mask[2, 17:] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def scorer(name: str, head: Head, **settings) -> TokenScore:
+    return TokenScore(Gating(method="flora", score=name, **{k: v for k, v in settings.items() if k != "seed"}), head,
+                      nn.Module(), settings.get("seed", 0))  # fmt: skip
 
 
 def gate(model: nn.Module, kind: str, score: str, **settings) -> TokenGate:
@@ -114,7 +119,7 @@ def predictions(count: int = 200) -> tuple[Head, Tensor, Tensor, Tensor]:
 
 def score(name: str, **settings) -> Tensor:
     head, hidden, logits, labels = predictions()
-    return TokenScore(name, head, **settings)(hidden, logits.clone(), labels)[0]
+    return scorer(name, head, **settings)(hidden, logits.clone(), labels)[0]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -136,16 +141,16 @@ def test_kept_words_have_the_probabilities_of_the_whole_vocabulary():
     head, hidden, logits, labels = predictions()
     error = logits.softmax(1) - nn.functional.one_hot(labels, V)
     kept = torch.zeros_like(error).scatter(1, torch.cat([logits.topk(3, dim=1).indices, labels[:, None]], 1), 1.0)
-    found = TokenScore("sketch", head, sketch_dim=2**16, topk_logits=3)(hidden, logits.clone(), labels)[0]
+    found = scorer("sketch", head, sketch_dim=2**16, topk_logits=3)(hidden, logits.clone(), labels)[0]
     torch.testing.assert_close(found, hidden.norm(dim=1) * (error * kept).norm(dim=1), rtol=0.05, atol=1e-4)
 
 
 def test_the_squared_norm_of_a_sketch_is_unbiased_with_all_logits():
     head, hidden, logits, labels = (x[:5] if torch.is_tensor(x) else x for x in predictions())
-    exact = TokenScore("gradient_norm", head)(hidden, logits.clone(), labels)[0].square()
+    exact = scorer("gradient_norm", head)(hidden, logits.clone(), labels)[0].square()
     drawn = torch.stack(
         [
-            TokenScore("sketch", head, sketch_dim=16, topk_logits=0, seed=seed)(hidden, logits.clone(), labels)[0]
+            scorer("sketch", head, sketch_dim=16, topk_logits=0, seed=seed)(hidden, logits.clone(), labels)[0]
             for seed in range(1500)
         ]
     ).square()
@@ -164,7 +169,7 @@ def test_a_label_outside_the_top_k_is_not_dropped():
     labels[easy] = 7
     logits[easy, 7] += 7.0  # probability 0.8
     head = Head(nn.Linear(H, V, bias=False), H, V, None)
-    found = TokenScore("sketch", head, sketch_dim=4096, topk_logits=4)(hidden, logits.clone(), labels)[0]
+    found = scorer("sketch", head, sketch_dim=4096, topk_logits=4)(hidden, logits.clone(), labels)[0]
     assert sorted(found.topk(20).indices.tolist()) == list(range(20))
     torch.testing.assert_close(found[:20], torch.ones(20), rtol=0.05, atol=0)
 
@@ -176,7 +181,7 @@ def test_a_label_outside_the_top_k_is_not_dropped():
 def test_chunks_change_nothing(monkeypatch, name):
     model = model_of("causal", CAP)
     whole = scores(model, "causal", name)
-    monkeypatch.setattr(head_gradient, "BLOCK", 1)  # chunks of 16, of 50 predictions
+    monkeypatch.setattr(HeadLoss, "chunk", 16)  # of 50 predictions
     for a, b in zip(whole, scores(model, "causal", name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -200,7 +205,7 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
 @pytest.mark.parametrize("name", ["sketch", "gradient_norm", "hidden_gradient", "entropy", "loss"])
 def test_logits_of_all_tokens_never_exist_at_once(monkeypatch, name, mode):
-    monkeypatch.setattr(head_gradient, "BLOCK", 1)
+    monkeypatch.setattr(HeadLoss, "chunk", 16)
     model = runs.tiny_gemma(vocab_size=211).train()
     model.config.use_cache = False
     model.get_output_embeddings().weight.requires_grad_(False)  # its gradient is as wide
@@ -227,4 +232,4 @@ def test_what_cannot_be_scored_is_an_error():
 @pytest.mark.parametrize(("name", "each"), [("loss", 5 * 10), ("sketch", 40 + 2 * (4 + 3 + 1) + 5 * 16 * 4 + 3 * 16)])
 def test_flops_grow_with_the_predictions(name, each):
     head = Head(nn.Linear(4, 10), 4, 10, None)
-    assert TokenScore(name, head, sketch_dim=16, topk_logits=3).flops(7) == 7 * each
+    assert scorer(name, head, sketch_dim=16, topk_logits=3).flops(7) == 7 * each

@@ -1,0 +1,234 @@
+"""The loss of predictions from what the head is given: their logits exist a chunk at a time, their gradient with them.
+
+A plain step makes the logits (N, V) of N predictions and keeps them. Here, where the head is frozen, ∂/∂h = e·W with
+e = softmax − onehot is made in the pass that makes the loss: 4·N·V·H FLOPs, and nothing is left for the backward. (TRL
+and cut-cross-entropy make the logits anew in the backward, 6·N·V·H; Liger's kernel makes the gradient at once too.)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.head import ROWS_CHECKED, Head, HeadCheck, replaced_input, rows, same_loss, takes_labels
+from lorakit.settings import TokenSettings
+from lorakit.sketches.head_gradient import error_in_place
+
+BYTES = {True: 8, False: 16}  # of a logit at work, by whether the head is frozen: 16 bits, float32, and its error
+CAPPED = 8  # bytes more where it is capped or scaled
+HALF = 256.0  # fp16: errors are multiplied by it before they are rounded, or those of rare words would be 0
+
+Plan = Literal["keep", "again", "now"]
+
+
+def cheapest(used: float, looked: int, kept_bytes: float, room: float) -> Plan:
+    """How the gradient of the rows that will be used comes about, after all logits were made to be looked at.
+
+    Looking costs 2·N·V·H FLOPs for N rows. Of k rows that are used (the expected number, where a gate may reject all),
+    "keep" multiplies the kept logits' errors with W: 2·k·V·H; "again" makes the logits anew first: 4·k·V·H; "now"
+    makes all rows' gradient while looking: 2·N·V·H, before it is known who will be used. So what fits is kept, and
+    else "now" wins for k > N / 2.
+
+    Args:
+        used: k; looked: N; kept_bytes: of the logits that would be kept; room: for them.
+    """
+    return "keep" if kept_bytes <= room else "again" if used <= looked / 2 else "now"
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """Σ of the losses of predictions whose last states are given.
+
+    Args:
+        head: of the model; settings: `loss` says which, `logits_mib` what a chunk's logits may take.
+        smoothing: of the labels, in [0, 1).
+
+    Raises:
+        ParameterError: no row of logits fits `logits_mib`; label smoothing with "dft"; "liger" where it is not.
+    """
+
+    head: Head
+    settings: TokenSettings
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        name = self.settings.loss
+        fits = f"must be at least {self.row_bytes / 2**20:.3g}: one row of {self.head.outputs} words"
+        require(self.room >= self.row_bytes, "logits_mib", self.settings.logits_mib, fits)
+        smoothed = f"weighs each token by its own probability: no label_smoothing_factor={self.smoothing}"
+        require(name != "dft" or not self.smoothing, "loss", name, smoothed)
+        if name == "liger":
+            liger(self.head)
+
+    @property
+    def room(self) -> float:
+        """Bytes for a chunk's logits."""
+        return self.settings.logits_mib * 2**20
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the gradient is a formula: of a frozen linear head, labels as they are."""
+        return self.head.is_fixed and not self.smoothing
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one prediction's logits at work."""
+        changed = self.head.softcap is not None or self.head.scale != 1
+        return (BYTES[self.is_fixed] + CAPPED * changed) * self.head.outputs
+
+    @property
+    def chunk(self) -> int:
+        """Predictions at a time."""
+        return int(self.room / self.row_bytes)
+
+    def __call__(self, states: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Σ weight · loss, () float32, of states (N, H), targets (N,) and weights (N,) or none."""
+        if self.settings.loss == "liger":
+            return liger(self.head)(self.head.module.weight, states, targets, self.head.module.bias)
+        trained = [p for p in self.head.module.parameters() if p.requires_grad]
+        if not (torch.is_grad_enabled() and (states.requires_grad or trained)):
+            found = [losses for losses, _ in self.losses(states, targets, self.smoothing)]
+            losses = self.weighed(torch.cat(found or [states[:0, 0].detach()]))
+            return (losses if weights is None else losses * weights).sum().float()
+        return _Sum.apply(self, states, targets, weights, *trained)
+
+    def weighed(self, losses: Tensor) -> Tensor:
+        """Negative log-likelihoods (n,) as they count."""
+        return losses * torch.exp(-losses.detach()) if self.settings.loss == "dft" else losses
+
+    @torch.no_grad()
+    def losses(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Negative log-likelihoods (n,), and whether the word was predicted right (n,), of chunk after chunk."""
+        for _, y, raw in self.raw(states, targets):
+            logits = self.head.capped(raw.float())
+            del raw
+            yield F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing), logits.argmax(-1) == y
+
+    @torch.no_grad()
+    def raw(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """States (n, H), targets (n,) and the head's results (n, V), in its own precision, chunk by chunk."""
+        module, kind = self.head.module, states.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        cast = {}
+        if half and self.head.is_fixed and module.weight.dtype != half:  # once, not for every chunk
+            cast = {name: parameter.to(half) for name, parameter in module.named_parameters()}
+        for h, y in zip(states.detach().split(self.chunk), targets.split(self.chunk), strict=True):
+            if len(h):
+                yield h, y, torch.func.functional_call(module, cast, (h,)) if cast else module(h)
+
+    @torch.no_grad()
+    def gradient(self, raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (n,) and their gradient by a frozen head's input (n, H), float32, of its results (n, V): overwritten.
+
+        Args:
+            targets: (n,).
+        """
+        dtype, weight = raw.dtype, self.head.module.weight
+        error, scale, losses = error_in_place(self.head.capped(raw.float()), targets, self.head.softcap)
+        del raw
+        scale = scale[:, None]
+        if dtype == torch.float16:  # in which s·e may be too large
+            error, scale = error.mul_(HALF / scale), HALF
+        gradient = (error.to(dtype) @ weight.to(dtype)).float() * (self.head.scale / scale)
+        if self.settings.loss == "dft":
+            gradient *= torch.exp(-losses)[:, None]
+        return self.weighed(losses), gradient
+
+    def learnt(
+        self, h: Tensor, targets: Tensor, weights: Tensor | None, trained: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Σ weight · loss of a chunk, and its gradients by its states and by what is `trained` of the head."""
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            raw = self.head.module(h)
+            losses = F.cross_entropy(
+                self.head.capped(raw.float()), targets, reduction="none", label_smoothing=self.smoothing
+            )
+            losses = self.weighed(losses)
+            total = (losses if weights is None else losses * weights).sum()
+            up = HALF if raw.dtype == torch.float16 else 1.0
+            del raw, losses
+            found = torch.autograd.grad(total * up, [h, *trained], allow_unused=True)
+        return total.detach(), [None if grad is None else grad.float() / up for grad in found]
+
+
+class _Sum(torch.autograd.Function):
+    """What `HeadLoss` gives, with its gradients made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: HeadLoss, states: Tensor, targets: Tensor, weights: Tensor | None, *trained: nn.Parameter
+    ) -> Tensor:
+        total = states.new_zeros((), dtype=torch.float32)
+        sums: list[Tensor | None] = [None] * len(trained)
+        gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
+        if loss.is_fixed:
+            for _, y, raw in loss.raw(states, targets):
+                part = slice(first, first := first + len(y))
+                losses, rows = loss.gradient(raw, y)
+                del raw
+                own = None if weights is None else weights[part]
+                gradient[part] = rows if own is None else rows * own[:, None]
+                total += (losses if own is None else losses * own).sum()
+        else:
+            for h, y in zip(states.split(loss.chunk), targets.split(loss.chunk), strict=True):
+                part = slice(first, first := first + len(y))
+                own = None if weights is None else weights[part]
+                value, (gradient[part], *new) = loss.learnt(h, y, own, trained)
+                total += value
+                sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, new, strict=True)]
+        ctx.save_for_backward(gradient)
+        ctx.sums, ctx.dtypes = sums, (states.dtype, [p.dtype for p in trained])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upper: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (dtype, dtypes) = ctx.saved_tensors, ctx.dtypes
+        own = [None if s is None else (s * upper).to(d) for s, d in zip(ctx.sums, dtypes, strict=True)]
+        return None, (gradient * upper).to(dtype), None, None, *own
+
+
+def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, Any], kind: str) -> None:
+    """Try on `inputs` of one row whether `model` makes its loss as `loss` does.
+
+    Raises:
+        LorakitError: its logits are not its head's linear map, its own loss not their cross-entropy.
+    """
+    device = loss.head.module.weight.device
+    own = {"labels": torch.arange(ROWS_CHECKED, device=device)[None]} if takes_labels(model) else {}
+    with replaced_input(loss.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
+        outputs = model(**inputs, **own)
+    remedy = "; where no tokens are chosen, loss 'nll' takes what the model makes"
+    if not given:
+        raise LorakitError(f"the model's forward did not call its output head: there is nothing to select{remedy}")
+    HeadCheck(loss.head, remedy=remedy)(given[0], outputs.logits)
+    if own and outputs.loss is not None:
+        where, targets = rows(own["labels"], kind)
+        mean = F.cross_entropy(outputs.logits.flatten(0, 1)[where].float(), targets)
+        if not same_loss(outputs.loss, mean):
+            raise LorakitError(
+                f"{type(model).__name__}: its own loss is {float(outputs.loss):.4g}, the mean cross-entropy of its "
+                f"labels {float(mean):.4g}: loss {loss.settings.loss!r} and chosen tokens know the latter only; take "
+                f"off what it adds or puts in its place (loss_function, router losses){remedy}"
+            )
+
+
+def liger(head: Head) -> Any:
+    """Liger's fused loss for `head`, summed.
+
+    Raises:
+        ParameterError: it is not installed, or the head is not on CUDA.
+    """
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        raise ParameterError("loss", "liger", "needs the package liger-kernel; 'exact' needs none") from None
+    require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")
+    require(head.scale == 1, "loss", "liger", "knows no scale of logits; 'exact' does")
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=head.softcap)
