@@ -20,6 +20,7 @@ _CLASSES = {
     **{"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 }
 HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector)")
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of logits, in configs (Cohere, Falcon-H1, …)
 ROWS_CHECKED = 4
 TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off by 0.004
 
@@ -131,7 +132,7 @@ def has_task_head(model: nn.Module) -> bool:
 class Head:
     """A model's last linear layer. d_hidden: H; outputs: V words or C classes; softcap: None or c of c·tanh(x / c).
 
-    scale: what the logits are multiplied by before (Cohere's `logit_scale`, Granite's `logits_scaling`).
+    scale: what the logits are multiplied by before (`MULTIPLIERS`; Granite's `logits_scaling` divides).
     """
 
     module: nn.Module
@@ -177,8 +178,10 @@ def find_head(model: nn.Module, kind: str) -> Head:
         )
     outputs, width = module.weight.shape
     told = getattr(model.config, "get_text_config", lambda: model.config)()
-    divided = getattr(told, "logits_scaling", None) or 1.0
-    scale = (getattr(told, "logit_scale", None) or 1.0) / divided if kind != "classify" else 1.0
+    scale = next((named for name in MULTIPLIERS if (named := getattr(told, name, None)) is not None), 1.0)
+    if divisor := getattr(told, "logits_scaling", None):
+        scale = divisor if told.model_type == "hyperclovax" else 1 / divisor
+    scale = 1.0 if kind == "classify" else scale
     return Head(module, width, outputs, getattr(told, "final_logit_softcapping", None), scale)
 
 

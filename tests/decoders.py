@@ -29,8 +29,8 @@ def of(name: str, attention: str = "sdpa", **options) -> nn.Module:
     given = {"attn_implementation": attention} | options
     if name == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=64, embd_pdrop=0, attn_pdrop=0,
-            initializer_range=0.2, **{"resid_pdrop": 0} | given,
+            vocab_size=99, n_embd=32, n_head=2, n_positions=64, embd_pdrop=0, attn_pdrop=0,
+            initializer_range=0.2, **{"n_layer": 2, "resid_pdrop": 0} | given,
         )  # fmt: skip
         return transformers.GPT2LMHeadModel(config)
     own = {

@@ -5,7 +5,7 @@ e = softmax − onehot is made in the pass that makes the loss: 4·N·V·H FLOPs
 and cut-cross-entropy make the logits anew in the backward, 6·N·V·H; Liger's kernel makes the gradient at once too.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from lorakit.head import ROWS_CHECKED, Head, HeadCheck, replaced_input, rows, sa
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place
 
-BYTES = {True: 8, False: 16}  # of a logit at work, by whether the head is frozen: 16 bits, float32, and its error
+BYTES = {True: 6, False: 16}  # of a logit at work, by whether the head is frozen: float32, and 16 bits before or after
 CAPPED = 8  # bytes more where it is capped or scaled
+KEPT = 2  # times that for logits that are kept
 HALF = 256.0  # fp16: errors are multiplied by it before they are rounded, or those of rare words would be 0
 
 Plan = Literal["keep", "again", "now"]
@@ -104,33 +105,35 @@ class HeadLoss:
     @torch.no_grad()
     def losses(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
         """Negative log-likelihoods (n,), and whether the word was predicted right (n,), of chunk after chunk."""
-        for _, y, raw in self.raw(states, targets):
-            logits = self.head.capped(raw.float())
-            del raw
+        run = self.runner(states.device)
+        for h, y in self.parts(states, targets):
+            logits = self.head.capped(run(h).float())
             yield F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing), logits.argmax(-1) == y
+            del logits
+
+    def parts(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """States (n, H) and targets (n,), chunk by chunk."""
+        chunks = zip(states.detach().split(self.chunk), targets.split(self.chunk), strict=True)
+        return ((h, y) for h, y in chunks if len(h))
+
+    def runner(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The head, (n, H) to (n, V) in its own precision; under autocast its weights are cast once, not every time."""
+        module = self.head.module
+        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else module.weight.dtype
+        if module.weight.dtype == half or not self.head.is_fixed:
+            return module
+        cast = {name: parameter.to(half) for name, parameter in module.named_parameters()}
+        return lambda h: torch.func.functional_call(module, cast, (h,))
 
     @torch.no_grad()
-    def raw(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """States (n, H), targets (n,) and the head's results (n, V), in its own precision, chunk by chunk."""
-        module, kind = self.head.module, states.device.type
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        cast = {}
-        if half and self.head.is_fixed and module.weight.dtype != half:  # once, not for every chunk
-            cast = {name: parameter.to(half) for name, parameter in module.named_parameters()}
-        for h, y in zip(states.detach().split(self.chunk), targets.split(self.chunk), strict=True):
-            if len(h):
-                yield h, y, torch.func.functional_call(module, cast, (h,)) if cast else module(h)
-
-    @torch.no_grad()
-    def gradient(self, raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (n,) and their gradient by a frozen head's input (n, H), float32, of its results (n, V): overwritten.
+    def gradient(self, logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Losses (n,) and their gradient by a frozen head's input (n, H), float32.
 
         Args:
-            targets: (n,).
+            logits: (n, V) float32, capped: overwritten; targets: (n,); dtype: of the head's results.
         """
-        dtype, weight = raw.dtype, self.head.module.weight
-        error, scale, losses = error_in_place(self.head.capped(raw.float()), targets, self.head.softcap)
-        del raw
+        weight = self.head.module.weight
+        error, scale, losses = error_in_place(logits, targets, self.head.softcap)
         scale = scale[:, None]
         if dtype == torch.float16:  # in which s·e may be too large
             error, scale = error.mul_(HALF / scale), HALF
@@ -168,10 +171,14 @@ class _Sum(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(trained)
         gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
         if loss.is_fixed:
-            for _, y, raw in loss.raw(states, targets):
+            run = loss.runner(states.device)
+            for h, y in loss.parts(states, targets):
                 part = slice(first, first := first + len(y))
-                losses, rows = loss.gradient(raw, y)
-                del raw
+                raw = run(h)
+                logits, dtype = loss.head.capped(raw.float()), raw.dtype
+                del raw  # a chunk's logits are as many bytes as `BYTES` says
+                losses, rows = loss.gradient(logits, y, dtype)
+                del logits
                 own = None if weights is None else weights[part]
                 gradient[part] = rows if own is None else rows * own[:, None]
                 total += (losses if own is None else losses * own).sum()

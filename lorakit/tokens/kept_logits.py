@@ -71,7 +71,7 @@ class SeenLogits:
 
     def add(self, scores: Tensor, raw: Tensor, targets: Tensor, loss: HeadLoss) -> None:
         """See `BestLogits.add`; targets: (n,)."""
-        self.parts.append(loss.gradient(raw, targets) if self.made == "now" else raw)
+        self.parts.append(_gradients([raw], targets, loss) if self.made == "now" else raw)
 
     def take(self, chosen: Any, loss: HeadLoss) -> tuple[Tensor, Tensor]:
         """See `BestLogits.take`."""
@@ -86,9 +86,9 @@ class SeenLogits:
 
 
 def _gradients(parts: Sequence[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
-    """Losses (k,) and gradients (k, H) of the head's results, in parts."""
-    words = targets.split([len(raw) for raw in parts])
-    made = [loss.gradient(raw, part) for raw, part in zip(parts, words, strict=True)]
+    """Losses (k,) and gradients (k, H) of the head's results, in parts, which are given up."""
+    words = zip(parts, targets.split([len(raw) for raw in parts]), strict=True)
+    made = [loss.gradient(loss.head.capped(raw.float()), part, raw.dtype) for raw, part in words]
     return torch.cat([losses for losses, _ in made]), torch.cat([gradient for _, gradient in made])
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.adapters.switch import disabled
 from lorakit.errors import require
 from lorakit.head import Head
 from lorakit.modules import blocks
@@ -76,8 +77,6 @@ class TokenScore:
     @contextlib.contextmanager
     def base_model(self) -> Iterator[None]:
         """While inside, the adapter is switched off, and nothing makes a graph."""
-        from lorakit.adapters.switch import disabled
-
         with disabled(self.model), torch.no_grad():
             yield
 

@@ -20,7 +20,7 @@ from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import HeadLoss, cheapest, require_plain_loss
+from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, require_plain_loss
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -225,7 +225,7 @@ class TokenGate:
         kept = looked if not self.selective else used
         best = not self.selective or self.settings.method == "flora" and not self.settings.weighted and self.score.seen
         size = kept * self.head.outputs * self.head.module.weight.element_size()
-        return cheapest(used * getattr(look, "rate", 1.0), looked, size if best else torch.inf, self.loss.room)
+        return cheapest(used * getattr(look, "rate", 1.0), looked, size if best else torch.inf, KEPT * self.loss.room)
 
     def _held(
         self, looked: int, used: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None
@@ -249,25 +249,23 @@ class TokenGate:
         look: Look | None = None,
         held: BestLogits | SeenLogits | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores and losses (N,) of the predictions at `where` (N,) of the flattened hidden states.
-
-        What is needed of them later, `held` keeps.
-        """
+        """Scores and losses (N,) of the predictions at `where` (N,) of flattened hidden states; `held` keeps some."""
         found: list[tuple[Tensor, Tensor]] = []
-        for h, y, raw in self.loss.raw(hidden.flatten(0, -2)[where], targets):
+        run = self.loss.runner(hidden.device)
+        for h, y in self.loss.parts(hidden.flatten(0, -2)[where], targets):
+            raw = run(h)
             logits = self.head.capped(raw.float())
             if held is None:
                 raw = None  # its memory is free for what the scores need
             elif logits is raw and self.score.overwrites:
                 raw = raw.clone()
-            losses = None
+            losses = F.cross_entropy(logits, y, reduction="none") if look is not None else None
             if look is not None:
-                losses = F.cross_entropy(logits, y, reduction="none")
                 look(h, logits, y, losses)
             found.append(self.score(h, logits, y, losses, len(found) * self.loss.chunk))
-            logits = None
+            logits, scores = None, found[-1][0]
             if held is not None:
-                held.add(found[-1][0], raw, y, self.loss)
+                held.add(scores, raw, y, self.loss)
             raw = None  # before the next chunk's
         return tuple(map(torch.cat, zip(*found, strict=True)))
 

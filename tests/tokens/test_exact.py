@@ -236,12 +236,12 @@ def test_logits_never_exist_at_once(monkeypatch):
 
 
 def test_chunks_follow_the_bound_and_the_head():
-    for mib, fixed, capped, chunk in ((128, True, None, 64), (512, True, None, 256), (128, True, 30.0, 32)):
+    for mib, fixed, capped, chunk in ((96, True, None, 64), (384, True, None, 256), (112, True, 30.0, 32)):
         module = nn.Linear(2, 262_144, bias=False, device="meta").requires_grad_(not fixed)
         loss = HeadLoss(Head(module, 2, 262_144, capped), TokenSettings(logits_mib=mib))
         assert loss.chunk == chunk
     module.requires_grad_()
-    assert HeadLoss(Head(module, 2, 262_144, None), TokenSettings()).chunk == 32
+    assert HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128)).chunk == 32
 
 
 # evaluation -----------------------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def test_a_model_whose_loss_is_another_is_refused_and_told_the_remedy(make, told
 
 def test_what_the_loss_cannot_be_is_an_error():
     model = adapted(of("llama"))
-    row = 8 * 99 / 2**20
-    with pytest.raises(ParameterError, match=r"^logits_mib=0.0007: must be at least 0.00075\d*: one row of 99 words"):
-        build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=0.0007))
+    row = 6 * 99 / 2**20
+    with pytest.raises(ParameterError, match=r"^logits_mib=0.0005: must be at least 0.00056\d*: one row of 99 words"):
+        build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=0.0005))
     assert build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=1.01 * row)).loss.chunk == 1
     with pytest.raises(ParameterError, match="^loss='dft': .*label_smoothing_factor=0.1"):
         exact(model, "causal", "dft", smoothing=0.1)
