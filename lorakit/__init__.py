@@ -11,7 +11,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Module -> the public names it defines; imported on first use, so that `import lorakit` costs no more than a glance.
 _NAMES = {
-    "adapters": "attach detach merge unmerge adapter_state load_adapter_state "
+    "adapters": "attach detach disabled merge unmerge adapter_state load_adapter_state "
     "save_adapter load_adapter export parameter_stats adapter_bytes quantize_nf4 requantisation_error",
     "runs.experiment": "run",
     "runs.search": "search",

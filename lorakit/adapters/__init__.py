@@ -15,6 +15,7 @@ from lorakit.adapters.state import (
     requantisation_error,
 )
 from lorakit.adapters.storage import load_adapter
+from lorakit.adapters.switch import disabled
 from lorakit.adapters.zeros import compact, sparsity_report
 from lorakit.base.quantize import quantize_nf4
 from lorakit.settings import AdapterSettings, SparseSettings

@@ -182,6 +182,19 @@ def is_merged(model: nn.Module) -> bool:
     return attachment is not None and attachment.is_merged(model)
 
 
+def is_disabled(model: nn.Module) -> bool:
+    """Whether the adapters are switched off, by `disabled` or by PEFT."""
+    own = any(layer.is_off for layer in adapter_layers(model).values())
+    return own or not getattr(model, "has_active_enabled_adapter", True)
+
+
+def require_enabled(model: nn.Module) -> nn.Module:
+    """Raise `LorakitError` inside `disabled`, whose end would not find what it left."""
+    if is_disabled(model):
+        raise LorakitError("the adapters are switched off: leave `with disabled(model):` first")
+    return model
+
+
 def require_unmerged(model: nn.Module) -> None:
     if is_merged(model):
         raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
@@ -193,7 +206,7 @@ def detach(model: nn.Module) -> nn.Module:
 
     Modules trained in full keep their trained values.
     """
-    return attachment_of(unmerge(model)).detach(model)
+    return attachment_of(unmerge(require_enabled(model))).detach(model)
 
 
 @unwrapping
@@ -209,7 +222,7 @@ def merge(model: nn.Module, safe: bool = False) -> nn.Module:
     Raises:
         LorakitError: a type of PEFT or a base that cannot be merged (see `can_merge`), or `safe`; nothing is merged.
     """
-    attachment_of(model).merge(model, safe)
+    attachment_of(model).merge(require_enabled(model), safe)
     return model
 
 

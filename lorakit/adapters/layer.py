@@ -34,6 +34,7 @@ class AdapterLayer(nn.Module, ABC):
     peft_type: ClassVar[str]  # the method's name in PEFT's file format
     parameter_names: ClassVar[tuple[str, ...]]  # trainable attributes, named as in PEFT's file format
     peft_fields: ClassVar[frozenset[str]]  # the fields of the method's PEFT config that are understood
+    is_off: bool = False  # see `lorakit.disabled`
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         super().__init__()
@@ -80,6 +81,8 @@ class AdapterLayer(nn.Module, ABC):
         Raises:
             LorakitError: merged, and asked to train: the adapter would silently get no gradient.
         """
+        if self.is_off:
+            return self.base_layer(x)
         if self._unmerged:
             if self.training and torch.is_grad_enabled():
                 raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
@@ -127,7 +130,7 @@ class AdapterLayer(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """The effective weight, for code that reads it past `forward` (nn.MultiheadAttention, fused encoder layers)."""
-        return self.base_layer.weight if self._unmerged else self.merged_weight()
+        return self.base_layer.weight if self._unmerged or self.is_off else self.merged_weight()
 
     @property
     def bias(self) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.attachment import is_disabled
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.probe import Probe
@@ -160,7 +161,9 @@ class SkipLoRA(Controller):
 
     # inside a step -------------------------------------------------------------------------------------
 
-    def _new_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _new_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_disabled(model):
+            return
         mask = kwargs.get("attention_mask")
         valid = mask.reshape(-1).float() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         for probe in self.probes:

@@ -24,6 +24,8 @@ def _inserts_tokens(config: Any) -> bool:
 def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if wrapper.lorakit_unmerged and wrapper.training and torch.is_grad_enabled():
         raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
+    if not wrapper.has_active_enabled_adapter:
+        return args, kwargs
     config = config_of(wrapper)
     if config.is_prompt_learning and kwargs.get("position_ids") is not None:
         raise LorakitError(f"{config.peft_type.value} cannot train on packed rows: PEFT drops their positions")
@@ -38,6 +40,6 @@ def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
 
 def after_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
     """Cut the virtual tokens' logits off, so that logits and labels stand side by side."""
-    logits = getattr(outputs, "logits", None)
+    logits = getattr(outputs, "logits", None) if wrapper.has_active_enabled_adapter else None
     if logits is not None and logits.dim() == 3 and _inserts_tokens(config_of(wrapper)):
         outputs.logits = logits[:, config_of(wrapper).num_virtual_tokens :]
