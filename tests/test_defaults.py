@@ -23,9 +23,9 @@ DEFAULTS = {
     "lorakit.gates.threshold:ThresholdController": {"steepness": 10.0, "ema_rate": 0.02, "burn_in": 0},
     "lorakit.sketches.frequent_directions:FrequentDirections": {"decay": 1.0, "device": "cpu"},
     "lorakit.skip.controller:SkipLoRA": {"seed": 0},
-    "lorakit.tokens:build_tokens": {"seed": 0, "rank": 0},
-    "lorakit.tokens.scores:TokenScore": {"sketch_dim": 512, "topk_logits": 64, "seed": 0},
-    "lorakit.tokens.selection:TokenGate": {"seed": 0, "rank": 0},
+    "lorakit.tokens:build_tokens": {"seed": 0, "rank": 0, "smoothing": 0.0},
+    "lorakit.tokens.scores:TokenScore": {"seed": 0},
+    "lorakit.tokens.selection:TokenGate": {"seed": 0, "rank": 0, "smoothing": 0.0},
     "lorakit.training.trainer:BudgetTrainer": {"evaluations": 1, "save_steps": 0, "keep_best": False},
 }
 

@@ -141,7 +141,7 @@ def test_groups_are_checked_when_made_and_when_changed():
 @pytest.mark.parametrize(
     ("given", "says"),
     [({"gate_m": 100}, "gate_m=100: must be a power of two"), ({"gate_k": 512}, "gate_k=512: must be below gate_m=512"),
-     ({"gate_rows": 64}, "gate_rows=64: must be 0, or above gate_k=64 and at most gate_m=512"),
+     ({"gate_rows": 64}, "gate_rows=64: must be 0, or above gate_k=64, at most gate_m=512"),
      ({"prune_start": 0.8}, "prune_end=0.8: must be after prune_start=0.8"), ({"l1": 0.1}, "l1=0.1: is for spars"),
      ({"sparsify": "structured", "sparse_factors": "A"}, "sparse_factors='A': .*must be 'both'")],
 )  # fmt: skip

@@ -82,7 +82,8 @@ class Run:
         resolved, apart = records.read(self.record).resolved, flagged(Params, APART)
         was = Params(**{name: value for name, value in resolved.items() if name in Params.model_fields})
         now = self.params  # read from its files at every look
-        pairs = {name: (getattr(was, name), getattr(now, name)) for name in Params.model_fields}
+        known = Params.model_fields.keys() & resolved.keys()  # a parameter may be younger than the record
+        pairs = {name: (getattr(was, name), getattr(now, name)) for name in known}
         return {name: pair for name, pair in pairs.items() if name not in apart and pair[0] != pair[1]}
 
 

@@ -1,24 +1,23 @@
 """A second pass that starts behind the blocks in which nothing learns, from the states the first pass had there."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.modules import blocks
 from lorakit.tokens.positions import Places
 
 
 class Cut:
-    """Where the first `count` blocks of `model` end, for one batch: nothing before that gets a gradient.
+    """Where the first `count` of the `blocks` of `model` end, for one batch: nothing before that gets a gradient.
 
     An adapter that SkipLoRA lets rest does not learn.
     """
 
-    def __init__(self, model: nn.Module):
-        self.blocks = blocks(model)
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
+        self.blocks = blocks
         probes = [probe for module in model.modules() if (probe := getattr(module, "probe", None)) is not None]
         resting = {id(parameter) for probe in probes if not probe.active for parameter in probe.parameters}
         learning = {id(p) for p in model.parameters() if p.requires_grad} - resting

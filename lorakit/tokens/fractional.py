@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
 from lorakit.head import ambient_autocast, replaced_input
+from lorakit.modules import blocks
 from lorakit.seams import Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
@@ -74,7 +75,7 @@ class FractionalGate(TokenGate):
     def __init__(self, settings: Gating, model: nn.Module, kind: str, **options: Any):
         super().__init__(settings, model, kind, **options)
         require(kind == "causal", "gating.mode", "fractional", "needs a causal language model; encoders: 'gather'")
-        self.model = model
+        self.model, self.blocks = model, blocks(model)
         self.config = model.config.get_text_config()
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)
@@ -99,7 +100,7 @@ class FractionalGate(TokenGate):
         require("input_ids" in inputs, "inputs_embeds", "given", "mode 'fractional' needs input_ids; use 'gather'")
         require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
         masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
-        recorded, kept, cut = DynamicCache(), [], Cut(self.model)
+        recorded, kept, cut = DynamicCache(), [], Cut(self.model, self.blocks)
         packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
 
         def replace(hidden: Tensor) -> Tensor:

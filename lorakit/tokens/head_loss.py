@@ -7,6 +7,7 @@ and cut-cross-entropy make the logits anew in the backward, 6·N·V·H; Liger's 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,7 @@ class HeadLoss:
         smoothed = f"weighs each token by its own probability: no label_smoothing_factor={self.smoothing}"
         require(name != "dft" or not self.smoothing, "loss", name, smoothed)
         if name == "liger":
-            liger(self.head)
+            liger(self.head, self.smoothing)
 
     @property
     def room(self) -> float:
@@ -90,7 +91,7 @@ class HeadLoss:
     def __call__(self, states: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ weight · loss, () float32, of states (N, H), targets (N,) and weights (N,) or none."""
         if self.settings.loss == "liger":
-            return liger(self.head)(self.head.module.weight, states, targets, self.head.module.bias)
+            return liger(self.head, self.smoothing)(self.head.module.weight, states, targets, self.head.module.bias)
         trained = [p for p in self.head.module.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and (states.requires_grad or trained)):
             found = [losses for losses, _ in self.losses(states, targets, self.smoothing)]
@@ -118,9 +119,11 @@ class HeadLoss:
 
     def runner(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The head, (n, H) to (n, V) in its own precision; under autocast its weights are cast once, not every time."""
-        module = self.head.module
-        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else module.weight.dtype
-        if module.weight.dtype == half or not self.head.is_fixed:
+        module, kind = self.head.module, device.type
+        if not self.head.is_fixed or not torch.is_autocast_enabled(kind):  # an adapter's weight is made when asked for
+            return module
+        half = torch.get_autocast_dtype(kind)
+        if module.weight.dtype == half:
             return module
         cast = {name: parameter.to(half) for name, parameter in module.named_parameters()}
         return lambda h: torch.func.functional_call(module, cast, (h,))
@@ -226,16 +229,16 @@ def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, An
             )
 
 
-def liger(head: Head) -> Any:
+def liger(head: Head, smoothing: float) -> Any:
     """Liger's fused loss for `head`, summed.
 
     Raises:
         ParameterError: it is not installed, or the head is not on CUDA.
     """
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        made = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
     except ImportError:
         raise ParameterError("loss", "liger", "needs the package liger-kernel; 'exact' needs none") from None
     require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")
     require(head.scale == 1, "loss", "liger", "knows no scale of logits; 'exact' does")
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=head.softcap)
+    return made(reduction="sum", softcap=head.softcap, label_smoothing=smoothing)

@@ -108,7 +108,7 @@ def test_computed_flops_are_those_of_the_passes_that_ran(tmp_path, name):
 
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
 def test_chunks_count_where_the_head_does_something_once_a_call(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr("lorakit.tokens.selection.chunk_of", lambda words: 8)
+    monkeypatch.setattr("lorakit.tokens.head_loss.HeadLoss.chunk", 8)
     model = decoders.of("llama", tie_word_embeddings=False)
     model = decoders.prepared(attach(model, "hira", target_modules=["lm_head", "q_proj"], rank=4, seed=0))
     meter = trained(model, tmp_path, {"method": "flora", "topk_tokens": 0.1, "mode": mode}, steps=40)
