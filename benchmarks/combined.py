@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks._common import Claim
-from benchmarks.gate import gemma_270m
+from benchmarks._decoders import SHARES, bare, batch_of, exact, gemma_270m
 from benchmarks.lora import build_ours
-from benchmarks.tokens import SHARES, bare, batch_of, exact, selection
+from benchmarks.tokens import selection
 from lorakit.studies.token_costs import step_flops
 
 DESCRIPTION = "fractional 20 % by the layers' score, SkipLoRA prefix 1/2, NF4 and the exact loss in one step"

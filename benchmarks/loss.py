@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks._common import Claim, interleave, keep_memory, time_claim
-from benchmarks.gate import gemma, gemma_270m
+from benchmarks._decoders import SHARES, bare, batch_of, exact, gemma, gemma_270m
 from benchmarks.lora import build_ours
-from benchmarks.tokens import SHARES, bare, batch_of, exact
 from lorakit.studies.token_costs import step_flops
 
 DESCRIPTION = "the exact loss: a step's FLOPs, seconds and memory against TRL 1.16's and plain logits'; its gradient"

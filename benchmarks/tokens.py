@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks._common import NO_TARGET, Claim, interleave, keep_memory, time_claim
-from benchmarks.gate import gemma, gemma_1b, gemma_270m
+from benchmarks._decoders import SHARES, bare, batch_of, exact, gemma, gemma_1b, gemma_270m
 from benchmarks.lora import build_ours
 from lorakit.studies.token_costs import step_flops
 
@@ -23,7 +22,6 @@ TARGET = (
 CHOICES = [(mode, fraction) for mode in ("gather", "fractional") for fraction in (0.1, 0.2, 0.4)]
 ROUNDS = 6
 SCORES = ("sketch", "gradient_norm", "loss", "entropy", "hidden_gradient")
-SHARES = {"": 1.0, ", 25 % targets": 0.25}
 GOALS = {  # of "fractional 20%", by score and by whether a quarter of the tokens are targets: FLOPs, peak
     ("sketch", False): (0.64, 0.65), ("sketch", True): (0.55, 0.60),
     ("update", False): (0.42, 0.62), ("update", True): (0.46, 0.53),
@@ -41,29 +39,6 @@ def selection(model: nn.Module, fraction: float, mode: str, score: str = "sketch
     from lorakit.tokens import build_tokens
 
     return build_tokens(Gating(method=method, topk_tokens=fraction, mode=mode, score=score), model, "causal")
-
-
-def exact(model: nn.Module, mib: float = 96) -> Any:
-    """The loss of all tokens, their logits `mib` MiB at a time."""
-    from lorakit.settings import Gating, TokenSettings
-    from lorakit.tokens import build_tokens
-
-    return build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=mib))
-
-
-def batch_of(shape: tuple[int, int], targets: float = 1.0) -> dict[str, torch.Tensor]:
-    """Ids, mask and labels (B, T); the first tokens of a row are a prompt, so that `targets` of all are predicted."""
-    ids = torch.ones(shape, dtype=torch.long)
-    labels = ids.clone()
-    labels[:, : round((1 - targets) * shape[1])] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-@functools.cache
-def bare(build: Callable[[], nn.Module]) -> nn.Module:
-    """The adapted model without data, weights in bfloat16."""
-    with torch.device("meta"):
-        return build_ours(build().bfloat16()).train()
 
 
 # FLOPs ---------------------------------------------------------------------------------------------

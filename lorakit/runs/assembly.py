@@ -42,6 +42,8 @@ class Assembled:
             noted.append(f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged")
         if self.params.tf32 and not is_torch_tf32_available():
             noted.append("tf32: not on this device; float32 is whole")
+        if "loss" in self.params.model_fields_set and self.task.kind == "classify":
+            noted.append(f"loss {self.params.loss!r}: a classifier's is its own, of all its logits")
         return noted
 
 

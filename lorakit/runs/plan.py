@@ -17,7 +17,7 @@ from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.modules import is_conv1d, replace_modules
 from lorakit.params import Params, check
-from lorakit.settings import Gating
+from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
 
 GIB = 2**30
@@ -47,6 +47,7 @@ class Plan:
     gradient_checkpointing: bool = False
     tokens: float = 1.0
     mode: str = "gather"
+    loss: str = "exact"
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "batch", self.batch, "at least 1")
@@ -55,7 +56,7 @@ class Plan:
         require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
         require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
         require(0 < self.tokens <= 1, "tokens", self.tokens, "a share inside (0, 1]")
-        named = ("method", "precision", "quantize", "rank", "gradient_checkpointing", "gating")
+        named = ("method", "precision", "quantize", "rank", "gradient_checkpointing", "gating", "loss")
         check(Params(target_modules=self.targets, **{name: getattr(self, name) for name in named}))
 
     @property
@@ -102,7 +103,7 @@ def predict(plan: Plan) -> Prediction:
         autocast=None if plan.precision == "fp32" else plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing,
         device="cuda",
-        tokens=build_tokens(plan.gating, model, kind),
+        tokens=build_tokens(plan.gating, model, kind, loss=TokenSettings(loss=plan.loss)),
     )
     sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Prediction(
@@ -195,6 +196,7 @@ _OPTIONS = {
     "optimizer": f"one of {', '.join(PREDICTABLE)}",
     "tokens": "that get a backward (FLoRA), a share of those that are predicted",
     "mode": "of that backward: gather (through the head only), fractional (through the layers)",
+    "loss": "of a language model: exact (no logits kept), nll (all logits), dft, liger",
     "kind": "causal, masked or classify; by the model's family where not given",
 }
 

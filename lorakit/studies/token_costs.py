@@ -15,7 +15,7 @@ from lorakit.measure.dry import fake, fake_mode, faked, training_state
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.records import Record
-from lorakit.settings import Gating
+from lorakit.settings import Gating, TokenSettings
 from lorakit.studies.gates import in_words
 from lorakit.studies.tokens import EVERY, MODES, Batch, share_axis
 from lorakit.tokens import build_tokens
@@ -24,7 +24,7 @@ DONE = {"not run": "white", "forward only": "#BFD7EA", "forward and backward": "
 
 
 def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **memory: Any) -> DataFrame:
-    """A line per mode and fraction: FLOPs, activations with logits at the predicted peak, that peak; a plain step is 1.
+    """A line per mode and fraction: FLOPs, activations with logits at the predicted peak, that peak; exact LoRA is 1.
 
     Nothing is computed, so `model` may be on the meta device.
 
@@ -37,11 +37,11 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
         found = predict_step_memory(model, batch, tokens=tokens, **memory)
         return np.array([step_flops(model, batch, tokens), found["activations"] + found["logits"], found["peak"]])
 
-    lines, plain = [], cost(None)
+    lines, whole = [], cost(build_tokens(Gating(), model, "causal", loss=TokenSettings()))
     for mode in MODES:
         for fraction in fractions:
             gating = Gating(method="flora", mode=mode, topk_tokens=min(fraction, EVERY))
-            lines.append([mode, fraction, *cost(build_tokens(gating, model, "causal")) / plain])
+            lines.append([mode, fraction, *cost(build_tokens(gating, model, "causal")) / whole])
     return pd.DataFrame(lines, columns=["mode", "fraction", "FLOPs", "activations and logits", "peak"])
 
 
@@ -54,7 +54,7 @@ def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
             for ax, (part, what) in zip(column, parts.items(), strict=True):
                 ax.axhline(1, color="0.35", lw=0.8, zorder=1)
                 style.lines(ax, table, "fraction", part, "mode", MODES)
-                ax.set(ylabel=f"{what}\n(plain step = 1)", ylim=(0, 1.08 * max(1, highest[part])))
+                ax.set(ylabel=f"{what}\n(all tokens = 1)", ylim=(0, 1.08 * max(1, highest[part])))
                 ax.label_outer()
                 share_axis(ax, table["fraction"].unique())
             column[0].set(xlabel="", title=name)
@@ -65,7 +65,7 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
     """Of forward and backward, on tensors without data; what scoring takes beyond matrix products is by formula.
 
     Args:
-        tokens: which get a backward (`TokenSelection`); None: all.
+        tokens: which get a backward (`TokenSelection`); None: all, by the model's own loss.
     """
     real, mode = dict(batch), fake_mode()
     labels = real.pop("labels")
@@ -79,7 +79,7 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
         with tokens.dry(real, labels), mode, FlopCount() as count:
             selected = tokens.select(model, inputs, labels)
             selected.finish().backward()
-    return count.total + (tokens.score.flops(selected.predictions) if tokens.scores(None) else 0)
+    return count.total + (tokens.score.flops(selected.predictions, tokens.score.seen) if tokens.selective else 0)
 
 
 def mode_table(tokens: int, chosen: Sequence[int], layers: int) -> dict[str, np.ndarray]:

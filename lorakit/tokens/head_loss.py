@@ -23,6 +23,7 @@ from lorakit.sketches.head_gradient import error_in_place
 BYTES = {True: 6, False: 16}  # of a logit at work, by whether the head is frozen: float32, and 16 bits before or after
 CAPPED = 8  # bytes more where it is capped or scaled
 KEPT = 2  # times that for logits that are kept
+SLICE = 8  # rows whose likelihoods are found at once
 HALF = 256.0  # fp16: errors are multiplied by it before they are rounded, or those of rare words would be 0
 
 Plan = Literal["keep", "again", "now"]
@@ -109,7 +110,7 @@ class HeadLoss:
         run = self.runner(states.device)
         for h, y in self.parts(states, targets):
             logits = self.head.capped(run(h).float())
-            yield F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing), logits.argmax(-1) == y
+            yield likelihoods(logits, y, smoothing), logits.argmax(-1) == y
             del logits
 
     def parts(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,6 +203,12 @@ class _Sum(torch.autograd.Function):
         (gradient,), (dtype, dtypes) = ctx.saved_tensors, ctx.dtypes
         own = [None if s is None else (s * upper).to(d) for s, d in zip(ctx.sums, dtypes, strict=True)]
         return None, (gradient * upper).to(dtype), None, None, *own
+
+
+def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihoods (n,) of logits (n, V) float32: in slices, since each needs as much memory again."""
+    slices = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
+    return torch.cat([F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing) for z, y in slices])
 
 
 def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, Any], kind: str) -> None:

@@ -15,6 +15,7 @@ from lorakit.modules import blocks
 from lorakit.settings import Gating
 from lorakit.sketches import TensorSketch
 from lorakit.sketches.head_gradient import error_in_place, sparse_error
+from lorakit.tokens.head_loss import likelihoods
 
 OF_LAYERS = ("update", "updates")  # known before the head runs
 
@@ -103,7 +104,7 @@ class TokenScore:
             weight = self.head.module.weight  # W_U (V, H)
             return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
         if losses is None:
-            losses = F.cross_entropy(logits, labels, reduction="none")
+            losses = likelihoods(logits, labels)
         if self.name == "sketch":
             normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
             error = sparse_error(logits, labels, self.kept, self.softcap, normaliser)

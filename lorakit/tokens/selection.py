@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +19,7 @@ from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, require_plain_loss
+from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -259,7 +258,7 @@ class TokenGate:
                 raw = None  # its memory is free for what the scores need
             elif logits is raw and self.score.overwrites:
                 raw = raw.clone()
-            losses = F.cross_entropy(logits, y, reduction="none") if look is not None else None
+            losses = likelihoods(logits, y) if look is not None else None
             if look is not None:
                 look(h, logits, y, losses)
             found.append(self.score(h, logits, y, losses, len(found) * self.loss.chunk))
