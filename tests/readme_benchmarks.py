@@ -14,6 +14,7 @@ from typing import Any
 from readme_records import line, percent
 
 from benchmarks import gate, hira, lora, nf4, skip, sparse
+from benchmarks._decoders import SHARES
 from benchmarks.tokens import CHOICES
 from lorakit.files import PROJECT
 
@@ -124,13 +125,12 @@ def of_gate() -> Iterator[str]:
     yield line(f"{over['accepted']}, seconds: the same", pair(over["accepted"]), goals["accepted"])
     forwards = claim("gate", "forwards per candidate batch, some rejected")
     yield line("backbone forwards per candidate batch", f"{forwards.ratio:.3g}", f"{forwards.target:g}")
-    large = "Gemma 1B T=2048"
-    flops = claim("gate", f"{large}: rejected FLOPs")
-    title = "rejected batch over its forward, FLOPs (Gemma 1B, 2,048 tokens)"
+    flops = claim("gate", "rejected batch: FLOPs")
+    title = "rejected batch over its forward, FLOPs (Gemma 270M, every token predicted)"
     yield line(title, f"{flops.ratio:.4f}", f"{flops.target:.3f}")
-    step = claim("gate", f"{large}: FLOPs at rate 0.3 per candidate")
-    title = "step FLOPs saved at acceptance 0.3 (Gemma 1B, 2,048 tokens)"
-    yield line(title, percent(1 - step.ratio, ".1f"), percent(1 - step.target))
+    kept, again = (claim("gate", f"a candidate at rate 0.3, logits {how}: FLOPs") for how in ("kept", "made again"))
+    title = "FLOPs a candidate at acceptance 0.3 over the exact step's: logits kept; made again"
+    yield line(title, f"{kept.ratio:.2f}; {again.ratio:.2f}", f"{kept.target:.2f}; {again.target:.2f}")
     state = claim("gate", "gate state, m=512, k=64, V=262144")
     yield line("gate state, V = 262,144", f"{state.ours:.2f} MB", f"{state.theirs:.0f} MB")
     yield "the state is of m = 512, k = 64"
@@ -148,27 +148,50 @@ def of_gate() -> Iterator[str]:
 
 
 def of_tokens() -> Iterator[str]:
-    yield "Gemma 3 270M, 4 × 256 tokens, over the plain step"
-    for mode, fraction in CHOICES:
-        name = f"{mode} {fraction:.0%}"
-        parts = ("step FLOPs", "predicted activations", "predicted peak", "step")
-        told = [f"{claim('tokens', f'{name}: {what}').ratio:.2f}" for what in parts]
-        quarter = claim("tokens", f"{name}, 25 % targets: step FLOPs").ratio
-        yield line(mode, percent(fraction), *told, f"{quarter:.2f}")
-    head = claim("tokens", "no choice, 25 % targets: step FLOPs").ratio
-    yield f"a head that leaves the prompts out takes {head:.2f} by itself"
-    loss, random = (claim("tokens", f"fractional 20% {how}: step").ratio for how in ("by loss", "at random"))
-    yield f"(20 % chosen by the loss alone: {loss:.2f}, at random, without scores: {random:.2f})"
+    yield "Gemma 3 270M, 4 × 256 tokens, over LoRA with the exact loss"
+    choices = {f"{mode} {fraction:.0%}": (mode, percent(fraction)) for mode, fraction in CHOICES}
+    choices["fractional 20% by update"] = ("fractional, by `update`", "20 %")
+    choices |= {"fractional 20% at random": ("fractional, at random", "20 %"), "plain": ("all logits (`nll`)", "all")}
+    for name, shown in choices.items():
+        step = "" if name == "plain" else f"{claim('tokens', f'{name}: step').ratio:.2f}"
+        told = [claim("tokens", f"{name}{share}: {what}").ratio
+                for share in SHARES for what in ("step FLOPs", "predicted peak")]  # fmt: skip
+        flops, peak, *quarter = (f"{ratio:.2f}" for ratio in told)
+        yield line(*shown, flops, peak, step, *quarter)
     scores = [claim("tokens", f"scoring by {score}") for score in ("sketch", "gradient_norm", "loss", "entropy")]
     most, states = max(one.ratio for one in scores), claim("tokens", "scoring by hidden_gradient").ratio
     yield f"It adds {percent(most - 1, '.1f')} to a forward's FLOPs by `sketch`, `gradient_norm`, `loss` and `entropy`"
     yield f"but {percent(states - 1)} by `hidden_gradient`"
     off = claim("tokens", "fractional, all chosen: gradient off by (1e-5)")
-    yield "At fraction 1 `gather` is bitwise the plain Trainer, and "
-    yield f"`fractional` with everything chosen has its gradient to {short(1e-5 * off.ours)}."
-    peak = claim("tokens", "gather 20%: predicted peak, Gemma 1B 1x2048")
-    yield "predicted peak at 20 % on Gemma 3 1B, 2,048 tokens with checkpointing, is "
-    yield f"{peak.ratio:.3f} of the plain one (target {peak.target:.2f})"
+    yield f"`fractional` with everything chosen has the plain gradient to {short(1e-5 * off.ours)}."
+
+
+def of_loss() -> Iterator[str]:
+    def both(what: str, form: str = ".2f", *shares: str) -> Iterator[str]:
+        found = [claim("loss", f"{what.format(share)}") for share in shares or SHARES]
+        yield "; ".join(f"{one.ratio:{form}}" for one in found)
+        yield "; ".join(f"{one.target:.2f}" for one in found)
+
+    yield line("over TRL 1.16's, FLOPs: all tokens predicted; a quarter", *both("over TRL{}: FLOPs", ".3f"))
+    yield line("over TRL 1.16's, peak (its GPU path's buffers, by formula): the same", *both("over TRL{}: peak", ".3f"))
+    yield line("over TRL 1.16's, seconds (its CPU fallback): all", *both("over TRL: step", ".2f", ""))
+    rows = (256, 64)
+    for what, told in (("peak", "predicted peak"), ("step", "seconds")):
+        title = f"over all logits, {told}, all predicted: 256 predictions a chunk; 64"
+        yield line(title, *both(f"over plain, {{}} rows: {what}", ".2f", *map(str, rows)))
+    yield line("over all logits, seconds: a quarter predicted", *both("over plain{}: step", ".2f", ", 25 % targets"))
+    off = [claim("loss", f"gradient in {how}, off by") for how in ("fp32", "fp16 with a scaler")]
+    units = (1e-6, 1e-4)
+    measured = "; ".join(short(unit * one.ours) for unit, one in zip(units, off, strict=True))
+    goals = "; ".join(short(unit * one.target) for unit, one in zip(units, off, strict=True))
+    yield line("a trained weight's gradient off by, fp32; fp16 with a scaler", measured, goals)
+
+
+def of_combined() -> Iterator[str]:
+    for what, title in (("FLOPs", "FLOPs over exact LoRA's"), ("peak over plain LoRA's", "peak over plain LoRA's")):
+        found = [claim("combined", f"combined{share}: {what}") for share in SHARES]
+        measured, goals = ("; ".join(f"{getattr(one, side):.2f}" for one in found) for side in ("ratio", "target"))
+        yield line(f"all four at once, {title}: all predicted; a quarter", measured, goals)
 
 
 SAID = {
@@ -179,4 +202,6 @@ SAID = {
     "nf4": of_nf4,
     "gate": of_gate,
     "tokens": of_tokens,
+    "loss": of_loss,
+    "combined": of_combined,
 }

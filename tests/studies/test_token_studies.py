@@ -254,14 +254,15 @@ def test_step_flops_are_those_of_a_real_step(model):
     model.zero_grad()
 
 
-def test_the_ledger_is_over_the_plain_step_and_fractional_saves():
+def test_the_ledger_is_over_the_exact_loss_of_all_and_fractional_saves():
     model, given = lorakit.attach(models.load("toy-decoder", "causal").model, "lora", rank=2), batch(rows=4, length=64)
     ledger = token_costs.ledger_table(model, given, (0.1, 1.0))
     keys = [[mode, fraction] for mode in ("gather", "fractional") for fraction in (0.1, 1)]
     assert ledger[["mode", "fraction"]].to_numpy().tolist() == keys
     chosen = token_costs.build_tokens(token_costs.Gating(method="flora", topk_tokens=0.1), model, "causal")
-    plain, gather = (token_costs.step_flops(model, given, t) for t in (None, chosen))
-    assert ledger["FLOPs"][0] == pytest.approx(gather / plain)
+    exact = token_costs.build_tokens(token_costs.Gating(), model, "causal", loss=token_costs.TokenSettings())
+    whole, gather = (token_costs.step_flops(model, given, t) for t in (exact, chosen))
+    assert ledger["FLOPs"][0] == pytest.approx(gather / whole)
     part, whole = ledger.loc[2], ledger.loc[3]
     assert part["FLOPs"] < 0.8 < 1 < whole["FLOPs"] and part["peak"] < whole["peak"]
     assert part["activations and logits"] < 0.6
