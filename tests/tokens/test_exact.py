@@ -127,6 +127,20 @@ def test_under_autocast(name):
         assert off(ours, theirs) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+@pytest.mark.parametrize("mode", ["", "gather", "fractional"])
+@pytest.mark.parametrize("name", ["llama", "head trained"])
+def test_the_loss_is_made_under_the_models_own_autocast(name, mode):
+    """accelerate puts autocast around the model's forward, not around what is made of it afterwards."""
+    model, inputs, labels, kind = case(name)
+    chosen = Gating(method="random", topk_tokens=0.5, mode=mode) if mode else Gating()
+    tokens, wrapped = (build_tokens(chosen, model, kind, loss=TokenSettings()) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tokens.select(model, inputs, labels).finish()
+    outside = wrapped.select(torch.autocast("cpu", torch.bfloat16)(model.forward), inputs, labels).finish()
+    assert torch.equal(inside, outside) and inside.dtype == torch.float32
+    assert_close(gradients(model, outside), gradients(model, inside), 1e-6)
+
+
 def test_rare_words_are_not_rounded_to_nothing_in_half_precision():
     """At the start of training every probability of 200,000 words is 5e-6: below fp16's normal numbers."""
     words = 200_000
