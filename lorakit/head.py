@@ -176,7 +176,10 @@ def find_head(model: nn.Module, kind: str) -> Head:
             f"{type(model).__name__} has no linear output head to read gradients from ({kind}): a gate that looks at "
             "the head gradient needs one; gates 'random' and 'loss_floor' do not"
         )
-    outputs, width = module.weight.shape
+    outputs, width = (
+        getattr(module, name, size)
+        for name, size in zip(("out_features", "in_features"), module.weight.shape, strict=False)
+    )
     told = getattr(model.config, "get_text_config", lambda: model.config)()
     scale = next((named for name in MULTIPLIERS if (named := getattr(told, name, None)) is not None), 1.0)
     if divisor := getattr(told, "logits_scaling", None):
@@ -195,7 +198,9 @@ class HeadCheck:
 
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
-        """The linear map of hidden states (…, H), in float32."""
+        """The linear map of hidden states (…, H), in float32; by the head itself where it is not one of torch's."""
+        if type(self.head.module) is not nn.Linear:
+            return self.head.logits(hidden)
         weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
         raw = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
         return self.head.capped(raw)
@@ -247,6 +252,7 @@ class HeadInput:
             distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
         self.check(hidden, logits)
+        self.hidden = None
         return hidden
 
     def remove(self) -> None:

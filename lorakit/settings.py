@@ -199,9 +199,8 @@ class Gating(Settings):
     """Which tokens get a backward (FLoRA): the keys of `gating:`, the settings of the room `lorakit.tokens`
 
     "flora" chooses by `score`, see `lorakit.tokens.TokenScore`: policy "topk" the largest, biased; "pps" in proportion,
-    weighted by the inverse (Horvitz and Thompson 1952), unbiased in mode "gather". Mode "gather": chosen states go
-    through the head, all tokens through the layers; "fractional": only the chosen run through the layers again,
-    against recorded keys and values of all (TokenTune).
+    weighted by the inverse (Horvitz and Thompson 1952), unbiased in mode "gather": all tokens go through the layers,
+    the chosen through the head. "fractional": the chosen go again, against recorded keys and values (TokenTune).
     """
 
     method: Literal["baseline", "random", "flora"] = field("baseline", "all; a share drawn uniformly; by `score`")
@@ -234,9 +233,9 @@ class Gating(Settings):
 class TokenSettings(Settings):
     """Which tokens get a backward, and what their loss is made of
 
-    "exact": the head runs for predictions only, in chunks, and no logits are kept; for chosen tokens always. "nll": all
-    logits, as the model makes them, and a classifier's. "dft": exact, each loss times its token's own probability (Wu
-    et al. 2025). "liger": Liger's CUDA kernel.
+    "exact": the head runs for predictions only, in chunks, and keeps no logits; so for chosen tokens always. "nll": all
+    logits, as the model makes them, and a classifier's. "dft": exact, each loss times its token's probability (Wu et
+    al. 2025). "liger": Liger's CUDA kernel.
     """
 
     question = "tokens"
@@ -247,6 +246,8 @@ class TokenSettings(Settings):
     refuses = (
         Refusal("loss", "liger's kernel weighs no tokens; gating.policy 'topk', or loss 'exact'",
                 lambda p: p.loss == "liger" and p.gating.selective and p.gating.weighted),
+        Refusal("gating.score", "compares with the base: needs an adapter, not method 'head' or 'full'",
+                lambda p: p.gating.selective and p.gating.score == "excess_loss" and p.method in ("head", "full")),
         Refusal("precision", "fp16's gradient scaler needs a backward every step, a batch without labels has none; use "
                 "bf16 or fp32", lambda p: p.gating.selective and p.precision == "fp16"),
         Refusal("gradient_checkpointing", "drops the keys that gating.mode 'fractional' records; leave it out, or use "

@@ -11,7 +11,7 @@ from lorakit.seams import Candidate, Gate
 
 @dataclass
 class GateLook:
-    """Called with every chunk of a micro-batch's predictions, see `tokens.protocol.Look`.
+    """Called with every chunk of a micro-batch's predictions, see `lorakit.seams.Look`.
 
     Args:
         gate: measures each chunk. per_label: what turns a sum of losses into the batch's share of the window's mean.

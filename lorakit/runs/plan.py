@@ -103,7 +103,9 @@ def predict(plan: Plan) -> Prediction:
         autocast=None if plan.precision == "fp32" else plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing,
         device="cuda",
-        tokens=build_tokens(plan.gating, model, kind, loss=TokenSettings(loss=plan.loss)),
+        tokens=build_tokens(
+            plan.gating, model, kind, loss=TokenSettings(loss=plan.loss if plan.loss != "liger" else "exact")
+        ),
     )
     sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Prediction(

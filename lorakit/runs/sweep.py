@@ -79,11 +79,13 @@ class Run:
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Parameter -> (what the record was made with, what the params files say now), where they differ."""
+        from lorakit.tasks.registry import recipe
+
         resolved, apart = records.read(self.record).resolved, flagged(Params, APART)
-        was = Params(**{name: value for name, value in resolved.items() if name in Params.model_fields})
         now = self.params  # read from its files at every look
-        known = Params.model_fields.keys() & resolved.keys()  # a parameter may be younger than the record
-        pairs = {name: (getattr(was, name), getattr(now, name)) for name in known}
+        before = {"loss": now.loss if recipe(now.task).form == "labelled" else "nll"}  # records older than it
+        was = Params(**before | {name: value for name, value in resolved.items() if name in Params.model_fields})
+        pairs = {name: (getattr(was, name), getattr(now, name)) for name in Params.model_fields}
         return {name: pair for name, pair in pairs.items() if name not in apart and pair[0] != pair[1]}
 
 

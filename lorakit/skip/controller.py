@@ -235,6 +235,7 @@ def _probe_peft(path: str, layer: nn.Module) -> Probe:
     A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     require(isinstance(A, nn.Linear), "skip", path, "can skip PEFT LoRA on linear layers only")
     probe, seen = Probe(path, (A.weight, B.weight)), {}
+    layer.probe = probe  # for who asks what rests
 
     def base(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if layer.training and torch.is_grad_enabled():
@@ -279,6 +280,8 @@ def remove_probes(model: nn.Module, probes: Sequence[Probe]) -> None:
     for module in model.modules():
         if isinstance(module, LoRALayer):
             module.probe = None
+        elif getattr(module, "probe", None) in probes:
+            del module.probe
     for probe in probes:
         probe.active = True
         while probe.handles:

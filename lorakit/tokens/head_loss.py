@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.head import ROWS_CHECKED, Head, HeadCheck, replaced_input, rows, same_loss, takes_labels
+from lorakit.head import ROWS_CHECKED, Head, HeadCheck, by_sequence, replaced_input, rows, same_loss, takes_labels
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place
 
 BYTES = {True: 6, False: 16}  # of a logit at work, by whether the head is frozen: float32, and 16 bits before or after
 CAPPED = 8  # bytes more where it is capped or scaled
 KEPT = 2  # times that for logits that are kept
-SLICE = 8  # rows whose likelihoods are found at once
+SLICE = 2**21  # logits whose likelihoods are found at once: 8 MiB
 HALF = 256.0  # fp16: errors are multiplied by it before they are rounded, or those of rare words would be 0
 
 Plan = Literal["keep", "again", "now"]
@@ -107,7 +107,7 @@ class HeadLoss:
     @torch.no_grad()
     def losses(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
         """Negative log-likelihoods (n,), and whether the word was predicted right (n,), of chunk after chunk."""
-        run = self.runner(states.device)
+        run, _ = self.runner(states.device)
         for h, y in self.parts(states, targets):
             logits = self.head.capped(run(h).float())
             yield likelihoods(logits, y, smoothing), logits.argmax(-1) == y
@@ -118,30 +118,32 @@ class HeadLoss:
         chunks = zip(states.detach().split(self.chunk), targets.split(self.chunk), strict=True)
         return ((h, y) for h, y in chunks if len(h))
 
-    def runner(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The head, (n, H) to (n, V) in its own precision; under autocast its weights are cast once, not every time."""
+    def runner(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        """The head, (n, H) to (n, V) in its own precision, and of a frozen one the weight that this takes.
+
+        Under autocast that is cast here, not for every chunk.
+        """
         module, kind = self.head.module, device.type
-        if not self.head.is_fixed or not torch.is_autocast_enabled(kind):  # an adapter's weight is made when asked for
-            return module
-        half = torch.get_autocast_dtype(kind)
+        if not self.head.is_fixed:  # an adapter's weight is made when asked for
+            return module, None
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.weight.dtype
         if module.weight.dtype == half:
-            return module
+            return module, module.weight
         cast = {name: parameter.to(half) for name, parameter in module.named_parameters()}
-        return lambda h: torch.func.functional_call(module, cast, (h,))
+        return (lambda h: torch.func.functional_call(module, cast, (h,))), cast["weight"]
 
     @torch.no_grad()
-    def gradient(self, logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def gradient(self, logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and their gradient by a frozen head's input (n, H), float32.
 
         Args:
-            logits: (n, V) float32, capped: overwritten; targets: (n,); dtype: of the head's results.
+            logits: (n, V) float32, capped: overwritten; targets: (n,); weight: (V, H) in the precision of its results.
         """
-        weight = self.head.module.weight
         error, scale, losses = error_in_place(logits, targets, self.head.softcap)
         scale = scale[:, None]
-        if dtype == torch.float16:  # in which s·e may be too large
+        if weight.dtype == torch.float16:  # in which s·e may be too large
             error, scale = error.mul_(HALF / scale), HALF
-        gradient = (error.to(dtype) @ weight.to(dtype)).float() * (self.head.scale / scale)
+        gradient = (error.to(weight.dtype) @ weight).float() * (self.head.scale / scale)
         if self.settings.loss == "dft":
             gradient *= torch.exp(-losses)[:, None]
         return self.weighed(losses), gradient
@@ -175,16 +177,14 @@ class _Sum(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(trained)
         gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
         if loss.is_fixed:
-            run = loss.runner(states.device)
+            run, weight = loss.runner(states.device)
             for h, y in loss.parts(states, targets):
                 part = slice(first, first := first + len(y))
-                raw = run(h)
-                logits, dtype = loss.head.capped(raw.float()), raw.dtype
-                del raw  # a chunk's logits are as many bytes as `BYTES` says
-                losses, rows = loss.gradient(logits, y, dtype)
-                del logits
+                logits = loss.head.capped(run(h).float())
+                losses, found = loss.gradient(logits, y, weight)
+                del logits  # a chunk's are as many bytes as `BYTES` says
                 own = None if weights is None else weights[part]
-                gradient[part] = rows if own is None else rows * own[:, None]
+                gradient[part] = found if own is None else found * own[:, None]
                 total += (losses if own is None else losses * own).sum()
         else:
             for h, y in zip(states.split(loss.chunk), targets.split(loss.chunk), strict=True):
@@ -207,25 +207,57 @@ class _Sum(torch.autograd.Function):
 
 def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihoods (n,) of logits (n, V) float32: in slices, since each needs as much memory again."""
-    slices = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
+    rows = max(1, SLICE // logits.shape[1])
+    slices = zip(logits.split(rows), targets.split(rows), strict=True)
     return torch.cat([F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing) for z, y in slices])
 
 
-def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, Any], kind: str) -> None:
-    """Try on `inputs` of one row whether `model` makes its loss as `loss` does.
+def words(states: Tensor, labels: Tensor) -> Tensor:
+    """Of states (B, v + T, …), of which v are virtual tokens', those of the words with labels (B, T): (B·T, …)."""
+    return states[:, -labels.shape[1] :].flatten(0, 1)
+
+
+@torch.no_grad()
+def statistics(
+    loss: HeadLoss, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, kind: str
+) -> Tensor:
+    """Of a batch (B, T), (B, 4), as `training.loss.example_statistics`, a chunk of logits at a time."""
+    made: list[Tensor] = []
+
+    def measured(hidden: Tensor) -> Tensor:
+        where, targets = rows(labels, kind)
+        made.append(by_sequence(loss.losses(words(hidden, labels)[where], targets), where, labels.shape))
+        return hidden[:, :0]
+
+    with replaced_input(loss.head, measured):
+        model(**inputs)
+    return made[0]
+
+
+def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, kind: str) -> None:
+    """Try on `inputs` and `labels` (1, T) of one row whether `model` makes its loss as `loss` does.
 
     Raises:
         LorakitError: its logits are not its head's linear map, its own loss not their cross-entropy.
     """
-    device = loss.head.module.weight.device
-    own = {"labels": torch.arange(ROWS_CHECKED, device=device)[None]} if takes_labels(model) else {}
-    with replaced_input(loss.head, lambda hidden: hidden[:, :ROWS_CHECKED]) as given:
-        outputs = model(**inputs, **own)
     remedy = "; where no tokens are chosen, loss 'nll' takes what the model makes"
+    prompted = any(
+        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
+    )
+    few = min(ROWS_CHECKED, length := labels.shape[1])  # a model with virtual tokens makes labels of them too
+    own = {"labels": torch.arange(few, device=labels.device)[None]} if takes_labels(model) and not prompted else {}
+    try:
+        with replaced_input(loss.head, lambda hidden: hidden[:, : hidden.shape[1] - length + few]) as given:
+            outputs = model(**inputs, **own)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = f"{type(model).__name__} cannot work where its head is given fewer states"
+        raise LorakitError(f"{told} ({' '.join(str(error).split())}){remedy}") from error
     if not given:
         raise LorakitError(f"the model's forward did not call its output head: there is nothing to select{remedy}")
-    HeadCheck(loss.head, remedy=remedy)(given[0], outputs.logits)
-    if own and outputs.loss is not None:
+    HeadCheck(loss.head, remedy=remedy)(given[0][:, -few:], outputs.logits[:, -few:])
+    if own and outputs.loss is not None and few > 1:
         where, targets = rows(own["labels"], kind)
         mean = F.cross_entropy(outputs.logits.flatten(0, 1)[where].float(), targets)
         if not same_loss(outputs.loss, mean):
@@ -246,6 +278,7 @@ def liger(head: Head, smoothing: float) -> Any:
         made = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
     except ImportError:
         raise ParameterError("loss", "liger", "needs the package liger-kernel; 'exact' needs none") from None
+    require(type(head.module) is nn.Linear, "loss", "liger", "knows a linear head only, no adapter on it; 'exact' does")
     require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")
     require(head.scale == 1, "loss", "liger", "knows no scale of logits; 'exact' does")
     return made(reduction="sum", softcap=head.softcap, label_smoothing=smoothing)

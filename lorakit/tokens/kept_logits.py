@@ -75,11 +75,11 @@ class SeenLogits:
 
     def take(self, chosen: Any, loss: HeadLoss) -> tuple[Tensor, Tensor]:
         """See `BestLogits.take`."""
-        parts, self.parts = self.parts, []
         if self.made == "keep":
-            losses, gradient = _gradients(parts, chosen.targets, loss)
+            losses, gradient = _gradients(self.parts, chosen.targets, loss)
         else:
-            losses, gradient = (torch.cat(part)[chosen.index] for part in zip(*parts, strict=True))
+            losses, gradient = (torch.cat(part)[chosen.index] for part in zip(*self.parts, strict=True))
+        self.parts = []
         if chosen.weights is not None:
             gradient = gradient * chosen.weights[:, None]
         return chosen.total(losses), gradient
@@ -87,8 +87,11 @@ class SeenLogits:
 
 def _gradients(parts: Sequence[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
     """Losses (k,) and gradients (k, H) of the head's results, in parts, which are given up."""
-    words = zip(parts, targets.split([len(raw) for raw in parts]), strict=True)
-    made = [loss.gradient(loss.head.capped(raw.float()), part, raw.dtype) for raw, part in words]
+    words, made = [*targets.split([len(raw) for raw in parts])], []
+    parts, weight = [*parts], loss.head.module.weight.to(parts[0].dtype)
+    while parts:
+        made.append(loss.gradient(loss.head.capped(parts.pop().float()), words.pop(), weight))
+    made.reverse()
     return torch.cat([losses for losses, _ in made]), torch.cat([gradient for _, gradient in made])
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lorakit.errors import require, require_finite
-from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
+from lorakit.head import IGNORED, Head, ambient_autocast, find_head, fullest_row, replaced_input, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss
+from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, statistics, words
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -75,8 +75,9 @@ class TokenGate:
         made: list[tuple[Chosen, Tensor, torch.autocast]] = []
 
         def none_left(hidden: Tensor) -> Tensor:
-            chosen = self.choose(hidden.detach(), labels, look)
-            made.append((chosen, hidden.flatten(0, -2)[chosen.where], ambient_autocast(hidden.device)))
+            states = words(hidden, labels)
+            chosen = self.choose(states.detach(), labels, look)
+            made.append((chosen, states[chosen.where], ambient_autocast(hidden.device)))
             return hidden[:, :0]
 
         with self._scoring(model, inputs, labels), replaced_input(self.head, none_left):
@@ -102,24 +103,12 @@ class TokenGate:
 
     def _base(self, hidden: Tensor, labels: Tensor) -> Tensor:
         where, targets = self._rows(labels)
-        found = self.loss.losses(hidden.flatten(0, -2)[where], targets)
+        found = self.loss.losses(words(hidden, labels)[where], targets)
         self.score.base = torch.cat([losses for losses, _ in found] or [hidden.new_zeros(0)])
         return hidden[:, :0]
 
-    @torch.no_grad()
     def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        """Of a batch (B, T), (B, 4), as `training.loss.example_statistics`, a chunk of logits at a time."""
-        made: list[Tensor] = []
-
-        def measured(hidden: Tensor) -> Tensor:
-            where, targets = rows(labels, self.kind)
-            parts = self.loss.losses(hidden.flatten(0, -2)[where], targets)
-            made.append(by_sequence(parts, where, labels.shape))
-            return hidden[:, :0]
-
-        with replaced_input(self.head, measured):
-            model(**inputs)
-        return made[0]
+        return statistics(self.loss, model, inputs, labels, self.kind)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
@@ -132,7 +121,7 @@ class TokenGate:
             self._try(model, single, own)
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        require_plain_loss(self.loss, model, inputs, self.kind)
+        require_plain_loss(self.loss, model, inputs, labels, self.kind)
 
     def divisor(self, labels: Tensor) -> int:
         groups = self.shares.groups(labels)
@@ -200,18 +189,20 @@ class TokenGate:
         pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
         if len(where):
             low, high = (int(bound) for bound in targets.aminmax())
-            require(low >= 0 and high < self.head.outputs, "labels", (low, high), f"must be below {self.head.outputs}")
+            allowed = f"must be from 0 to {self.head.outputs - 1}, or {IGNORED}"
+            require(low >= 0 and high < self.head.outputs, "labels", (low, high), allowed)
         if not len(where) or not self.scores(look):
             seen = self.score.updates
-            return _chosen(where, targets, *pick(None if seen is None else seen.flatten()[where].cpu()))
+            return _chosen(where, targets, *pick(None if seen is None else words(seen, labels)[where].cpu()))
         held = self._held(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
         scores, losses = self.scored(hidden, where, targets, look, held)
         require_finite(bool(torch.isfinite(losses).all()), "logits", "non-finite loss")
         if self.score.updates is not None:
-            scores = self.score.updates.flatten()[where]
+            scores = words(self.score.updates, labels)[where]
         index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
         chosen = _chosen(where, targets, index, weights)
-        chosen_sum = chosen.total(self.loss.weighed(losses[chosen.index])).double()
+        losses = self.loss.weighed(losses)
+        chosen_sum = chosen.total(losses[chosen.index]).double()
         return replace(chosen, held=held, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
 
     def _plan_of(self, looked: int, used: int, look: Look | None) -> str:
@@ -250,7 +241,7 @@ class TokenGate:
     ) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of flattened hidden states; `held` keeps some."""
         found: list[tuple[Tensor, Tensor]] = []
-        run = self.loss.runner(hidden.device)
+        run, _ = self.loss.runner(hidden.device)
         for h, y in self.loss.parts(hidden.flatten(0, -2)[where], targets):
             raw = run(h)
             logits = self.head.capped(raw.float())
@@ -261,8 +252,10 @@ class TokenGate:
             losses = likelihoods(logits, y) if look is not None else None
             if look is not None:
                 look(h, logits, y, losses)
-            found.append(self.score(h, logits, y, losses, len(found) * self.loss.chunk))
-            logits, scores = None, found[-1][0]
+            smoothed = likelihoods(logits, y, self.smoothing) if self.smoothing else None
+            scores, losses = self.score(h, logits, y, losses, len(found) * self.loss.chunk)
+            found.append((scores, smoothed if self.smoothing else losses))
+            logits = None
             if held is not None:
                 held.add(scores, raw, y, self.loss)
             raw = None  # before the next chunk's

@@ -38,8 +38,8 @@ class SLoRATrainer(GatedTrainer):
             acceptance rate; {} for all defaults, which are the method's as described and not a run's (see there), None
             for the ungated baseline.
         gate: a gate of your own instead.
-        loss: "nll", the one that was asked for, of all logits; "exact" or "dft": see `lorakit.settings.TokenSettings`,
-            with `label_smoothing_factor` where there is one. Evaluation is the Trainer's, logits and all.
+        loss: "nll", the one that was asked for, of all logits; "exact", "dft" or "liger": see `TokenSettings`; with
+            `label_smoothing_factor` where there is one. Evaluation is the Trainer's, logits and all.
         model_init: makes the model, once, where none is given; the gate belongs to that one.
         Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -163,3 +164,15 @@ def test_committed_records_are_what_the_params_files_ask_for(path):
     assert (record.setting, record.method, record.seed) == (setting, method, seed)
     assert record.status in FINISHED
     assert sweep.Run(ROOT, setting, method, seed).differences() == {}
+
+
+@pytest.mark.parametrize(("loss", "differs"), [("nll", False), ("exact", True), ("dft", True)])
+def test_a_record_older_than_the_loss_was_made_of_all_logits(tmp_path, loss, differs):
+    name = "instruct-gemma3-270m/lora/s0"
+    old = records.read(ROOT / "results" / f"{name}.json")
+    assert "loss" not in old.resolved
+    shutil.copytree(ROOT / "params" / old.setting, tmp_path / "params" / old.setting)
+    file = tmp_path / "params" / old.setting / "_setting.yaml"
+    file.write_text(file.read_text().replace("loss: nll", f"loss: {loss}"))
+    records.write(old, tmp_path / "results" / f"{name}.json")
+    assert sweep.Run(tmp_path, old.setting, "lora", 0).differences() == ({"loss": ("nll", loss)} if differs else {})

@@ -68,6 +68,7 @@ def test_the_methods_are_the_ones_that_can_be_attached():
      ({"skip": "prefix", "skip_warmup": 1.0}, "skip_warmup=1.0"),
      ({"skip": "prefix", "skip_min_active": 1000}, "skip_min_active=1000"),
      ({"gating": {"method": "flora"}}, "gating.method='flora': needs a language model"),
+     ({"gating": {"method": "flora", "score": "excess_loss"}, "method": "full"}, "gating.score='excess_loss'.*adapter"),
      ({"gating": {"method": "flora"}, "precision": "fp16"}, "precision='fp16'"),
      ({"gating": {"method": "flora", "mode": "fractional"}, "skip": "prefix"}, "gating.mode=.*measures no layers"),
      ({"gating": {"method": "random", "mode": "fractional"}, "gradient_checkpointing": True}, "gradient_check")],

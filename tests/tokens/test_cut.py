@@ -112,6 +112,22 @@ def test_what_learns_below_moves_the_cut():
     assert cut_of(top) == 3
 
 
+def test_pefts_own_adapters_rest_too():
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = prepared(peft.get_peft_model(of("llama", num_hidden_layers=4), config))
+    skip, (inputs, labels) = skipping(model), split(batch())
+    assert cut_of(model) == 2
+    expected = gradients(model, MeanLoss("causal")(model(**inputs), labels))
+    tokens = selection(model, topk_tokens=0.9999)
+    assert_close(
+        gradients(model, tokens.select(model, inputs, labels).finish() / tokens.divisor(labels)), expected, 1e-5
+    )
+    skip.end()
+    assert cut_of(model) == 0 and not any(hasattr(module, "probe") for module in model.modules())
+
+
 def test_everything_combined_is_one_run(tmp_path):
     """fractional + prefix by share + NF4 + exact loss: trained, resting blocks untouched, the rest moved."""
     model = four("gemma", nf4=True)

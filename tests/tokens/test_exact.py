@@ -192,7 +192,7 @@ def test_a_batch_that_waits_for_a_gate_gets_the_same_gradient(monkeypatch, rate,
     selected = tokens.select(model, inputs, labels, look)
     assert selected.made == ("keep" if room == "kept" else "now" if rate > 0.5 else "")
     nll = plain(model, inputs, labels, kind) * tokens.divisor(labels)
-    torch.testing.assert_close(selected.loss_sum.float(), nll, rtol=1e-5, atol=0)
+    torch.testing.assert_close(selected.loss_sum, selected.chosen_sum)
     torch.testing.assert_close(torch.cat(look.seen).sum(), nll, rtol=1e-5, atol=0)
     found = selected.finish() / tokens.divisor(labels)
     torch.testing.assert_close(found.double() * tokens.divisor(labels), selected.chosen_sum, rtol=1e-5, atol=0)
@@ -272,6 +272,52 @@ def test_statistics_of_an_evaluation_are_those_of_all_logits(monkeypatch, name):
         found = exact(model, kind, smoothing=0.3).statistics(model, inputs, labels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert expected[1].tolist() == [0, 0, 0, 0] and expected[0, 3] > 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_virtual_tokens_stand_before_the_words(smoothing):
+    """Of PEFT's prompt tuning: the head is given more states than there are labels."""
+    model = prepared(
+        attach(of("llama"), "peft", peft_type="PROMPT_TUNING", peft_options={"num_virtual_tokens": 3}, seed=0)
+    )
+    inputs, labels = split(batch())
+    tokens = exact(model, smoothing=smoothing)
+    tokens.verify(model, inputs, labels)
+    truth = gradients(model, plain(model, inputs, labels, "causal", smoothing))
+    assert_close(gradients(model, mean(tokens, model, inputs, labels)), truth, 2e-6)
+    model.eval()
+    with torch.no_grad():
+        expected = example_statistics(model(**inputs).logits, labels, "causal")
+        torch.testing.assert_close(tokens.statistics(model, inputs, labels), expected, rtol=1e-5, atol=0)
+
+
+def test_smoothed_labels_are_in_the_sums_behind_a_gate():
+    model, inputs, labels, kind = case("soft-capped")
+    tokens = exact(model, kind, smoothing=0.2)
+    selected = tokens.select(model, inputs, labels, lambda *_: None)
+    expected = plain(model, inputs, labels, kind, 0.2) * tokens.divisor(labels)
+    torch.testing.assert_close(selected.chosen_sum.float(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(selected.finish(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_head_that_is_pefts_own_is_checked_by_itself():
+    """Once its adapter is no longer 0, as on resuming, its logits are not those of the weight that PEFT shows."""
+    import peft
+
+    model = prepared(peft.get_peft_model(of("llama"), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"])))
+    inputs, labels = split(batch())
+    exact(model).verify(model, inputs, labels)
+    truth = gradients(model, plain(model, inputs, labels, "causal"))
+    assert_close(gradients(model, mean(exact(model), model, inputs, labels)), truth, 2e-6)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_rows_of_few_tokens(length):
+    model, (inputs, labels) = adapted(of("llama")), split(batch("bare"))
+    inputs, labels = {name: value[:, :length] for name, value in inputs.items()}, labels[:, :length]
+    tokens = exact(model)
+    tokens.verify(model, inputs, labels)
+    torch.testing.assert_close(mean(tokens, model, inputs, labels), plain(model, inputs, labels, "causal"))
 
 
 # bad input ------------------------------------------------------------------------------------------

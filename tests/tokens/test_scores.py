@@ -223,7 +223,7 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch, name, mode):
 def test_what_cannot_be_scored_is_an_error():
     model = model_of("causal")
     tokens, hidden = gate(model, "causal", "sketch"), seen(model, batch())[0].detach()
-    with pytest.raises(ParameterError, match=r"^labels=\(\d+, 99\): must be below 99"):
+    with pytest.raises(ParameterError, match=r"^labels=\(\d+, 99\): must be from 0 to 98, or -100"):
         tokens.choose(hidden, batch()["labels"].masked_fill(batch()["labels"] == 98, 99))
     with pytest.raises(ParameterError, match="^logits='non-finite loss'"):
         tokens.choose(hidden * float("nan"), batch()["labels"])

@@ -109,3 +109,18 @@ def test_a_classifier_has_its_own_and_its_record_says_so(tmp_path):
     assert note not in lorakit.run(quick).notes
     with pytest.raises(ParameterError, match="^loss='dft': needs a language model"):
         lorakit.run(quick | {"loss": "dft"})
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_prompts_are_trained_with_it(kind):
+    quick = {"budget": 2, "max_test": 8, "max_validation": 8, "evaluations": 1, "latency_repeats": 0}
+    toy = {"model": "toy-decoder", "task": "toy-instruct", "method": "peft", "peft_type": kind}
+    options = {"peft_options": {"num_virtual_tokens": 3}}
+    losses = [lorakit.run(quick | toy | options | {"loss": loss}).final["test"]["loss"] for loss in ("exact", "nll")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_penalty_in_the_models_own_loss_is_refused_before_anything_is_loaded():
+    toy = {"model": "toy-decoder", "task": "toy-instruct", "method": "peft", "peft_type": "ADALORA"}
+    with pytest.raises(ParameterError, match="^loss='exact': AdaLoRA adds its penalty to the model's own loss: 'nll'"):
+        lorakit.run(toy)
