@@ -60,7 +60,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
 
 
@@ -117,9 +117,9 @@ class Parameters(_Strict):
 
 
 class _Shape(BaseModel):
-    """What readers of every record ask for, as far as it is there."""
+    """What readers of every record ask for, as far as it is there; strict, as they get the values as they are."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
 class _Logged(_Shape):
@@ -144,6 +144,21 @@ class _Gating(_Shape):
 
 class _Tokens(_Shape):
     gating: _Gating | None = None
+
+
+class _Asked(_Tokens):
+    method: str = ""
+    model: str = ""
+    task: str = ""
+    label: str = ""
+    gate: str = ""
+    schedule: str = ""
+    budget_unit: str = ""
+    budget: float = 0
+    learning_rate: float = 0
+    redundancy: float = 0
+    gate_rate: float = 0
+    differs: dict[str, str] = {}
 
 
 class _Details(_Shape):
@@ -200,12 +215,12 @@ class Record(_Strict):
     message: str = ""  # what stopped the run, where it did not end by itself
     started: str = ""  # ISO 8601, UTC
     params: dict[str, Any] = Field(default_factory=dict)  # as given
-    resolved: dict[str, Any] = Field(default_factory=dict)  # all of them
+    resolved: Annotated[dict[str, Any], _shaped(_Asked)] = Field(default_factory=dict)  # all of them
     curve: list[Point] = Field(default_factory=list)
     final: dict[str, dict[str, float]] = Field(default_factory=dict)  # "validation", "test" -> metrics
     costs: Costs = Field(default_factory=Costs)
     parameters: Parameters | None = None
-    adapter_bytes: int | None = None
+    adapter_bytes: Count | None = None
     latency: Latency | None = None
     fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = Field(
         default_factory=dict

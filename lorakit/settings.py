@@ -101,8 +101,7 @@ class SparseSettings(Settings):
     """Method sparse: how zeros come into LoRA's factors while it trains, by the cubic of Zhu & Gupta (2017)
 
     "magnitude" zeroes the smallest entries of each matrix; "l1" shrinks by the proximal step and freezes what is zero
-    at `prune_end`; "structured" zeroes whole ranks, which `compact` can remove. A fixed λ uses no `sparsity`; with l1 =
-    0 each matrix finds the λ that follows the cubic.
+    at `prune_end`; "structured" zeroes whole ranks, for `compact`. A fixed λ uses no `sparsity`; l1 = 0 finds each λ.
     """
 
     question = "adapter"

@@ -105,7 +105,13 @@ def test_another_schema_version_is_an_error(tmp_path, version):
      ("details: .*tokens.gating", {"details": {"tokens": {"gating": "flora"}}}),
      ("details: .*sparsity", {"details": {"sparsity": 0.5}}),
      ("fingerprints: .*data", {"fingerprints": {"data": "f" * 64}}),
-     ("environment: .*versions", {"environment": {"versions": ["torch 2"]}})],
+     ("environment: .*versions", {"environment": {"versions": ["torch 2"]}}),
+     *((f"resolved: .*{name}", {"resolved": {name: " "}}) for name in ("budget", "learning_rate", "redundancy")),
+     *((f"resolved: .*{name}", {"resolved": {name: []}}) for name in ("method", "task", "gate", "label", "schedule")),
+     ("resolved: .*differs", {"resolved": {"differs": ["rank"]}}),
+     ("resolved: .*gating.mode", {"resolved": {"gating": {"method": "flora", "topk_tokens": 0.5}}}),
+     ("details: .*gate.target_rate", {"details": {"gate": {"target_rate": "0.3"}}}),
+     ("adapter_bytes", {"adapter_bytes": 10**400}), ("costs.tokens", {"costs": {"tokens": 10**400}})],
 )  # fmt: skip
 def test_a_bad_field_is_named_with_its_file(tmp_path, field, change):
     with pytest.raises(DataError, match=rf"record\.json: field {field}: "):

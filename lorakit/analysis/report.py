@@ -81,7 +81,7 @@ def header(groups: Groups, sources: Sequence[str]) -> str:
     read = f" under {', '.join(f'`{name}`' for name in sources)}" if sources else ""
     tasks = each(r.resolved.get("task") for r in records)
     files = each(_known(*file) for r in records for file in r.fingerprints.get("data", {}).items())
-    machines = each(", ".join(r.environment[n] for n in ("cpu", "device") if n in r.environment) for r in records)
+    machines = each(", ".join(r.environment[n] for n in ("cpu", "device") if r.environment.get(n)) for r in records)
     codes = each((r.fingerprints.get("code") or "")[:12] for r in records)
     versions = each(f"{n} {v}" for r in records for n, v in r.environment.get("versions", {}).items() if v)
     lines = {

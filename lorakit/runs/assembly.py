@@ -66,14 +66,18 @@ def assemble(params: Params) -> Assembled:
     training_arguments(params, params.run_dir or ".")  # what this machine lacks is told before anything is loaded
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
+<<<<<<< HEAD
     penalised = kind != "classify" and params.peft_type.upper() == "ADALORA" and params.loss != "nll"
     require(not penalised, "loss", params.loss, "AdaLoRA adds its penalty to the model's own loss: 'nll'")
+=======
+    text = tasks.read(params.task, params.data_dir)  # before a model is fetched that nothing could be done with
+>>>>>>> faults-mended
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
         loaded.model.config.problem_type = "single_label_classification"
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
-    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), **asked)
+    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
     require(
         not rows or task.kind == "causal" and bool(task.answer_rows("test", rows)), "exact_match_rows", rows, lacking

@@ -1,4 +1,4 @@
 """Tasks: text in three splits that share nothing -> token ids, collators, metrics."""
 
-from lorakit.tasks.registry import NAMES, kind, load
+from lorakit.tasks.registry import NAMES, kind, load, read
 from lorakit.tasks.task import Task

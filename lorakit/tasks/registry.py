@@ -55,6 +55,7 @@ def load(
     max_test: int = 0,
     seed: int = 0,
     packing: bool = False,
+    text: tuple[Corpus, str] | None = None,
 ) -> Task:
     """Read task `name` from `data_dir`, else LORAKIT_DATA where it has the task's folder, else the hub or the package.
 
@@ -64,6 +65,7 @@ def load(
         max_train, max_validation, max_test: rows kept, 0 for all; the same rows for every seed and method.
         seed: of the masks drawn in training; nothing else depends on it.
         packing: chat tasks: several conversations a training row.
+        text: what `read` gave, where it was read already.
 
     Raises:
         ParameterError: unknown task, a value out of range, or a parameter that this task does not have.
@@ -78,7 +80,7 @@ def load(
     require(not packing or known.form == "chats", "packing", packing, f"is for chat tasks, which {name} is not")
     family = "decoder" if tokenizer.cls_token_id is None else "encoder"
     task_kind = kind(name, kind_of_model or family)
-    corpus, source = read(name, data_dir)
+    corpus, source = text or read(name, data_dir)
     parts = build.BUILDERS[known.form](corpus, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)

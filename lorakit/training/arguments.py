@@ -5,7 +5,7 @@ import os
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -38,6 +38,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     waited = os.environ.get("LORAKIT_TIMEOUT") or "1800"
     require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
     if not on_cuda:  # where the Trainer tells its process group no timeout
+        AcceleratorState._reset_state(reset_partial_state=True)  # as it does: what there is would be kept, as it is
         PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
     arguments = TrainingArguments(
         output_dir=output_dir,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
+from faults.mutations import places
 from synthetic_records import diverged, gated, record, search
 
 from lorakit import records as contract
-from lorakit.analysis import names
+from lorakit.analysis import names, report, tables
 from lorakit.analysis.frame import ROWS, frame, require_comparable
-from lorakit.errors import ParameterError
+from lorakit.errors import DataError, ParameterError
 
 
 def test_a_line_a_run():
@@ -50,6 +55,33 @@ def test_a_line_a_kind_of_memory():
     assert memory[memory["measured"]][["kind", "bytes"]].to_numpy().tolist() == [["peak", 12]]
     assert [len(table) for table in (frame([]).runs, frame([]).curves, frame([]).memory)] == [0, 0, 0]
     assert frame(frames := frame([run])) is frames and frames.runs is frames.runs and list(frames) == [run]  # made once
+
+
+ODD = (None, True, -1, 10**400, " ", "8", ["a"], {"a": 1})
+
+
+@pytest.mark.parametrize("part", ["resolved", "costs", "parameters", "latency", "adapter_bytes", "final", "environment",
+                                  "fingerprints", "details", "curve"])  # fmt: skip
+def test_whatever_stands_in_a_record_it_is_refused_by_file_and_key_or_makes_tables(tmp_path, part):
+    path, other = tmp_path / "s0.json", gated("random", 1, logged=False, evaluations=1)
+    whole = gated(logged=False, evaluations=1).model_dump()
+    whole |= {name: record().model_dump()[name] for name in ("parameters", "latency", "adapter_bytes")}
+    whole["environment"], whole["fingerprints"] = {"cpu": "c", "device": "d"}, {"model": "a", "data": {"b": "c"}}
+    whole["resolved"] |= {"label": "x", "differs": {"rank": "so"}, "gating": None}
+    for at in [(part, *more) for more in places(whole[part])] or [(part,)]:
+        read = [other]
+        for seed, bad in enumerate(ODD):
+            changed = deepcopy(whole) | {"seed": seed}
+            reduce(getitem, at[:-1], changed)[at[-1]] = bad
+            path.write_text(json.dumps(changed))
+            try:
+                read.append(contract.read(path))
+            except DataError as error:
+                assert str(error).startswith(f"{path}: field {part}") and str(at[-1]) in str(error), error
+                assert len(str(error).splitlines()) == 1
+        made = frame(read)
+        assert len(made.runs) == len(read) == len(made.curves)
+        assert report.report(made, mixed=True) and str(tables.results_table(made, mixed=True))
 
 
 @pytest.mark.parametrize(

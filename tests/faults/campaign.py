@@ -35,6 +35,7 @@ SHARES = {"kills": 0.4, "params": 0.08, "data": 0.08, "adapters": 0.1, "checkpoi
 SHARES |= {"processes": 0.15}  # of MINUTES
 WRONG = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
 MOST = 12  # faults after which a campaign ends
+LOGS: dict[int, Path] = {}  # of the children that were not yet waited for
 
 # by a thread: a case's own time limit is the alarm signal
 marks = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES + 900, method="thread")]
@@ -78,6 +79,9 @@ def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, sec
             told = f"{type(error).__name__}: {error}" + ("" if isinstance(error, Fault) else f" at {last}")
             faults.append(f"FAULT {told}\n  repeat: make faults SEED={SEED} CASE={name}/{number}")
             print(faults[-1], flush=True)
+        for pid in [*LOGS]:  # where a fault ended the case, stopped ones too
+            os.kill(pid, signal.SIGKILL)
+            reaped(pid)
         if only is None:
             shutil.rmtree(place, ignore_errors=True)
         number += 1
@@ -132,6 +136,7 @@ def one_error(text: str) -> None:
 def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> int:
     """The pid of a child that does `work`, with its output in `log`, and ends with the status it gives."""
     if pid := os.fork():
+        LOGS[pid] = log
         return pid
     status = 70  # something else came out of it; the traceback is in the log
     try:
@@ -154,16 +159,25 @@ def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | Non
         os._exit(status)
 
 
+def reaped(pid: int, options: int = 0) -> int | None:
+    """The exit status of child `pid`, negative for a signal; with `os.WNOHANG` None while it runs."""
+    done, status = os.waitpid(pid, options)
+    if not done:
+        return None
+    del LOGS[pid]
+    return os.waitstatus_to_exitcode(status)
+
+
 def ended(pid: int, seconds: float) -> int:
     """The exit status of child `pid`, negative for a signal; it is killed, and a fault, where it takes longer."""
-    ends = time.monotonic() + seconds
+    ends, log = time.monotonic() + seconds, LOGS[pid]
     while time.monotonic() < ends:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if (status := reaped(pid, os.WNOHANG)) is not None:
+            return status
         time.sleep(0.005)
     os.kill(pid, signal.SIGUSR1)  # where it is goes to its log
     time.sleep(0.5)
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise Fault(f"did not end in {seconds:g} s")
+    reaped(pid)
+    where = log.read_text(errors="replace").rpartition("most recent call first")[2]
+    raise Fault(f"{log.name}: did not end in {seconds:g} s: {where[:1400]}")

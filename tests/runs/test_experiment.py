@@ -359,6 +359,8 @@ def test_search_passes_over_what_diverged():
         ({"model": "no-such/model"}, "no-such/model"),
         ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"),
         ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere"),
+        ({"model": "gemma-3-270m", "task": "instruct"}, "task instruct is read from data_dir"),
+        ({"model": "gemma-3-270m", "task": "instruct", "data_dir": "."}, "train.jsonl"),
         ({"exact_match_rows": 2}, "exact_match_rows=2: task 'toy-reviews' has no answers"),
         ({"exact_match_rows": 2, "model": "toy-decoder", "task": "toy-stories"}, "exact_match_rows=2: task 'toy-st"),
         ({"record": "."}, "record=.*is a folder"),
@@ -378,6 +380,9 @@ def test_search_passes_over_what_diverged():
 def test_bad_input_is_one_clear_error_and_writes_nothing(changed, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(BudgetTrainer, "train", lambda *_, **__: pytest.fail("trained before it was told"))
+    monkeypatch.setattr("lorakit.assets.fetch", lambda *_: pytest.fail("fetched before it was told"))
+    monkeypatch.setenv("LORAKIT_CACHE", "/dev/null")
+    monkeypatch.delenv("LORAKIT_DATA", raising=False)
     with pytest.raises(LorakitError, match=message):
         lorakit.run(QUICK | {"record": str(tmp_path / "r.json")} | changed)
     assert list(tmp_path.iterdir()) == []

@@ -237,6 +237,22 @@ def test_the_loss_of_all_processes_is_logged_and_a_nan_of_one_ends_all(tmp_path)
             assert ended["steps"] == 1
 
 
+def waiting(folder: str) -> dict:
+    """How long this process waits for the others, after work that it did alone."""
+    with pytest.MonkeyPatch.context() as alone:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            alone.delenv(name)
+        assert training_arguments(Params(), folder).world_size == 1
+    os.environ["LORAKIT_TIMEOUT"] = "9"
+    arguments = training_arguments(Params(), folder)
+    group = torch.distributed.group.WORLD._get_backend(arguments.device)
+    return {"processes": arguments.world_size, "seconds": group.options._timeout.total_seconds()}
+
+
+def test_a_process_that_worked_alone_before_waits_as_long_as_it_was_told(tmp_path):
+    assert two_processes.run("test_distributed", "waiting", tmp_path) == 2 * [{"processes": 2, "seconds": 9}]
+
+
 def saved(folder: str) -> dict:
     """Checkpoints of two processes, of both trainers."""
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
