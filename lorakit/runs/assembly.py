@@ -66,12 +66,9 @@ def assemble(params: Params) -> Assembled:
     training_arguments(params, params.run_dir or ".")  # what this machine lacks is told before anything is loaded
     set_seed(params.seed)
     kind = tasks.kind(params.task, models.family(params.model))
-<<<<<<< HEAD
     penalised = kind != "classify" and params.peft_type.upper() == "ADALORA" and params.loss != "nll"
     require(not penalised, "loss", params.loss, "AdaLoRA adds its penalty to the model's own loss: 'nll'")
-=======
     text = tasks.read(params.task, params.data_dir)  # before a model is fetched that nothing could be done with
->>>>>>> faults-mended
     loaded = models.load(params.model, kind, dtype=params.dtype, attention=params.attention, seed=params.seed)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
         loaded.model.config.problem_type = "single_label_classification"
