@@ -1,6 +1,7 @@
 """One JSON per run: written atomically, versioned, validated on reading."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,7 @@ def read(path: str | Path) -> Record:
     Raises:
         DataError: the file is missing, is not JSON, or does not follow this schema version.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         raw = from_json(path.read_bytes())  # in half the time of `json`
         version = raw.get("schema_version")
@@ -281,8 +282,8 @@ def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> lis
     if isinstance(paths, (str, Path)):
         paths = [paths]
     files: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
-        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        others = {file.parent for file in found if file.name in TRAINED and path.is_dir()}
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        found = sorted(path.rglob("*.json")) if os.path.isdir(path) else [path]
+        others = {file.parent for file in found if file.name in TRAINED and file != path}
         files += [file for file in found if others.isdisjoint(file.parents)]
     return [record for record in map(read, files) if record.kind == kind]

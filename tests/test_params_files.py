@@ -80,6 +80,7 @@ BROKEN = [
     "combines=.*'x' is no other row"), ("combines: [lora]\nskip: prefix", "skip='prefix': in s/x.yaml"), ("row: x",
     "row='x': in s/x.yaml: is a run's own"), ("seed: 3", "seed=3: in s/x.yaml: is a run's own"),
     ("learning_rate: 0.1\nlearning_rate_from: results/none.json", "learning_rate_from=.*: in s/x.yaml: no such record"),
+    (f"learning_rate: 0.1\nlearning_rate_from: {'x' * 300}.json", "learning_rate_from=.*: in s/x.yaml: no such record"),
     ("learn_rate: 0.1", "learn_rate=0.1: in s/x.yaml: unknown parameter; did you mean 'learning_rate'"),
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Where a model's files are: offline asset, toy, local folder or hub, in this order, each with a fingerprint."""
 
 import hashlib
-import re
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,12 +62,12 @@ def resolve(name: str) -> Source:
     if name in toys.NAMES:
         folder, notes = toys.folder(name), toys.NOTES.get(name, ())
         return Source(name, str(folder), "packaged toy model", fingerprint(folder), notes=notes)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
-    if not looks_like_path and not folder.exists():
+    if not looks_like_path and not os.path.exists(folder):
         return _hub(name)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else f"no such folder ({folder.absolute()})"
+    if not os.path.isdir(folder):
+        what = "is a file, not a folder" if os.path.exists(folder) else f"no such folder ({folder.absolute()})"
         raise AssetError(f"model={name!r}: {what}; offline: {ALTERNATIVES}")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").exists()
@@ -87,8 +87,14 @@ def fingerprint(folder: Path) -> str | None:
 
 
 def _hub(name: str) -> Source:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
-        raise ParameterError("model", name, f"must be a name, a local folder or a hub id; offline: {ALTERNATIVES}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ParameterError(
+            "model", name, f"must be a name, a local folder or a hub id; offline: {ALTERNATIVES}"
+        ) from None
     try:
         commit = hub.newest_commit(name, "model")
         return Source(name, name, "hub", f"hub commit {commit}", commit, offline=False)

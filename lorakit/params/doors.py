@@ -1,6 +1,7 @@
 """From what is given to a run, by any door: the setting's file, the row's file, then what was given, which wins."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         require(named, name, inner, "must be a mapping of names to values")
     setting, row = given.get("setting"), given.get("row")
     folder = PARAMS / str(setting)
-    if not isinstance(setting, str) or not (folder / SETTING).is_file():
+    if not isinstance(setting, str) or not os.path.isfile(folder / SETTING):
         return rated(given)
     rows = rows_of(folder)
     by_hand = any(QUESTIONS.get(name) in (*ROW_QUESTIONS, "training", "data") for name in given)

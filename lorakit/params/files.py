@@ -1,5 +1,6 @@
 """Params files: a setting's file is the reference run, a row's file one change of it, and nothing else is read."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def row_of_file(folder: Path, row: str) -> dict[str, Any]:
     for name, question in questions.items():
         _require(question in allowed & {*ROW_QUESTIONS}, path, name, values.get(name, row), ROW_MAY)
     source = str(values.get("learning_rate_from", ""))
-    found = not source.endswith(".json") or (PROJECT / source).is_file()
+    found = not source.endswith(".json") or os.path.isfile(PROJECT / source)
     _require(found, path, "learning_rate_from", source, "no such record")
     return values
 
@@ -78,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     """One YAML file's mapping of names to values."""
     from lorakit.params import reading  # yaml only where there is some
 
-    require(path.is_file(), "-f", str(path), "no such params file")
+    require(os.path.isfile(path), "-f", str(path), "no such params file")
     try:
         values = reading.read(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -111,7 +112,7 @@ def read_files(paths: list[str | Path]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
-        if path.parent.joinpath(SETTING).is_file() and path.is_file():
+        if os.path.isfile(path.parent / SETTING) and path.is_file():
             folder, row = path.resolve().parent, "" if path.name == SETTING else path.stem
             before = merged.get("setting", folder.name)
             require(

@@ -1,6 +1,7 @@
 """What can be said to a run: the reference of all parameters, what goes with what, and the values of one row."""
 
 import argparse
+import os
 import types
 from collections.abc import Iterator
 from itertools import product
@@ -106,7 +107,7 @@ def shown(given: dict[str, Any]) -> Any:
     params, folder = resolve(given), PARAMS / str(given.get("setting"))
     about = {*ALWAYS, *KNOBS.get(params.method, ())}
     sources, asked = {}, set()
-    if (folder / SETTING).is_file():
+    if os.path.isfile(folder / SETTING):
         sources["the setting"] = read(folder / SETTING)
         if params.row in rows_of(folder):
             sources["the row"] = of_files(folder, params.row)

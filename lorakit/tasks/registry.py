@@ -93,12 +93,12 @@ def load(
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
     """The task's text, and in words where it came from; a folder may also be a snapshot of the hub's data set."""
     known, mirror = recipe(name), os.environ.get("LORAKIT_DATA", "")
-    base = Path(data_dir or mirror).expanduser()
+    base = Path(os.path.expanduser(data_dir or mirror))
     if known.from_folder is None:
         require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
-    elif data_dir and not base.is_dir():
+    elif data_dir and not os.path.isdir(base):
         raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {known.layout}")
-    elif data_dir or (mirror and (base / name).is_dir()):
+    elif data_dir or (mirror and os.path.isdir(base / name)):
         whose = "data_dir" if data_dir else "LORAKIT_DATA"
         folder = base / name if (base / name).is_dir() else base
         for place in dict.fromkeys((folder, base)) if known.origin.startswith("hub") else ():

@@ -61,7 +61,9 @@ def test_hub_switched_off_answers_at_once(monkeypatch):
         models.load("surely-not/cached-here", "classify")
 
 
-@pytest.mark.parametrize("name", ["a b", "x..y", "", "org/na me"])
+@pytest.mark.parametrize(
+    "name", ["a b", "x..y", "", "org/na me", "x" * 300, "x.git", "a--b", "\u00e9", "-x", "~nobody-here"]
+)
 def test_impossible_names(no_hub, name):
     with pytest.raises((ParameterError, AssetError), match="model="):
         models.load(name, "classify")
