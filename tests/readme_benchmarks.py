@@ -153,7 +153,7 @@ def of_tokens() -> Iterator[str]:
     choices["fractional 20% by update"] = ("fractional, by `update`", "20 %")
     choices |= {"fractional 20% at random": ("fractional, at random", "20 %"), "plain": ("all logits (`nll`)", "all")}
     for name, shown in choices.items():
-        step = "" if name == "plain" else f"{claim('tokens', f'{name}: step').ratio:.2f}"
+        step = f"{claim('tokens', f'{name}: step').ratio:.2f}" if "20%" in name else ""
         told = [claim("tokens", f"{name}{share}: {what}").ratio
                 for share in SHARES for what in ("step FLOPs", "predicted peak")]  # fmt: skip
         flops, peak, *quarter = (f"{ratio:.2f}" for ratio in told)
