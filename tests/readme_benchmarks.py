@@ -181,8 +181,9 @@ def of_loss() -> Iterator[str]:
         yield line(title, *both(f"over plain, {{}} rows: {what}", ".2f", *map(str, rows)))
     yield line("over all logits, seconds: a quarter predicted", *both("over plain{}: step", ".2f", ", 25 % targets"))
     off = [claim("loss", f"gradient in {how}, off by") for how in ("fp32", "fp16 with a scaler")]
-    units = (1e-6, 1e-4)
+    units, noise = (1e-6, 1e-4), claim("loss", "plain gradient in fp16 at another scale, off by")
     measured = "; ".join(short(unit * one.ours) for unit, one in zip(units, off, strict=True))
+    yield f"fp16 rounds: the plain gradient at another loss scale is off by {short(1e-4 * noise.ours)} from itself"
     goals = "; ".join(short(unit * one.target) for unit, one in zip(units, off, strict=True))
     yield line("a trained weight's gradient off by, fp32; fp16 with a scaler", measured, goals)
 
