@@ -123,7 +123,7 @@ def no_gate(*_: Any) -> None:
     """Looks at the losses only, whose sum is what a plain forward gives."""
 
 
-no_gate.rate = 1.0
+no_gate.rate = GateSettings().gate_rate  # so that it makes no gradient that a gate's forward would not
 
 
 def time_claims(case: Case) -> list[Claim]:
