@@ -22,6 +22,7 @@ from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
+from lorakit.params import Params
 from lorakit.runs.assembly import Assembled
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
@@ -130,7 +131,6 @@ def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, 
     from transformers import Trainer
 
     from lorakit.measure.optimizers import PREDICTABLE
-    from lorakit.params import Params
     from lorakit.training.arguments import training_arguments
 
     arguments = training_arguments(Params(optimizer=name), str(tmp_path))
@@ -156,7 +156,7 @@ def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, 
 
 def test_the_note_says_that_nothing_pages():
     def notes(optimizer, device):
-        params, model = SimpleNamespace(optimizer=optimizer, tf32=False), SimpleNamespace(device=torch.device(device))
+        params, model = Params(optimizer=optimizer), SimpleNamespace(device=torch.device(device))
         return Assembled(params, model, None, SimpleNamespace(notes=["task"]), SimpleNamespace(notes=["model"])).notes
 
     paged = "optimizer 'paged_adamw_8bit': nothing pages on cpu; its state stays in memory, unpaged"

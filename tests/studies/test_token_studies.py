@@ -320,7 +320,10 @@ def test_the_table_of_costs_and_the_verdict_say_what_the_records_do():
 
 def test_rows_by_mode_and_those_without_a_choice_in_both():
     gatings = {"lora": ("baseline", "gather"), "pps20": ("flora", "fractional"), "targets_only": ("random", "gather")}
-    runs = [record(name, resolved={"gating": {"method": m, "mode": mode}}) for name, (m, mode) in gatings.items()]
+    runs = [
+        record(name, resolved={"gating": {"method": m, "topk_tokens": 0.2, "mode": mode}})
+        for name, (m, mode) in gatings.items()
+    ]
     found = {mode: [run.method for run in part] for mode, part in token_costs.by_mode(runs).items()}
     assert found == {"gather": ["lora", "targets_only"], "fractional": ["lora", "pps20"]}
     assert token_costs.by_mode([]) == {"gather": [], "fractional": []}
