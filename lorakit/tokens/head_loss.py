@@ -7,6 +7,7 @@ and cut-cross-entropy make the logits anew in the backward, 6·N·V·H; Liger's 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -148,6 +149,19 @@ class HeadLoss:
             gradient *= torch.exp(-losses)[:, None]
         return self.weighed(losses), gradient
 
+    def formula(self, device: torch.device) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+        """As `learnt`, of a frozen head: by `gradient`."""
+        run, weight = self.runner(device)
+
+        def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+            # a chunk's logits are as many bytes as `BYTES` says
+            losses, found = self.gradient(self.head.capped(run(h).float()), targets, weight)
+            if weights is None:
+                return losses.sum(), [found]
+            return (losses * weights).sum(), [found * weights[:, None]]
+
+        return made
+
     def learnt(
         self, h: Tensor, targets: Tensor, weights: Tensor | None, trained: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -176,23 +190,12 @@ class _Sum(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         sums: list[Tensor | None] = [None] * len(trained)
         gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
-        if loss.is_fixed:
-            run, weight = loss.runner(states.device)
-            for h, y in loss.parts(states, targets):
-                part = slice(first, first := first + len(y))
-                logits = loss.head.capped(run(h).float())
-                losses, found = loss.gradient(logits, y, weight)
-                del logits  # a chunk's are as many bytes as `BYTES` says
-                own = None if weights is None else weights[part]
-                gradient[part] = found if own is None else found * own[:, None]
-                total += (losses if own is None else losses * own).sum()
-        else:
-            for h, y in zip(states.split(loss.chunk), targets.split(loss.chunk), strict=True):
-                part = slice(first, first := first + len(y))
-                own = None if weights is None else weights[part]
-                value, (gradient[part], *new) = loss.learnt(h, y, own, trained)
-                total += value
-                sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, new, strict=True)]
+        made = loss.formula(states.device) if loss.is_fixed else partial(loss.learnt, trained=trained)
+        for h, y in zip(states.detach().split(loss.chunk), targets.split(loss.chunk), strict=True):
+            part = slice(first, first := first + len(y))
+            value, (gradient[part], *new) = made(h, y, None if weights is None else weights[part])
+            total += value
+            sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, new, strict=True)]
         ctx.save_for_backward(gradient)
         ctx.sums, ctx.dtypes = sums, (states.dtype, [p.dtype for p in trained])
         return total

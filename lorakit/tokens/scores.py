@@ -49,7 +49,8 @@ class TokenScore:
         self.base: Tensor | None = None
         self.updates: Tensor | None = None
         self.sketch = None
-        self.watched = {"update": blocks(model)[-1:], "updates": blocks(model)}.get(self.name, [])
+        self.watched = blocks(model) if self.name in OF_LAYERS else []
+        self.watched = self.watched[-1:] if self.name == "update" else self.watched
         layers = f"is of the layers: {type(model).__name__} has no list of them"
         require(self.name not in OF_LAYERS or bool(self.watched), "gating.score", self.name, layers)
         if self.name == "sketch":
