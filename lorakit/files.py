@@ -26,9 +26,8 @@ MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as lon
 LOCK = ".lock"
 
 
-@contextmanager
-def aside(place: str | Path, name: str) -> Iterator[Path]:
-    """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
+def sweep(place: str | Path, name: str) -> None:
+    """Remove folders of our own in `place` of this `name` that kills left."""
     from filelock import FileLock, Timeout
 
     for left in Path(place).glob(f"{glob.escape(name + MARK)}*"):
@@ -37,6 +36,14 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
                 with FileLock(left / LOCK, blocking=False):
                     _clear(left)
             left.rmdir()  # empty: killed before it was locked, or as it was removed
+
+
+@contextmanager
+def aside(place: str | Path, name: str) -> Iterator[Path]:
+    """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
+    from filelock import FileLock, Timeout
+
+    sweep(place, name)
     held, folder = None, Path(place)
     while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
         held = None

@@ -61,7 +61,10 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a comma-separated file with quoting whose header line is `columns`; the number is the row's last line."""
+    """Rows of a comma-separated file with quoting whose header line is `columns`; the number is the row's last line.
+
+    A line's end inside quotes is read as LF, CRLF too.
+    """
     shape = f"{len(columns)} comma-separated columns {', '.join(columns)}"
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     text = (line + "\n" for _, line in lines(path))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import put_away, settle, sha256
+from lorakit.files import put_away, settle, sha256, sweep
 from lorakit.training.state import RunState, require_processes
 
 WEIGHTS = "trainable.safetensors"
@@ -172,8 +172,7 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
         "flops": run.meter.state_dict(),
     }
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
-    digests = {file.name: sha256(file) for file in sorted(path.iterdir())}
-    (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
+    (path / MARK).write_text(json.dumps({file.name: sha256(file) for file in path.iterdir()}), encoding="utf-8")
     settle(path)
     if (place := Path(output_dir) / path.name).is_dir():  # one of ours, whose folder was given this name
         os.replace(place, path.parent / "replaced")
@@ -206,6 +205,7 @@ def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> Non
     Args:
         more: names of what else an earlier run made.
     """
+    sweep(output_dir, SAVING)  # a run that has nothing more to save would leave it
     old = ours(output_dir)
     places = [path.resolve() for path in old]
     if resumed and Path(resumed).resolve() in places:

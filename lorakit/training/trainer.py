@@ -91,12 +91,12 @@ class BudgetTrainer(GatedTrainer):
             if resume_from_checkpoint:
                 self.require_resumable(resume_from_checkpoint)
                 checkpoint.load_run(self.run, resume_from_checkpoint)
-                if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
-                    checkpoint.load_weights(self.model, resume_from_checkpoint)
-                    return None
                 resume_from_checkpoint = str(resume_from_checkpoint)
             if self.is_world_process_zero():
                 checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
+            if resume_from_checkpoint and self.budget.share(self.ledger) >= 1:
+                checkpoint.load_weights(self.model, resume_from_checkpoint)
+                return None  # it stopped after its last step: the Trainer would take one more
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
         finally:
             self.run.end()

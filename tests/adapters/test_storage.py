@@ -147,6 +147,18 @@ def test_what_does_not_fit_is_refused_by_name(build, tmp_path, saved, kind, base
     refused(model if attached is None else attach(model, **attached), folder, message)
 
 
+def test_an_adapter_of_fewer_layers_is_refused_by_an_attached_one(build, tmp_path):
+    model = perturb(attach(build("bert"), target_modules=["query"], seed=0))
+    folder = save_adapter(model, tmp_path / "adapter")
+    refused(attach(build("bert"), target_modules=["query", "value"]), folder, r"missing tensors: bert\S+value\.lora_A")
+
+
+@pytest.mark.parametrize(("alpha", "written"), [(16, "16"), (16.0, "16"), (2.5, "2.5")])
+def test_a_whole_alpha_is_a_whole_number_in_pefts_file(build, tmp_path, alpha, written):
+    folder = save_adapter(attach(build("bert"), alpha=alpha), tmp_path / "adapter")
+    assert f'"lora_alpha": {written},' in (folder / "adapter_config.json").read_text()
+
+
 def edit(folder, change):
     from safetensors.torch import load_file, save_file
 

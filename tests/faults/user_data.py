@@ -38,9 +38,8 @@ def tsv_rows(text: str, columns: int, label: int, texts: tuple[int, ...], header
 
 
 def csv_table(text: str) -> set:
-    rows = list(
-        csv.reader([line + "\n" for line in text.split("\n")][: None if text.split("\n")[-1] else -1], strict=True)
-    )
+    lines = text.replace("\r\n", "\n").split("\n")  # so they end inside quotes as well
+    rows = list(csv.reader([line + "\n" for line in lines][: None if lines[-1] else -1], strict=True))
     fault_unless(rows[0] == ["text", "label"] and all(len(row) == 2 for row in rows), "another table was accepted")
     return {tuple(row) for row in rows[1:]}
 
@@ -82,7 +81,11 @@ def formats(rng: random.Random) -> dict[str, dict[str, tuple[str, Any]]]:
 
 def plain(row: Any) -> Any:
     """A row of a corpus as the readers here give it."""
-    return json.dumps(row) if isinstance(row, list) else (row.text, *([row.pair] if row.pair else []), str(row.label))
+    return (
+        json.dumps(row)
+        if isinstance(row, list)
+        else (row.text, *([] if row.pair is None else [row.pair]), str(row.label))
+    )
 
 
 def parquet_of(rng: random.Random, folder: Path, chosen: str) -> Path:

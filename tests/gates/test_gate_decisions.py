@@ -148,6 +148,10 @@ def test_a_basis_that_takes_nothing_in_is_noticed():
     for step in range(16):
         falling.decided(True, 1 - step / 32)
     assert falling.warnings == []
+    late = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 32}))
+    for step in range(32):  # nothing is said before the burn-in's end
+        late.decided(True, 1.0 if step < 24 else 0.1)
+    assert late.warnings == []
 
 
 def test_a_burn_in_longer_than_the_run_and_a_small_sketch_are_noticed():

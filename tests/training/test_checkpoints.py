@@ -49,6 +49,22 @@ def test_one_process_alone_clears_what_an_earlier_run_left(tmp_path, monkeypatch
     assert len(cleared) == first
 
 
+def test_what_a_kill_left_goes_where_nothing_more_is_saved(tmp_path):
+    def made():
+        return trainer(tiny_bert(), tmp_path, save_steps=2, budget=Budget(2, "steps"))
+
+    made().train()
+    for name, lock in (("a", True), ("b", False)):
+        left = tmp_path / f"{checkpoint.SAVING}.lorakit-{name}"
+        (left / "checkpoint-2" if lock else left).mkdir(parents=True)
+        if lock:
+            (left / ".lock").touch()
+    (mine := tmp_path / f"{checkpoint.SAVING}.lorakit-users").mkdir()
+    (mine / "notes").touch()
+    made().train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "checkpoint-2"]
+
+
 FILES = [checkpoint.RUN, checkpoint.STATE, checkpoint.WEIGHTS, checkpoint.BEST, *checkpoint.TRAINERS, "rng_state.pth"]
 DAMAGES = {
     "missing": lambda path: path.unlink(),
@@ -97,6 +113,28 @@ def test_a_damaged_checkpoint_is_named_and_an_older_whole_one_resumed(saved, tmp
     shutil.copytree(saved[0] / "checkpoint-12", tmp_path / "run" / "checkpoint-12")
     DAMAGES[damage](tmp_path / "run" / "checkpoint-12" / name)
     with pytest.raises(CheckpointError, match=rf"(?s){name}.*resume=false"):
+        again(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named(saved, tmp_path):
+    folder, _, again = saved
+    shutil.copytree(folder, tmp_path / "run")
+    assert checkpoint.intact(tmp_path / "run", ())[0].name == "checkpoint-12"
+    for name in ("checkpoint-6", "checkpoint-12"):
+        (tmp_path / "run" / name / "optimizer.pt").unlink()
+    told = "(?s)no checkpoint is whole: checkpoint-12: optimizer.pt.*checkpoint-6: optimizer.pt.*resume=false"
+    with pytest.raises(CheckpointError, match=told):
+        again(tmp_path / "run").train(resume_from_checkpoint=True)
+    assert {"checkpoint-6", "checkpoint-12"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_checkpoint_of_two_processes_is_not_resumed_by_one(saved, tmp_path):
+    folder, _, again = saved
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copy(
+        tmp_path / "run" / "checkpoint-12" / "rng_state.pth", tmp_path / "run" / "checkpoint-12" / "rng_state_1.pth"
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-12: written by 2 process\(es\), .* resumed by 1"):
         again(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
 
 

@@ -279,6 +279,13 @@ def test_what_this_machine_cannot_do_is_refused_by_name(changed, message, tmp_pa
         training_arguments(Params(**changed), str(tmp_path))
 
 
+@pytest.mark.parametrize("waited", ["0", "-1", "1.5", "soon", "1000000000"])
+def test_a_time_to_wait_that_is_none_is_refused_by_name(monkeypatch, tmp_path, waited):
+    monkeypatch.setenv("LORAKIT_TIMEOUT", waited)
+    with pytest.raises(ParameterError, match=f"LORAKIT_TIMEOUT='{waited}': seconds to wait"):
+        training_arguments(Params(), str(tmp_path))
+
+
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
 def test_an_optimizer_is_named_as_usable_exactly_where_the_trainer_builds_it(name, tmp_path):
     plain = TrainingArguments(str(tmp_path), optim=name, report_to="none", use_cpu=not torch.cuda.is_available())
