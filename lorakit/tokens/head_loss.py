@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.head import ROWS_CHECKED, Head, HeadCheck, by_sequence, replaced_input, rows, same_loss, takes_labels
+from lorakit.head import ROWS_CHECKED, Head, HeadCheck, replaced_input, rows, same_loss, takes_labels
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place
 
 BYTES = {True: 6, False: 16}  # of a logit at work, by whether the head is frozen: float32, and 16 bits before or after
 CAPPED = 8  # bytes more where it is capped or scaled
 KEPT = 2  # times that for logits that are kept
-SLICE = 2**21  # logits whose likelihoods are found at once: 8 MiB
+SLICE = 2**21  # logits whose softmax is found at once, in float32: 8 MiB, which a processor's cache holds
 HALF = 256.0  # fp16: errors are multiplied by it before they are rounded, or those of rare words would be 0
 
 Plan = Literal["keep", "again", "now"]
@@ -90,6 +90,19 @@ class HeadLoss:
         """Predictions at a time."""
         return int(self.room / self.row_bytes)
 
+    @property
+    def few(self) -> int:
+        """Predictions of a chunk whose softmax is found at once where only its errors are needed."""
+        return max(1, min(SLICE // self.head.outputs, self.chunk // 8))
+
+    @property
+    def wide(self) -> int:
+        """Predictions at a time, in as many bytes, where errors overwrite the head's results, few by few."""
+        if not self.is_fixed:
+            return self.chunk
+        work = self.row_bytes // self.head.outputs
+        return max(1, (work * self.chunk - (work - 2) * self.few) // self.head.module.weight.element_size())
+
     def __call__(self, states: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ weight · loss, () float32, of states (N, H), targets (N,) and weights (N,) or none."""
         if self.settings.loss == "liger":
@@ -134,17 +147,22 @@ class HeadLoss:
         return (lambda h: torch.func.functional_call(module, cast, (h,))), cast["weight"]
 
     @torch.no_grad()
-    def gradient(self, logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, raw: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and their gradient by a frozen head's input (n, H), float32.
 
         Args:
-            logits: (n, V) float32, capped: overwritten; targets: (n,); weight: (V, H) in the precision of its results.
+            raw: the head's results (n, V), overwritten; targets: (n,); weight: (V, H) in their precision.
         """
-        error, scale, losses = error_in_place(logits, targets, self.head.softcap)
-        scale = scale[:, None]
-        if weight.dtype == torch.float16:  # in which s·e may be too large
-            error, scale = error.mul_(HALF / scale), HALF
-        gradient = (error.to(weight.dtype) @ weight).float() * (self.head.scale / scale)
+        half = weight.dtype == torch.float16  # in which s·e may be too large
+
+        def overwritten(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            error, scale, losses = error_in_place(self.head.capped(z.float()), y, self.head.softcap)
+            z.copy_(error.mul_(HALF / scale[:, None]) if half else error)
+            return losses, scale
+
+        found = map(overwritten, raw.split(self.few), targets.split(self.few))
+        losses, scale = map(torch.cat, zip(*found, strict=True))
+        gradient = (raw @ weight).float() * (self.head.scale / (HALF if half else scale[:, None]))
         if self.settings.loss == "dft":
             gradient *= torch.exp(-losses)[:, None]
         return self.weighed(losses), gradient
@@ -154,11 +172,10 @@ class HeadLoss:
         run, weight = self.runner(device)
 
         def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-            # a chunk's logits are as many bytes as `BYTES` says
-            losses, found = self.gradient(self.head.capped(run(h).float()), targets, weight)
-            if weights is None:
-                return losses.sum(), [found]
-            return (losses * weights).sum(), [found * weights[:, None]]
+            losses, found = self.gradient(run(h), targets, weight)
+            return (
+                (losses.sum(), [found]) if weights is None else ((losses * weights).sum(), [found * weights[:, None]])
+            )
 
         return made
 
@@ -191,7 +208,7 @@ class _Sum(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(trained)
         gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
         made = loss.formula(states.device) if loss.is_fixed else partial(loss.learnt, trained=trained)
-        for h, y in zip(states.detach().split(loss.chunk), targets.split(loss.chunk), strict=True):
+        for h, y in zip(states.detach().split(loss.wide), targets.split(loss.wide), strict=True):
             part = slice(first, first := first + len(y))
             value, (gradient[part], *new) = made(h, y, None if weights is None else weights[part])
             total += value
@@ -218,23 +235,6 @@ def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tens
 def words(states: Tensor, labels: Tensor) -> Tensor:
     """Of states (B, v + T, …), of which v are virtual tokens', those of the words with labels (B, T): (B·T, …)."""
     return states[:, -labels.shape[1] :].flatten(0, 1)
-
-
-@torch.no_grad()
-def statistics(
-    loss: HeadLoss, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, kind: str
-) -> Tensor:
-    """Of a batch (B, T), (B, 4), as `training.loss.example_statistics`, a chunk of logits at a time."""
-    made: list[Tensor] = []
-
-    def measured(hidden: Tensor) -> Tensor:
-        where, targets = rows(labels, kind)
-        made.append(by_sequence(loss.losses(words(hidden, labels)[where], targets), where, labels.shape))
-        return hidden[:, :0]
-
-    with replaced_input(loss.head, measured):
-        model(**inputs)
-    return made[0]
 
 
 def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, kind: str) -> None:

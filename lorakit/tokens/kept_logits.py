@@ -55,7 +55,7 @@ class BestLogits:
         order = self.held.argsort().to(chosen.targets.device)
         raw, self.raw = self.raw, None
         here = torch.empty_like(chosen.targets).index_put((order,), chosen.targets)
-        losses, gradient = _gradients(raw.split(loss.chunk), here, loss)
+        losses, gradient = _gradients([raw], here, loss)
         return losses.sum(), gradient[order]
 
 
@@ -90,7 +90,7 @@ def _gradients(parts: Sequence[Tensor], targets: Tensor, loss: HeadLoss) -> tupl
     words, made = [*targets.split([len(raw) for raw in parts])], []
     parts, weight = [*parts], loss.head.module.weight.to(parts[0].dtype)
     while parts:
-        made.append(loss.gradient(loss.head.capped(parts.pop().float()), words.pop(), weight))
+        made.append(loss.gradient(parts.pop(), words.pop(), weight))
     made.reverse()
     return torch.cat([losses for losses, _ in made]), torch.cat([gradient for _, gradient in made])
 

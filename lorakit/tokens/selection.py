@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lorakit.errors import require, require_finite
-from lorakit.head import IGNORED, Head, ambient_autocast, find_head, fullest_row, replaced_input, rows
+from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, statistics, words
+from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, words
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -107,8 +107,18 @@ class TokenGate:
         self.score.base = torch.cat([losses for losses, _ in found] or [hidden.new_zeros(0)])
         return hidden[:, :0]
 
+    @torch.no_grad()
     def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        return statistics(self.loss, model, inputs, labels, self.kind)
+        made: list[Tensor] = []
+
+        def measured(hidden: Tensor) -> Tensor:
+            where, targets = rows(labels, self.kind)
+            made.append(by_sequence(self.loss.losses(words(hidden, labels)[where], targets), where, labels.shape))
+            return hidden[:, :0]
+
+        with replaced_input(self.head, measured):
+            model(**inputs)
+        return made[0]
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.

@@ -246,16 +246,21 @@ def test_logits_never_exist_at_once(monkeypatch):
     with live:
         mean(exact(model, kind), model, inputs, labels).backward()
     widest = max(entry.nbytes for entry in live._all if entry.kind == "logits")
-    assert widest == 5 * 99 * 4
+    assert widest == (6 * 5 - 4) // 4 * 99 * 4  # the bytes of 5 rows of 6, but for one whose softmax is found
 
 
 def test_chunks_follow_the_bound_and_the_head():
-    for mib, fixed, capped, chunk in ((96, True, None, 64), (384, True, None, 256), (112, True, 30.0, 32)):
-        module = nn.Linear(2, 262_144, bias=False, device="meta").requires_grad_(not fixed)
+    for mib, half, capped, chunk, wide in (
+        (96, False, None, 64, 88), (96, True, None, 64, 176), (384, True, None, 256, 752), (112, True, 30.0, 32, 200)
+    ):  # fmt: skip
+        dtype = torch.bfloat16 if half else torch.float32
+        module = nn.Linear(2, 262_144, bias=False, device="meta", dtype=dtype).requires_grad_(False)
         loss = HeadLoss(Head(module, 2, 262_144, capped), TokenSettings(logits_mib=mib))
-        assert loss.chunk == chunk
+        assert (loss.chunk, loss.wide) == (chunk, wide)
+        assert wide * (2 if half else 4) + loss.few * (12 if capped else 4) <= mib * 4  # bytes of a word's logits
     module.requires_grad_()
-    assert HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128)).chunk == 32
+    loss = HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128))
+    assert (loss.chunk, loss.wide) == (32, 32)
 
 
 # evaluation -----------------------------------------------------------------------------------------
