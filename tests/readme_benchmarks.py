@@ -176,17 +176,19 @@ def of_loss() -> Iterator[str]:
     yield line("over TRL 1.16's, FLOPs: all tokens predicted; a quarter", *both("over TRL{}: FLOPs", ".3f"))
     yield line("over TRL 1.16's, peak (its GPU path's buffers, by formula): the same", *both("over TRL{}: peak", ".3f"))
     yield line("over TRL 1.16's, seconds (its CPU fallback): all", *both("over TRL: step", ".2f", ""))
-    rows = (256, 64)
     for what, told in (("peak", "predicted peak"), ("step", "seconds")):
-        title = f"over all logits, {told}, all predicted: 256 predictions a chunk; 64"
-        yield line(title, *both(f"over plain, {{}} rows: {what}", ".2f", *map(str, rows)))
+        title = f"over all logits, {told}, all predicted: 384 MiB a chunk; 96, the default"
+        yield line(title, *both(f"over plain, {{}} MiB: {what}", ".2f", "384", "96"))
     yield line("over all logits, seconds: a quarter predicted", *both("over plain{}: step", ".2f", ", 25 % targets"))
-    off = [claim("loss", f"gradient in {how}, off by") for how in ("fp32", "fp16 with a scaler")]
-    units, noise = (1e-6, 1e-4), claim("loss", "plain gradient in fp16 at another scale, off by")
-    measured = "; ".join(short(unit * one.ours) for unit, one in zip(units, off, strict=True))
-    yield f"fp16 rounds: the plain gradient at another loss scale is off by {short(1e-4 * noise.ours)} from itself"
-    goals = "; ".join(short(unit * one.target) for unit, one in zip(units, off, strict=True))
-    yield line("a trained weight's gradient off by, fp32; fp16 with a scaler", measured, goals)
+    off = [claim("loss", f"gradient {how}, off by") for how in ("in fp32", "by the head's input in fp16 with a scaler")]
+    sides = [
+        [unit * getattr(one, side) for unit, one in zip((1e-6, 1e-4), off, strict=True)] for side in ("ours", "target")
+    ]
+    title = "gradient off by: of a trained weight in fp32; by the head's input in fp16 with a scaler"
+    yield line(title, *("; ".join(map(short, side)) for side in sides))
+    below = claim("loss", "gradient in fp16, off by, over the plain one's at another scale")
+    yield f"In fp16 a trained weight's gradient is off by {short(1e-4 * below.ours)}, the plain one's at another scale"
+    yield f" by {short(1e-4 * below.theirs)} from itself"
 
 
 def of_combined() -> Iterator[str]:
