@@ -169,6 +169,7 @@ IDLE = [
     ({"method": "lora", "sparsity": 0.7}, "sparsity=0.7: says nothing without method 'sparse'"),
     ({"method": "sparse", "sparsify": "l1", "l1": 0.1, "sparsity": 0.7}, "sparsity=0.7: says nothing without l1 0"),
     ({"double_quant": False}, "double_quant=False: says nothing without quantize"),
+    ({"loss": "nll", "logits_mib": 50}, "logits_mib=50.*: says nothing without loss 'exact'"),
     ({"redundancy_pool": 8}, "redundancy_pool=8: says nothing without redundancy"),
 ]
 
