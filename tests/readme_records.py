@@ -19,6 +19,7 @@ from lorakit.studies.gates import redundant_shares
 
 SST2, GATES, REDUNDANT, HALF = "sst2-minilm", "sst2-minilm-gates", "sst2-minilm-redundant", "sst2-minilm-redundant50"
 CHAT, CHAT_GATES = "instruct-gemma3-270m", "instruct-gemma3-270m-gates"
+EXACT, PLANNED = "instruct-gemma3-270m-exact", 5  # seeds, in claims.yaml
 TOKENS, HIGHER = "instruct-gemma3-270m-tokens-lower-rate", "instruct-gemma3-270m-tokens"
 FIRST = {
     "full": "full fine-tuning",
@@ -31,7 +32,7 @@ FIRST = {
 }
 WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PARTS = {2: "half", 4: "a quarter", 6: "a sixth"}
-LOSS, ACCURACY, FLOPS = stats.LOSS, "test accuracy", "flops"
+LOSS, TEST, ACCURACY, FLOPS = stats.LOSS, "test loss", "test accuracy", "flops"
 SCORE = (tables.SCORE, 1)
 GIB = 2**30
 
@@ -43,6 +44,7 @@ def said() -> Iterator[str]:
     yield from batches_table()
     yield from batches()
     yield from redundant()
+    yield from exact_table()
     yield from tokens_table()
     yield from tokens()
     yield from not_true()
@@ -283,6 +285,16 @@ def redundant() -> Iterator[str]:
 
 
 # Which tokens deserve a backward? --------------------------------------------------------------------
+
+
+def exact_table() -> Iterator[str]:
+    columns = {"learning_rate": ("{:.0e}", 1), "steps": ("{:,.0f}", 1), LOSS: SCORE}
+    for row, runs in groups(EXACT).items():
+        if len(runs) == PLANNED:
+            others = {"lora": row, equal_cost.random_for(groups(EXACT), row): row}
+            told = [in_words(gap(EXACT, row, other, TEST)) if other not in (None, row) else "" for other in others]
+            rate, *more = cells(EXACT, row, columns)
+            yield line(names.label(row), rate.replace("e-0", "e-"), *more, *told[:2])
 
 
 def tokens_table() -> Iterator[str]:

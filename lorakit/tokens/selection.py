@@ -138,26 +138,25 @@ class TokenGate:
         return sum(groups if self.settings.weighted else self.shares.quotas(groups))
 
     def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:
-        """Predictions that the head runs for to look at them, those whose gradient it makes then, and its chunks.
-
-        Chunks count where the head does something once a call, as an adapter of W0's size does.
-        """
+        """Predictions that the head runs for to look at them, those whose gradient it makes then, and its chunks."""
         groups = self.shares.groups(labels)
         looked = sum(groups) if self.scores(look) else 0
         now = looked if self._plan_of(looked, sum(self.shares.quotas(groups)), look) == "now" else 0
         return (looked, now, self._chunks(looked))
 
     def _chunks(self, count: int) -> int:
+        """They count where the head does something once a call, as an adapter of W0's size does."""
         return 0 if self.head.is_fixed else -(-count // self.loss.chunk)
 
     def report(self) -> dict[str, Any]:
         return {"gating": self.settings.model_dump(), **self.seen} if self.selective else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"draws": self.shares.draws, "seen": dict(self.seen)}
+        weighed = {"dft": True} if self.loss.settings.loss == "dft" else {}  # tokens' losses: by their probability
+        return {"draws": self.shares.draws, "seen": dict(self.seen), **weighed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, self.state_dict(), f"tokens ({self.settings.method})")
+        check_state(state, self.state_dict(), f"tokens ({self.settings.method}, {self.loss.settings.loss})")
         self.shares.draws, self.seen = state["draws"], dict(state["seen"])
 
     # choosing ------------------------------------------------------------------------------------------
