@@ -241,7 +241,7 @@ class TokenSettings(Settings):
     gating: Gating = field(Gating(), "FLoRA; a mapping with keys of its own")
     loss: Literal["exact", "nll", "dft", "liger"] = field("exact", "of a language model")
     logits_mib: float = field(96, "what a chunk's logits may take; those kept for a backward, twice that", gt=0)
-    idle = (Idle("loss 'exact'", lambda p: p.loss in ("nll", "liger") and not p.gating.selective, ("logits_mib",)),)
+    idle = (Idle("loss 'exact'", lambda p: p.loss == "liger", ("logits_mib",)),)
     refuses = (
         Refusal("loss", "liger's kernel weighs no tokens; gating.policy 'topk', or loss 'exact'",
                 lambda p: p.loss == "liger" and p.gating.selective and p.gating.weighted),

@@ -169,7 +169,7 @@ IDLE = [
     ({"method": "lora", "sparsity": 0.7}, "sparsity=0.7: says nothing without method 'sparse'"),
     ({"method": "sparse", "sparsify": "l1", "l1": 0.1, "sparsity": 0.7}, "sparsity=0.7: says nothing without l1 0"),
     ({"double_quant": False}, "double_quant=False: says nothing without quantize"),
-    ({"loss": "nll", "logits_mib": 50}, "logits_mib=50.*: says nothing without loss 'exact'"),
+    ({"loss": "liger", "logits_mib": 50}, "logits_mib=50.*: says nothing without loss 'exact'"),
     ({"redundancy_pool": 8}, "redundancy_pool=8: says nothing without redundancy"),
 ]
 
@@ -189,6 +189,7 @@ def test_what_would_change_nothing_is_refused_by_every_door(tmp_path, given, say
         {"setting": "toy-instruct", "row": "pps_fractional", "gating": {"method": "baseline"}},
         {"setting": "toy", "row": "sparse", "method": "lora"},
         {"setting": "toy", "row": "skip", "skip": "none"},
+        {"setting": "toy-instruct", "row": "flora", "loss": "nll"},
     ],
 )
 def test_who_switches_a_rows_change_off_need_not_name_what_belonged_to_it(given):
