@@ -26,6 +26,7 @@ DEFAULTS = {
     "lorakit.sketches.frequent_directions:FrequentDirections": {"decay": 1.0, "device": "cpu"},
     "lorakit.skip.controller:SkipLoRA": {"seed": 0},
     "lorakit.tokens:build_tokens": {"seed": 0, "rank": 0, "smoothing": 0.0},
+    "lorakit.tokens.choice:Shares": {"seed": 0, "rank": 0, "draws": 0},
     "lorakit.tokens.scores:TokenScore": {"seed": 0},
     "lorakit.tokens.selection:TokenGate": {"seed": 0, "rank": 0, "smoothing": 0.0},
     "lorakit.training.slora:SLoRATrainer": {"loss": "nll"},

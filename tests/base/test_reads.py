@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -72,3 +73,27 @@ def test_a_packed_model_is_saved_and_loaded_as_it_is(name, double_quant, tmp_pat
     for path, layer in model.named_modules():
         if is_four_bit(layer):
             assert torch.equal(dequantise(again.get_submodule(path)), dequantise(layer))
+
+
+class ReadsAgain(torch.nn.Module):
+    """Reads a layer's weight, once the layer has run, where it is told to."""
+
+    dummy_inputs = {"x": torch.zeros(1, 4)}
+
+    def __init__(self, reads: bool):
+        super().__init__()
+        self.reads, self.one, self.two = reads, torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.two(self.one(x))
+        return x @ self.one.weight if self.reads else x
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_read_after_the_layer_has_run_is_one(reads):
+    assert read_elsewhere(ReadsAgain(reads), ["one", "two"]) == ["one"] * reads
+
+
+def test_without_bitsandbytes_no_layer_is_of_4_bits(monkeypatch):
+    monkeypatch.delitem(sys.modules, "bitsandbytes.nn", raising=False)
+    assert not is_four_bit(torch.nn.Linear(2, 2))
