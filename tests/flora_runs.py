@@ -39,7 +39,7 @@ def arguments(folder, **options):
     )
 
 
-def flora(model, folder, gating=None, gate_config=None, gate=None, data=None, loss="nll", **options) -> FLoRATrainer:
+def flora(model, folder, gating=None, gate_config=None, gate=None, data=None, **options) -> FLoRATrainer:
     """A FLoRATrainer on random rows."""
     return FLoRATrainer(
         model,
@@ -50,7 +50,6 @@ def flora(model, folder, gating=None, gate_config=None, gate=None, data=None, lo
         gating={"method": "flora", "topk_tokens": 0.3} | (gating or {}),
         gate_config=gate_config,
         gate=gate,
-        loss=loss,
     )
 
 

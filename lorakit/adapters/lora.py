@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.adapters.probe import Probe
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, require
 from lorakit.settings import AdapterSettings
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
@@ -25,6 +25,9 @@ class LoRALayer(AdapterLayer):
     peft_fields = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}) | _INERT_FIELDS
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
+        require(
+            settings.alpha is not None, "alpha", settings.alpha, "LoRA needs one: its update's scale is alpha / rank"
+        )
         super().__init__(base_layer, settings)
         self.scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.lora_A = self.new_parameter(initial_A(settings, self.in_features, generator))

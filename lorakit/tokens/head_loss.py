@@ -95,13 +95,10 @@ class HeadLoss:
         """Predictions of a chunk whose softmax is found at once where only its errors are needed."""
         return max(1, min(SLICE // self.head.outputs, self.chunk // 8))
 
-    @property
-    def wide(self) -> int:
-        """Predictions at a time, in as many bytes, where errors overwrite the head's results, few by few."""
-        if not self.is_fixed:
-            return self.chunk
+    def wide(self, weight: Tensor) -> int:
+        """Predictions at a time, in as many bytes, where errors overwrite what `weight` (V, H) gives, few by few."""
         work = self.row_bytes // self.head.outputs
-        return max(1, (work * self.chunk - (work - 2) * self.few) // self.head.module.weight.element_size())
+        return max(1, (work * self.chunk - (work - 2) * self.few) // weight.element_size())
 
     def __call__(self, states: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Σ weight · loss, () float32, of states (N, H), targets (N,) and weights (N,) or none."""
@@ -154,9 +151,11 @@ class HeadLoss:
             raw: the head's results (n, V), overwritten; targets: (n,); weight: (V, H) in their precision.
         """
         half = weight.dtype == torch.float16  # in which s·e may be too large
+        copies = raw.new_empty(self.few * (raw.dtype != torch.float32), raw.shape[1], dtype=torch.float32)
 
         def overwritten(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            error, scale, losses = error_in_place(self.head.capped(z.float()), y, self.head.softcap)
+            logits = self.head.capped(copies[: len(z)].copy_(z) if len(copies) else z)
+            error, scale, losses = error_in_place(logits, y, self.head.softcap)
             z.copy_(error.mul_(HALF / scale[:, None]) if half else error)
             return losses, scale
 
@@ -167,8 +166,8 @@ class HeadLoss:
             gradient *= torch.exp(-losses)[:, None]
         return self.weighed(losses), gradient
 
-    def formula(self, device: torch.device) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-        """As `learnt`, of a frozen head: by `gradient`."""
+    def formula(self, device: torch.device) -> tuple[Callable[..., tuple[Tensor, list[Tensor]]], int]:
+        """As `learnt`, of a frozen head: by `gradient`; and of how many predictions at a time."""
         run, weight = self.runner(device)
 
         def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -177,7 +176,7 @@ class HeadLoss:
                 (losses.sum(), [found]) if weights is None else ((losses * weights).sum(), [found * weights[:, None]])
             )
 
-        return made
+        return made, self.wide(weight)
 
     def learnt(
         self, h: Tensor, targets: Tensor, weights: Tensor | None, trained: Sequence[nn.Parameter]
@@ -207,8 +206,10 @@ class _Sum(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         sums: list[Tensor | None] = [None] * len(trained)
         gradient, first = torch.empty(states.shape, dtype=torch.float32, device=states.device), 0
-        made = loss.formula(states.device) if loss.is_fixed else partial(loss.learnt, trained=trained)
-        for h, y in zip(states.detach().split(loss.wide), targets.split(loss.wide), strict=True):
+        made, size = partial(loss.learnt, trained=trained), loss.chunk
+        if loss.is_fixed:
+            made, size = loss.formula(states.device)
+        for h, y in zip(states.detach().split(size), targets.split(size), strict=True):
             part = slice(first, first := first + len(y))
             value, (gradient[part], *new) = made(h, y, None if weights is None else weights[part])
             total += value

@@ -1,6 +1,6 @@
 """What is kept of predictions while all are looked at, so that their loss and its gradient need no second product."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,10 +85,10 @@ class SeenLogits:
         return chosen.total(losses), gradient
 
 
-def _gradients(parts: Sequence[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
+def _gradients(parts: list[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
     """Losses (k,) and gradients (k, H) of the head's results, in parts, which are given up."""
     words, made = [*targets.split([len(raw) for raw in parts])], []
-    parts, weight = [*parts], loss.head.module.weight.to(parts[0].dtype)
+    weight = loss.head.module.weight.to(parts[0].dtype)
     while parts:
         made.append(loss.gradient(parts.pop(), words.pop(), weight))
     made.reverse()

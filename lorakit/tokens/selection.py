@@ -152,11 +152,10 @@ class TokenGate:
         return {"gating": self.settings.model_dump(), **self.seen} if self.selective else {}
 
     def state_dict(self) -> dict[str, Any]:
-        weighed = {"dft": True} if self.loss.settings.loss == "dft" else {}  # tokens' losses: by their probability
-        return {"draws": self.shares.draws, "seen": dict(self.seen), **weighed}
+        return {"draws": self.shares.draws, "seen": dict(self.seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, self.state_dict(), f"tokens ({self.settings.method}, {self.loss.settings.loss})")
+        check_state(state, self.state_dict(), f"tokens ({self.settings.method})")
         self.shares.draws, self.seen = state["draws"], dict(state["seen"])
 
     # choosing ------------------------------------------------------------------------------------------

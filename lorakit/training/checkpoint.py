@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import put_away, settle, sha256, sweep
+from lorakit.files import put_away, settle, sha256
 from lorakit.training.state import RunState, require_processes
 
 WEIGHTS = "trainable.safetensors"
@@ -205,7 +205,6 @@ def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> Non
     Args:
         more: names of what else an earlier run made.
     """
-    sweep(output_dir, SAVING)  # a run that has nothing more to save would leave it
     old = ours(output_dir)
     places = [path.resolve() for path in old]
     if resumed and Path(resumed).resolve() in places:

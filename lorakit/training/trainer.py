@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import aside
+from lorakit.files import aside, sweep
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -91,12 +91,14 @@ class BudgetTrainer(GatedTrainer):
             if resume_from_checkpoint:
                 self.require_resumable(resume_from_checkpoint)
                 checkpoint.load_run(self.run, resume_from_checkpoint)
+                if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                    checkpoint.load_weights(self.model, resume_from_checkpoint)
+                    if self.is_world_process_zero():  # nothing more will be saved, which would do it
+                        sweep(self.args.output_dir, checkpoint.SAVING)
+                    return None
                 resume_from_checkpoint = str(resume_from_checkpoint)
             if self.is_world_process_zero():
                 checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
-            if resume_from_checkpoint and self.budget.share(self.ledger) >= 1:
-                checkpoint.load_weights(self.model, resume_from_checkpoint)
-                return None  # it stopped after its last step: the Trainer would take one more
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
         finally:
             self.run.end()
@@ -108,7 +110,6 @@ class BudgetTrainer(GatedTrainer):
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer, lambda _: self.schedule.factor(self.budget.share(self.ledger))
         )
-        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):

@@ -234,19 +234,21 @@ def test_flops_are_those_of_the_formulas(monkeypatch, plan):
     assert plain_step - ours == 4 * left_out * head.outputs * head.d_hidden
 
 
-def test_logits_never_exist_at_once(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("softcap", "work"), [(None, 6), (30.0, 14)])
+def test_all_that_is_as_wide_as_logits_fits_the_bound_at_any_time(dtype, softcap, work):
     from lorakit.measure.live import LiveBytes
 
-    monkeypatch.setattr(HeadLoss, "chunk", 5)
-    model, inputs, labels, kind = case("llama")
-    live = LiveBytes()
-    live.logit_width = 99
-    for parameter in model.parameters():
-        live.claim(parameter, "parameters")
+    module = nn.Linear(4, 500, bias=False, dtype=dtype).requires_grad_(False)
+    live, states = LiveBytes(), torch.randn(90, 4, dtype=dtype, requires_grad=True)
+    live.logit_width = 500
+    live.claim(module.weight, "parameters")
+    loss = HeadLoss(Head(module, 4, 500, softcap), TokenSettings(logits_mib=(16.5 * work * 500) / 2**20))
     with live:
-        mean(exact(model, kind), model, inputs, labels).backward()
-    widest = max(entry.nbytes for entry in live._all if entry.kind == "logits")
-    assert widest == (6 * 5 - 4) // 4 * 99 * 4  # the bytes of 5 rows of 6, but for one whose softmax is found
+        loss(states, torch.randint(0, 500, (90,))).backward()
+    wide = [entry for entry in live._all if entry.kind == "logits"]
+    most = max(sum(other.nbytes for other in wide if other.born <= one.born < other.died) for one in wide)
+    assert loss.chunk == 16 and 0.6 < most / (16 * work * 500) <= 1
 
 
 def test_chunks_follow_the_bound_and_the_head():
@@ -256,11 +258,9 @@ def test_chunks_follow_the_bound_and_the_head():
         dtype = torch.bfloat16 if half else torch.float32
         module = nn.Linear(2, 262_144, bias=False, device="meta", dtype=dtype).requires_grad_(False)
         loss = HeadLoss(Head(module, 2, 262_144, capped), TokenSettings(logits_mib=mib))
-        assert (loss.chunk, loss.wide) == (chunk, wide)
-        assert wide * (2 if half else 4) + loss.few * (12 if capped else 4) <= mib * 4  # bytes of a word's logits
+        assert (loss.chunk, loss.wide(module.weight)) == (chunk, wide)
     module.requires_grad_()
-    loss = HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128))
-    assert (loss.chunk, loss.wide) == (32, 32)
+    assert HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128)).chunk == 32
 
 
 # evaluation -----------------------------------------------------------------------------------------

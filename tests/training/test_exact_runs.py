@@ -6,12 +6,12 @@ import decoders
 import pytest
 import torch
 import training_runs as runs
-from flora_runs import arguments, decoder, flora
+from flora_runs import arguments, decoder
 from transformers import Trainer
 
 import lorakit
 from lorakit.adapters import attach
-from lorakit.errors import CheckpointError, ParameterError
+from lorakit.errors import ParameterError
 from lorakit.gates import build_gate
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
@@ -124,14 +124,3 @@ def test_a_penalty_in_the_models_own_loss_is_refused_before_anything_is_loaded()
     toy = {"model": "toy-decoder", "task": "toy-instruct", "method": "peft", "peft_type": "ADALORA"}
     with pytest.raises(ParameterError, match="^loss='exact': AdaLoRA adds its penalty to the model's own loss: 'nll'"):
         lorakit.run(toy)
-
-
-def test_a_run_does_not_go_on_with_other_weights_of_its_tokens(tmp_path):
-    def made(loss: str, steps: int) -> FLoRATrainer:
-        whole = {"method": "baseline"}
-        return flora(decoder(), tmp_path, whole, loss=loss, max_steps=steps, save_strategy="steps", save_steps=2)
-
-    made("exact", 2).train()
-    with pytest.raises(CheckpointError, match=r"no state of gate 'tokens \(baseline, dft\)'"):
-        made("dft", 4).train(resume_from_checkpoint=True)
-    made("exact", 4).train(resume_from_checkpoint=True)
