@@ -209,6 +209,7 @@ class _Sum(torch.autograd.Function):
         made, size = partial(loss.learnt, trained=trained), loss.chunk
         if loss.is_fixed:
             made, size = loss.formula(states.device)
+        size = -(-len(targets) // max(1, -(-len(targets) // size))) or 1  # as many chunks, all as large
         for h, y in zip(states.detach().split(size), targets.split(size), strict=True):
             part = slice(first, first := first + len(y))
             value, (gradient[part], *new) = made(h, y, None if weights is None else weights[part])
