@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import training_runs as runs
@@ -45,6 +47,28 @@ def test_slora_trainer_trains(tmp_path, which):
     last = [entry for entry in run.state.log_history if "loss" in entry][-1]
     assert {"gate/novelty", "gate/accept", "gate/acceptance_rate"} <= set(last)
     assert (last["gate/accepted_steps"], last["gate/total_steps"]) == (run.ledger.accepted_steps, 20)
+    logged, points = len(run.state.log_history), len(run.gate_log.points)
+    run.evaluate()  # no window of batches ends here
+    assert len(run.state.log_history) == logged + 1 and len(run.gate_log.points) == points
+    assert not [name for name in run.state.log_history[-1] if name.startswith("gate/")]
+
+
+def test_a_model_that_needs_no_labels_counts_its_examples(tmp_path):
+    class Recalls(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.config = torch.nn.Linear(4, 4), SimpleNamespace()
+
+        def forward(self, x):
+            return {"loss": (self.layer(x) - x).square().mean()}
+
+    rows = [{"x": torch.randn(4)} for _ in range(20)]
+    options = {"max_steps": 4, "per_device_train_batch_size": 5}
+    run = SLoRATrainer(Recalls(), arguments(tmp_path, **options), train_dataset=rows)
+    before = runs.weights(run.model)
+    run.train()
+    assert (run.ledger.accepted_steps, run.ledger.examples) == (4, 20)
+    assert not runs.equal(runs.weights(run.model), before)
 
 
 def test_peft_checkpoints_stay_pefts_own(tmp_path):
