@@ -45,6 +45,7 @@ def said() -> Iterator[str]:
     yield from batches()
     yield from redundant()
     yield from exact_table()
+    yield from exact()
     yield from tokens_table()
     yield from tokens()
     yield from not_true()
@@ -295,6 +296,25 @@ def exact_table() -> Iterator[str]:
             told = [in_words(gap(EXACT, row, other, TEST)) if other not in (None, row) else "" for other in others]
             rate, *more = cells(EXACT, row, columns)
             yield line(names.label(row), rate.replace("e-0", "e-"), *more, *told[:2])
+
+
+def exact() -> Iterator[str]:
+    budget, rates = asked(EXACT, "budget"), groups(EXACT)["lora"][0].resolved["search_rates"]
+    yield f"{asked(EXACT, 'batch_size')} conversations a batch, **{budget / 1e12:.0f} TFLOPs for every row**"
+    yield f"the rate of its own search ({WORDS[len(rates)]} rates)"
+    rows = [row for row, runs in groups(EXACT).items() if len(runs) == PLANNED]
+    yield f"{seeds(EXACT, *rows)} each, claims and margins written down before the runs"
+    yield f"| row ({seeds(EXACT, *rows)} each) | learning rate |"
+    ends = {row: " ".join(distance(EXACT, row, "lora", TEST)) for row in ("flora40", "flora20", "flora20_gather")}
+    low, high = (percent(groups(EXACT)[row][0].resolved["gating"]["topk_tokens"]) for row in ("flora20", "flora40"))
+    yield "with 95 % intervals that are not corrected for their number"
+    yield f"**At {high} choosing pays, at {low} it costs**"
+    yield f"**The largest score is the wrong choice at {low}**"
+    yield f"mode `fractional` at {high} ends {ends['flora40']} nats a token *below* exact LoRA on test"
+    yield f"at {low} {ends['flora20']} *above* it, mode `gather` at {low} {ends['flora20_gather']} above"
+    chance = " ".join(distance(EXACT, "flora20", "random20", TEST))
+    yield f"{low} by the largest score end {chance} above {low} drawn at random"
+    yield f"which are within the noise of LoRA ({in_words(gap(EXACT, 'random20', 'lora', TEST))})"
 
 
 def tokens_table() -> Iterator[str]:
