@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lorakit.errors import ParameterError
 
@@ -84,6 +85,12 @@ class Settings(BaseModel):
                     right = f"{float(value):.1e}"
                     allowed += f"; it is a string: YAML reads 1e-4 as text, write {right} with a dot and no quotes"
             raise ParameterError(name, value, allowed) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=repr).encode()  # half a character is a ValueError
+        return value
 
     @classmethod
     def of(cls, whole: Settings) -> Self:

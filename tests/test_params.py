@@ -150,6 +150,16 @@ def test_parameters_of_a_group_that_contradict_each_other(given, says):
         params.resolve(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({"label": "a\ud83d"}, "label"), ({"target_modules": ["q", "\udc80"]}, "target_modules"),
+     ({"method": "peft", "peft_type": "DORA", "peft_options": {"x": ["\ud800"]}}, "peft_options")],
+)  # fmt: skip
+def test_half_a_character_is_refused_by_name(given, name):
+    with pytest.raises(ParameterError, match=f"^{name}=.*surrogates not allowed"):
+        Params(**given)
+
+
 # what is told of them ---------------------------------------------------------------------------------
 
 
