@@ -315,6 +315,7 @@ def exact() -> Iterator[str]:
     chance = " ".join(distance(EXACT, "flora20", "random20", TEST))
     yield f"{low} by the largest score end {chance} above {low} drawn at random"
     yield f"which are within the noise of LoRA ({in_words(gap(EXACT, 'random20', 'lora', TEST))})"
+    yield f"it is within the noise ({in_words(gap(EXACT, 'flora20_gather', 'random20_gather', TEST))})"
 
 
 def tokens_table() -> Iterator[str]:
