@@ -22,6 +22,7 @@ DEFAULTS = {
     "lorakit.gates.novelty:HeadGradientGate": NOVELTY | {"seed": 0},
     "lorakit.gates.simple:RandomGate": {"burn_in": 0, "seed": 0},
     "lorakit.gates.simple:ScoredGate": {"seed": 0},
+    "lorakit.gates.threshold:RunningScale": {"count": 0, "mean": 0.0, "variance": 0.0},
     "lorakit.gates.threshold:ThresholdController": {"steepness": 10.0, "ema_rate": 0.02, "burn_in": 0},
     "lorakit.sketches.frequent_directions:FrequentDirections": {"decay": 1.0, "device": "cpu"},
     "lorakit.skip.controller:SkipLoRA": {"seed": 0},

@@ -12,6 +12,8 @@ import torch
 from small_models import bits, logits, perturb, same_bits
 
 from lorakit.adapters import adapter_bytes, adapter_state, attach, load_adapter, load_adapter_state, merge, save_adapter
+from lorakit.adapters.peft_format import adapts_more
+from lorakit.adapters.storage import described
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 
 
@@ -42,6 +44,18 @@ def test_head_and_full_files_are_clearly_ours(build, tmp_path):
     assert names(folder) == ["lorakit_config.json", "lorakit_trained.safetensors"]
     config = json.loads((folder / "lorakit_config.json").read_text())
     assert config == {"format": "lorakit", "version": 1, "method": "head", "trained": ["classifier"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "labels"), [("head", None, 2), ("full", None, None), ("lora", "classify", 2)]
+)
+def test_a_file_says_how_many_labels_its_model_has(build, tmp_path, method, kind, labels):
+    assert described(save_adapter(trained(build, method), tmp_path / "adapter"))[1:] == (kind, labels)
+
+
+def test_an_adapter_of_convolutions_is_more_than_linear_maps():
+    assert adapts_more({"layer.lora_A.weight": torch.zeros(2, 3, 1)})
+    assert not adapts_more({"layer.lora_A.weight": torch.zeros(2, 3), "norm.weight": torch.zeros(2, 3, 1)})
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "full"])

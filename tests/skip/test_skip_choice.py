@@ -133,3 +133,4 @@ def test_thresholds():
 def test_blocks_follow_the_models_numbers():
     paths = ["embeddings_project", "encoder.layer.0.query", "encoder.layer.0.out.dense", "encoder.layer.1.query", "top"]
     assert block_numbers(paths) == [0, 1, 1, 2, 3]
+    assert block_numbers([f"layers.{block}.query" for block in range(12)]) == [*range(12)]
