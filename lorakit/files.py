@@ -26,7 +26,7 @@ MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as lon
 LOCK = ".lock"
 
 
-def sweep(place: str | Path, name: str) -> None:
+def clear_left(place: str | Path, name: str) -> None:
     """Remove folders of our own in `place` of this `name` that kills left."""
     from filelock import FileLock, Timeout
 
@@ -43,7 +43,7 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
     """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
     from filelock import FileLock, Timeout
 
-    sweep(place, name)
+    clear_left(place, name)
     held, folder = None, Path(place)
     while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
         held = None

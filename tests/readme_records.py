@@ -292,10 +292,10 @@ def exact_table() -> Iterator[str]:
     columns = {"learning_rate": ("{:.0e}", 1), "steps": ("{:,.0f}", 1), LOSS: SCORE}
     for row, runs in groups(EXACT).items():
         if len(runs) == PLANNED:
-            others = {"lora": row, equal_cost.random_for(groups(EXACT), row): row}
-            told = [in_words(gap(EXACT, row, other, TEST)) if other not in (None, row) else "" for other in others]
+            others = ("lora", equal_cost.random_for(groups(EXACT), row))
+            told = ["" if other in (None, row) else in_words(gap(EXACT, row, other, TEST)) for other in others]
             rate, *more = cells(EXACT, row, columns)
-            yield line(names.label(row), rate.replace("e-0", "e-"), *more, *told[:2])
+            yield line(names.label(row), rate.replace("e-0", "e-"), *more, *told)
 
 
 def exact() -> Iterator[str]:

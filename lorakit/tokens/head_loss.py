@@ -172,9 +172,9 @@ class HeadLoss:
 
         def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
             losses, found = self.gradient(run(h), targets, weight)
-            return (
-                (losses.sum(), [found]) if weights is None else ((losses * weights).sum(), [found * weights[:, None]])
-            )
+            if weights is None:
+                return losses.sum(), [found]
+            return (losses * weights).sum(), [found * weights[:, None]]
 
         return made, self.wide(weight)
 

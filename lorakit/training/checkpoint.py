@@ -172,7 +172,8 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
         "flops": run.meter.state_dict(),
     }
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
-    (path / MARK).write_text(json.dumps({file.name: sha256(file) for file in path.iterdir()}), encoding="utf-8")
+    digests = {file.name: sha256(file) for file in sorted(path.iterdir())}
+    (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
     settle(path)
     if (place := Path(output_dir) / path.name).is_dir():  # one of ours, whose folder was given this name
         os.replace(place, path.parent / "replaced")

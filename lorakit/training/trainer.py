@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError, require
-from lorakit.files import aside, sweep
+from lorakit.files import aside, clear_left
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -94,7 +94,7 @@ class BudgetTrainer(GatedTrainer):
                 if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                     checkpoint.load_weights(self.model, resume_from_checkpoint)
                     if self.is_world_process_zero():  # nothing more will be saved, which would do it
-                        sweep(self.args.output_dir, checkpoint.SAVING)
+                        clear_left(self.args.output_dir, checkpoint.SAVING)
                     return None
                 resume_from_checkpoint = str(resume_from_checkpoint)
             if self.is_world_process_zero():
