@@ -148,13 +148,13 @@ def mutated(mutant: dict, text: str) -> str:
         return ""
 
 
-def draw(seed: int, count: int) -> list[dict]:
-    """As many mutants, on lines evenly spread over all that have any."""
+def draw(seed: int, count: int, under: str = "") -> list[dict]:
+    """As many mutants, on lines evenly spread over all that have any; of files whose path has `under` in it."""
     places, texts, drawn = defaultdict(list), {}, []
     for path in sorted(path for room in ROOMS for path in (ROOT / "lorakit" / room).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         texts[name] = path.read_text()
-        for mutant in mutants_of(name, texts[name]):
+        for mutant in mutants_of(name, texts[name]) if under in name else ():
             places[name, mutant["line"]].append(mutant)
     chance, sites = random.Random(seed), list(places.values())
     start, step = chance.random(), len(sites) / count

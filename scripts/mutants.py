@@ -189,10 +189,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seed", type=lambda text: int(text or random.SystemRandom().randrange(10**6)), default="")
     options.add_argument("--count", type=int, default=60)
+    options.add_argument("--under", default="", help="only of files with this in their path, such as tokens/")
     options.add_argument("--again", action="store_true", help="meet the survivors again, after new tests")
     asked = options.parse_args()
-    store = ROOT / ".runs" / f"mutants-{asked.seed}.json"
-    mutants = json.loads(store.read_text()) if store.exists() else draw(asked.seed, asked.count)
+    store = ROOT / ".runs" / f"mutants-{asked.seed}{asked.under.replace('/', '-')}.json"
+    mutants = json.loads(store.read_text()) if store.exists() else draw(asked.seed, asked.count, asked.under)
     print(f"seed {asked.seed}, {len(mutants)} mutants, kept in {store.relative_to(ROOT)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder) / "tree")
