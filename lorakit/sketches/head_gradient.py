@@ -17,7 +17,7 @@ from lorakit.sketches.tensor_sketch import TensorSketch, as_float
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
 NOT_FINITE = "must be finite where a label is predicted"
 GAPS = 3  # in a chunk's positions, up to which its parts are worked on one by one rather than copied together
-GROUP = 64  # neighbours in the vocabulary of which first only the largest logit is looked at
+GROUP = {0: 64, 2**17: 128}  # neighbours of which first only the largest logit is looked at, from how many words on
 
 
 def chunk_of(words: int) -> int:
@@ -123,25 +123,26 @@ def top_indices(logits: Tensor, topk: int) -> Tensor:
     count, words = logits.shape
     if topk >= words:
         return torch.arange(words, device=logits.device).expand(count, words)
-    if words <= 2 * GROUP * topk:
+    size = max(size for least, size in GROUP.items() if least <= words)
+    if words <= 2 * size * topk:
         return logits.topk(topk, dim=1, sorted=False).indices
-    whole = words // GROUP * GROUP
-    maxima = logits[:, :whole].unflatten(1, (-1, GROUP)).amax(dim=2)  # (N, ⌈V / GROUP⌉), without a padded copy
+    whole = words // size * size
+    maxima = logits[:, :whole].unflatten(1, (-1, size)).amax(dim=2)  # (N, ⌈V / size⌉), without a padded copy
     if whole < words:
         maxima = torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
     groups = maxima.topk(topk, dim=1, sorted=False).indices
-    candidates = _members(logits, groups)
+    candidates = _members(logits, groups, size)
     best = candidates.topk(topk, dim=1, sorted=False).indices
-    return groups.gather(1, best // GROUP).mul_(GROUP).add_(best % GROUP)
+    return groups.gather(1, best // size).mul_(size).add_(best % size)
 
 
-def _members(logits: Tensor, groups: Tensor) -> Tensor:
-    """Logits of each row's `groups` (N, K), one group after the other: (N, K · GROUP); −∞ beyond the last word."""
+def _members(logits: Tensor, groups: Tensor, size: int) -> Tensor:
+    """Logits of each row's `groups` (N, K), one group after the other: (N, K · size); −∞ beyond the last word."""
     count, words = logits.shape
-    if words % GROUP == 0 and logits.is_contiguous():  # a group is a row of its own: copied as a block
-        first = torch.arange(count, device=logits.device)[:, None] * (words // GROUP)
-        return logits.view(-1, GROUP).index_select(0, (first + groups).flatten()).view(count, -1)
-    members = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
+    if words % size == 0 and logits.is_contiguous():  # a group is a row of its own: copied as a block
+        first = torch.arange(count, device=logits.device)[:, None] * (words // size)
+        return logits.view(-1, size).index_select(0, (first + groups).flatten()).view(count, -1)
+    members = (groups[:, :, None] * size + torch.arange(size, device=logits.device)).flatten(1)
     beyond = members >= words
     return logits.gather(1, members.clamp_(max=words - 1)).masked_fill_(beyond, -torch.inf)
 

@@ -133,7 +133,10 @@ def test_a_normaliser_at_hand_is_used():
     assert all(torch.equal(*both) for both in zip(given, sparse_error(logits, labels, 4), strict=True))
 
 
-@pytest.mark.parametrize(("words", "topk"), [(64 * 20, 3), (64 * 20 + 17, 3), (64 * 9 + 1, 4), (5000, 1), (300, 8)])
+@pytest.mark.parametrize(
+    ("words", "topk"),
+    [(64 * 20, 3), (64 * 20 + 17, 3), (64 * 9 + 1, 4), (5000, 1), (300, 8), (2**17, 3), (2**17 + 5, 3)],
+)
 def test_grouped_top_k_is_torchs(words, topk):
     torch.manual_seed(0)
     rising = torch.arange(words).repeat(2, 1).float()
