@@ -22,6 +22,10 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
         "lorakit.analysis.report",
         "rows of one setting at equal cost: lorakit report results/… --output report.md",
     ),
+    "claims": (
+        "lorakit.analysis.claims",
+        "what the runs say of every claim: lorakit claims --setting sst2-minilm-compare",
+    ),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
@@ -161,8 +165,8 @@ def fetch(argv: Sequence[str]) -> int:
     elif options.list or not options.names:
         for asset in assets.ASSETS.values():
             where = assets.path(asset.name) or f"not cached, {asset.size / 1e6:.0f} MB to download"
-            more = [f"{'':18s} {line}" for line in (asset.terms, *asset.notes)]
-            print("\n".join([f"{asset.name:18s} {where}", *more]))
+            more = [f"{'':22s} {line}" for line in (asset.terms, *asset.notes)]
+            print("\n".join([f"{asset.name:22s} {where}", *more]))
     else:
         for name in options.names:
             print(f"{name}: {assets.fetch(name)}")

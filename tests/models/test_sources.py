@@ -147,12 +147,18 @@ def test_folders_that_are_no_model_say_why(bert, tmp_path):
 
 
 # Parameters of the base models as their publishers state them (for Gemma 4B and 12B: keras-hub's count of the
-# text model with 262144 tokens; the hub's checkpoints have 64 more rows in the embedding).
+# text model with 262144 tokens; the hub's checkpoints have 64 more rows in the embedding), less a head of its own.
 COUNTS = {
     "bert-base-uncased": 109482240, "distilbert-base-uncased": 66362880, "all-MiniLM-L6-v2": 22713216,
     "gpt2": 124439808, "meta-llama/Llama-3.2-1B": 1235814400, "gemma-3-270m": 268098176,
     "google/gemma-3-270m": 268098176, "google/gemma-3-1b-pt": 999885952,
     "google/gemma-3-4b-pt": 3880099328 + 64 * 2560, "google/gemma-3-12b-pt": 11765788416 + 64 * 3840,
+    "google/gemma-3-27b-pt": 27009346304, "meta-llama/Llama-3.2-3B": 3212749824,
+    "meta-llama/Llama-3.1-8B": 8030261248 - 128256 * 4096, "meta-llama/Llama-3.1-70B": 70553706496 - 128256 * 8192,
+    "huggyllama/llama-65b": 65285660672 - 32000 * 8192, "Qwen/Qwen3-0.6B-Base": 596049920,
+    "Qwen/Qwen3-1.7B-Base": 1720574976, "Qwen/Qwen3-4B-Base": 4022468096,
+    "Qwen/Qwen3-8B-Base": 8190735360 - 151936 * 4096, "Qwen/Qwen3-14B-Base": 14768307200 - 151936 * 5120,
+    "Qwen/Qwen3-32B": 32762123264 - 151936 * 5120, "smollm2-135m-instruct": 134515008,
 }  # fmt: skip
 
 
