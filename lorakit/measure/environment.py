@@ -5,9 +5,12 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
+
+from lorakit.files import PROJECT
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
@@ -28,7 +31,19 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: _version(name) for name in PACKAGES},
+        **checkout(PROJECT),
     }
+
+
+def checkout(folder: Path) -> dict[str, object]:
+    """`commit` of the clone that `folder` is the root of, and whether its code or its params are other (`dirty`)."""
+    git = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
+    try:
+        root, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")[:2]
+        changed = git(["git", "status", "--porcelain", "--", "lorakit", "params"]).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "dirty": bool(changed)} if Path(root) == folder.resolve() else {}
 
 
 def cpu_model() -> str:

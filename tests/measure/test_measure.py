@@ -73,6 +73,30 @@ def test_environment_says_what_and_not_who():
     assert getpass.getuser() not in text.split()
 
 
+def test_a_clone_says_its_commit_and_whether_code_or_params_are_other(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert environment.checkout(tmp_path) == {}
+    git("init")
+    assert environment.checkout(tmp_path) == {}  # nothing was committed
+    for folder in ("lorakit", "params", "results"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text("one")
+    git("add", ".")
+    git("commit", "-m", "x")
+    clean = {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "results" / "a").write_text("another")
+    assert environment.checkout(tmp_path) == clean
+    assert environment.checkout(tmp_path / "lorakit") == {}  # somebody else's repository around an installed package
+    for changed in ("params/a", "lorakit/new"):
+        (tmp_path / changed).write_text("another")
+        assert environment.checkout(tmp_path) == clean | {"dirty": True}
+        git("stash", "-u")
+
+
 def test_environment_imports_none_of_the_packages_it_reports():
     code = (
         "import sys; from lorakit.measure.environment import environment; environment();"
