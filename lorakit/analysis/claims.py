@@ -1,0 +1,277 @@
+"""`lorakit claims`: what the runs say of each claim of `claims.yaml`: it holds, is refuted, or cannot be resolved here.
+
+A claim says that a row's mean over seeds, minus another's, lies on one side of a limit: below 0 (superiority, `metric`
+saying which way is better), below the margin that would still count as no difference (non-inferiority), within it on
+both sides (equivalence: two one-sided tests, Schuirmann 1987), or that their ratio is at most, for a metric of which
+more is better at least, the margin (ratio). Tests are Student's on pairs of a seed, two-sided about the limit, with
+Holm's correction over all claims of a setting, those not run yet among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lorakit.analysis import stats
+from lorakit.analysis.frame import frame, require_comparable
+from lorakit.analysis.tables import NONE, Table
+from lorakit.errors import DataError, require
+from lorakit.files import PROJECT, write_text
+from lorakit.records import Record, read_all
+
+ALPHA, POWER = 0.05, 0.8
+BETTER = {"lower is better": 1, "higher is better": -1}  # the sign that makes more of a metric worse
+READING = f"""\
+A claim **holds** or is **refuted** where its limit lies outside what the seeds allow, at {100 * ALPHA:.0f} % over all
+claims of a setting together (Holm). Else it is **not resolvable here**: behind it stands the smallest distance from the
+limit that so many seeds show four times out of five at that correction, and how many it would take at the distance
+seen."""
+
+
+class Claim(BaseModel):
+    """One entry of `claims.yaml`; `metric` begins with a column of `frame(records).runs` and ends with which way is
+    better."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    source: str
+    setting: str
+    row: str
+    against: str
+    metric: str
+    test: Literal["superiority", "non-inferiority", "equivalence", "ratio"]
+    margin: float = Field(ge=0, allow_inf_nan=False)
+    seeds: list[int] = Field(min_length=1)
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if metric.rpartition(", ")[2] not in BETTER:
+            raise ValueError(f"must end with one of {', '.join(BETTER)}")
+        return metric
+
+    @property
+    def column(self) -> str:
+        return self.metric.partition(",")[0]
+
+    @property
+    def worse(self) -> int:
+        return BETTER[self.metric.rpartition(", ")[2]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say of a claim: `values` of its pairs (differences, or ratios), or what is `missing`."""
+
+    claim: Claim
+    values: tuple[float, ...] = ()
+    missing: str = ""
+    exploratory: bool = False  # a run is older than the claim, or of code that was not committed
+
+    def p_values(self) -> tuple[float, float]:
+        """Of what speaks for the claim, and of what speaks against it; one-sided each, small where it does."""
+        claim, sample = self.claim, np.array(self.values)
+        if claim.test == "equivalence":
+            pairs = [below(sample, claim.margin), below(-sample, claim.margin)]
+            return max(held for held, _ in pairs), min(other for _, other in pairs)
+        return below(sample * claim.worse, self.limit * claim.worse)
+
+    @property
+    def limit(self) -> float:
+        """What the mean is held against."""
+        if self.claim.test in ("superiority", "ratio"):
+            return self.claim.margin if self.claim.test == "ratio" else -self.claim.worse * self.claim.margin
+        return self.claim.worse * self.claim.margin
+
+    def distance(self) -> float:
+        """From the mean to the limit, or to the nearer of two."""
+        mean = float(np.mean(self.values))
+        return abs(abs(mean) - self.claim.margin) if self.claim.test == "equivalence" else abs(mean - self.limit)
+
+
+def below(sample: np.ndarray, limit: float) -> tuple[float, float]:
+    """One-sided p of Student's t that the mean of `sample` (n,) is below `limit`, and that it is above it."""
+    from scipy.stats import ttest_1samp
+
+    if np.ptp(sample) <= 1e-12 * abs(limit or 1):  # counted, not drawn: the same with every seed
+        return (0.0, 1.0) if sample[0] <= limit else (1.0, 0.0)
+    less, greater = (float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
+    return less, greater
+
+
+def smallest_effect(spread: float, count: int, alpha: float = ALPHA) -> float:
+    """What `count` pairs of standard deviation `spread` tell from none with 80 % power, two-sided at `alpha`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 1 - alpha / 2) + stdtrit(count - 1, POWER)) * spread / math.sqrt(count)
+
+
+def seeds_needed(spread: float, distance: float, alpha: float = ALPHA) -> float:
+    """The fewest pairs whose smallest effect is at most `distance`; ∞ from ten thousand on."""
+    return next((n for n in range(3, 10_000) if smallest_effect(spread, n, alpha) <= distance), math.inf)
+
+
+def holm(p_values: Sequence[float], of: int) -> list[float]:
+    """Holm's (1979) adjusted p-values, of which there are `of`, some perhaps not known yet and counted as large."""
+    order, largest = np.argsort(p_values), 0.0
+    adjusted = [1.0] * len(p_values)
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (of - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def read_claims(path: str | Path) -> list[Claim]:
+    """The claims of a file.
+
+    Raises:
+        DataError: it cannot be read, says nothing, or a claim is malformed or has another's id.
+    """
+    try:
+        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]
+        claims = [Claim.model_validate(entry) for entry in listed]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: claim {first['input']!r}: {where}: {first['msg']}") from None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: must hold `claims`, a list of them: {error}") from None
+    names = [claim.id for claim in claims]
+    require(
+        len(set(names)) == len(names), "id", sorted({n for n in names if names.count(n) > 1}), "must be of one claim"
+    )
+    return claims
+
+
+def find(claim: Claim, records: Sequence[Record], written: datetime | None = None) -> Finding:
+    """What `records` of the claim's setting say of it; `written` is when it was."""
+    groups = {name: {r.seed: r for r in records if r.row == name} for name in (claim.row, claim.against)}
+    missing = []
+    for name, group in groups.items():
+        runs = frame([group[seed] for seed in claim.seeds if seed in group]).runs
+        done = set(runs[(runs["status"] == "done")]["seed"]) if len(runs) else set()
+        lacking = [seed for seed in claim.seeds if seed not in done]
+        told = [f"{seed} ({group[seed].status.replace('_', ' ')})" if seed in group else str(seed) for seed in lacking]
+        missing += [f"{name}: {', '.join(told)}"] if told else []
+    if missing:
+        return Finding(claim, missing=f"no run of {'; '.join(missing)}")
+    used = [groups[name][seed] for name in groups for seed in claim.seeds]
+    require_comparable(used)
+    runs = frame(used).runs
+    if claim.column not in runs or runs[claim.column].isna().any():
+        return Finding(claim, missing=f"no {claim.column} in these records")
+    one, other = (runs[runs["row"] == name].set_index("seed")[claim.column].loc[claim.seeds] for name in groups)
+    values = one / other if claim.test == "ratio" else one - other
+    early = any(written and datetime.fromisoformat(record.started) < written for record in used)
+    dirty = any(record.environment.get("dirty") for record in used)
+    return Finding(claim, tuple(map(float, values)), exploratory=early or dirty)
+
+
+def written_at(path: Path, claims: Sequence[Claim]) -> dict[str, datetime]:
+    """When each claim's lines were last changed, as git tells it; empty where the file is in no checkout."""
+    command = ["git", "-C", str(path.resolve().parent), "blame", "--line-porcelain", path.name]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    found: dict[str, datetime] = {}
+    name, time = "", datetime.min
+    for line in told:
+        if line.startswith("author-time "):
+            time = datetime.fromtimestamp(int(line.split()[1])).astimezone()
+        elif line.startswith("\t"):
+            name = line.split("id: ")[1].strip() if line.startswith("\t  - id: ") else name
+            found[name] = max(found.get(name, time), time)
+    return {claim.id: found[claim.id] for claim in claims if claim.id in found}
+
+
+def verdicts(found: Sequence[Finding]) -> list[str]:
+    """A verdict for each finding, all of one setting."""
+    run = [one for one in found if one.values and len(one.values) >= stats.MINIMUM_SEEDS]
+    sides = {one.claim.id: one.p_values() for one in run}
+    adjusted = dict(zip(sides, holm([2 * min(pair) for pair in sides.values()], len(found)), strict=True))
+    told = []
+    for one in found:
+        if one.claim.id not in sides:
+            told.append(one.missing or "too few seeds")
+        elif adjusted[one.claim.id] < ALPHA:
+            held, other = sides[one.claim.id]
+            told.append("**holds**" if held < other else "**refuted**")
+        else:
+            spread, alpha = float(np.std(one.values, ddof=1)), ALPHA / len(found)
+            needed = f"{seeds_needed(spread, one.distance(), alpha):.0f}".replace("inf", "over 10,000")
+            smallest = smallest_effect(spread, len(one.values), alpha)
+            told.append(f"not resolvable here ({smallest:.2g} would be; {needed} seeds for this)")
+        told[-1] += " (exploratory)" * one.exploratory
+    return told
+
+
+def seen(values: Sequence[float], form: str) -> str:
+    """Their mean with Student's 95 % interval, where it has one."""
+    from scipy.stats import ttest_1samp
+
+    text, spread = form.format(float(np.mean(values))), len(values) >= stats.MINIMUM_SEEDS and np.ptp(values) > 0
+    if not spread:
+        return text
+    bounds = ttest_1samp(values, 0).confidence_interval(1 - ALPHA)
+    return f"{text} [{form.format(float(bounds.low))}, {form.format(float(bounds.high))}]"
+
+
+def claims_table(claims: Sequence[Claim], records: Sequence[Record], written: dict[str, datetime]) -> pd.DataFrame:
+    """A line per claim: what is held against what, the mean of pairs with its 95 % interval, its limit, the verdict."""
+    settings, lines = defaultdict(list), {}
+    for claim in claims:
+        settings[claim.setting].append(claim)
+    for setting, group in settings.items():
+        of = [record for record in records if record.setting == setting]
+        found = [find(claim, of, written.get(claim.id)) for claim in group]
+        for one, verdict in zip(found, verdicts(found), strict=True):
+            claim, ratio = one.claim, one.claim.test == "ratio"
+            form = "{:.3f}" if ratio else "{:+.3f}"
+            bound = {"equivalence": "±", "ratio": "≤ " if claim.worse > 0 else "≥ "}.get(claim.test, "")
+            lines[claim.id] = {
+                "claim": claim.source,
+                "setting": setting,
+                "held against": f"{claim.row} {'/' if ratio else '−'} {claim.against}",
+                "what": claim.column,
+                "seen": seen(one.values, form) if one.values else NONE,
+                "limit": f"{bound}{abs(one.limit) + 0 if claim.test == 'equivalence' else one.limit + 0:g}",
+                "seeds": f"{len(claim.seeds)}",
+                "verdict": verdict,
+            }
+    return pd.DataFrame([lines[claim.id] for claim in claims])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what the records say of every claim.
+
+    Raises:
+        LorakitError: a claims file that is none, a setting without a claim, or records that cannot be compared.
+    """
+    parser = argparse.ArgumentParser(prog="lorakit claims", description="What the runs say of every claim.")
+    parser.add_argument("results", nargs="*", metavar="RESULTS", help="record files, or folders (default: results)")
+    parser.add_argument("--claims", type=Path, default=PROJECT / "claims.yaml", metavar="FILE", help="what is claimed")
+    parser.add_argument("--setting", default="", help="only the claims about this one")
+    parser.add_argument("--markdown", action="store_true", help="as Markdown")
+    parser.add_argument("--output", metavar="FILE", help="write it there as well")
+    args = parser.parse_args(argv)
+    claims = read_claims(args.claims)
+    settings = sorted({claim.setting for claim in claims})
+    require(args.setting in ("", *settings), "--setting", args.setting, f"must be one of {', '.join(settings)}")
+    chosen = [claim for claim in claims if args.setting in ("", claim.setting)]
+    records = read_all(args.results or [PROJECT / "results"])
+    table = Table(claims_table(chosen, records, written_at(args.claims, claims)), READING)
+    text = (table.markdown() if args.markdown else str(table)) + "\n"
+    print(text, end="")
+    if args.output:
+        write_text(text, args.output)
+    return 0
