@@ -2,21 +2,28 @@
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+import transformers
+from pydantic import model_validator
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorakit import adapters, models
 from lorakit.base.mending import mend
-from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes, dense_numel
+from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes
 from lorakit.base.quantize import quantisable
 from lorakit.errors import ParameterError, require
-from lorakit.measure.live import KINDS
+from lorakit.fields import Settings, field
+from lorakit.head import KINDS
+from lorakit.measure import live
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
+from lorakit.models.loading import DTYPES
+from lorakit.models.loading import KINDS as AUTO_CLASSES
 from lorakit.modules import is_conv1d, replace_modules
-from lorakit.params import Params, check
+from lorakit.params import Params
+from lorakit.runs.assembly import check
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
 
@@ -24,40 +31,37 @@ GIB = 2**30
 GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
 CONTEXT_GIB = 1.0  # assumed: CUDA context, cuBLAS workspaces
 FRAGMENTATION = 0.10  # assumed: the share of the peak that rounding and gaps in the allocator add
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KINDS_OF_MODEL = ("causal", "masked", "classify")
 LENGTH = 512  # tokens of a row, where nothing is said and the model takes as many
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A training step to be: names as in a run's parameters; `batch` rows of `seq` tokens each."""
+class Plan(Settings):
+    """A training step to be, named as in a run's parameters, and the options of `lorakit plan`."""
 
     model: str
-    method: str = "lora"
-    batch: int = 4
-    seq: int | None = None  # None: LENGTH, or as many as the model takes
-    dtype: str = "bf16"
-    precision: str = "fp32"
-    quantize: str = "none"
-    rank: int = 8
-    targets: str | list[str] = "all-linear"
-    optimizer: str = "adamw_torch"
-    kind: str | None = None  # None: causal for a decoder, classify for an encoder
-    gradient_checkpointing: bool = False
-    tokens: float = 1.0
-    mode: str = "gather"
-    loss: str = "exact"
+    method: str = field("lora", "what is trained")
+    batch: int = field(4, "rows in a batch", ge=1)
+    seq: int | None = field(None, f"tokens in a row, at most what the model takes (default {LENGTH}, or as many)", ge=1)
+    dtype: Literal["fp32", "bf16"] = field("bf16", "of the frozen weights: fp32, bf16")
+    precision: str = field("fp32", "of autocast: fp32 (none), bf16, fp16")
+    quantize: str = field("none", "of the frozen linear layers: none, nf4 (4 bits, scales in 8)")
+    rank: int = field(8, "of the adapters")
+    targets: str | list[str] = field("all-linear", "adapted layers: names with commas between, or a regular expression")
+    optimizer: str = field("adamw_torch", f"one of {', '.join(PREDICTABLE)}")
+    kind: Literal[KINDS] | None = field(None, f"one of {', '.join(KINDS)} (default: by the model's family)")
+    gradient_checkpointing: bool = field(False, "recompute activations in the backward")
+    tokens: float = field(1.0, "that get a backward (FLoRA), a share of those that are predicted")
+    mode: str = field("gather", "of that backward: gather (through the head only), fractional (through the layers)")
+    loss: str = field("exact", "of a language model: exact (no logits kept), nll (all logits), dft, liger")
 
-    def __post_init__(self) -> None:
-        require(self.batch >= 1, "batch", self.batch, "at least 1")
-        require(self.seq is None or self.seq >= 1, "seq", self.seq, "at least 1")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        require(self.kind in (None, *KINDS_OF_MODEL), "kind", self.kind, f"one of {', '.join(KINDS_OF_MODEL)}")
-        require(self.optimizer in PREDICTABLE, "optimizer", self.optimizer, f"one of {', '.join(PREDICTABLE)}")
+    def __init__(self, model: str, **given: Any):
+        super().__init__(model=model, **given)
+
+    @model_validator(mode="after")
+    def _as_a_run(self) -> Self:
         require(0 < self.tokens <= 1, "tokens", self.tokens, "a share inside (0, 1]")
         named = ("method", "precision", "quantize", "rank", "gradient_checkpointing", "gating", "loss")
         check(Params(target_modules=self.targets, **{name: getattr(self, name) for name in named}))
+        return self
 
     @property
     def gating(self) -> Gating:
@@ -84,9 +88,6 @@ def predict(plan: Plan) -> Prediction:
         ParameterError: a value out of range, an unknown method or target, a sequence longer than the model takes.
         AssetError: nothing is known of a model of this name.
     """
-    from lorakit import adapters, models
-
-    require(plan.method in adapters.methods(), "method", plan.method, f"one of {', '.join(adapters.methods())}")
     described = models.describe(plan.model)
     longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq or LENGTH)
     seq = plan.seq or min(LENGTH, longest)
@@ -107,18 +108,12 @@ def predict(plan: Plan) -> Prediction:
             plan.gating, model, kind, loss=TokenSettings(loss=plan.loss if plan.loss != "liger" else "exact")
         ),
     )
-    sizes = [(dense_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return Prediction(
-        memory, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), described.source, seq
-    )
+    counts = adapters.parameter_stats(model)
+    return Prediction(memory, counts.trainable, counts.total, described.source, seq)
 
 
-def build(config: PreTrainedConfig, kind: str, dtype: str) -> PreTrainedModel:
+def build(config: transformers.PreTrainedConfig, kind: str, dtype: str) -> transformers.PreTrainedModel:
     """The model of a configuration on the meta device."""
-    import transformers
-
-    from lorakit.models.loading import KINDS as AUTO_CLASSES
-
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # classifiers look for the last token that is not padding
     auto = getattr(transformers, AUTO_CLASSES[kind])
@@ -178,7 +173,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
     rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
     lines += [
         "\npredicted, alive at the peak of one training step",
-        *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*KINDS, "peak")),
+        *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*live.KINDS, "peak")),
         f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",
         f"predicted need {needed / GIB:.1f} GiB; room on common GPUs",
         *(f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms),
@@ -186,34 +181,17 @@ def report(plan: Plan, prediction: Prediction) -> str:
     return "\n".join(lines)
 
 
-_OPTIONS = {
-    "method": "what is trained",
-    "batch": "rows in a batch",
-    "seq": "tokens in a row, at most what the model takes",
-    "dtype": "of the frozen weights: fp32, bf16",
-    "precision": "of autocast: fp32 (none), bf16, fp16",
-    "quantize": "of the frozen linear layers: none, nf4 (4 bits, scales in 8)",
-    "rank": "of the adapters",
-    "targets": 'adapted layers: "all-linear", names with commas between, or a regular expression',
-    "optimizer": f"one of {', '.join(PREDICTABLE)}",
-    "tokens": "that get a backward (FLoRA), a share of those that are predicted",
-    "mode": "of that backward: gather (through the head only), fractional (through the layers)",
-    "loss": "of a language model: exact (no logits kept), nll (all logits), dft, liger",
-    "kind": "causal, masked or classify; by the model's family where not given",
-}
-
-
 def main(argv: list[str] | None = None) -> int:
     """`lorakit plan MODEL …`."""
-    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
-    for name, what in _OPTIONS.items():  # their names are those of `Plan`
-        default = getattr(Plan, name)
-        shown, kind = (LENGTH, int) if name == "seq" else (default, type(default or ""))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default {shown})")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward")
+    for name, info in [*Plan.model_fields.items()][1:]:
+        kind = int if name == "seq" else type(info.default or "")
+        option = {"action": "store_true"} if info.default is False else {"type": kind}
+        shown = f" (default {info.default})" if info.default else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{info.description}{shown}", **option)
     given: dict[str, Any] = vars(parser.parse_args(argv))
-    if "," in given["targets"]:
+    if "," in given.get("targets", ""):
         given["targets"] = given["targets"].split(",")
     plan = Plan(**given)
     print(report(plan, predict(plan)))
