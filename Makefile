@@ -60,7 +60,7 @@ lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
 sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"] [JOBS=2]: every run that has no finished record
-	$(BIN)/python -m lorakit.runs.sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
+	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
 
 clean: ## remove what can be made again; records and downloads stay
 	rm -rf .venv .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb

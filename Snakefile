@@ -47,6 +47,6 @@ rule fine_tune:
     shell:
         "OMP_NUM_THREADS={threads} {params.python:q} -m lorakit run {params.run.notebook:q}"
         " --output {params.run.executed:q} -f {params.run.files[0]:q} -f {params.run.files[1]:q}"
-        " -p setting={wildcards.setting:q} -p row={wildcards.method:q} -p method={params.run.trains:q}"
+        " -p setting={wildcards.setting:q} -p row={wildcards.method:q} -p method={params.run.params.method:q}"
         " -p seed={wildcards.seed}"
         " -p record={params.run.record:q} -p run_dir={params.run.run_dir:q}"

@@ -3,8 +3,9 @@
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 
 @contextmanager
@@ -31,14 +32,17 @@ def quiet(*messages: str) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM (a batch system's stop) end what is at work as Ctrl-C does: in order, with its record written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def answering(handler: Callable[..., Any], *numbers: int) -> Iterator[None]:
+    """Inside, `handler` is called for these signals; what is no main thread hears of none and changes nothing."""
+    heard = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Let SIGTERM (a batch system's stop) end what is at work as Ctrl-C does: in order, with its record written."""
+    return answering(signal.default_int_handler, signal.SIGTERM)

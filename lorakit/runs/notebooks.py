@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.files import aside, require_place
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
+from lorakit.quiet import answering
 
 if TYPE_CHECKING:
     from jupyter_client import AsyncKernelManager
@@ -123,15 +123,23 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list
-    stopping = threading.Event()
+    stopped: list[int] = []  # signals that came
+
+    def interrupt(number: int, _: object) -> None:
+        """Pass it on to the kernel, which has a session of its own, so that the run can end in order."""
+        if stopped:  # the second time: at once
+            raise KeyboardInterrupt
+        stopped.append(number)
+        print("interrupted: waiting for the notebook to finish its record", file=sys.stderr, flush=True)
+        os.kill(kernel.provisioner.pid, signal.SIGINT)
 
     def stop_between_cells(**_: Any) -> None:
-        if stopping.is_set():
+        if stopped:
             raise KeyboardInterrupt
 
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
     try:
-        with _interrupting(kernel, stopping):
+        with answering(interrupt, signal.SIGINT, signal.SIGTERM):
             papermill.execute_notebook(
                 notebook,
                 output,
@@ -171,28 +179,6 @@ def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[AsyncKernelMana
         run_sync(kernel.shutdown_kernel)(now=True)
 
 
-@contextlib.contextmanager
-def _interrupting(kernel: AsyncKernelManager, stopping: threading.Event) -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the kernel, which has a session of its own, so that the run can end in order."""
-
-    def interrupt(number: int, frame: object) -> None:
-        if stopping.is_set():  # the second time: at once
-            raise KeyboardInterrupt
-        stopping.set()
-        print("interrupted: waiting for the notebook to finish its record", file=sys.stderr, flush=True)
-        os.kill(kernel.provisioner.pid, signal.SIGINT)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def regenerate(notebook: str | Path) -> None:
     """Run `notebook` with its defaults and keep its outputs, nothing that differs from run to run."""
     notebook = Path(notebook)
@@ -220,12 +206,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
         return _run(arguments)
-    except NotebookFailed as error:
-        print(f"lorakit run: {error}", file=sys.stderr)
-        return 1
     except LorakitError as error:
         print(f"lorakit run: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotebookFailed) else 2
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -15,16 +15,14 @@ from lorakit.fields import APART, flagged
 from lorakit.files import PROJECT, alone
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
+from lorakit.quiet import answering
 from lorakit.runs.notebooks import FINISHED
 from lorakit.runs.rows import notebook_of
 
 
 @dataclass(frozen=True)
 class Run:
-    """params/<setting>/<method>.yaml at one seed, and the places that follow from it.
-
-    `method` is the row: the file's name. What is trained, `trains`, is what the file says, or its name.
-    """
+    """params/<setting>/<method>.yaml at one seed, and the places that follow from it; `method` is the row."""
 
     root: Path
     setting: str
@@ -62,10 +60,6 @@ class Run:
         """What the params files ask for."""
         named = {"setting": self.setting, "row": self.method, "seed": self.seed}
         return resolve(given_by(self.files, []) | named)
-
-    @property
-    def trains(self) -> str:
-        return self.params.method
 
     def status(self) -> str:
         """Of the record; "missing" where there is none that can be read."""
@@ -140,15 +134,9 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
             command, root = _snakemake(pending, jobs), runs[0].root
             process = subprocess.Popen(command, cwd=root, pass_fds=[held])  # it holds the lock if this one is killed
             # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
-            before = (
-                signal.signal(signal.SIGINT, lambda *_: None),
-                signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-            )
-            try:
+            passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
+            with answering(lambda *_: None, signal.SIGINT), passed_on:
                 process.wait()
-            finally:
-                signal.signal(signal.SIGINT, before[0])
-                signal.signal(signal.SIGTERM, before[1])
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
@@ -178,19 +166,11 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`make sweep`. Exit status: 0 all finished, 1 some are not, 2 bad input."""
+    """`make sweep`. Exit status: 0 all finished, 1 some are not."""
     parser = argparse.ArgumentParser(prog="lorakit sweep", description=main.__doc__)
     parser.add_argument("--setting", required=True, help="a folder of params/")
     parser.add_argument("--methods", default="", help="separated by spaces (default: all of the setting)")
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
     arguments = parser.parse_args(argv)
-    try:
-        return sweep(plan(PROJECT, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
-    except LorakitError as error:
-        _say(str(error))
-        return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return sweep(plan(PROJECT, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
