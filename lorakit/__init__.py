@@ -25,14 +25,9 @@ _NAMES = {
     "errors": "LorakitError ParameterError DataError AssetError CheckpointError",
 }
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = (
-    *("adapters", "analysis", "assets", "gates", "measure", "models", "records", "runs", "scratch", "sketches", "skip"),
-    *("studies", "tasks", "tokens", "training"),
-)
-_MODULES = {name: name for name in _MODULES} | {
-    **{name: f"analysis.{name}" for name in ("figures", "gate_figures", "stats", "style")},
-    "table": "analysis.tables",
-}
+_OPEN = "adapters analysis assets gates measure models records runs scratch sketches skip studies tasks tokens training"
+_MODULES = {name: name for name in _OPEN.split()} | {"table": "analysis.tables"}
+_MODULES |= {name: f"analysis.{name}" for name in ("figures", "gate_figures", "stats", "style")}
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

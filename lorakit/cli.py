@@ -18,14 +18,8 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
     "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
-    "report": (
-        "lorakit.analysis.report",
-        "rows of one setting at equal cost: lorakit report results/… --output report.md",
-    ),
-    "claims": (
-        "lorakit.analysis.claims",
-        "what the runs say of every claim: lorakit claims --setting sst2-minilm-compare",
-    ),
+    "report": ("lorakit.analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
+    "claims": ("lorakit.analysis.claims", "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare"),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
@@ -104,13 +98,8 @@ def _given(command: str, argv: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__, epilog=epilog)
     option = {"action": "append", "default": []}
     parser.add_argument("-f", dest="files", metavar="PARAMS.yaml", help="later files win", **option)
-    parser.add_argument(
-        "-p",
-        dest="overrides",
-        metavar="NAME=VALUE",
-        help="wins over files; -p setting=sst2-minilm -p row=lora asks for a row",
-        **option,
-    )
+    told = "wins over files; -p setting=sst2-minilm -p row=lora asks for a row"
+    parser.add_argument("-p", dest="overrides", metavar="NAME=VALUE", help=told, **option)
     from lorakit import params
 
     return params.given(**vars(parser.parse_args(argv)))
@@ -125,9 +114,7 @@ def demo(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="lorakit demo", description=demo.__doc__)
     cores = min(2, os.cpu_count() or 1)
-    parser.add_argument(
-        "--jobs", type=int, default=cores, help="runs at once; they share the cores (default: %(default)s)"
-    )
+    parser.add_argument("--jobs", type=int, default=cores, help="runs at once, on shared cores (default: %(default)s)")
     jobs = parser.parse_args(argv).jobs
     runs = sweep.plan(PROJECT, DEMO["setting"])
     for name in DEMO["assets"]:
@@ -180,9 +167,7 @@ def export(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="lorakit export", description=export.__doc__)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder that save_adapter, a run or PEFT wrote")
-    parser.add_argument(
-        "--merge", action="store_true", required=True, help="an adapter alone is in PEFT's format as is"
-    )
+    parser.add_argument("--merge", action="store_true", required=True, help="an adapter alone is as PEFT reads it")
     parser.add_argument("--base", help="the base model; else as the adapter's config says")
     parser.add_argument("--kind", choices=["classify", "masked", "causal"], help="else as the adapter's config says")
     parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: ADAPTER-merged)")
@@ -197,7 +182,3 @@ def export(argv: Sequence[str]) -> int:
     loaded.tokenizer.save_pretrained(folder)
     print(f"{folder}: {base} with {options.adapter} merged in")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lorakit.errors import ParameterError, require
 
-
-def project(package: Path) -> Path:
-    """The folder around a checkout's `package`; of one installed elsewhere it is the folder one is in."""
-    return package.parent if (package.parent / "Snakefile").is_file() else Path.cwd()
-
-
-PROJECT = project(Path(__file__).resolve().parent)
+# the folder around a checkout's package; of one installed elsewhere it is the folder one is in
+_AROUND = Path(__file__).resolve().parents[1]
+PROJECT = _AROUND if (_AROUND / "Snakefile").is_file() else Path.cwd()
 PARAMS = PROJECT / "params"
 RESULTS = PROJECT / "results"
 MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives
@@ -28,8 +26,6 @@ LOCK = ".lock"
 
 def clear_left(place: str | Path, name: str) -> None:
     """Remove folders of our own in `place` of this `name` that kills left."""
-    from filelock import FileLock, Timeout
-
     for left in Path(place).glob(f"{glob.escape(name + MARK)}*"):
         with contextlib.suppress(OSError, Timeout):  # somebody else's, or still at work
             if (left / LOCK).is_file() and not left.is_symlink():
@@ -41,8 +37,6 @@ def clear_left(place: str | Path, name: str) -> None:
 @contextmanager
 def aside(place: str | Path, name: str) -> Iterator[Path]:
     """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
-    from filelock import FileLock, Timeout
-
     clear_left(place, name)
     held, folder = None, Path(place)
     while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
@@ -72,8 +66,6 @@ def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
     Raises:
         ParameterError: of the parameter `name`: `who` is at work there.
     """
-    from filelock import FileLock, Timeout
-
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, blocking=False) as held:

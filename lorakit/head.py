@@ -164,11 +164,9 @@ def find_head(model: nn.Module, kind: str) -> Head:
     """
     if kind == "classify":  # of those with one output per label the last that takes part in the forward
         labels = getattr(model.config, "num_labels", None)
-        linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        fit = [
-            layer for name, layer in linear.items() if layer.out_features == labels and "original_module" not in name
-        ]
-        module = fit[-1] if fit else None  # "original_module" is the spare copy that PEFT keeps
+        used = [layer for name, layer in model.named_modules() if "original_module" not in name]  # PEFT's spare copy
+        fit = [layer for layer in used if isinstance(layer, nn.Linear) and layer.out_features == labels]
+        module = fit[-1] if fit else None
     else:
         module = model.get_output_embeddings()
     if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
@@ -176,10 +174,8 @@ def find_head(model: nn.Module, kind: str) -> Head:
             f"{type(model).__name__} has no linear output head to read gradients from ({kind}): a gate that looks at "
             "the head gradient needs one; gates 'random' and 'loss_floor' do not"
         )
-    outputs, width = (
-        getattr(module, name, size)
-        for name, size in zip(("out_features", "in_features"), module.weight.shape, strict=False)
-    )
+    shape = module.weight.shape  # of a packed weight: not its features
+    outputs, width = getattr(module, "out_features", shape[0]), getattr(module, "in_features", shape[1])
     told = getattr(model.config, "get_text_config", lambda: model.config)()
     scale = next((named for name in MULTIPLIERS if (named := getattr(told, name, None)) is not None), 1.0)
     if divisor := getattr(told, "logits_scaling", None):

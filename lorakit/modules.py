@@ -112,13 +112,10 @@ def linear_paths(model: nn.Module) -> list[str]:
 def other_towers(model: nn.Module) -> list[str]:
     """Paths of what stands beside the language model of a multimodal one (Gemma 3, Llava): text never reaches it."""
     paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == "language_model"]
-    parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in paths}
-    beside = [(path.removesuffix("language_model"), name, child)
-              for path, parent in parents.items() for name, child in parent.named_children()]  # fmt: skip
+    roots = [path.removesuffix("language_model") for path in paths]
+    beside = {at + name: child for at in roots for name, child in model.get_submodule(at.rstrip(".")).named_children()}
     kept = {*output_head(model), *task_head(model), *paths}
-    return [
-        path + name for path, name, child in beside if path + name not in kept and any(True for _ in child.parameters())
-    ]
+    return [path for path, child in beside.items() if path not in kept and any(True for _ in child.parameters())]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -181,9 +178,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
         if not is_linear(model.get_submodule(path)):
             raise _unknown(model, target_modules, f"{path} is a {kind}, not a linear layer")
     if not found:
-        hint = "; a string is a regular expression on the whole path, a list holds names" * isinstance(
-            target_modules, str
-        )
+        hint = "; a string is a regular expression on the whole path, a list holds names"
+        hint = hint if isinstance(target_modules, str) else ""
         raise _unknown(model, target_modules, f"matches no linear layer outside the modules trained in full{hint}")
     return found
 

@@ -215,21 +215,19 @@ class Record(_Strict):
     status: Status
     message: str = ""  # what stopped the run, where it did not end by itself
     started: str = ""  # ISO 8601, UTC
-    params: dict[str, Any] = Field(default_factory=dict)  # as given
-    resolved: Annotated[dict[str, Any], _shaped(_Asked)] = Field(default_factory=dict)  # all of them
-    curve: list[Point] = Field(default_factory=list)
-    final: dict[str, dict[str, float]] = Field(default_factory=dict)  # "validation", "test" -> metrics
-    costs: Costs = Field(default_factory=Costs)
+    params: dict[str, Any] = {}  # as given
+    resolved: Annotated[dict[str, Any], _shaped(_Asked)] = {}  # all of them
+    curve: list[Point] = []
+    final: dict[str, dict[str, float]] = {}  # "validation", "test" -> metrics
+    costs: Costs = Costs()
     parameters: Parameters | None = None
     adapter_bytes: Count | None = None
     latency: Latency | None = None
-    fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = Field(
-        default_factory=dict
-    )  # data: file -> sha256; model; code
-    environment: Annotated[dict[str, Any], _shaped(_Environment)] = Field(default_factory=dict)
-    search: list[SearchPoint] = Field(default_factory=list)
-    details: Annotated[dict[str, Any], _shaped(_Details)] = Field(default_factory=dict)  # what only this method has
-    notes: list[str] = Field(default_factory=list)  # what a reader must know to read the numbers right
+    fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = {}  # data: file -> sha256; model; code
+    environment: Annotated[dict[str, Any], _shaped(_Environment)] = {}
+    search: list[SearchPoint] = []
+    details: Annotated[dict[str, Any], _shaped(_Details)] = {}  # what only this method has
+    notes: list[str] = []  # what a reader must know to read the numbers right
 
     @property
     def row(self) -> str:

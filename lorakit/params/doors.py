@@ -40,9 +40,8 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         return rated(given)
     rows = rows_of(folder)
     by_hand = any(QUESTIONS.get(name) in (*ROW_QUESTIONS, "training", "data") for name in given)
-    require(
-        not row or row in rows or by_hand, "row", row, f"{setting} has {', '.join(rows)}; another says what it changes"
-    )
+    told = f"{setting} has {', '.join(rows)}; another says what it changes"
+    require(not row or row in rows or by_hand, "row", row, told)
     filed = switched_off(of_files(folder, row if row in rows else ""), given)
     moved = {name for name in ("model", "task", "method") if name in given and given[name] != known(filed, name)}
     if setting == "toy" and moved - {"method"} and not is_toy(given):
@@ -73,8 +72,6 @@ def params_of(setting: str, row: str) -> dict[str, Any]:
     """
     settings = sorted(path.parent.name for path in PARAMS.glob(f"*/{SETTING}"))
     require(setting in settings, "setting", setting, f"must be one of {', '.join(settings)}")
-    rows = rows_of(PARAMS / setting)
-    require(row in rows, "row", row, f"{setting} has {', '.join(rows)}")
     return complete({"setting": setting, "row": row})
 
 

@@ -115,9 +115,8 @@ def read_files(paths: list[str | Path]) -> dict[str, Any]:
         if os.path.isfile(path.parent / SETTING) and path.is_file():
             folder, row = path.resolve().parent, "" if path.name == SETTING else path.stem
             before = merged.get("setting", folder.name)
-            require(
-                before == folder.name, "-f", str(path), f"is of another setting than {before}, which is named before"
-            )
+            told = f"is of another setting than {before}, which is named before"
+            require(before == folder.name, "-f", str(path), told)
             merged = merge(merged, {"setting": folder.name} | ({"row": row} if row else {}) | of_files(folder, row))
         else:
             merged = merge(merged, read(path))

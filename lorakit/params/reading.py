@@ -7,9 +7,8 @@ import yaml
 
 DEEPEST, LARGEST = 32, 10_000  # of what parameters are made of: levels, and values in all, aliases counted each time
 SCIENTIFIC = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+")
-UNCLEAR = re.compile(
-    r"[-+]?(0[\d_]+|\d[\d_]*(:[0-5]?\d)+|0[xb]_*)"
-)  # octal or sexagesimal in YAML 1.1 only, or nothing
+# octal or sexagesimal in YAML 1.1 only, or nothing
+UNCLEAR = re.compile(r"[-+]?(0[\d_]+|\d[\d_]*(:[0-5]?\d)+|0[xb]_*)")
 
 
 class Loader(yaml.SafeLoader):

@@ -76,9 +76,8 @@ def assemble(params: Params) -> Assembled:
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
-    require(
-        not rows or task.kind == "causal" and bool(task.answer_rows("test", rows)), "exact_match_rows", rows, lacking
-    )
+    answered = not rows or task.kind == "causal" and bool(task.answer_rows("test", rows))
+    require(answered, "exact_match_rows", rows, lacking)
     if params.packing:
         require_apart(loaded.model, task.train, task.collator)
     redundant = None

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorakit import adapters, records
@@ -195,13 +196,12 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     if trainer.gate.selective:
         record.details["gate"] = trainer.gate_log.report()
     if trainer.gate.selective and assembled.redundant is not None:  # of the batches seen, which were so by design
-        decisions, by_design = trainer.gate_log.decisions, assembled.redundant
-        redundant = [bool(by_design[step % len(by_design)]) for step in range(len(decisions))]
-        pairs = list(zip(redundant, decisions, strict=True))
+        accepted = np.array(trainer.gate_log.decisions, dtype=bool)
+        redundant = np.resize(assembled.redundant, len(accepted))  # which begins anew at its end
         record.details["gate"] |= {
-            "redundant_seen": sum(redundant),
-            "redundant_accepted": sum(known and accepted for known, accepted in pairs),
-            "fresh_accepted": sum(accepted and not known for known, accepted in pairs),
+            "redundant_seen": int(redundant.sum()),
+            "redundant_accepted": int((redundant & accepted).sum()),
+            "fresh_accepted": int((accepted & ~redundant).sum()),
         }
     if trainer.tokens.selective:
         record.details["tokens"] = trainer.tokens.report()

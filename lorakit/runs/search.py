@@ -46,12 +46,8 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
     if not params.record or not Path(params.record).is_file():
         return {}
     earlier = records.read(params.record)
-    asked_alike = all(
-        record.resolved.get(name) == value
-        for name, value in earlier.resolved.items()
-        if name not in flagged(Params, UNTRIED)
-    )
-    if earlier.kind != "lr_search" or not asked_alike:
+    asked = {name: value for name, value in earlier.resolved.items() if name not in flagged(Params, UNTRIED)}
+    if earlier.kind != "lr_search" or not asked.items() <= record.resolved.items():
         return {}
     record.fingerprints = earlier.fingerprints
     known = {point.learning_rate: point for point in earlier.search if point.status != "failed"}
