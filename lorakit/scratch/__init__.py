@@ -4,6 +4,5 @@ from lorakit.scratch.attention import SelfAttention
 from lorakit.scratch.cli import main
 from lorakit.scratch.compare import Comparison, Settings, compare
 from lorakit.scratch.layer import LoRALinear
-from lorakit.scratch.loop import VOCAB_SIZE, DivergedError, byte_loader, byte_rows, evaluate, pretrain
-from lorakit.scratch.trainer import LoRATrainer
+from lorakit.scratch.loop import VOCAB_SIZE, DivergedError, LoRATrainer, byte_loader, byte_rows, evaluate, pretrain
 from lorakit.scratch.transformer import LoRATransformer

@@ -12,7 +12,6 @@ from lorakit.errors import LorakitError, require
 from lorakit.files import written
 from lorakit.scratch.compare import Comparison, Settings, compare
 from lorakit.scratch.loop import DivergedError
-from lorakit.scratch.trainer import LoRATrainer
 
 DESCRIPTION = """Pretrain a small byte-level transformer on toy stories, freeze it, and fine-tune LoRA on toy reviews;
 then the same LoRA on the base as it was before pretraining. Prints the validation losses on reviews."""
@@ -79,7 +78,7 @@ def save(result: Comparison, folder: Path) -> None:
     save_file(model.lora_state_dict(), folder / "adapter.safetensors")
     history = {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss}
     for name in ("pretrained", "random"):
-        trainer: LoRATrainer = getattr(result, name)
+        trainer = getattr(result, name)
         stats = {"initial_val_loss": trainer.initial_val_loss, "parameters": trainer.model.get_parameter_stats()}
         history[name] = stats | trainer.history
     for name, content in {"config": result.settings.model_arguments(), "history": history}.items():

@@ -1,15 +1,13 @@
 """Does LoRA need a trained base? The same LoRA on reviews, on a base trained on stories and on one left at random."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lorakit.errors import require
-from lorakit.scratch.loop import VOCAB_SIZE, Loader, byte_loader, check_rate, pretrain
-from lorakit.scratch.trainer import LoRATrainer
+from lorakit.scratch.loop import VOCAB_SIZE, Loader, Log, LoRATrainer, byte_loader, check_rate, pretrain
 from lorakit.scratch.transformer import LoRATransformer
 from lorakit.tasks.toy.grammar import reviews, split_seed, stories
 
@@ -51,8 +49,7 @@ class Settings:
         return {"vocab_size": VOCAB_SIZE, "adapt_feedforward": True} | chosen
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """LoRA trained on two bases that differ in nothing but the pretraining of one."""
 
     settings: Settings
@@ -73,7 +70,7 @@ def review_loaders(settings: Settings) -> tuple[Loader, Loader]:
     )
 
 
-def compare(settings: Settings, log: Callable[[str], None] = lambda line: None) -> Comparison:
+def compare(settings: Settings, log: Log = lambda line: None) -> Comparison:
     """Pretrain, then train LoRA on the trained and on the untrained base: same initial weights, same batches in order.
 
     Args:

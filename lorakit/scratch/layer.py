@@ -17,7 +17,7 @@ class LoRALinear(nn.Linear):
     `nn.Linear` computes. The parameters `weight` (out, in) and `bias` (out) keep `nn.Linear`'s names.
 
     Args:
-        in_features, out_features, bias, device, dtype: as `nn.Linear`'s.
+        in_features, out_features: as `nn.Linear`'s, and so `linear`: bias, device, dtype.
         r: rank of the update, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: chance that an input of the update (not of W0) is dropped while training.
@@ -35,15 +35,12 @@ class LoRALinear(nn.Linear):
         r: int = 8,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.0,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **linear: Any,
     ):
         require(isinstance(r, int) and not isinstance(r, bool) and r >= 1, "r", r, "must be an integer >= 1")
         require(0 < lora_alpha < math.inf, "lora_alpha", lora_alpha, "must be a number > 0")
         require(0 <= lora_dropout < 1, "lora_dropout", lora_dropout, "must be in [0, 1)")
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__(in_features, out_features, **linear)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))

@@ -3,9 +3,12 @@
 The target at each position is the byte that comes next; AdamW, linear warm-up and decay.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,10 @@ from lorakit.errors import DataError, LorakitError, require
 from lorakit.head import IGNORED
 from lorakit.scratch.transformer import LoRATransformer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Log = Callable[[str], None]
 VOCAB_SIZE = 256
 WARMUP = 0.05  # share of the steps
 MAX_GRAD_NORM = 1.0
@@ -104,48 +111,37 @@ def check_rate(learning_rate: float, name: str = "learning_rate") -> None:
     require(0 < learning_rate < math.inf, name, learning_rate, "must be a number > 0")
 
 
-class Loop:
-    """Epochs of AdamW over the parameters that require a gradient."""
+def passes(model: LoRATransformer, loader: Loader, learning_rate: float, epochs: int) -> Iterator[tuple[float, int]]:
+    """Epochs of AdamW over the parameters that require a gradient: the mean loss (nats per target) and the targets.
 
-    def __init__(self, model: LoRATransformer, loader: Loader, learning_rate: float, epochs: int):
-        check_rate(learning_rate)
-        require(isinstance(epochs, int) and epochs >= 1, "epochs", epochs, "must be an integer >= 1")
-        require(len(loader) >= 1, "train_loader", len(loader), "must hold at least one batch")
-        self.model, self.loader, self.learning_rate = model, loader, learning_rate
-        self.step, self.steps = 0, epochs * len(loader)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
-
-    def epoch(self) -> tuple[float, int]:
-        """One pass: the mean training loss (nats per target) and the number of targets.
-
-        Raises:
-            DivergedError: the loss is no longer a finite number.
-        """
-        self.model.train()
+    Raises:
+        ParameterError: epochs, learning_rate or the loader leaves nothing to do.
+        DivergedError: the loss is no longer a finite number.
+    """
+    check_rate(learning_rate)
+    require(isinstance(epochs, int) and epochs >= 1, "epochs", epochs, "must be an integer >= 1")
+    require(len(loader) >= 1, "train_loader", len(loader), "must hold at least one batch")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    for epoch in range(epochs):
+        model.train()
         total, count = 0.0, 0
-        for batch in self.loader:
-            loss, targets = summed_loss(self.model, batch)
+        for step, batch in enumerate(loader, epoch * len(loader)):
+            loss, targets = summed_loss(model, batch)
             if not loss.isfinite():
-                raise DivergedError(f"loss is {loss.item()} at step {self.step + 1}: lower learning_rate")
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * rate(self.step, self.steps)
-            self.optimizer.zero_grad(set_to_none=True)
+                raise DivergedError(f"loss is {loss.item()} at step {step + 1}: lower learning_rate")
+            optimizer.param_groups[0]["lr"] = learning_rate * rate(step, epochs * len(loader))
+            optimizer.zero_grad(set_to_none=True)
             (loss / max(targets, 1)).backward()
-            nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-            self.optimizer.step()
-            self.step += 1
+            nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            optimizer.step()
             total, count = total + loss.item(), count + targets
         require(count > 0, "train_loader", count, "must hold at least one target")
-        return total / count, count
+        yield total / count, count
 
 
 def pretrain(
-    model: LoRATransformer,
-    loader: Loader,
-    epochs: int,
-    learning_rate: float = 3e-3,
-    log: Callable[[str], None] = lambda line: None,
+    model: LoRATransformer, loader: Loader, epochs: int, learning_rate: float, log: Log = lambda line: None
 ) -> list[float]:
     """Train every weight of the base and no LoRA factor, then freeze the base.
 
@@ -156,13 +152,87 @@ def pretrain(
         The mean training loss of each epoch, in nats per token.
 
     Raises:
-        ParameterError: epochs, learning_rate or the loader leaves nothing to do.
-        DivergedError: the loss is no longer a finite number.
+        ParameterError, DivergedError: see `passes`.
     """
     model.configure_pretraining()
-    loop, losses = Loop(model, loader, learning_rate, epochs), []
-    for epoch in range(epochs):
-        losses.append(loop.epoch()[0])
-        log(f"pretraining, epoch {epoch + 1} of {epochs}: training loss {losses[-1]:.3f}")
+    losses = []
+    for loss, _ in passes(model, loader, learning_rate, epochs):
+        losses.append(loss)
+        log(f"pretraining, epoch {len(losses)} of {epochs}: training loss {loss:.3f}")
     model.configure_lora_training()
     return losses
+
+
+class LoRATrainer:
+    """Trains the LoRA factors of `model` and nothing else (it calls `configure_lora_training`).
+
+    Args:
+        model: best with a base that was trained; LoRA on a random frozen base learns little.
+        train_loader, val_loader: batches as `Loader` says.
+        learning_rate: of AdamW, at the top of its schedule.
+
+    Attributes:
+        history: what `train` returns.
+        initial_val_loss: before the first training; None until then.
+
+    Raises:
+        ParameterError: learning_rate is not a positive number.
+    """
+
+    def __init__(self, model: LoRATransformer, train_loader: Loader, val_loader: Loader, learning_rate: float):
+        check_rate(learning_rate)
+        self.model, self.train_loader, self.val_loader = model, train_loader, val_loader
+        self.learning_rate = learning_rate
+        self.history: dict[str, list[float]] = {name: [] for name in ("train_loss", "val_loss", "tokens", "seconds")}
+        self.initial_val_loss: float | None = None
+        model.configure_lora_training()
+
+    def train(self, epochs: int, log: Log = lambda line: None) -> dict[str, list[float]]:
+        """Train for `epochs` passes; a second call goes on from the first, with a schedule of its own.
+
+        Args:
+            log: told one line per epoch.
+
+        Returns:
+            One entry per epoch: train_loss (mean over the epoch) and val_loss (after it), in nats per token; tokens
+            (targets of the epoch) and seconds (of its training).
+
+        Raises:
+            ParameterError: epochs < 1, or a loader without targets.
+            DivergedError: the loss is no longer a finite number.
+        """
+        self.model.configure_lora_training()
+        if self.initial_val_loss is None:
+            self.initial_val_loss = evaluate(self.model, self.val_loader)
+        start = perf_counter()
+        for epoch, (train_loss, tokens) in enumerate(passes(self.model, self.train_loader, self.learning_rate, epochs)):
+            seconds = perf_counter() - start
+            values = train_loss, evaluate(self.model, self.val_loader), tokens, seconds
+            for series, value in zip(self.history.values(), values, strict=True):
+                series.append(value)
+            log(f"epoch {epoch + 1} of {epochs}: validation loss {self.history['val_loss'][-1]:.3f}")
+            start = perf_counter()
+        return self.history
+
+    def plot_training_history(self) -> Figure:
+        """Training and validation loss against epochs; the dotted line is the validation loss before LoRA.
+
+        Raises:
+            ParameterError: nothing was trained yet.
+        """
+        from lorakit.analysis import style
+
+        require(bool(self.history["val_loss"]), "history", {}, "is empty: call train() first")
+        train, validation = self.history["train_loss"], [self.initial_val_loss, *self.history["val_loss"]]
+        with style.context():
+            figure = style.figure(3.2)
+            axes = figure.subplots()
+            # an epoch's training loss is its mean, so it stands in the epoch's middle
+            middles, label = [n + 0.5 for n in range(len(train))], "training (mean of an epoch)"
+            axes.plot(middles, train, "s--", color=style.COLORS[2], label=label)
+            axes.plot(range(len(validation)), validation, "o-", color=style.COLORS[1], label="validation")
+            axes.axhline(validation[0], color="0.4", linestyle=":", label="validation before LoRA")
+            axes.set(xlabel="epochs", ylabel="loss (nats per token)")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+        return figure

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,7 +119,6 @@ class LoRATransformer(nn.Module):
         lora = self._lora_parameters()
         return {name: tensor.clone() for name, tensor in self.state_dict().items() if name not in lora}
 
-    @torch.no_grad()
     def load_lora_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over an adapter; the base stays where it is, and a merged model stays merged, with the new adapter.
 
@@ -135,8 +133,7 @@ class LoRATransformer(nn.Module):
                 raise CheckpointError(f"adapter's {name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
         merged = self.merged
         self.unmerge()
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        self.load_state_dict(state, strict=False)
         if merged:
             self.merge()
 
