@@ -155,6 +155,33 @@ class Head:
         """The model's logits (…, V) of hidden states (…, H), float32, by the head itself, adapters and all."""
         return self.capped(self.module(hidden).float())
 
+    @torch.no_grad()
+    def recomputed(self, hidden: Tensor) -> Tensor:
+        """The linear map of hidden states (…, H), in float32; by the head itself where it is not one of torch's."""
+        if type(self.module) is not nn.Linear:
+            return self.logits(hidden)
+        weight, bias = self.module.weight, self.module.bias
+        return self.capped(F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()))
+
+    def check(self, hidden: Tensor, logits: Tensor, remedy: str = "") -> bool:
+        """Recompute the first rows of logits (…, V) from hidden (…, H): what does more than a linear map has other
+        gradients. False where there are no rows.
+
+        Raises:
+            LorakitError: they differ.
+        """
+        if not hidden.numel():
+            return False
+        if (hidden.shape[-1], logits.shape[-1]) == (self.d_hidden, self.outputs):
+            states, given = (x.detach().flatten(0, -2)[:ROWS_CHECKED] for x in (hidden, logits))
+            error = (self.recomputed(states) - given.float()).norm() / given.float().norm().clamp(min=1e-12)
+            if error < TOLERANCE or not torch.isfinite(given).all():
+                return True
+        raise LorakitError(
+            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
+            f"gradient would be another (head: {self.d_hidden} to {self.outputs}){remedy}"
+        )
+
 
 def find_head(model: nn.Module, kind: str) -> Head:
     """The output embeddings of a language model, or a classifier's last linear layer.
@@ -184,51 +211,11 @@ def find_head(model: nn.Module, kind: str) -> Head:
     return Head(module, width, outputs, getattr(told, "final_logit_softcapping", None), scale)
 
 
-@dataclass
-class HeadCheck:
-    """Recomputes logits from what the head was given: one that does more than a linear map has other gradients."""
-
-    head: Head
-    checked: bool = False
-    remedy: str = ""
-
-    @torch.no_grad()
-    def expected(self, hidden: Tensor) -> Tensor:
-        """The linear map of hidden states (…, H), in float32; by the head itself where it is not one of torch's."""
-        if type(self.head.module) is not nn.Linear:
-            return self.head.logits(hidden)
-        weight, bias = self.head.module.weight, getattr(self.head.module, "bias", None)
-        raw = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        return self.head.capped(raw)
-
-    def __call__(self, hidden: Tensor, logits: Tensor) -> None:
-        """Compare the first rows of logits (…, V) with those of hidden (…, H), the first time it is called.
-
-        Raises:
-            LorakitError: they differ.
-        """
-        if self.checked or not hidden.numel():
-            return
-        width, outputs = hidden.shape[-1], logits.shape[-1]
-        if (width, outputs) == (self.head.d_hidden, self.head.outputs):
-            rows = slice(0, ROWS_CHECKED)
-            given = logits.detach().flatten(0, -2)[rows].float()
-            expected = self.expected(hidden.detach().flatten(0, -2)[rows])
-            error = (expected - given).norm() / given.norm().clamp(min=1e-12)
-            if error < TOLERANCE or not torch.isfinite(given).all():
-                self.checked = True
-                return
-        raise LorakitError(
-            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
-            f"gradient would be another (head: {self.head.d_hidden} to {self.head.outputs}){self.remedy}"
-        )
-
-
 class HeadInput:
     """Keeps what `head` was given in the last forward pass, detached, until `take`n."""
 
     def __init__(self, head: Head):
-        self.head, self.hidden, self.check = head, None, HeadCheck(head)
+        self.head, self.hidden, self.checked = head, None, False
         self.handle = head.module.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, arguments: tuple) -> None:
@@ -245,9 +232,9 @@ class HeadInput:
             raise LorakitError("the model's forward did not call its output head: no head gradient to gate by")
         if hidden.dim() == logits.dim() + 1:  # a classifier that reads one token of each sequence (GPT-2, Gemma)
             # (B, H) out of (B, T, H): of each sequence the token whose outputs are the logits (B, C)
-            distance = (self.check.expected(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
+            distance = (self.head.recomputed(hidden) - logits.float()[:, None]).abs().sum(-1)  # (B, T)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), distance.argmin(-1)]
-        self.check(hidden, logits)
+        self.checked = self.checked or self.head.check(hidden, logits)
         self.hidden = None
         return hidden
 

@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -26,8 +25,7 @@ METRICS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """What a run spends, to be drawn and compared against.
 
     Attributes:

@@ -53,15 +53,13 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
 
 def switched_off(filed: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`filed` without what would say nothing once `given` is heard: of a gate, say, where `gate: none` is given."""
-    left = dict(filed)
+    off = {name for name, group in NESTED.items() if given.get(name, {}).get("method") == group().method}
     for group in GROUPS:
         for idle in (idle for idle in group.idle if idle.switch in given):
             with contextlib.suppress(TypeError):  # of a value that is none, which is told of later
                 if idle.when(SimpleNamespace(**{idle.switch: given[idle.switch]})):
-                    for name in idle.of(group):
-                        left.pop(name, None)
-    off = [name for name, group in NESTED.items() if given.get(name, {}).get("method") == group().method]
-    return {name: value for name, value in left.items() if name not in off}
+                    off.update(idle.of(group))
+    return {name: value for name, value in filed.items() if name not in off}
 
 
 def params_of(setting: str, row: str) -> dict[str, Any]:

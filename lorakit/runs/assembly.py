@@ -1,7 +1,7 @@
 """From parameters to everything a run works on: model, task, adapter, what acts between steps, trainer."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import is_torch_tf32_available
@@ -14,7 +14,6 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
-from lorakit.settings import TokenSettings
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
@@ -23,8 +22,7 @@ from lorakit.training import Budget, BudgetTrainer, Schedule
 from lorakit.training.arguments import training_arguments
 
 
-@dataclass
-class Assembled:
+class Assembled(NamedTuple):
     """What a run works on."""
 
     params: Params
@@ -132,9 +130,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         budget=Budget(params.budget, params.budget_unit),
         schedule=Schedule(params.schedule, params.warmup),
         gate=build_gate(params, model, task.kind, seed=params.seed),
-        tokens=build_tokens(
-            params.gating, model, task.kind, loss=TokenSettings.of(params), seed=params.seed, rank=args.process_index
-        ),
+        tokens=build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed, rank=args.process_index),
         controllers=controllers,
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model", "code")},
         evaluations=params.evaluations,

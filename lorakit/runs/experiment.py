@@ -23,7 +23,6 @@ from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.runs.rows import row_of
-from lorakit.settings import TokenSettings
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
@@ -190,9 +189,8 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     record.curve = trainer.curve.points
     record.parameters = adapters.parameter_stats(model)
     record.adapter_bytes = adapters.adapter_bytes(model)
-    for controller in trainer.controllers:
-        if controller.name not in record.details:  # a run that was cut short
-            record.details[controller.name] = controller.report()
+    # of a run that was cut short: none has been told of
+    record.details |= {each.name: each.report() for each in trainer.controllers if each.name not in record.details}
     if trainer.gate.selective:
         record.details["gate"] = trainer.gate_log.report()
     if trainer.gate.selective and assembled.redundant is not None:  # of the batches seen, which were so by design
@@ -254,7 +252,7 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
         optimizer=params.optimizer,
         autocast=None if params.precision == "fp32" else params.precision,
         device=model.device.type,
-        tokens=build_tokens(params.gating, model, task.kind, loss=TokenSettings.of(params), seed=params.seed),
+        tokens=build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed),
     )
 
 

@@ -36,7 +36,6 @@ class NotebookFailed(LorakitError):
 
     def __init__(self, reason: str, output: Path):
         super().__init__(f"{reason}; executed notebook: {output}")
-        self.output = output
 
 
 def run_notebook(
@@ -59,9 +58,9 @@ def run_notebook(
     require_place(output, "output")
     given = checked(notebook, params or {})
     output.parent.mkdir(parents=True, exist_ok=True)
-    short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"  # for the names of sockets
-    own = aside(short or tempfile.gettempdir(), "kernel")
-    with own as folder, _kernel(notebook.parent, folder, progress) as kernel:
+    place = tempfile.gettempdir()
+    place = place if len(place) < LONGEST_SOCKET_FOLDER else "/tmp"  # for the names of sockets
+    with aside(place, "kernel") as folder, _kernel(notebook.parent, folder, progress) as kernel:
         _execute(notebook, output, given, kernel, progress)
     return output
 

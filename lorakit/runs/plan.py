@@ -1,8 +1,7 @@
 """Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
 
 import argparse
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import transformers
@@ -70,8 +69,7 @@ class Plan(Settings):
         return chosen if chosen.selective else Gating()
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Predicted bytes by kind with their sum "peak", parameter counts, the configuration's source, tokens of a row."""
 
     memory: dict[str, int]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.head import ROWS_CHECKED, Head, HeadCheck, replaced_input, rows, same_loss, takes_labels
+from lorakit.head import ROWS_CHECKED, Head, replaced_input, rows, same_loss, takes_labels
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place
 
@@ -261,7 +261,7 @@ def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, An
         raise LorakitError(f"{told} ({' '.join(str(error).split())}){remedy}") from error
     if not given:
         raise LorakitError(f"the model's forward did not call its output head: there is nothing to select{remedy}")
-    HeadCheck(loss.head, remedy=remedy)(given[0][:, -few:], outputs.logits[:, -few:])
+    loss.head.check(given[0][:, -few:], outputs.logits[:, -few:], remedy)
     if own and outputs.loss is not None and few > 1:
         where, targets = rows(own["labels"], kind)
         mean = F.cross_entropy(outputs.logits.flatten(0, 1)[where].float(), targets)
