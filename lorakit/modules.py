@@ -174,9 +174,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
         found = [path for path in paths if any(name_matches(name, path) for name in target_modules)]
     found = [path for path in found if not inside(path, excluded)]
     for path in found:
-        kind = type(model.get_submodule(path)).__name__
-        if not is_linear(model.get_submodule(path)):
-            raise _unknown(model, target_modules, f"{path} is a {kind}, not a linear layer")
+        if not is_linear(module := model.get_submodule(path)):
+            raise _unknown(model, target_modules, f"{path} is a {type(module).__name__}, not a linear layer")
     if not found:
         hint = "; a string is a regular expression on the whole path, a list holds names"
         hint = hint if isinstance(target_modules, str) else ""

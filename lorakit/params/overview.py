@@ -94,9 +94,8 @@ def capability_table() -> str:
     reasons = [*dict.fromkeys(answer for answers in table.values() for answer in answers.values() if ": " in answer)]
     numbered = {reason: f"no ({number})" for number, reason in enumerate(reasons, 1)}
     lines = ["| | " + " | ".join(ANSWERS) + " |", "|---" * (len(ANSWERS) + 1) + "|"]
-    lines += [
-        f"| {name} | {' | '.join(numbered.get(a, a) for a in answers.values())} |" for name, answers in table.items()
-    ]
+    for name, answers in table.items():
+        lines.append(f"| {name} | {' | '.join(numbered.get(answer, answer) for answer in answers.values())} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
 
 

@@ -14,11 +14,6 @@ UNCLEAR = re.compile(r"[-+]?(0[\d_]+|\d[\d_]*(:[0-5]?\d)+|0[xb]_*)")
 class Loader(yaml.SafeLoader):
     """YAML 1.1, but for its dates (which are text) and what is read above."""
 
-    yaml_implicit_resolvers = {
-        letter: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-        for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for key, _ in node.value:
@@ -35,6 +30,7 @@ class Loader(yaml.SafeLoader):
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+0123456789"))
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_yaml_str)
 
 
 def read(text: str) -> Any:
@@ -45,7 +41,7 @@ def read(text: str) -> Any:
     """
     try:
         value = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, KeyError) as error:  # KeyError: of `!!bool maybe`
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
