@@ -80,15 +80,9 @@ def assemble(params: Params) -> Assembled:
         require_apart(loaded.model, task.train, task.collator)
     redundant = None
     if params.redundancy:  # a stream whose share of redundant batches is known, for training rows
-        stream, redundant = redundant_stream(
-            task.train,
-            share=params.redundancy,
-            kind=params.redundancy_kind,
-            batch_size=params.batch_size * params.gradient_accumulation,
-            pool=params.redundancy_pool,
-            seed=params.seed,
-            special=set(loaded.tokenizer.all_special_ids),
-        )
+        wanted = {"share": params.redundancy, "kind": params.redundancy_kind, "pool": params.redundancy_pool}
+        window, special = params.batch_size * params.gradient_accumulation, set(loaded.tokenizer.all_special_ids)
+        stream, redundant = redundant_stream(task.train, batch_size=window, seed=params.seed, special=special, **wanted)
         task = replace(task, train=stream)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
@@ -99,13 +93,10 @@ def assemble(params: Params) -> Assembled:
 
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
     """What data, model and code the run is about."""
-    return {
-        "data": dict(assembled.task.files),
-        "data_source": assembled.task.source,
-        "model": assembled.loaded.fingerprint,
-        "model_source": assembled.loaded.source,
-        "code": environment.code_fingerprint(),
-    }
+    task, loaded = assembled.task, assembled.loaded
+    data = {"data": dict(task.files), "data_source": task.source}
+    model = {"model": loaded.fingerprint, "model_source": loaded.source}
+    return data | model | {"code": environment.code_fingerprint()}
 
 
 def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTrainer:

@@ -246,14 +246,10 @@ def _predicted_memory(assembled: Assembled) -> dict[str, int]:
     params, model, task = assembled.params, assembled.model, assembled.task
     lengths = [len(ids) for ids in task.train["input_ids"]]
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: params.batch_size]
-    return memory.predict_step_memory(
-        model,
-        task.collator([task.train[index] for index in longest]),
-        optimizer=params.optimizer,
-        autocast=None if params.precision == "fp32" else params.precision,
-        device=model.device.type,
-        tokens=build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed),
-    )
+    batch = task.collator([task.train[index] for index in longest])
+    tokens = build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed)
+    asked = {"optimizer": params.optimizer, "autocast": None if params.precision == "fp32" else params.precision}
+    return memory.predict_step_memory(model, batch, device=model.device.type, tokens=tokens, **asked)
 
 
 def _write(record: Record, path: Path) -> None:

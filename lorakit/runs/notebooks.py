@@ -136,21 +136,12 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
         if stopped:
             raise KeyboardInterrupt
 
-    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
+    how = {"kernel_name": "python3", "km": kernel, "cwd": notebook.parent, "on_cell_start": stop_between_cells}
+    how |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if progress else {}
+    how |= {"progress_bar": False, "coalesce_streams": True}  # else outputs are cut by how fast a cell printed them
     try:
         with answering(interrupt, signal.SIGINT, signal.SIGTERM):
-            papermill.execute_notebook(
-                notebook,
-                output,
-                given,
-                kernel_name="python3",
-                cwd=notebook.parent,
-                progress_bar=False,
-                km=kernel,
-                coalesce_streams=True,  # else what a cell prints is cut into outputs by how fast it came
-                on_cell_start=stop_between_cells,
-                **streams,
-            )
+            papermill.execute_notebook(notebook, output, given, **how)
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}", output) from None
     except KeyboardInterrupt:

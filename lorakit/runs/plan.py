@@ -95,17 +95,11 @@ def predict(plan: Plan) -> Prediction:
     if plan.quantize == "nf4":
         quantize_meta(base)
     model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
-    memory = predict_step_memory(
-        model,
-        make_batch(plan.batch, seq, kind),
-        optimizer=plan.optimizer,
-        autocast=None if plan.precision == "fp32" else plan.precision,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        device="cuda",
-        tokens=build_tokens(
-            plan.gating, model, kind, loss=TokenSettings(loss=plan.loss if plan.loss != "liger" else "exact")
-        ),
-    )
+    loss = TokenSettings(loss="exact" if plan.loss == "liger" else plan.loss)
+    asked = {"optimizer": plan.optimizer, "autocast": None if plan.precision == "fp32" else plan.precision}
+    asked |= {"gradient_checkpointing": plan.gradient_checkpointing, "device": "cuda"}
+    tokens = build_tokens(plan.gating, model, kind, loss=loss)
+    memory = predict_step_memory(model, make_batch(plan.batch, seq, kind), tokens=tokens, **asked)
     counts = adapters.parameter_stats(model)
     return Prediction(memory, counts.trainable, counts.total, described.source, seq)
 

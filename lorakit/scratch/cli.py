@@ -54,15 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(result: Comparison) -> str:
     """The losses and parameter counts, for a terminal."""
-    pretrained, random = result.pretrained, result.random
-    stats = pretrained.model.get_parameter_stats()
-    rows = [
-        ("random base", random.initial_val_loss),
-        ("LoRA on random base", random.history["val_loss"][-1]),
-        ("pretrained base", pretrained.initial_val_loss),
-        ("LoRA on pretrained base", pretrained.history["val_loss"][-1]),
-    ]
-    lines = [f"{'reviews':26s} validation loss (nats per byte)", *(f"{name:26s} {loss:.3f}" for name, loss in rows)]
+    lines = [f"{'reviews':26s} validation loss (nats per byte)"]
+    for name, trainer in {"random base": result.random, "pretrained base": result.pretrained}.items():
+        lines.append(f"{name:26s} {trainer.initial_val_loss:.3f}")
+        lines.append(f"{'LoRA on ' + name:26s} {trainer.history['val_loss'][-1]:.3f}")
+    stats = result.pretrained.model.get_parameter_stats()
     lines += ["", *(f"{name:26s} {stats[name]:,}" for name in ("total", "trainable"))]
     return "\n".join([*lines, f"{'reduction_factor':26s} {stats['reduction_factor']:.1f}"])
 

@@ -64,10 +64,8 @@ def review_loaders(settings: Settings) -> tuple[Loader, Loader]:
     known = set(train)
     other = reviews(max(settings.texts // 4, 40), split_seed("validation", settings.seed))
     validation = [text for text, _ in other if text not in known]
-    return (
-        byte_loader(train, settings.length, settings.batch_size, shuffle=True, seed=settings.seed),
-        byte_loader(validation, settings.length, settings.batch_size),
-    )
+    sizes = settings.length, settings.batch_size
+    return byte_loader(train, *sizes, shuffle=True, seed=settings.seed), byte_loader(validation, *sizes)
 
 
 def compare(settings: Settings, log: Log = lambda line: None) -> Comparison:

@@ -99,14 +99,8 @@ class LoRATransformer(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         lora = sum(p.numel() for p in self._lora_parameters().values())
-        return {
-            "total": total,
-            "trainable": trainable,
-            "frozen": total - trainable,
-            "lora": lora,
-            "base": total - lora,
-            "reduction_factor": total / trainable if trainable else math.inf,
-        }
+        counts = {"total": total, "trainable": trainable, "frozen": total - trainable, "lora": lora}
+        return counts | {"base": total - lora, "reduction_factor": total / trainable if trainable else math.inf}
 
     # adapters: saved, loaded, stored, switched
 
