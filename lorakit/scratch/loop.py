@@ -55,9 +55,7 @@ def byte_rows(texts: Sequence[str], length: int) -> Tensor:
     return data.unfold(0, length + 1, length)
 
 
-def byte_loader(
-    texts: Sequence[str], length: int, batch_size: int, shuffle: bool = False, seed: int = 0
-) -> DataLoader[tuple[Tensor, ...]]:
+def byte_loader(texts: Sequence[str], length: int, batch_size: int, shuffle: bool = False, seed: int = 0) -> DataLoader:
     """Batches of (input_ids, labels), each (B, length); two loaders of one seed shuffle alike.
 
     Raises:
