@@ -21,7 +21,7 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "report": ("lorakit.analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
     "claims": ("lorakit.analysis.claims", "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare"),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
-    "plan": ("lorakit.runs.plan", "will it fit: lorakit plan MODEL --method lora --batch 4 --seq 2048 --dtype bf16"),
+    "plan": ("lorakit.runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
     "export": ("", "an adapter merged into its base, as a plain model: lorakit export ADAPTER --merge --output FOLDER"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),

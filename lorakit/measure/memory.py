@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.base.nf4 import scale_tensors
 from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
+from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.seams import TokenSelection
@@ -30,6 +31,7 @@ def predict_step_memory(
     gradient_checkpointing: bool = False,
     device: str = "cpu",
     tokens: TokenSelection | None = None,
+    count: FlopCount | None = None,
 ) -> dict[str, int]:
     """Predict the peak memory of one training step of `model` (real or meta) on `batch`, leaving both as they are.
 
@@ -42,6 +44,7 @@ def predict_step_memory(
         device: "cpu", or "cuda" for what differs there: the optimizer updates all tensors at once (more temporaries),
             and attention keeps no (T, T) matrix for dropout. Kernels are else taken to allocate the same on both.
         tokens: which tokens get a backward; needs a `batch` with real labels and masks. None: all.
+        count: counts the FLOPs of the forward and the backward as well, but for what scoring takes by formula.
 
     Returns:
         Bytes of every storage alive at the peak, by kind, and their sum "peak". Every storage counts once:
@@ -65,13 +68,15 @@ def predict_step_memory(
         inputs = {name: fake(mode, value) for name, value in batch.items()}
         made = PREDICTABLE[optimizer](trained, device == "cuda")
         if tokens is None or not tokens.makes_loss:
-            return _step(model, inputs, made, autocast, mode, lambda: model(**inputs).loss)
+            return _step(model, inputs, made, autocast, mode, count, lambda: model(**inputs).loss)
         real = dict(batch)
         labels = real.pop("labels")
         inputs.pop("labels")
         with tokens.dry(real, labels) as masks:
             held = inputs | dict(enumerate(masks))
-            return _step(model, held, made, autocast, mode, lambda: tokens.select(model, inputs, labels).finish())
+            return _step(
+                model, held, made, autocast, mode, count, lambda: tokens.select(model, inputs, labels).finish()
+            )
 
 
 def _step(
@@ -80,6 +85,7 @@ def _step(
     optimizer: Any,
     autocast: str | None,
     mode: Any,
+    count: FlopCount | None,
     loss_of: Callable[[], torch.Tensor],
 ) -> dict[str, int]:
     """One step in steady state, everything alive before it claimed by its kind."""
@@ -100,7 +106,7 @@ def _step(
             handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
             hooks.callback(handle.remove)
         _watch_head(live, model, hooks)
-        with mode, live:
+        with mode, live, count or contextlib.nullcontext():
             with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
                 loss = loss_of()  # the output, logits with it, dies here as in the Trainer
             loss.backward()

@@ -1,6 +1,7 @@
-"""Will it fit? The predicted peak memory of a training step, from a model's configuration alone, against GPU sizes."""
+"""The predicted peak memory and the FLOPs of a training step, from a model's configuration alone."""
 
-import argparse
+import copy
+import re
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -16,6 +17,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.fields import Settings, field
 from lorakit.head import KINDS
 from lorakit.measure import live
+from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.models.loading import DTYPES
@@ -27,10 +29,10 @@ from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
 
 GIB = 2**30
-GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
 CONTEXT_GIB = 1.0  # assumed: CUDA context, cuBLAS workspaces
 FRAGMENTATION = 0.10  # assumed: the share of the peak that rounding and gaps in the allocator add
 LENGTH = 512  # tokens of a row, where nothing is said and the model takes as many
+DEPTHS = (2, 4)  # blocks of the two models through which the line to a deep one's depth is drawn
 
 
 class Plan(Settings):
@@ -70,38 +72,89 @@ class Plan(Settings):
 
 
 class Prediction(NamedTuple):
-    """Predicted bytes by kind with their sum "peak", parameter counts, the configuration's source, tokens of a row."""
+    """Of a step: bytes by kind with their sum "peak", parameter counts, FLOPs, and what it was predicted for: the
+    configuration's source, tokens of a row."""
 
     memory: dict[str, int]
     trainable: int
     total: int
+    flops: int
     source: str
     seq: int
+
+    @property
+    def need(self) -> float:
+        """Bytes that a card must have, with what is assumed on top."""
+        return self.memory["peak"] * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
 
 
 def predict(plan: Plan) -> Prediction:
     """Build on the meta device, attach, and run one step on fake tensors: no weights, no download of any.
+
+    Of a deep model with an adapter on all its blocks two shallow ones are run, and a line through them gives the depth.
+    Where all weights are trained the whole model is run: which moment is the peak then depends on the depth.
 
     Raises:
         ParameterError: a value out of range, an unknown method or target, a sequence longer than the model takes.
         AssetError: nothing is known of a model of this name.
     """
     described = models.describe(plan.model)
-    longest = getattr(described.config.get_text_config(), "max_position_embeddings", plan.seq or LENGTH)
-    seq = plan.seq or min(LENGTH, longest)
-    require(seq <= longest, "seq", seq, f"at most {longest} for this model")
-    kind = plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
-    base = build(described.config, kind, plan.dtype)
+    config = described.config.get_text_config()
+    seq = plan.seq or min(LENGTH, longest(plan))
+    require(seq <= longest(plan), "seq", seq, f"at most {longest(plan)} for this model")
+    depth, (near, far), found = getattr(config, "num_hidden_layers", 0), DEPTHS, None
+    named = [plan.targets] if isinstance(plan.targets, str) else plan.targets
+    if depth > far and plan.method != "full" and all(re.fullmatch(r"[a-zA-Z_.-]+", name) for name in named):
+        low, high = (_step(plan, shortened(described.config, blocks), seq) for blocks in DEPTHS)
+        found = {name: round(low[name] + (high[name] - low[name]) * (depth - near) / (far - near)) for name in low}
+    if not found or found["base"] != build(described.config, kind_of(plan), plan.dtype).num_parameters():
+        found = _step(plan, described.config, seq)  # it is shallow, or its blocks are not alike
+    memory, counts = {kind: found[kind] for kind in (*live.KINDS, "peak")}, ("trainable", "total", "flops")
+    return Prediction(memory, *(found[name] for name in counts), described.source, seq)
+
+
+def kind_of(plan: Plan) -> str:
+    """What the model must do: as asked for, else by its family."""
+    return plan.kind or {"decoder": "causal", "encoder": "classify"}[models.family(plan.model)]
+
+
+def longest(plan: Plan) -> int:
+    """Tokens of the longest row that the model takes."""
+    return getattr(models.config(plan.model).get_text_config(), "max_position_embeddings", plan.seq or LENGTH)
+
+
+def _step(plan: Plan, config: transformers.PreTrainedConfig, seq: int) -> dict[str, int]:
+    """Bytes by kind, parameter counts, the base's among them, and FLOPs of one step of a model so configured."""
+    kind, count = kind_of(plan), FlopCount()
+    base = build(config, kind, plan.dtype)
+    known = {"base": base.num_parameters()}
     if plan.quantize == "nf4":
         quantize_meta(base)
     model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
     loss = TokenSettings(loss="exact" if plan.loss == "liger" else plan.loss)
-    asked = {"optimizer": plan.optimizer, "autocast": None if plan.precision == "fp32" else plan.precision}
-    asked |= {"gradient_checkpointing": plan.gradient_checkpointing, "device": "cuda"}
-    tokens = build_tokens(plan.gating, model, kind, loss=loss)
-    memory = predict_step_memory(model, make_batch(plan.batch, seq, kind), tokens=tokens, **asked)
-    counts = adapters.parameter_stats(model)
-    return Prediction(memory, counts.trainable, counts.total, described.source, seq)
+    memory = predict_step_memory(
+        model,
+        make_batch(plan.batch, seq, kind),
+        optimizer=plan.optimizer,
+        autocast=None if plan.precision == "fp32" else plan.precision,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        device="cuda",
+        tokens=build_tokens(plan.gating, model, kind, loss=loss),
+        count=count,
+    )
+    stats = adapters.parameter_stats(model)
+    return memory | known | {"trainable": stats.trainable, "total": stats.total, "flops": count.total}
+
+
+def shortened(config: transformers.PreTrainedConfig, blocks: int) -> transformers.PreTrainedConfig:
+    """A copy with the first `blocks` blocks only; what is listed block by block is cut as well."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:blocks])
+    text.num_hidden_layers = blocks
+    return config
 
 
 def build(config: transformers.PreTrainedConfig, kind: str, dtype: str) -> transformers.PreTrainedModel:
@@ -145,46 +198,3 @@ def make_batch(batch: int, seq: int, kind: str) -> dict[str, torch.Tensor]:
     ids = torch.zeros(batch, seq, dtype=torch.long)
     labels = torch.zeros(batch, dtype=torch.long) if kind == "classify" else ids
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def report(plan: Plan, prediction: Prediction) -> str:
-    """What `lorakit plan` prints: the step, its predicted bytes by kind, and what fits with the assumed margins."""
-    rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
-    extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
-    autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
-    chosen = "" if plan.tokens == 1 else f", {100 * plan.tokens:.3g} % of the tokens ({plan.mode})"
-    base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
-    lines = [
-        f"{plan.model} ({prediction.source})",
-        f"{plan.method}{rank}, batch {plan.batch} x {prediction.seq} tokens, {base}{plan.dtype} weights{autocast}, "
-        f"{plan.optimizer}{extra}{chosen}",
-        f"{prediction.trainable:,} of {prediction.total:,} parameters trained",
-    ]
-    memory = prediction.memory
-    needed = memory["peak"] * (1 + FRAGMENTATION) + CONTEXT_GIB * GIB
-    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
-    lines += [
-        "\npredicted, alive at the peak of one training step",
-        *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*live.KINDS, "peak")),
-        f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",
-        f"predicted need {needed / GIB:.1f} GiB; room on common GPUs",
-        *(f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms),
-    ]
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`lorakit plan MODEL …`."""
-    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
-    for name, info in [*Plan.model_fields.items()][1:]:
-        kind = int if name == "seq" else type(info.default or "")
-        option = {"action": "store_true"} if info.default is False else {"type": kind}
-        shown = f" (default {info.default})" if info.default else ""
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{info.description}{shown}", **option)
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    if "," in given.get("targets", ""):
-        given["targets"] = given["targets"].split(",")
-    plan = Plan(**given)
-    print(report(plan, predict(plan)))
-    return 0

@@ -26,7 +26,7 @@ from lorakit.measure.latency import inference_latency
 from lorakit.measure.live import KINDS
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import weight_table
-from lorakit.runs import plan
+from lorakit.runs import fits, plan
 from lorakit.sketches import FrequentDirections, TensorSketch
 
 
@@ -134,14 +134,14 @@ def folder(tiny_gpt2, tmp_path):
 
 
 def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
-    assert plan.main([folder, "--batch", "2", "--seq", "16", "--rank", "4", "--targets", "c_attn,c_proj"]) == 0
+    assert fits.main([folder, "--batch", "2", "--seq", "16", "--rank", "4", "--targets", "c_attn,c_proj"]) == 0
     out = capsys.readouterr().out
     predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, targets=["c_attn", "c_proj"]))
     assert "predicted" in out and "assumed" in out and "measured" not in out
     assert f"{predicted.trainable:,} of {predicted.total:,} parameters" in out
     for kind, size in predicted.memory.items():
         assert f"{kind:12s} {size / 2**30:10.3f} GiB" in out
-    assert out.count(" fits ") == len(plan.GPU_SIZES_GB)
+    assert out.count(" fits ") == len(fits.GPU_SIZES_GB)
     # rank 4 on c_attn (32 -> 96) and two c_proj (32 -> 32, 128 -> 32), twice
     assert predicted.trainable == 2 * 4 * (32 + 96 + 32 + 32 + 128 + 32)
 
@@ -149,10 +149,10 @@ def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
 def test_plan_margins():
     def printed(peak):
         memory = dict.fromkeys(KINDS, 0) | {"peak": peak * plan.GIB}
-        return plan.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, "packaged dimensions", 512))
+        return fits.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, 3, "packaged dimensions", 512))
 
     assert "predicted need 12.0 GiB" in printed(10)
-    table = printed(20).splitlines()[-len(plan.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB
+    table = printed(20).splitlines()[-len(fits.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB
     assert [line.split()[2] for line in table] == ["does"] * 4 + ["fits"] * 4
 
 
@@ -212,9 +212,9 @@ def test_layers_quantised_without_data_have_the_form_of_real_ones():
 
 
 def test_plan_in_4_bits_on_the_command_line(folder, capsys):
-    assert plan.main([folder, "--seq", "16", "--quantize", "nf4"]) == 0
+    assert fits.main([folder, "--seq", "16", "--quantize", "nf4"]) == 0
     assert "nf4 linear layers, other bf16 weights" in capsys.readouterr().out
-    plan.main([folder, "--seq", "16"])
+    fits.main([folder, "--seq", "16"])
     assert "nf4" not in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
     assert exact["activations"] == pytest.approx(plain["activations"], rel=0.05)
     assert gather["logits"] < 0.6 * plain["logits"] and gather["peak"] > exact["peak"]
     assert fractional["activations"] < 0.6 * exact["activations"] and fractional["peak"] < exact["peak"]
-    assert plan.main([folder, "--seq", "16", "--tokens", "0.2", "--mode", "fractional"]) == 0
+    assert fits.main([folder, "--seq", "16", "--tokens", "0.2", "--mode", "fractional"]) == 0
     assert "20 % of the tokens (fractional)" in capsys.readouterr().out
 
 
@@ -262,17 +262,17 @@ def test_plan_refuses(folder, option, value, message):
     """By the parameter's name and the value as it would be written in Python, where no other message is given."""
     written = value if value.lstrip("-").isdigit() else repr(value)
     with pytest.raises(ParameterError, match=message or f"{option[2:]}={written}"):
-        plan.main([folder, "--seq", "16", option, value])
+        fits.main([folder, "--seq", "16", option, value])
 
 
 def test_plan_of_an_unknown_model(tmp_path):
     with pytest.raises(LorakitError, match="no-such"):
-        plan.main([str(tmp_path / "no-such-model")])
+        fits.main([str(tmp_path / "no-such-model")])
 
 
 @pytest.mark.parametrize(("model", "seq"), [("toy-encoder", 256), ("bert-base-uncased", 512), ("gemma-3-270m", 512)])
 def test_a_plan_without_a_length_is_of_what_the_model_takes(model, seq, capsys):
-    assert plan.main([model, "--batch", "1"]) == 0
+    assert fits.main([model, "--batch", "1"]) == 0
     assert f"batch 1 x {seq} tokens" in capsys.readouterr().out
 
 

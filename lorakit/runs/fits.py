@@ -1,0 +1,133 @@
+"""Will it fit? A training step's predicted memory against GPU sizes, and what makes it fit one of them."""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lorakit.errors import ParameterError, require
+from lorakit.measure import live
+from lorakit.runs.plan import CONTEXT_GIB, FRAGMENTATION, GIB, Plan, Prediction, longest, predict
+
+GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
+# what may make a step fit, the quickest first: 4 bits are unpacked at every use, checkpointing runs each block again
+WAYS = ({}, {"quantize": "nf4"}, {"gradient_checkpointing": True}, {"quantize": "nf4", "gradient_checkpointing": True})
+PIECE = 64  # tokens: the step in which the longest row is told
+
+
+class Fit(NamedTuple):
+    """How a step fits a card: the plan that does, None where nothing makes it; the largest batch at its length, and the
+    longest row at its batch, in whole pieces of `PIECE` tokens."""
+
+    plan: Plan | None
+    batch: int = 0
+    seq: int = 0
+
+
+def fit(plan: Plan, gpu: float) -> Fit:
+    """The quickest way in which the step fits a card of `gpu` GB (10**9 bytes), and how far it reaches.
+
+    Raises:
+        ParameterError: `gpu` is not above 0, or see `predict`.
+    """
+    require(gpu > 0, "gpu", gpu, "must be above 0")
+    seq = predict(plan).seq
+
+    def room(step: Plan, **changes: Any) -> float:
+        return gpu * 1e9 - predict(step.but(**changes)).need
+
+    for way in WAYS:
+        try:
+            step = plan.but(seq=seq, **way)
+        except ParameterError:  # not together with the rest of the plan
+            continue
+        if room(step) >= 0:
+            batch = largest(lambda n, step=step: room(step, batch=n), plan.batch, 2**20)
+            if seq >= PIECE:
+                longer = largest(lambda n, step=step: room(step, seq=n * PIECE), seq // PIECE, longest(plan) // PIECE)
+                seq = max(seq, longer * PIECE)
+            return Fit(step, batch, seq)
+    return Fit(None)
+
+
+def largest(room: Callable[[int], float], start: int, limit: int) -> int:
+    """The largest n from `start` to `limit` whose `room` is not negative; it is not at `start`, and falls evenly."""
+    low, left, reach = start, room(start), min(2 * start, limit)
+    while reach > low:
+        found = room(reach)
+        further = max(1, int(left * (reach - low) / max(left - found, 1.0)))  # along the line through both
+        if found < 0:
+            reach = low + min(further, reach - low - 1)
+        else:
+            low, left, reach = reach, found, min(low + further, limit)
+    return low
+
+
+def report(plan: Plan, prediction: Prediction) -> str:
+    """What `lorakit plan` prints: the step, its predicted bytes by kind, and what fits with the assumed margins."""
+    rank = f" rank {plan.rank}" if plan.method not in ("head", "full") else ""
+    extra = ", gradient checkpointing" if plan.gradient_checkpointing else ""
+    autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
+    chosen = "" if plan.tokens == 1 else f", {100 * plan.tokens:.3g} % of the tokens ({plan.mode})"
+    base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
+    lines = [
+        f"{plan.model} ({prediction.source})",
+        f"{plan.method}{rank}, batch {plan.batch} x {prediction.seq} tokens, {base}{plan.dtype} weights{autocast}, "
+        f"{plan.optimizer}{extra}{chosen}",
+        f"{prediction.trainable:,} of {prediction.total:,} parameters trained, {prediction.flops / 1e12:.3g} TFLOPs",
+    ]
+    memory, needed = prediction.memory, prediction.need
+    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
+    lines += [
+        "\npredicted, alive at the peak of one training step",
+        *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*live.KINDS, "peak")),
+        f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",
+        f"predicted need {needed / GIB:.1f} GiB; room on common GPUs",
+        *(f"{size:4d} GB  {'fits' if room >= 0 else 'does not fit':14s} {room:+9.1f} GiB" for size, room in rooms),
+    ]
+    return "\n".join(lines)
+
+
+def reach(fitting: Fit, gpu: float) -> str:
+    """One sentence on what fits."""
+    step = fitting.plan
+    if step is None:
+        return f"{gpu:g} GB: does not fit, however it is made smaller (4 bits, gradient checkpointing)"
+    ways = ["4 bits"] * (step.quantize == "nf4") + ["gradient checkpointing"] * step.gradient_checkpointing
+    how = f"with {' and '.join(ways)}" if ways else "as it is"
+    return (
+        f"{gpu:g} GB: fits {how}; at {step.seq} tokens up to batch {fitting.batch:,}, at batch {step.batch} up to "
+        f"{fitting.seq:,} tokens"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lorakit plan MODEL …`."""
+    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
+    for name, info in [*Plan.model_fields.items()][1:]:
+        kind = int if name == "seq" else type(info.default or "")
+        option = {"action": "store_true"} if info.default is False else {"type": kind}
+        shown = f" (default {info.default})" if info.default else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{info.description}{shown}", **option)
+    parser.add_argument("--gpu", type=float, default=0.0, help="GB of a card: what fits it, and how far it reaches")
+    parser.add_argument("--json", action="store_true", default=False, help="numbers for a program instead of text")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    gpu, told = given.pop("gpu"), given.pop("json")
+    if "," in given.get("targets", ""):
+        given["targets"] = given["targets"].split(",")
+    plan = Plan(**given)
+    found = predict(plan)
+    fitting = fit(plan, gpu) if gpu else None
+    if told:
+        fitting = fitting and fitting._asdict() | {"plan": fitting.plan and dict(fitting.plan)}
+        print(
+            json.dumps(
+                {"plan": dict(plan)} | found._asdict() | {"need": found.need, "gpu": gpu or None, "fit": fitting}
+            )
+        )
+        return 0
+    print(report(plan, found))
+    if fitting:
+        print(f"\n{reach(fitting, gpu)}")
+    return 0

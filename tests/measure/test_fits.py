@@ -1,0 +1,152 @@
+"""`lorakit plan`: a deep model from two shallow ones against the whole one; what fits a card, and what is larger."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorakit import models
+from lorakit.errors import ParameterError
+from lorakit.measure.flops import FlopCount
+from lorakit.runs import fits, plan
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A function that writes a Gemma of so many blocks, of two kinds, and gives its folder."""
+
+    def written(blocks: int, **changes) -> str:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        sizes |= {"head_dim": 16, "vocab_size": 200, "sliding_window": 8, "max_position_embeddings": 4096}
+        config = AutoConfig.for_model("gemma3_text", num_hidden_layers=blocks, **sizes | changes)
+        config.save_pretrained(tmp_path / str(blocks))
+        return str(tmp_path / str(blocks))
+
+    return written
+
+
+def whole(asked: plan.Plan, monkeypatch) -> plan.Prediction:
+    """The prediction of all blocks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "DEPTHS", (1000, 1001))
+        return plan.predict(asked)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("gpt2", {}),
+        ("bert-base-uncased", {"precision": "bf16"}),
+        ("gemma-3-270m", {"loss": "nll"}),
+        *(("", options) for options in (
+            {}, {"gradient_checkpointing": True}, {"quantize": "nf4"}, {"method": "head", "kind": "classify"},
+            {"tokens": 0.2, "mode": "fractional"}, {"targets": ["q_proj", "v_proj"], "batch": 1},
+        )),
+    ],
+)  # fmt: skip
+def test_a_deep_model_from_two_shallow_ones_is_within_a_percent(model, options, deep, monkeypatch):
+    asked = plan.Plan(model or deep(14), **{"batch": 2, "seq": 64} | options)
+    line, all_of_it = plan.predict(asked), whole(asked, monkeypatch)
+    assert line.memory["peak"] == pytest.approx(all_of_it.memory["peak"], rel=0.01)
+    assert line.flops == pytest.approx(all_of_it.flops, rel=0.01)
+    assert (line.trainable, line.total) == (all_of_it.trainable, all_of_it.total)
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "full"}, {"targets": r".*layers\.\d\..*q_proj"}, {"targets": ["layers.7.self_attn.q_proj"]}
+])  # fmt: skip
+def test_what_depth_decides_is_run_whole(deep, options, monkeypatch):
+    asked = plan.Plan(deep(14), seq=16, **options)
+    line = plan.predict(asked)
+    assert line == whole(asked, monkeypatch)
+    sites = {"full": 0}.get(options.get("method"), 10 if isinstance(options.get("targets"), str) else 1)
+    assert line.total == plan.build(models.config(deep(14)), "causal", "bf16").num_parameters() + sites * 8 * (32 + 32)
+
+
+def test_blocks_that_differ_are_run_whole(deep, monkeypatch):
+    folder = deep(14)
+    asked = plan.Plan(folder, seq=16)
+    assert plan.predict(asked).total == whole(asked, monkeypatch).total
+    real = plan.build
+
+    def uneven(config, *rest):  # the last of all blocks is wider, which no shallow model shows
+        model = real(config, *rest)
+        if len(model.model.layers) == 14:
+            model.model.layers[-1].mlp.up_proj = torch.nn.Linear(32, 640, bias=False, device="meta")
+            model.model.layers[-1].mlp.gate_proj = torch.nn.Linear(32, 640, bias=False, device="meta")
+            model.model.layers[-1].mlp.down_proj = torch.nn.Linear(640, 32, bias=False, device="meta")
+        return model.bfloat16()
+
+    monkeypatch.setattr(plan, "build", uneven)
+    assert plan.predict(asked) == whole(asked, monkeypatch)
+
+
+def test_a_plans_flops_are_those_of_a_real_step(deep):
+    folder = deep(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).train()
+    batch = plan.make_batch(2, 16, "causal")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with FlopCount() as count:
+        model(**batch).loss.backward()
+    asked = plan.Plan(folder, method="full", batch=2, seq=16, dtype="fp32", loss="nll")
+    assert plan.predict(asked).flops == count.total > 0
+
+
+@pytest.mark.parametrize("slope", [1.0, 7.3, 0.4])
+@pytest.mark.parametrize("reached", [1, 2, 3, 50, 63, 64, 65, 999, 1000])
+def test_the_largest_is_found_in_few_steps(slope, reached):
+    asked = []
+
+    def room(n):
+        asked.append(n)
+        return slope * (reached + 0.5 - n) * (1 + 0.02 * (n % 3))  # nearly a line
+
+    assert fits.largest(room, 1, 1000) == reached
+    assert len(asked) <= 10 and max(asked) <= 1000
+
+
+def test_what_fits_a_card_fits_and_what_is_larger_does_not(deep):
+    asked = plan.Plan(deep(6), batch=2, seq=128)
+    card = 1.5 * plan.predict(asked).need / 1e9
+    found = fits.fit(asked, card)
+    assert found.plan == asked and found.batch > 2 and found.seq > 128 and found.seq % fits.PIECE == 0
+
+    def need(**changes):
+        return plan.predict(asked.but(**changes)).need / 1e9
+
+    assert need(batch=found.batch) <= card < need(batch=found.batch + 1)
+    assert need(seq=found.seq) <= card < need(seq=found.seq + fits.PIECE)
+
+
+def test_the_quickest_way_that_fits_is_taken(deep):
+    asked = plan.Plan(deep(6, hidden_size=256, intermediate_size=2048), batch=4, seq=256)
+    needs = [plan.predict(asked.but(**way)).need for way in fits.WAYS]
+    assert needs[0] > needs[1] > needs[3] and needs[0] > needs[2] > needs[3]
+    for way, need in zip(fits.WAYS, needs, strict=True):
+        quicker = [other for other in needs[: needs.index(need)] if other <= need]
+        found = fits.fit(asked, (need + 1) / 1e9)
+        assert quicker or found.plan == asked.but(**way)
+    assert fits.fit(asked, (min(needs) - 1) / 1e9) == fits.Fit(None)
+    fractional = asked.but(tokens=0.2, mode="fractional")  # which keeps what checkpointing drops
+    assert fits.fit(fractional, 1.0).plan is None or not fits.fit(fractional, 1.0).plan.gradient_checkpointing
+
+
+def test_the_command_says_what_fits_in_words_and_in_json(deep, capsys):
+    folder = deep(3)
+    command = [folder, "--seq", "128", "--batch", "1"]
+    assert fits.main([*command, "--gpu", "1.2"]) == 0
+    text = capsys.readouterr().out
+    found = fits.fit(plan.Plan(folder, seq=128, batch=1), 1.2)
+    assert f"1.2 GB: fits as it is; at 128 tokens up to batch {found.batch:,}, at batch 1 up to {found.seq:,}" in text
+    assert fits.main([*command, "--gpu", "1.2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fit"]["batch"] == found.batch and told["fit"]["plan"]["seq"] == 128 and told["gpu"] == 1.2
+    assert told["memory"]["peak"] < told["need"] and told["flops"] > 0 and told["plan"]["model"] == folder
+    assert fits.main([*command, "--gpu", "0.5"]) == 0
+    assert "0.5 GB: does not fit" in capsys.readouterr().out
+    with pytest.raises(ParameterError, match="gpu=-1.0: must be above 0"):
+        fits.main([*command, "--gpu", "-1"])
