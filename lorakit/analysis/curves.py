@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.frame import frame, require_comparable
@@ -14,7 +15,6 @@ from lorakit.errors import require
 from lorakit.records import AXES, Record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 FAILED = ("diverged", "out_of_memory", "failed")
@@ -51,8 +51,6 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     Args:
         points: row, seed, status, x ascending, y.
     """
-    import pandas as pd
-
     parts = [pd.DataFrame({"row": [], "x": [], "mean": [], "low": [], "high": [], "seeds": []})]
     for row, done in points[points["status"] == "done"].groupby("row", sort=False):
         runs = [(run["x"].to_numpy(), run["y"].to_numpy()) for _, run in done.groupby("seed")]

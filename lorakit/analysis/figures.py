@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import draw_loss, title
@@ -14,7 +15,6 @@ from lorakit.errors import ParameterError, require
 from lorakit.records import Record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -52,8 +52,6 @@ def loss_curve(
 
 def memory_table(records: Sequence[Record]) -> pd.DataFrame:
     """Bytes by row and kind: those of its run with the largest predicted "peak", and the largest "measured" one."""
-    import pandas as pd
-
     table = frame(records).memory
     told = table["measured"].astype(bool)
     predicted, measured = table[~told], table[told]
@@ -106,8 +104,6 @@ def search_table(records: Sequence[Record]) -> pd.DataFrame:
     Raises:
         ParameterError: a record is not of kind lr_search.
     """
-    import pandas as pd
-
     kinds = sorted({record.kind for record in records})
     if kinds != ["lr_search"]:
         raise ParameterError("records", kinds, "must be of kind lr_search")
@@ -152,8 +148,6 @@ def score_table(records: Sequence[Record], metric: str | None = None) -> pd.Data
     Raises:
         ParameterError: no finished run has the metric.
     """
-    import pandas as pd
-
     metric = metric or stats.main_value(records)
     scores = {row: stats.finished(group, metric) for row, group in stats.by_row(records).items()}
     known = sorted({f"{split} {name}" for record in records for split, found in record.final.items() for name in found})

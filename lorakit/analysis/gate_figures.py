@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.curves import draw_curves, title
 from lorakit.analysis.figures import draw_mean, mean_key
@@ -13,7 +15,6 @@ from lorakit.errors import require
 from lorakit.records import Record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -38,8 +39,6 @@ def log_points(records: Sequence[Record], key: str, after_burn_in: bool = False)
     Args:
         after_burn_in: leave out what was logged before `SETTLED` decisions were made by the gate itself.
     """
-    import pandas as pd
-
     points = []
     for record in records:
         first = gate(record).get("burn_in", 0) + SETTLED if after_burn_in else 0

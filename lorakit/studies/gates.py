@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
@@ -36,7 +36,7 @@ QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_t
 
 def novelty_table(
     model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], gate: HeadGradientGate, remembered: int
-) -> DataFrame:
+) -> pd.DataFrame:
     """Does what is new to the head tell what is new to the adapters? Every batch gets its backward here, none a step.
 
     The first `remembered` batches fill two bases of `gate`'s rank: the gate's own, of sketched head gradients, and one
@@ -53,8 +53,6 @@ def novelty_table(
     Raises:
         ParameterError: no batch is left to be measured, or the gate has learned already.
     """
-    import pandas as pd
-
     require(0 < remembered < len(batches), "remembered", remembered, f"must be in 1 to {len(batches) - 1}")
     require(gate.updates == 0, "gate", gate.updates, "must not have learned from a batch yet")
     trained, seen = adapter_parameters(model), HeadInput(find_head(model, gate.kind))
@@ -94,7 +92,7 @@ def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch
     return [task.collator([task.train[row] for row in order[size * i : size * (i + 1)]]) for i in range(count)]
 
 
-def agreement(found: Mapping[str, DataFrame]) -> Figure:
+def agreement(found: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
     with style.panel(3.0, len(found), squeeze=False) as axes:
         for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
@@ -194,8 +192,6 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
         records: of one setting.
         pairs: row -> the row it is compared with ("" for none); rows without a record are left out.
     """
-    import pandas as pd
-
     groups, lines = stats.by_row(records), []
     for row in (row for row in pairs if row in groups and stats.finished(groups[row], value)):
         ended, other = [*stats.finished(groups[row], value).values()], pairs[row]
@@ -219,13 +215,11 @@ def in_words(gap: stats.Difference) -> str:
     return " ".join(filter(None, (f"{mean.mean:+.3f}", mean.interval(), seeds)))
 
 
-def redundant_shares(records: Sequence[Record]) -> DataFrame:
+def redundant_shares(records: Sequence[Record]) -> pd.DataFrame:
     """By row: of the batches its runs saw, and of those they accepted, the shares that were redundant by design.
 
     Means over runs; rows whose stream was not redundant are left out.
     """
-    import pandas as pd
-
     found = [(record.row, gate["redundant_seen"] / gate["decisions"],
               gate["redundant_accepted"] / (gate["redundant_accepted"] + gate["fresh_accepted"]))
              for record in records if "redundant_seen" in (gate := record.details.get("gate", {}))]  # fmt: skip

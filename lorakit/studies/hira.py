@@ -3,23 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from lorakit.analysis import names, style
 
 LOWEST = 1e-9  # what is zero but for rounding lies on the lower edge
 
 
-def spectrum_table(updates: Mapping[str, Any]) -> DataFrame:
+def spectrum_table(updates: Mapping[str, Any]) -> pd.DataFrame:
     """A line per row and singular value of its update matrix ΔW, (out, in): its place, and its size over the largest.
 
     Args:
         updates: row -> ΔW.
     """
-    import pandas as pd
-    import torch
-
     parts = []
     for row, update in updates.items():
         sigma = torch.linalg.svdvals(torch.as_tensor(update).double()).numpy()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from lorakit.analysis import style
@@ -28,8 +29,6 @@ def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
     Args:
         tables: name of a model -> its `measure.weights.weight_table`.
     """
-    import pandas as pd
-
     parts = [pd.DataFrame(table["rows"]).assign(model=name) for name, table in tables.items()]
     every = pd.concat(parts, ignore_index=True)
     every["bits"] = 8 * every["bytes"] / every.groupby("model")["parameters"].transform("sum")

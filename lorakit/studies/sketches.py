@@ -9,9 +9,9 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
 from torch import Generator, Tensor
 
 from lorakit.analysis import stats, style
@@ -38,10 +38,8 @@ class Sketched(NamedTuple):
     exact: np.ndarray
     sketched: dict[int, np.ndarray]
 
-    def ranks(self) -> DataFrame:
+    def ranks(self) -> pd.DataFrame:
         """A line per m and seed: Spearman's correlation of sketched and exact."""
-        import pandas as pd
-
         found = [(m, stats.spearman(row, self.exact)) for m, rows in self.sketched.items() for row in rows]
         return pd.DataFrame(found, columns=["m", "Spearman"])
 
@@ -67,10 +65,8 @@ def cosine_table(batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> 
     return Sketched(cosines(exact), {size: np.stack(found) for size, found in table.items()})
 
 
-def error_table(cosines: Sketched) -> DataFrame:
+def error_table(cosines: Sketched) -> pd.DataFrame:
     """By m: the root mean square error of a cosine as "measured", and its "bound: √((2 + 3²) / m)"."""
-    import pandas as pd
-
     measured = {m: np.sqrt(np.mean((found - cosines.exact) ** 2)) for m, found in cosines.sketched.items()}
     table = pd.DataFrame({"bound: √((2 + 3²) / m)": {m: np.sqrt(VARIANCE / m) for m in measured}, "measured": measured})
     return table.rename_axis("m")
@@ -129,10 +125,8 @@ SPARSE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> DataFrame:
+def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> pd.DataFrame:
     """Each of `topks` by way of leaving words out: ‖Ĝ − G‖ / ‖G‖, the mean over batches."""
-    import pandas as pd
-
     found = []
     for batch in batches:
         h, logits, labels = predicted(*batch, "causal")
@@ -146,7 +140,7 @@ def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> DataFrame:
     return pd.DataFrame(means, pd.Index(topks, name="topk"), [*SPARSE])
 
 
-def sparse_errors(table: DataFrame) -> Figure:
+def sparse_errors(table: pd.DataFrame) -> Figure:
     """`sparse_table` against K."""
     with style.panel(2.8) as ax:
         style.wide_lines(ax, table)
@@ -169,10 +163,8 @@ def drifting_stream(rows: int, dim: int, rank: int, drift: float, generator: Gen
     return torch.stack(stream)
 
 
-def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> DataFrame:
+def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> pd.DataFrame:
     """Share of each row's energy that k directions learned from the rows before it capture; `stream`: (N, d)."""
-    import pandas as pd
-
     past = (stream[:, :, None] * stream[:, None, :]).double().cumsum(0)
     top = torch.linalg.eigh(past).eigenvectors[:, :, -k:].mT.to(stream.dtype)
 
@@ -195,7 +187,7 @@ def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> DataFrame
     return pd.DataFrame(captured, pd.RangeIndex(1, len(stream) + 1, name="rows seen"))
 
 
-def captured_energy(table: DataFrame, window: int) -> Figure:
+def captured_energy(table: pd.DataFrame, window: int) -> Figure:
     """`captured_table`, each value the mean over the `window` rows before and at it."""
     smooth = table.rolling(window).mean().dropna()
     with style.panel(3.0) as ax:
@@ -228,8 +220,6 @@ def spectrum_table(stream: Tensor, rows: int) -> Spectra:
 
 def spectrum(spectra: Spectra) -> Figure:
     """Left: energy by direction, of the stream and of the sketch. Right: the error and its bound for every k."""
-    import pandas as pd
-
     energies = {"stream": pd.Series(spectra.stream), "sketch": pd.Series(spectra.sketch)}
     table, rows = pd.DataFrame(energies).rename(index=lambda n: n + 1), len(spectra.sketch)
     with style.panel(3.0, 2) as (left, right):

@@ -1,9 +1,9 @@
 """SkipLoRA: of every adapter, how much it changes what passes through it, and how often it was trained."""
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pandas import DataFrame
 
 from lorakit.analysis import style
 from lorakit.analysis.figures import details
@@ -15,8 +15,6 @@ def skip_map(record: Record) -> Figure:
 
     Left: M = ‖Δh‖ / ‖h‖, missing before it was measured. Right: the share of steps trained.
     """
-    import pandas as pd
-
     found = details(record, "skip")
     history, adapters, blocks = found["history"], found["adapters"], found["blocks"]
     measured = [row or [np.nan] * len(adapters) for row in history["metric"]]
@@ -31,7 +29,7 @@ def skip_map(record: Record) -> Figure:
         return left.get_figure()
 
 
-def _heat(ax: Axes, table: DataFrame, label: str, colors: str, highest: float) -> None:
+def _heat(ax: Axes, table: pd.DataFrame, label: str, colors: str, highest: float) -> None:
     import seaborn as sns
 
     bar = {"location": "top", "label": label, "shrink": 0.9, "aspect": 30,

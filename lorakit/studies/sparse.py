@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from lorakit.analysis import names, style
@@ -11,8 +12,6 @@ from lorakit.records import Record
 
 def zeros_over_time(records: Sequence[Record]) -> Figure:
     """The share of zeros that was asked for (thin) and that was reached, against optimizer steps, a line per run."""
-    import pandas as pd
-
     history = [(r.row, r.seed, *point) for r in records for point in details(r, "sparsity")["history"]]
     table = pd.DataFrame(history, columns=["row", "seed", "step", "asked", "reached"])
     table, seeds = table.astype({"asked": float}), {record.seed for record in records}  # NaN: no schedule asks

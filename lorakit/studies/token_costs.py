@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
-from pandas import DataFrame
 from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
@@ -23,7 +23,7 @@ from lorakit.tokens import build_tokens
 DONE = {"not run": "white", "forward only": "#BFD7EA", "forward and backward": "#0072B2"}
 
 
-def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **memory: Any) -> DataFrame:
+def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **memory: Any) -> pd.DataFrame:
     """A line per mode and fraction: FLOPs, activations with logits at the predicted peak, that peak; exact LoRA is 1.
 
     Nothing is computed, so `model` may be on the meta device.
@@ -31,7 +31,6 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
     Args:
         memory: options of `predict_step_memory`: autocast, device, …
     """
-    import pandas as pd
 
     def cost(tokens: Any) -> np.ndarray:
         found = predict_step_memory(model, batch, tokens=tokens, **memory)
@@ -45,7 +44,7 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
     return pd.DataFrame(lines, columns=["mode", "fraction", "FLOPs", "activations and logits", "peak"])
 
 
-def ledger(ledgers: Mapping[str, DataFrame]) -> Figure:
+def ledger(ledgers: Mapping[str, pd.DataFrame]) -> Figure:
     """A column per entry of `ledgers`: `ledger_table`, FLOPs above, activations and logits below."""
     parts = {"FLOPs": "step FLOPs", "activations and logits": "activations, logits"}
     highest = {part: max(table[part].max() for table in ledgers.values()) for part in parts}

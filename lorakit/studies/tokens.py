@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
 from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
@@ -58,13 +58,11 @@ def sketched_scores(model: nn.Module, batches: Sequence[Batch], sizes: Sequence[
     })  # fmt: skip
 
 
-def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int], share: float) -> DataFrame:
+def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int], share: float) -> pd.DataFrame:
     """Each of `topks` by way of leaving words out of e: how many of the top predictions by ‖h‖·‖ê‖ rightly are.
 
     The right ones are those by the exact score; `share` of the predictions are top.
     """
-    import pandas as pd
-
     parts = [predicted(*head_outputs(model, batch), "causal") for batch in batches]
     h, logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     scores, count = torch.from_numpy(token_scores(model, batches, score="gradient_norm")), policies.quota(len(h), share)
@@ -77,7 +75,7 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
     return pd.DataFrame(table, pd.Index(topks, name="topk_logits"), [*SPARSE])
 
 
-def label_overlap(table: DataFrame) -> Figure:
+def label_overlap(table: pd.DataFrame) -> Figure:
     """`label_table` against the words kept."""
     with style.panel(2.6) as ax:
         style.wide_lines(ax, table)
@@ -122,15 +120,13 @@ def proxy_table(model: nn.Module, batch: Batch, gradients: Tensor, names: Sequen
     return {name: stats.spearman(token_scores(model, [batch], score=name), truth) for name in names}
 
 
-def policy_table(gradients: Tensor, scores: np.ndarray, shares: Sequence[float], draws: int, seed: int) -> DataFrame:
+def policy_table(gradients: Tensor, scores: np.ndarray, shares: Sequence[float], draws: int, seed: int) -> pd.DataFrame:
     """How well policies estimate the mean of `gradients` (N, P), keeping a share of the N by `scores` (N,).
 
     A line per share and policy, in units of the full gradient's length:
         cosine, length, bias: of the mean over draws: its cosine with the full one, its length, its distance from it.
         spread: root mean square distance of one draw's estimate from the mean; error: of the mean, by chance alone.
     """
-    import pandas as pd
-
     sizes, count, inner = torch.from_numpy(scores), len(scores), (gradients @ gradients.T).double()
 
     def weights(policy: str, k: int, generator: Generator) -> Tensor:
@@ -166,7 +162,7 @@ def estimate(drawn: Tensor, inner: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def policy_errors(table: DataFrame) -> Figure:
+def policy_errors(table: pd.DataFrame) -> Figure:
     """`policy_table` by share of chosen tokens. Left: where the mean estimate points. Right: how far one is off."""
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
@@ -210,14 +206,12 @@ def noise_table(model: nn.Module, batch: Batch, noise: float, share: float, draw
 
 def truncation_table(
     model: nn.Module, batches: Sequence[Batch], fractions: Sequence[float], **settings: Any
-) -> DataFrame:
+) -> pd.DataFrame:
     """By fraction, cosines of two gradients, means over batches, for `settings` of `gating`.
 
     same: mode "fractional" with mode "gather" on the same tokens; gather, fractional: with the gradient of all tokens.
     A fraction of 1 stands for `EVERY`.
     """
-    import pandas as pd
-
     table, full = [], [gradient(model, batch).double() for batch in batches]
     for fraction in fractions:
         keys = {"method": "flora", "topk_tokens": min(fraction, EVERY)} | settings
@@ -230,7 +224,7 @@ def truncation_table(
     return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
 
 
-def truncation(tables: Mapping[str, DataFrame]) -> Figure:
+def truncation(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel per entry of `tables`: `truncation_table`, cosines by share of chosen tokens."""
     labels = {"same": "fractional with gather, same tokens"} | {mode: f"{mode} with all tokens" for mode in MODES}
     looks = {"same": style.series(1, first=3)[0]} | MODES
