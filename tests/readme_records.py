@@ -107,7 +107,7 @@ def difference(*pair: Any) -> str:
 
 def at_equal_flops(setting: str, *rows: str) -> str:
     """ "−0.012 [−0.034, +0.010]", of the first row's loss minus the other's where both had spent as much."""
-    return in_words(stats.at_equal(*(stats.curves(groups(setting)[row], FLOPS) for row in rows)).gap.estimate)
+    return in_words(stats.at_equal(*(groups(setting)[row] for row in rows), FLOPS).gap.estimate)
 
 
 def in_words(found: stats.Estimate) -> str:

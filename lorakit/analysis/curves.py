@@ -33,14 +33,11 @@ def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = 
     Raises:
         ParameterError: `x` is no axis, or `y` is in none of the records while others are.
     """
-    require(x in AXES, "x", x, f"must be one of {', '.join(AXES)}")
     table, y = frame(records).curves, stats.named(y, "validation")
-    known = [name for name in sorted(table) if name == "train loss" or name.startswith("validation ")]
-    known = [name for name in known if table[name].notna().any()]
+    known = sorted(name for name in table if name.startswith(("train ", "validation ")) and table[name].notna().any())
     require(not known or y in known, "y", y.removeprefix("validation "), f"must be one of {', '.join(known)}")
-    table = table.assign(x=table[AXES[x].field].astype(float), y=table[y] if known else np.nan)
-    table = table.loc[np.isfinite(table["y"]), ["row", "seed", "status", "x", "y"]]
-    return table.drop_duplicates(["row", "seed", "x"], keep="last").sort_values(["row", "seed", "x"])
+    points = [(r.row, r.seed, r.status, *point) for r in records for point in zip(*stats.curve(r, x, y), strict=True)]
+    return pd.DataFrame(points, columns=["row", "seed", "status", "x", "y"]).sort_values(["row", "seed", "x"])
 
 
 def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
@@ -51,15 +48,14 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
     Args:
         points: row, seed, status, x ascending, y.
     """
-    parts = [pd.DataFrame({"row": [], "x": [], "mean": [], "low": [], "high": [], "seeds": []})]
+    parts = []
     for row, done in points[points["status"] == "done"].groupby("row", sort=False):
-        runs = [(run["x"].to_numpy(), run["y"].to_numpy()) for _, run in done.groupby("seed")]
-        grid = np.unique(done["x"])
-        grid = grid[(grid >= max(x[0] for x, _ in runs)) & (grid <= min(x[-1] for x, _ in runs))]
-        table = np.stack([np.interp(grid, x, y) for x, y in runs])  # (seeds, N)
-        bounds = {"mean": table.mean(0), "low": table.min(0), "high": table.max(0)}
-        parts.append(pd.DataFrame({"row": row, "x": grid, **bounds, "seeds": len(runs)}))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+        runs = done.pivot_table(index="x", columns="seed", values="y", aggfunc="last")
+        runs = runs.interpolate("index", limit_area="inside").dropna()  # (N, seeds)
+        told = {"row": row, "mean": runs.mean(axis=1), "low": runs.min(axis=1), "high": runs.max(axis=1)}
+        parts.append(pd.DataFrame(told | {"seeds": runs.shape[1]}).reset_index())
+    empty = pd.DataFrame(columns=["x", "row", "mean", "low", "high", "seeds"])
+    return pd.concat(parts or [empty], ignore_index=True)
 
 
 def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:
@@ -101,11 +97,8 @@ def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> st
 
 def exit_point(x: np.ndarray, y: np.ndarray, top: float) -> tuple[float, float]:
     """Where a run, x and y (N,), crosses the top edge for the first time, else its last point."""
-    above = int(np.argmax(y > top))
-    if y[above] <= top:
-        return float(x[-1]), float(y[-1])
-    pair = slice(max(above - 1, 0), above + 1)
-    return float(np.interp(top, y[pair], x[pair])), top
+    place = stats.crossing(x, y, top)
+    return (float(x[-1]), float(y[-1])) if place is None else (place, top)
 
 
 def run_label(row: str, group: Sequence[Record]) -> str:

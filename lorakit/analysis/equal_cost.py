@@ -51,19 +51,18 @@ def comparisons(groups: Groups, axis: str) -> list[stats.Comparison]:
     Where a comparison with the first is of a finished run with an unfinished one, the ungated row is added that fits
     best: of which, and of the row, most of the run is over at their common x.
     """
-    lines = {row: stats.curves(group, axis) for row, group in groups.items()}
     baseline, *rows = groups
-    found = []
+    found: list[stats.Comparison] = []
     for row in rows:
-        first = stats.at_equal(lines[row], lines[baseline])
+        first = stats.at_equal(groups[row], groups[baseline], axis)
         found.append(first)
         if row not in UNGATED and not first.fair:
-            others = [stats.at_equal(lines[row], lines[name]) for name in UNGATED if name in lines]
+            others = [stats.at_equal(groups[row], groups[name], axis) for name in UNGATED if name in groups]
             best = max([first, *others], key=lambda one: one.over)
             found += [best] if best.over > first.over else []
         partner = random_for(groups, row)
         if partner not in (None, row, baseline):
-            found.append(stats.at_equal(lines[row], lines[partner]))
+            found.append(stats.at_equal(groups[row], groups[partner], axis))
     return found
 
 

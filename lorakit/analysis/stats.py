@@ -9,9 +9,8 @@ truth a quarter of the time, so a bootstrap of them, which never leaves their ra
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
@@ -156,22 +155,13 @@ def paired_differences(
     With `relative` a pair's difference is divided by b's value; a pair where that is 0 is left out.
     """
     require(records_a[0].setting == records_b[0].setting, "records", records_b[0].setting, "must be of one setting")
-    sides = []
-    for records in (records_a, records_b):
-        ((row, group),) = by_row(records).items()
-        sides.append((row, finished(group, value), {record.seed for record in group}))
-    what = named(value) if isinstance(value, str) else getattr(value, "__name__", "value")
-    return _difference(*sides, what, relative)
-
-
-Side = tuple[str, dict[int, float], set[int]]  # a row, seed -> value of the runs that have one, every seed
-
-
-def _difference(one: Side, other: Side, what: str, relative: bool = False) -> Difference:
-    a, b = one[1], other[1]
+    (row, group), (baseline, others) = (*by_row(records_a).items(), *by_row(records_b).items())
+    a, b = finished(group, value), finished(others, value)
     seeds = tuple(seed for seed in sorted(a.keys() & b.keys()) if not relative or b[seed] != 0)
     differences = tuple((a[seed] - b[seed]) / (abs(b[seed]) if relative else 1) for seed in seeds)
-    return Difference(one[0], other[0], what, seeds, differences, tuple(sorted((one[2] | other[2]) - set(seeds))))
+    left_out = tuple(sorted({record.seed for record in (*group, *others)}.difference(seeds)))
+    what = named(value) if isinstance(value, str) else getattr(value, "__name__", "value")
+    return Difference(row, baseline, what, seeds, differences, left_out)
 
 
 def compare(records: Sequence[Record], baseline: str, value: Value | None = None) -> list[Difference]:
@@ -205,34 +195,23 @@ def curve(record: Record, x: str, y: str = LOSS) -> tuple[np.ndarray, np.ndarray
     return places, np.array([points[place] for place in places])
 
 
-def loss_at(record: Record, x: str, value: float, y: str = LOSS) -> float | None:
+def loss_at(record: Record, x: str, value: float) -> float | None:
     """The validation loss when `x` had reached `value`, between its neighbours in line; None outside the curve.
 
     With it rows are compared at equal anything: `compare(records, "full", lambda r: loss_at(r, "flops", 1e12))`.
     """
-    places, numbers = curve(record, x, y)
+    places, numbers = curve(record, x)
     inside = len(places) and places[0] <= value <= places[-1]
     return float(np.interp(value, places, numbers)) if inside else None
 
 
-class Curves(NamedTuple):
-    """One row's runs on one axis: seed -> curve of those that finished and have points; every seed."""
-
-    row: str
-    x: str
-    y: str
-    lines: dict[int, tuple[np.ndarray, np.ndarray]]
-    seeds: set[int]
-    constant: bool  # the learning rate does not decay
-
-
-def curves(records: Sequence[Record], x: str, y: str = LOSS) -> Curves:
-    """The curves of one row's records, to be compared `at_equal` x."""
-    ((row, group),) = by_row(records).items()
-    found = {record.seed: curve(record, x, y) for record in group if record.status == "done"}
-    lines = {seed: line for seed, line in found.items() if len(line[0])}
-    constant = all(record.resolved.get("schedule") == "constant" for record in group)
-    return Curves(row, x, y, lines, {record.seed for record in group}, constant)
+def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
+    """The smallest x at which y, points (N,) joined by lines, is `level` or above; None: never."""
+    above = np.flatnonzero(y >= level)
+    if not len(above):
+        return None
+    pair = slice(max(above[0] - 1, 0), above[0] + 1)
+    return float(np.interp(level, y[pair], x[pair]))
 
 
 @dataclass(frozen=True)
@@ -258,21 +237,17 @@ class Comparison:
         return bool(self.places) and (self.constant or self.over >= DECAYED)
 
 
-def at_equal(a: Curves, b: Curves) -> Comparison:
-    """a minus b at equal x, each pair at the largest x that both its runs reach.
+def at_equal(a: Sequence[Record], b: Sequence[Record], x: str) -> Comparison:
+    """One row's records minus another's at equal x, each pair at the largest x that both its runs reach.
 
     One run of a pair is then at its end, the other perhaps not: see `shares` before calling the pair fair.
     A pair that never leaves x = 0 is left out.
     """
-    ends = {seed: [float(side.lines[seed][0][-1]) for side in (a, b)] for seed in a.lines.keys() & b.lines.keys()}
-    common = {seed: min(pair) for seed, pair in ends.items() if min(pair) > 0}
-    sides = []
-    for side in (a, b):
-        begun = {seed: place for seed, place in common.items() if side.lines[seed][0][0] <= place}
-        found = {seed: float(np.interp(place, *side.lines[seed])) for seed, place in begun.items()}
-        sides.append((side.row, found, side.seeds))
-    gap = _difference(*sides, f"{a.y} at equal {a.x}")
+    ends = [{run.seed: float(places[-1]) for run in side if len(places := curve(run, x)[0])} for side in (a, b)]
+    common = {seed: min(end[seed] for end in ends) for seed in ends[0].keys() & ends[1].keys()}
+    gap = paired_differences(a, b, lambda run: loss_at(run, x, common[run.seed]) if common.get(run.seed) else None)
     places = {seed: common[seed] for seed in gap.seeds}
-    shares = [min((x / ends[seed][side] for seed, x in places.items()), default=0.0) for side in (0, 1)]
-    told = dict(zip((a.row, b.row), shares, strict=True))
-    return Comparison(a.x, gap, places, told, min(shares), a.constant and b.constant)
+    shares = [min((place / end[seed] for seed, place in places.items()), default=0.0) for end in ends]
+    told = dict(zip((gap.method, gap.baseline), shares, strict=True))
+    constant = all(run.resolved.get("schedule") == "constant" for run in (*a, *b))
+    return Comparison(x, replace(gap, value=f"{LOSS} at equal {x}"), places, told, min(shares), constant)

@@ -146,12 +146,7 @@ def cost_table(records: Sequence[Record], target: float | None = None) -> tables
 def first_at(record: Record, x: str, target: float) -> float | None:
     """The smallest `x` at which the validation loss was `target` or below, its points joined by lines; None: never."""
     places, losses = stats.curve(record, x)
-    below = np.flatnonzero(losses <= target)
-    if not len(below):
-        return None
-    end = int(below[0])
-    pair = slice(max(end - 1, 0), end + 1)
-    return float(np.interp(-target, -losses[pair], places[pair]))
+    return stats.crossing(places, -losses, -target)
 
 
 def ended(records: Sequence[Record], row: str) -> float | None:

@@ -176,23 +176,19 @@ def test_relative_differences_are_shares_of_the_baselines_value():
     assert gap.seeds == (0, 1, 2) and gap.left_out == (3,)  # nothing is a share of 0
 
 
-def at_equal(a, b, x):
-    return stats.at_equal(stats.curves(a, x), stats.curves(b, x))
-
-
 def test_at_equal_takes_each_pair_where_its_shorter_run_ends():
     long = [record("full", seed, floor=0.4, points=9) for seed in (0, 1, 2)]
     short = [record("lora", 0, floor=0.3, points=4), record("lora", 1, floor=0.5, points=6), record("lora", 7)]
-    one = at_equal(short, long, "accepted_steps")
+    one = stats.at_equal(short, long, "accepted_steps")
     assert one.places == {0: 40, 1: 60} and one.gap.seeds == (0, 1) and one.gap.left_out == (2, 7)
     assert one.gap.differences == pytest.approx((-0.1, 0.1))
     assert one.gap.value == "validation loss at equal accepted_steps"
-    assert at_equal(long, short, "accepted_steps").gap.differences == pytest.approx((0.1, -0.1))
+    assert stats.at_equal(long, short, "accepted_steps").gap.differences == pytest.approx((0.1, -0.1))
 
 
 def test_at_equal_interpolates_the_run_that_goes_on():
     late = [point for point in record("full").curve if point.step in (0, 30, 60)]
-    one = at_equal([record("lora", points=4)], [record("full", curve=late)], "steps")
+    one = stats.at_equal([record("lora", points=4)], [record("full", curve=late)], "steps")
     losses = [0.4 + 0.3 * math.exp(-step / 20) for step in (30, 40, 60)]
     assert one.places == {0: 40}
     assert one.gap.differences == pytest.approx((losses[1] - (2 * losses[0] + losses[2]) / 3,))
@@ -200,7 +196,7 @@ def test_at_equal_interpolates_the_run_that_goes_on():
 
 def test_at_equal_leaves_out_runs_without_a_curve_and_pairs_that_never_start():
     empty, unmoved = record("lora", 0, curve=[]), record("lora", 1, curve=record().curve[:1])
-    one = at_equal([empty, unmoved], [record("full", seed) for seed in (0, 1)], "tokens")
+    one = stats.at_equal([empty, unmoved], [record("full", seed) for seed in (0, 1)], "tokens")
     assert (one.gap.estimate, one.places, one.gap.left_out) == (None, {}, (0, 1))
 
 
