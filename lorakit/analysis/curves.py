@@ -82,7 +82,8 @@ def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> st
         low, high = table["low"].min(), table["high"].max()
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
         _, top = ax.set_ylim(low - margin, high + 2 * margin)
-    style.lines(ax, table, "x", "mean", "row", looks, {row: run_label(row, group) for row, group in groups.items()})
+    labels = {row: run_label(row, group) for row, group in groups.items()}
+    style.lines(ax, table.pivot(index="x", columns="row", values="mean"), looks, labels)
     for row, look in looks.items():
         band = table[(table["row"] == row) & (table["seeds"] > 1)]
         if len(band):

@@ -11,7 +11,7 @@ import pandas as pd
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import draw_loss, title
 from lorakit.analysis.frame import frame
-from lorakit.errors import ParameterError, require
+from lorakit.errors import require
 from lorakit.records import Record
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def search_table(records: Sequence[Record]) -> pd.DataFrame:
         ParameterError: a record is not of kind lr_search.
     """
     kinds = sorted({record.kind for record in records})
-    if kinds != ["lr_search"]:
-        raise ParameterError("records", kinds, "must be of kind lr_search")
+    require(kinds == ["lr_search"], "records", kinds, "must be of kind lr_search")
     tried = [
         (record.row, point.learning_rate, (point.validation or {}).get("loss") if point.status == "done" else None)
         for record in records
@@ -128,7 +127,7 @@ def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figu
     labels |= {row: f"{labels[row]} (best {rate:.1e})" for row, rate in best["learning_rate"].items()}
     with style.panel(3.1) as ax:
         ax.set_xscale("log")
-        style.lines(ax, table.dropna(), "learning_rate", "loss", "row", looks, labels)
+        style.lines(ax, table.pivot(index="learning_rate", columns="row", values="loss"), looks, labels)
         for place, (row, look) in enumerate(looks.items()):
             if row in best.index:
                 ax.plot(*best.loc[row], "*", color=look.color, ms=13, mec="white", mew=0.6, zorder=5)
@@ -142,13 +141,12 @@ def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figu
         return style.legend(ax, "star: best; × at the top: diverged or failed")
 
 
-def score_table(records: Sequence[Record], metric: str | None = None) -> pd.DataFrame:
+def score_table(records: Sequence[Record], metric: str) -> pd.DataFrame:
     """Row, seed and final value of every finished run.
 
     Raises:
         ParameterError: no finished run has the metric.
     """
-    metric = metric or stats.main_value(records)
     scores = {row: stats.finished(group, metric) for row, group in stats.by_row(records).items()}
     known = sorted({f"{split} {name}" for record in records for split, found in record.final.items() for name in found})
     require(any(scores.values()), "metric", metric, f"must be one of {', '.join(known) or '(no finished run)'}")
@@ -183,11 +181,10 @@ def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, lo
 
     values, found = np.asarray(values), stats.estimate(values)
     bounds = (np.nan, np.nan) if found.low is None else (found.low, found.high)
-    mean, seeds = {"x": np.full(len(values), place), "y": values}, {"x": [place + beside] * len(values), "y": values}
-    if not upright:
-        mean, seeds = ({"x": points["y"], "y": points["x"]} for points in (mean, seeds))
+    across, along = "xy" if upright else "yx"
+    mean, seeds = ({across: np.full(len(values), at), along: values} for at in (place, place + beside))
     sns.pointplot(**mean, errorbar=lambda _: bounds, color=look.color, marker=look.marker, markersize=7, mew=0.8, ax=ax,
-                  err_kws={"lw": 1.4}, orient="x" if upright else "y", native_scale=True)  # fmt: skip
+                  err_kws={"lw": 1.4}, orient=across, native_scale=True)  # fmt: skip
     sns.scatterplot(**seeds, marker=look.marker, s=20, ax=ax, legend=False, fc="none", ec=look.color, lw=0.9, alpha=0.8)
 
 

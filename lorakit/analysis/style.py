@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.analysis.names import LOOKS
-from lorakit.errors import ParameterError
+from lorakit.errors import require
 from lorakit.files import written
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterat
 def figure(height: float) -> Figure:
     """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
 
-    IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
+    IPython draws a bare Figure only once pyplot's inline backend is active; `Drawn` makes it independent of that.
     Its text says what was drawn (`drawn_numbers`), which nbval compares where it does not look at pictures.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -113,45 +111,27 @@ def figure(height: float) -> Figure:
 
     new = Drawn(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(new)
-    new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
     return new
 
 
-def lines(ax: Axes, data: DataFrame, x: str, y: str, by: str, looks: Mapping[str, Look], labels: Mapping[str, str] = {},
-          **more: Any) -> None:  # fmt: skip
-    """A line of `y` against `x` per entry of `looks`, from the rows of `data` whose `by` it is; markers do not blot.
+def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, labels: Mapping[str, str] = {}) -> None:
+    """A line per column of `table` against its index, between the numbers it has; its markers do not blot.
 
     Args:
-        labels: entry -> its name in the legend, where it is another; entries without data are named there as well.
-        more: options of every line.
+        looks: column -> its look, None: by place; a column without numbers, or none, is named in the legend, last.
+        labels: column -> its name in the legend, where it is another.
     """
-    import seaborn as sns
-
-    known, start = {*data[by]}, len(ax.lines)
-    there = [name for name in looks if name in known]
-    if there:
-        sns.lineplot(data, x=x, y=y, hue=by, style=by, hue_order=there, style_order=there, estimator=None, legend=False,
-                     palette={name: looks[name].color for name in there}, mec=None, ax=ax,
-                     markers={name: looks[name].marker for name in there},
-                     dashes={name: looks[name].dash for name in there}, **more)  # fmt: skip
-    for name, line in zip(there, ax.lines[start:], strict=True):
-        line.set(label=labels.get(name, name), markevery=spaced(line.get_xdata()), markersize=RC["lines.markersize"])
-        line.set_markeredgecolor(looks[name].color)
-    for name in [name for name in looks if name not in there]:
-        ax.plot([], [], label=labels.get(name, name), **looks[name].line)
-
-
-def wide_lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, **more: Any) -> None:
-    """A line per column of `table` against its index; looks by place where none are given. See `lines`."""
-    long = table.rename_axis("x").reset_index().melt("x", var_name="series", value_name="y").dropna()
-    lines(ax, long, "x", "y", "series", looks or dict(zip(table, series(table.shape[1]), strict=True)), **more)
+    looks = looks or dict(zip(table, series(table.shape[1]), strict=True))
+    table = table.reindex(columns=[*looks])
+    for name in sorted(looks, key=lambda name: table[name].isna().all()):
+        values, look = table[name].dropna(), looks[name]
+        marks = {"markevery": spaced(values.index), "mec": look.color, "mew": 0.75}
+        ax.plot(values.index, values, label=labels.get(name, name), **look.line, **marks)
 
 
 def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """A cloud of points, (N,) each."""
-    import seaborn as sns
-
-    sns.scatterplot(x=x, y=y, s=9, color=COLORS[1], alpha=0.5, lw=0, ax=ax)
+    ax.scatter(x, y, s=9, color=COLORS[1], alpha=0.5, lw=0)
 
 
 def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[float] | None = None) -> None:
@@ -160,15 +140,11 @@ def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[flo
     Args:
         ends: where the texts begin; None: at the ends of the bars.
     """
-    import seaborn as sns
-
-    kinds, colors = [*table], shades(table.shape[1])
-    if kinds:
-        long = table.rename_axis("bar").reset_index().melt("bar", var_name="kind", value_name="size")
-        sns.histplot(long, y="bar", weights="size", hue="kind", hue_order=kinds[::-1], palette=colors[::-1], alpha=1,
-                     multiple="stack", shrink=0.62, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
-    for kind, bars in zip(kinds, ax.containers, strict=True):
-        bars.set_label(kind)
+    left: Any = 0
+    for (kind, sizes), color in zip(table.items(), shades(table.shape[1]), strict=True):
+        for bar in ax.barh(range(len(table)), sizes, 0.62, left, color=color, ec="white", lw=0.8, label=kind):
+            bar.sticky_edges.x[:] = [0]  # else one of no size at the right end would leave no margin there
+        left = left + sizes
     for place, (end, text) in enumerate(zip(table.sum(axis=1) if ends is None else ends, texts, strict=True)):
         ax.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", size=8)
     list_rows(ax, [*table.index])
@@ -233,10 +209,8 @@ def mark(ax: Axes, y: float, text: str) -> None:
 
 def plain_ticks(axis: Axis, places: Sequence[float], factor: float = 1) -> None:
     """Ticks at `places` and nowhere else, written out, `factor` times what they stand for."""
-    from matplotlib.ticker import NullLocator
-
     axis.set_ticks(places, [f"{factor * place:g}" for place in places])
-    axis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
 
 
 def context() -> Any:
@@ -246,13 +220,6 @@ def context() -> Any:
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC})
 
 
-def _drawn(drawn: Figure, form: str, dpi: float) -> bytes:
-    buffer = io.BytesIO()
-    with context():
-        drawn.savefig(buffer, format=form, dpi=dpi)
-    return buffer.getvalue()
-
-
 def save(drawn: Figure, path: str | Path) -> Path:
     """Write a figure for print, whole or not at all; the format follows the file's ending.
 
@@ -260,8 +227,7 @@ def save(drawn: Figure, path: str | Path) -> Path:
         ParameterError: the ending is none that can be drawn.
     """
     path, known = Path(path).expanduser(), drawn.canvas.get_supported_filetypes()
-    if path.suffix[1:] not in known:
-        raise ParameterError("figure", str(path), f"must end in one of {', '.join(sorted(known))}")
-    with written(path) as temporary:
-        temporary.write_bytes(_drawn(drawn, path.suffix[1:], PRINT_DPI))
+    require(path.suffix[1:] in known, "figure", str(path), f"must end in one of {', '.join(sorted(known))}")
+    with written(path) as temporary, context(), temporary.open("wb") as file:
+        drawn.savefig(file, format=path.suffix[1:], dpi=PRINT_DPI)
     return path

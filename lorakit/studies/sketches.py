@@ -5,7 +5,6 @@ A `Batch` is what the last layer of a causal language model leaves: hidden state
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -57,12 +56,12 @@ def cosine_table(batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> 
     def cosines(vectors: Tensor) -> np.ndarray:
         return ((vectors / lengths) @ (vectors / lengths).T)[one, two].numpy()
 
-    table: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
-    for size, seed in product(sizes, range(seeds)):
+    def sketched(size: int, seed: int) -> np.ndarray:
         sketch = TensorSketch(width, words, size, generator=Generator().manual_seed(seed))
-        sketched = [sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]  # every word's error
-        table[size].append(cosines(torch.stack(sketched).double()))
-    return Sketched(cosines(exact), {size: np.stack(found) for size, found in table.items()})
+        vectors = [sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]  # every word's error
+        return cosines(torch.stack(vectors).double())
+
+    return Sketched(cosines(exact), {m: np.stack([sketched(m, seed) for seed in range(seeds)]) for m in sizes})
 
 
 def error_table(cosines: Sketched) -> pd.DataFrame:
@@ -78,7 +77,7 @@ def sketch_error(cosines: Sketched) -> Figure:
     low, high = table.min(axis=None), table.max(axis=None)
     looks = dict(zip(table, (style.Look("0.4", ".", style.DASHES[1]), style.Look(style.COLORS[1], "o")), strict=True))
     with style.panel(2.8) as ax:
-        style.wide_lines(ax, table, looks)
+        style.lines(ax, table, looks)
         ax.set(xlabel="size of the sketch, m", ylabel="rms error of a cosine", xscale="log", yscale="log",
                ylim=(low / 1.4, high * 1.4))  # fmt: skip
         style.plain_ticks(ax.yaxis, [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= tick <= high])
@@ -143,7 +142,7 @@ def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> pd.DataFrame
 def sparse_errors(table: pd.DataFrame) -> Figure:
     """`sparse_table` against K."""
     with style.panel(2.8) as ax:
-        style.wide_lines(ax, table)
+        style.lines(ax, table)
         ax.set(xlabel="words kept per token, K", ylabel="relative error of the gradient", xscale="log", yscale="log")
         style.plain_ticks(ax.xaxis, [*table.index])
         return style.legend(ax)
@@ -191,7 +190,7 @@ def captured_energy(table: pd.DataFrame, window: int) -> Figure:
     """`captured_table`, each value the mean over the `window` rows before and at it."""
     smooth = table.rolling(window).mean().dropna()
     with style.panel(3.0) as ax:
-        style.wide_lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))
+        style.lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))
         ax.set(
             xlabel="rows seen", ylabel="share of the next row captured", ylim=(0, 1), title=f"mean over {window} rows"
         )
@@ -223,11 +222,11 @@ def spectrum(spectra: Spectra) -> Figure:
     energies = {"stream": pd.Series(spectra.stream), "sketch": pd.Series(spectra.sketch)}
     table, rows = pd.DataFrame(energies).rename(index=lambda n: n + 1), len(spectra.sketch)
     with style.panel(3.0, 2) as (left, right):
-        style.wide_lines(left, table, dict(zip(table, style.series(2, first=0), strict=True)))
+        style.lines(left, table, dict(zip(table, style.series(2, first=0), strict=True)))
         left.set(xlabel="singular direction, largest first", ylabel="share of the energy", ylim=(0, None))
         left.legend()
         bounds = pd.DataFrame({"bound by k": spectra.bounds})
-        style.wide_lines(right, bounds, {"bound by k": style.Look("0.4", ".", style.DASHES[1])})
+        style.lines(right, bounds, {"bound by k": style.Look("0.4", ".", style.DASHES[1])})
         right.axhline(spectra.error, color=style.COLORS[1], label="measured")
         right.set(xlabel="k", ylabel="error over ‖A‖²", ylim=(0, None), xticks=range(0, rows, max(1, rows // 5)))
         right.legend()

@@ -52,7 +52,7 @@ def ledger(ledgers: Mapping[str, pd.DataFrame]) -> Figure:
         for column, (name, table) in zip(axes.T, ledgers.items(), strict=True):
             for ax, (part, what) in zip(column, parts.items(), strict=True):
                 ax.axhline(1, color="0.35", lw=0.8, zorder=1)
-                style.lines(ax, table, "fraction", part, "mode", MODES)
+                style.lines(ax, table.pivot(index="fraction", columns="mode", values=part), MODES)
                 ax.set(ylabel=f"{what}\n(all tokens = 1)", ylim=(0, 1.08 * max(1, highest[part])))
                 ax.label_outer()
                 share_axis(ax, table["fraction"].unique())

@@ -78,7 +78,7 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
 def label_overlap(table: pd.DataFrame) -> Figure:
     """`label_table` against the words kept."""
     with style.panel(2.6) as ax:
-        style.wide_lines(ax, table)
+        style.lines(ax, table)
         ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
         style.plain_ticks(ax.xaxis, [*table.index])
         return style.legend(ax)
@@ -168,8 +168,8 @@ def policy_errors(table: pd.DataFrame) -> Figure:
     names = table["policy"].unique()
     looks = dict(zip(names, style.series(len(names)), strict=True))
     with style.panel(2.7, 2) as (left, right):
-        style.lines(left, table, "share", "cosine", "policy", looks)
-        style.lines(right, table, "share", "off", "policy", looks)
+        style.lines(left, table.pivot(index="share", columns="policy", values="cosine"), looks)
+        style.lines(right, table.pivot(index="share", columns="policy", values="off"), looks)
         lowest = table["cosine"].min() - 0.05
         left.set(ylabel="cosine with the full gradient", ylim=(lowest, 1.02), title="the mean estimate")
         right.set(ylabel="rms error, full gradient = 1", ylim=(0, None), title="one estimate")
@@ -230,7 +230,7 @@ def truncation(tables: Mapping[str, pd.DataFrame]) -> Figure:
     looks = {"same": style.series(1, first=3)[0]} | MODES
     with style.panel(2.8, len(tables), sharey=True, squeeze=False) as axes:
         for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
-            style.wide_lines(ax, table, looks, labels=labels)
+            style.lines(ax, table, looks, labels=labels)
             ax.set_title(name)
             share_axis(ax, [*table.index])
         lowest = min(table.min(axis=None) for table in tables.values())
