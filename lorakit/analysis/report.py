@@ -1,8 +1,7 @@
 """`lorakit report RESULTS… --output report.md`: one setting's runs compared at equal cost, in Markdown."""
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -15,9 +14,9 @@ from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
 from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
-from lorakit.errors import DataError, ParameterError, require
-from lorakit.files import write_text
-from lorakit.records import AXES, Record, read_all
+from lorakit.errors import ParameterError
+from lorakit.files import require_place, write_text
+from lorakit.records import AXES, Record
 
 UNFAIR = "†"
 READING = """\
@@ -61,7 +60,7 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
         "## What each row reached",
         f"Means ± standard deviation over the seeds that finished. The baseline is `{next(iter(groups))}`.",
         quality_table(groups),
-        *tables.sentences(*(f"- {line}" for line in tables.remarks(groups))),
+        "\n".join(f"- {line}" for line in tables.remarks(groups)),
         "## What it cost",
         cost_table(groups),
         *_at_equal_cost(groups),
@@ -232,12 +231,13 @@ def _pictures(records: Sequence[Record], folder: Path, beside: Path, mixed: bool
     records = frame(records)  # once for all figures
     curves = {axis: figures.loss_curve(records, axis, mixed=mixed) for axis in equal_cost.AXES}
     found = {f"loss_by_{x}.png": (f"Validation loss against {AXES[x].label}", drawn) for x, drawn in curves.items()}
-    if len(gate_figures.log_points(records, "gate/acceptance_rate", after_burn_in=True)):
-        found["acceptance.png"] = ("Acceptance rate against its target", gate_figures.acceptance(records, mixed))
-    if gate_figures.scored_novelty(records):
-        found["novelty.png"] = ("Novelty of the candidate batches", gate_figures.novelty(records, mixed))
-    if any(record.status == "done" for record in records):
-        found["ledger.png"] = ("What the compute was spent on", gate_figures.ledger(records, mixed))
+    about_gates = {
+        "Acceptance rate against its target": gate_figures.acceptance,
+        "Novelty of the candidate batches": gate_figures.novelty, "What the compute was spent on": gate_figures.ledger,
+    }  # fmt: skip
+    for what, draw in about_gates.items():
+        with contextlib.suppress(ParameterError):  # no run has what it shows
+            found[f"{draw.__name__}.png"] = what, draw(records, mixed)
     text = "\n## Figures\n"
     for name, (what, drawn) in found.items():
         path = Path(os.path.relpath(style.save(drawn, folder / name), beside)).as_posix()
@@ -253,21 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             written to.
     """
     parser = argparse.ArgumentParser(prog="lorakit report", description="Compare one setting's rows at equal cost.")
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
     parser.add_argument("--output", required=True, metavar="FILE", help="the report, in Markdown")
     parser.add_argument("--baseline", default="", metavar="ROW", help="compare with it (default: baseline, else lora)")
     parser.add_argument("--figures", metavar="DIR", help="draw figures there and show them in the report")
-    parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
-    args = parser.parse_args(argv)
-    records, output = read_all(args.results), Path(args.output)
-    if not records:
-        raise DataError(f"{', '.join(args.results)}: no records there")
-    require(not output.is_dir(), "--output", args.output, "is a folder, must be a file")
-    folders = {"--output": (args.output, output.parent), "--figures": (args.figures, Path(args.figures or "."))}
-    for name, (given, folder) in folders.items():
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        writable = not given or (there.is_dir() and os.access(there, os.W_OK))
-        require(writable, name, given, f"{there} cannot be written to")
+    args, records = tables.asked(parser, argv)
+    output = Path(args.output)
+    require_place(output, "--output")
+    if args.figures:
+        require_place(args.figures, "--figures", folder=True)
     text = report(records, args.baseline, args.results, args.mixed)  # before anything is written
     try:
         if args.figures:

@@ -5,8 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lorakit.analysis import names, stats
@@ -21,14 +21,14 @@ Column = tuple[str, str, float]  # of `frame(records).runs`: its name, how a num
 
 
 class Table:
-    """Tables of words, and sentences between them, one after the other.
+    """Tables of words, and sentences between them (empty ones are left out), one after the other.
 
     Jupyter shows HTML, a terminal aligned text, `markdown()` is for files. The same words give the same output, byte
     by byte, so that a notebook's can be compared.
     """
 
     def __init__(self, *parts: pd.DataFrame | str):
-        self.parts = parts
+        self.parts = tuple(part for part in parts if isinstance(part, pd.DataFrame) or part)
 
     def markdown(self) -> str:
         return self.text("pipe")
@@ -88,7 +88,7 @@ def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool
     if timing:
         cost |= {f"{name} ms": (f"{name.replace(' ', '_')}_ms", "{:,.2f}", 1) for name in ("latency", "merged latency")}
         cost |= axis_columns("seconds")
-    return Table(*sentences(warning), quality, summary(runs, cost), *sentences(*remarks(groups)))
+    return Table(warning, quality, summary(runs, cost), "\n".join(remarks(groups)))
 
 
 def axis_columns(*axes: str) -> dict[str, Column]:
@@ -103,21 +103,20 @@ def summary(runs: pd.DataFrame, columns: Mapping[str, Column]) -> pd.DataFrame:
     finished runs lack says of how many it is.
     """
     labels = runs.drop_duplicates("row").set_index("row")["label"]
-    known = dict.fromkeys(["row", *(name for name, _, _ in columns.values())])  # a metric may be in no run
-    done = runs[runs["status"] == "done"].reindex(columns=[*known]).replace([math.inf, -math.inf], math.nan)
-    hows = ("mean", "std", "count")
-    means, spreads, counts = (getattr(done.groupby("row"), how)().reindex(labels.index) for how in hows)
-    every = done.groupby("row").size().reindex(labels.index)
+    done = runs[runs["status"] == "done"].set_index("row")
     table = {"method": labels.to_list()}
     for heading, (name, form, size) in columns.items():
-        table[heading] = [
-            NONE if math.isnan(mean)
-            else form.format(mean) if form
-            else score(mean, spread) + (f" ({count:.0f} of {runs:.0f})" if count < runs else "")
-            for mean, spread, count, runs in zip(
-                means[name] / size, spreads[name] / size, counts[name], every, strict=True)
-        ]  # fmt: skip
+        values = done.reindex(columns=[name])[name] / size  # a metric may be in no run
+        table[heading] = [_in_words(values[values.index == row], form) for row in labels.index]
     return pd.DataFrame(table)
+
+
+def _in_words(values: pd.Series, form: str) -> str:
+    known = values[np.isfinite(values)]
+    if known.empty:
+        return NONE
+    some = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return form.format(known.mean()) if form else score(known.mean(), known.std()) + some
 
 
 def percent(share: float) -> str:
@@ -156,11 +155,6 @@ def remarks(groups: Mapping[str, Sequence[Record]]) -> list[str]:
     return [*found]
 
 
-def sentences(*lines: str) -> list[str]:
-    """One part of a `Table` that holds the lines that say something, or none."""
-    return ["\n".join(said)] if (said := [line for line in lines if line]) else []
-
-
 # differences -----------------------------------------------------------------------------------------
 
 
@@ -177,7 +171,7 @@ def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) 
         return Table("One row: nothing to compare it with.")
     lines = [told(gap, records) | {"value": gap.value.replace("_", " ")} for gap in found]
     columns = ["row", "against", "value", "difference", "95 % interval", "pairs", "verdict"]
-    return Table(*sentences(warning), pd.DataFrame(lines)[columns])
+    return Table(warning, pd.DataFrame(lines)[columns])
 
 
 def told(gap: stats.Difference, records: Iterable[Record] = (), form: str = "{:+.3f}") -> dict[str, str]:
@@ -208,15 +202,13 @@ def sentence(records: Sequence[Record], row: str, baseline: str) -> str:
     if not gaps:
         return f"{records[0].setting}: {labels[row]} and {labels[baseline]} have no seed that finished in both."
     require_comparable([*groups[row], *groups[baseline]])
-    runs = frame([record for name in (row, baseline) for record in groups[name]]).runs
+    runs = frame([*groups[row], *groups[baseline]]).runs
     means = runs[runs["seed"].isin(gaps[0].seeds)].groupby("row").mean(numeric_only=True)
-    reached = [
-        f"{gap.value.replace('_', ' ')} {means.loc[row, gap.value]:.3f} against {means.loc[baseline, gap.value]:.3f} "
-        f"({gap.verdict})"
-        for gap in gaps
-    ]
+    ours, theirs = means.loc[row], means.loc[baseline]
+    reached = [f"{gap.value.replace('_', ' ')} {ours[gap.value]:.3f} against {theirs[gap.value]:.3f} ({gap.verdict})"
+               for gap in gaps]  # fmt: skip
     spent = {"trainable": "trained parameters", "flops": "FLOPs", "predicted_peak": "predicted peak memory"}
-    shares = {word: means.loc[row, name] / means.loc[baseline, name] for name, word in spent.items()}
+    shares = {word: ours[name] / theirs[name] for name, word in spent.items()}
     costs = [f"{word} × {share:.3g}" for word, share in shares.items() if math.isfinite(share)]
     seeds = f"{len(gaps[0].seeds)} seed{'s' * (len(gaps[0].seeds) > 1)}"
     said = f"{labels[row]} against {labels[baseline]} on {records[0].setting}, {seeds}"
@@ -224,6 +216,21 @@ def sentence(records: Sequence[Record], row: str, baseline: str) -> str:
 
 
 # the command -----------------------------------------------------------------------------------------
+
+
+def asked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Record]]:
+    """The options of a command about records, and the records it is given.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
+    parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
+    args = parser.parse_args(argv)
+    records = read_all(args.results)
+    if not records:
+        raise DataError(f"{', '.join(args.results)}: no records there")
+    return args, records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,22 +241,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             that cannot be drawn.
     """
     parser = argparse.ArgumentParser(prog="lorakit table", description="Tabulate records; say which gaps are noise.")
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
     parser.add_argument("--baseline", default="", metavar="ROW", help="compare with it (default: full)")
     parser.add_argument("--figure", metavar="FILE", help="draw loss and memory (png, pdf, svg)")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--output", metavar="FILE", help="write the text there as well")
-    parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
-    args = parser.parse_args(argv)
-    settings: dict[str, list[Record]] = {}
-    for record in read_all(args.results):
-        settings.setdefault(record.setting, []).append(record)
-    if not settings:
-        raise DataError(f"{', '.join(args.results)}: no records there")
-    require(not args.figure or len(settings) == 1, "--figure", sorted(settings), "draws the records of one setting")
+    args, found = asked(parser, argv)
+    settings = sorted({record.setting for record in found})
+    require(not args.figure or len(settings) == 1, "--figure", settings, "draws the records of one setting")
 
     parts: list[pd.DataFrame | str] = []
-    for name, records in sorted(settings.items()):
+    for name in settings:
+        records = [record for record in found if record.setting == name]
         parts += [f"## {name}" if args.markdown else name, *results_table(records, mixed=args.mixed).parts]
         parts += gaps(records, args.baseline, mixed=args.mixed).parts
     text = (Table(*parts).markdown() if args.markdown else str(Table(*parts))) + "\n"
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.figure:
         from lorakit.analysis import figures, style
 
-        style.save(figures.overview(next(iter(settings.values())), mixed=args.mixed), args.figure)
+        style.save(figures.overview(found, mixed=args.mixed), args.figure)
     if args.output:
-        write_text(text, Path(args.output))
+        write_text(text, args.output)
     return 0

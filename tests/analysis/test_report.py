@@ -313,7 +313,7 @@ def test_main_takes_another_baseline_and_replaces_an_old_report(folder, tmp_path
     [("{results} --baseline sloar", "--baseline='sloar': must be one of baseline, random, slora"),
      ("{results} {other}", "records=.*must be of one setting"), ("{results} {results}", "one record per row and seed"),
      ("{empty}", "no records there"), ("{empty}/missing.json", "not a record"),
-     ("{results} --figures {file}", "--figures=.*cannot be written to")],
+     ("{results} --figures {file}", "--figures=.*is not a folder")],
 )  # fmt: skip
 def test_bad_input_is_one_error_and_writes_nothing(arguments, message, folder, tmp_path):
     places = {name: tmp_path / name for name in ("other", "empty", "file")} | {"results": folder}
