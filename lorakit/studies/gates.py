@@ -2,7 +2,6 @@
 hold, and what do many short runs and recorded ones say of a row and the row it is compared with?"""
 
 import copy
-import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch.nn.functional import normalize
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
@@ -63,10 +63,9 @@ def novelty_table(
     for sketch, gradient in pairs[:remembered]:
         gate.update(sketch)
         whole.insert(gradient)
-    bases = (gate.directions.basis(gate.k).double(), whole.basis(gate.k).double())
-    units = [[vector.double() / vector.double().norm().clamp(min=1e-300) for vector in pair] for pair in pairs]
-    values = [[1 - float((basis @ unit).square().sum()) for basis, unit in zip(bases, pair, strict=True)]
-              for pair in units[remembered:]]  # fmt: skip
+    bases = gate.directions.basis(gate.k).double(), whole.basis(gate.k).double()
+    values = [[1 - float((basis @ normalize(vector.double(), dim=0, eps=1e-300)).square().sum())
+               for basis, vector in zip(bases, pair, strict=True)] for pair in pairs[remembered:]]  # fmt: skip
     return pd.DataFrame(values, columns=["proxy", "truth"])
 
 
@@ -74,14 +73,11 @@ def _sketch_and_gradient(
     model: Any, batch: Mapping[str, torch.Tensor], gate: HeadGradientGate, seen: Any, trained: Sequence[Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one batch: z (m,) and the unit gradient of everything in `trained`, (parameters,)."""
-    model.zero_grad()
     outputs = model(**batch)
-    outputs.loss.backward()
     logits = outputs.logits.detach()
     z = gate.embed(seen.take(logits), logits, batch["labels"])
-    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-    model.zero_grad()
-    return z, gradient / gradient.norm().clamp(min=1e-30)
+    gradients = torch.autograd.grad(outputs.loss, trained, materialize_grads=True)
+    return z, normalize(torch.cat([part.flatten() for part in gradients]), dim=0, eps=1e-30)
 
 
 def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -193,13 +189,13 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
         pairs: row -> the row it is compared with ("" for none); rows without a record are left out.
     """
     groups, lines = stats.by_row(records), []
-    for row in (row for row in pairs if row in groups and stats.finished(groups[row], value)):
-        ended, other = [*stats.finished(groups[row], value).values()], pairs[row]
-        spread = statistics.stdev(ended) if len(ended) > 1 else math.nan
-        line = {"row": names.label(row, records), value: tables.score(statistics.fmean(ended), spread),
-                "accepted": _rate(groups[row])}  # fmt: skip
-        gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
-        lines.append(line | (tables.told(gap, records) if gap and gap.estimate else {}))
+    for row, other in pairs.items():
+        ended = pd.Series(stats.finished(groups.get(row, []), value), dtype=float)
+        if len(ended):
+            line = {"row": names.label(row, records), value: tables.score(ended.mean(), ended.std())}
+            gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
+            told = tables.told(gap, records) if gap and gap.estimate else {}
+            lines.append(line | {"accepted": _rate(groups[row])} | told)
     return tables.Table(pd.DataFrame(lines).fillna(tables.NONE))
 
 

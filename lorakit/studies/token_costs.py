@@ -118,11 +118,8 @@ def modes(tokens: int = 12, chosen: Sequence[int] = (3, 7), layers: int = 4) -> 
 
 def by_mode(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Mode -> the records that ran in it; those without a choice are in both, to be compared with."""
-    gatings = [record.resolved["gating"] for record in records]
-    return {
-        mode: [r for r, g in zip(records, gatings, strict=True) if g["method"] == "baseline" or g["mode"] == mode]
-        for mode in MODES
-    }
+    gatings = [(record.resolved["gating"], record) for record in records]
+    return {mode: [r for g, r in gatings if g["method"] == "baseline" or g["mode"] == mode] for mode in MODES}
 
 
 def cost_table(records: Sequence[Record], target: float | None = None) -> tables.Table:
@@ -131,14 +128,14 @@ def cost_table(records: Sequence[Record], target: float | None = None) -> tables
     Args:
         target: a validation loss; a column says after how many seconds it was reached, "-" where it never was.
     """
-    runs = frame([record for group in stats.by_row(records).values() for record in group]).runs
+    records = [record for group in stats.by_row(records).values() for record in group]
+    runs = frame(records).runs
     columns = {"steps": ("steps", "{:,.0f}", 1), "tokens seen": ("tokens", "{:,.0f}", 1),
                "backpropagated": ("tokens_backpropagated", "{:,.0f}", 1), "TFLOPs": ("flops", "{:.3g}", 1e12),
                stats.LOSS: (stats.LOSS, tables.SCORE, 1)}  # fmt: skip
     if target is not None:
-        reached = {(record.row, record.seed): first_at(record, "seconds", target) for record in records}
-        keys = zip(runs["row"], runs["seed"], strict=True)
-        runs = runs.assign(reached=[reached[key] for key in keys]).astype({"reached": float})
+        reached = [first_at(record, "seconds", target) for record in records]
+        runs = runs.assign(reached=reached).astype({"reached": float})
         columns |= {"seconds": ("seconds", "{:,.0f}", 1), f"until {target:.3f}": ("reached", "{:,.0f}", 1)}
     return tables.Table(tables.summary(runs, columns))
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from torch import nn
 
 from lorakit.analysis import style
@@ -44,41 +46,35 @@ def text_table(
 
 def text(pictures: Mapping[str, Sequence[Piece]]) -> Figure:
     """A text per entry of `pictures`, token by token: the darker, the larger the score; chosen tokens framed."""
-    import matplotlib
-    from matplotlib.patches import Patch, Rectangle
-
     shade, frame = matplotlib.colormaps["Blues"], style.COLORS[2]
-    drawn_rows = {name: _wrapped(pieces) for name, pieces in pictures.items()}
-    heights = [len(lines) for lines in drawn_rows.values()]
+    placed = {name: _placed(pieces) for name, pieces in pictures.items()}
+    heights = [pieces[-1][0] + 1 for pieces in placed.values()]
     height = 0.3 * len(heights) + 0.2 * sum(heights) + 0.1
     with style.panel(height, rows=len(heights), height_ratios=heights, squeeze=False) as axes:
-        for ax, (name, lines) in zip(axes.flat, drawn_rows.items(), strict=True):
+        for ax, (name, pieces) in zip(axes.flat, placed.items(), strict=True):
             top = max((piece.score for piece in pictures[name] if piece.score is not None), default=1.0) or 1.0
-            for row, line in enumerate(lines):
-                start = 0
-                for word, score, chosen in line:
-                    fill = "0.93" if score is None else shade(0.02 + 0.88 * score / top)
-                    box = Rectangle((start + 0.05, row - 0.42), len(word) - 0.1, 0.84, fc=fill, ec="none")
-                    if chosen:
-                        box.set(ec=frame, lw=1.6, zorder=3)
-                    ax.add_patch(box)
-                    ax.text(start + len(word) / 2, row, word, ha="center", va="center", family="DejaVu Sans Mono",
-                            size=8, color="white" if score and score > 0.6 * top else "black", zorder=4)  # fmt: skip
-                    start += len(word)
-            ax.set(xlim=(-0.3, LINE + 0.3), ylim=(len(lines) - 0.4, -0.6))
+            for row, start, (word, score, chosen) in pieces:
+                fill = "0.93" if score is None else shade(0.02 + 0.88 * score / top)
+                edge = {"ec": frame, "lw": 1.6, "zorder": 3} if chosen else {"ec": "none"}
+                ax.add_patch(Rectangle((start + 0.05, row - 0.42), len(word) - 0.1, 0.84, fc=fill, **edge))
+                ax.text(start + len(word) / 2, row, word, ha="center", va="center", family="DejaVu Sans Mono",
+                        size=8, color="white" if score and score > 0.6 * top else "black", zorder=4)  # fmt: skip
+            ax.set(xlim=(-0.3, LINE + 0.3), ylim=(pieces[-1][0] + 0.6, -0.6))
             ax.axis("off")
             ax.set_title(name, pad=4)
         keys = [Patch(fc=shade(0.9), ec="none"), Patch(fc="0.93", ec="none"), Patch(fc="none", ec=frame, lw=1.6)]
         return style.legend(ax, key=(keys, ["largest score", "nothing is predicted", "chosen"]))
 
 
-def _wrapped(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    lines: list[list[Piece]] = [[]]
+def _placed(pieces: Sequence[Piece]) -> list[tuple[int, int, Piece]]:
+    """Each with its line and where it starts there."""
+    line, start, placed = 0, 0, []
     for piece in pieces:
-        if sum(len(other.text) for other in lines[-1]) + len(piece.text) > LINE:
-            lines.append([])
-        lines[-1].append(piece)
-    return lines
+        if start + len(piece.text) > LINE:
+            line, start = line + 1, 0
+        placed.append((line, start, piece))
+        start += len(piece.text)
+    return placed
 
 
 def share_of_chosen(model: nn.Module, batches: Sequence[Batch], share: float) -> dict[str, float]:

@@ -51,11 +51,12 @@ def token_scores(model: nn.Module, batches: Sequence[Batch], seed: int = 0, **se
 
 def sketched_scores(model: nn.Module, batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> Sketched:
     """Exact scores, and by m = `sketch_dim` those of sketches with seeds 0 … `seeds` − 1: for `sketches.agreement`."""
+
+    def sketched(size: int, seed: int) -> np.ndarray:
+        return token_scores(model, batches, seed, score="sketch", sketch_dim=size)
+
     exact = token_scores(model, batches, score="gradient_norm")
-    return Sketched(exact, {
-        size: np.stack([token_scores(model, batches, seed, score="sketch", sketch_dim=size) for seed in range(seeds)])
-        for size in sizes
-    })  # fmt: skip
+    return Sketched(exact, {m: np.stack([sketched(m, seed) for seed in range(seeds)]) for m in sizes})
 
 
 def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int], share: float) -> pd.DataFrame:
