@@ -93,8 +93,7 @@ def novelty(records: Sequence[Record], mixed: bool = False) -> Figure:
 
 def _over_steps(records: Sequence[Record], points: pd.DataFrame, y: str, needed: str, mixed: bool) -> Axes:
     require(len(points) > 0, "records", sorted({record.row for record in records}), f"none of them has {needed}")
-    logged = {*points["row"]}
-    shown = [record for record in records if record.row in logged]
+    shown = [record for record in records if (points["row"] == record.row).any()]
     with style.panel(3.1) as ax:
         band = draw_curves(ax, points, shown)
         ax.set(xlabel="candidate batches (steps)", ylabel=y, xlim=(0, None))
