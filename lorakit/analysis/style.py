@@ -118,7 +118,7 @@ def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, l
     """A line per column of `table` against its index, between the numbers it has; its markers do not blot.
 
     Args:
-        looks: column -> its look, None: by place; a column without numbers, or none, is named in the legend, last.
+        looks: column -> its look; None: by place. A column without numbers, or missing, is named in the legend, last.
         labels: column -> its name in the legend, where it is another.
     """
     looks = looks or dict(zip(table, series(table.shape[1]), strict=True))
