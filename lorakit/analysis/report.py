@@ -163,8 +163,7 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
 def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
     if len(groups) == 1:
         return ["## At equal cost", "One row: nothing to compare it with."]
-    runs = [record for record in chain(*groups.values()) if record.status == "done"]
-    counts = {len(stats.curve(record, "steps")[0]) for record in runs} or {0}
+    counts = {len(stats.curve(r, "steps")[0]) for r in chain(*groups.values()) if r.status == "done"} or {0}
     times = " to ".join(map(str, sorted({min(counts), max(counts)})))
     text = EQUAL.format(evaluations=times, decayed=f"{100 * stats.DECAYED:.0f} %", mark=UNFAIR)
     parts: list[pd.DataFrame | str] = ["## At equal cost", text]
@@ -198,14 +197,9 @@ def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
 
 def _warnings(groups: Groups) -> list[str]:
     """Unfinished runs, what the gates warned of, and what the runs noted: each text once, with the runs it is about."""
-
-    records, parts, ended = [*chain(*groups.values())], [], {}
-    for record in records:
-        last = f" after step {record.curve[-1].step}" if record.curve else ""
-        text = record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
-        ended[record.row, record.seed] = [text] if record.status != "done" else []
+    records, parts = [*chain(*groups.values())], []
     sections: dict[str, Callable[[Record], list[str]]] = {
-        "Runs that did not finish": lambda r: ended[r.row, r.seed],
+        "Runs that did not finish": lambda r: [] if r.status == "done" else [_end(r)],
         "Warnings of the gates": lambda r: r.details.get("gate", {}).get("warnings", []),
         "Notes of the runs": lambda r: r.notes,
     }
@@ -218,6 +212,11 @@ def _warnings(groups: Groups) -> list[str]:
                  for text, about in runs.items()]  # fmt: skip
         parts += [f"## {title}", "\n".join(lines) or "None."]
     return parts
+
+
+def _end(record: Record) -> str:
+    last = f" after step {record.curve[-1].step}" if record.curve else ""
+    return record.status.replace("_", " ") + last + (f": {record.message}" if record.message else "")
 
 
 # figures and files -----------------------------------------------------------------------------------
