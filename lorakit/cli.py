@@ -19,7 +19,10 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
     "report": ("lorakit.analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
-    "claims": ("lorakit.analysis.claims", "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare"),
+    "claims": (
+        "lorakit.analysis.claims",
+        "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare",
+    ),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),

@@ -121,17 +121,28 @@ def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, l
         looks: column -> its look; None: by place. A column without numbers, or missing, is named in the legend, last.
         labels: column -> its name in the legend, where it is another.
     """
-    looks = looks or dict(zip(table, series(table.shape[1]), strict=True))
-    table = table.reindex(columns=[*looks])
-    for name in sorted(looks, key=lambda name: table[name].isna().all()):
-        values, look = table[name].dropna(), looks[name]
-        marks = {"markevery": spaced(values.index), "mec": look.color, "mew": 0.75}
-        ax.plot(values.index, values, label=labels.get(name, name), **look.line, **marks)
+    import seaborn as sns
+
+    looks, start = looks or dict(zip(table, series(table.shape[1]), strict=True)), len(ax.lines)
+    long = table.rename_axis("x").reset_index().melt("x", var_name="column", value_name="y").dropna()
+    there = [name for name in looks if name in {*long["column"]}]
+    if there:
+        sns.lineplot(long, x="x", y="y", hue="column", style="column", hue_order=there, style_order=there, legend=False,
+                     palette={name: looks[name].color for name in there}, mec=None, ax=ax, estimator=None,
+                     markers={name: looks[name].marker for name in there},
+                     dashes={name: looks[name].dash for name in there})  # fmt: skip
+    for name, line in zip(there, ax.lines[start:], strict=True):
+        line.set(label=labels.get(name, name), markevery=spaced(line.get_xdata()), markersize=RC["lines.markersize"])
+        line.set_markeredgecolor(looks[name].color)
+    for name in [name for name in looks if name not in there]:
+        ax.plot([], [], label=labels.get(name, name), **looks[name].line)
 
 
 def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """A cloud of points, (N,) each."""
-    ax.scatter(x, y, s=9, color=COLORS[1], alpha=0.5, lw=0)
+    import seaborn as sns
+
+    sns.scatterplot(x=x, y=y, s=9, color=COLORS[1], alpha=0.5, lw=0, ax=ax)
 
 
 def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[float] | None = None) -> None:
@@ -140,11 +151,15 @@ def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[flo
     Args:
         ends: where the texts begin; None: at the ends of the bars.
     """
-    left: Any = 0
-    for (kind, sizes), color in zip(table.items(), shades(table.shape[1]), strict=True):
-        for bar in ax.barh(range(len(table)), sizes, 0.62, left, color=color, ec="white", lw=0.8, label=kind):
-            bar.sticky_edges.x[:] = [0]  # else one of no size at the right end would leave no margin there
-        left = left + sizes
+    import seaborn as sns
+
+    kinds, colors = [*table], shades(table.shape[1])
+    if kinds:
+        long = table.rename_axis("bar").reset_index().melt("bar", var_name="kind", value_name="size")
+        sns.histplot(long, y="bar", weights="size", hue="kind", hue_order=kinds[::-1], palette=colors[::-1], alpha=1,
+                     multiple="stack", shrink=0.62, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
+    for kind, bars in zip(kinds, ax.containers, strict=True):
+        bars.set_label(kind)
     for place, (end, text) in enumerate(zip(table.sum(axis=1) if ends is None else ends, texts, strict=True)):
         ax.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", size=8)
     list_rows(ax, [*table.index])
