@@ -1,7 +1,7 @@
 """The model hub: its newest commit, asked for within seconds; files of a data set or a model; else its local cache."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -60,11 +60,12 @@ class NoSnapshot(DataError):
     """A folder is not what the hub keeps of a data set."""
 
 
-def data_files(repository: str, *patterns: str, folder: Path | None = None) -> list[list[Path]]:
-    """A data set's files by pattern (shell style), in order of name: of its newest commit, or from the local cache.
+def data_files(repository: str, under: str, splits: Iterable[str], folder: Path | None = None) -> list[list[Path]]:
+    """A data set's Parquet files by split, in order of name: of its newest commit, or from the local cache.
 
     Args:
-        folder: a snapshot of it, which is read instead.
+        under: the folder they are in there.
+        folder: a snapshot of the data set, which is read instead.
 
     Raises:
         AssetError: the hub cannot be reached and the files are not in its cache, or the data set has no such file.
@@ -73,32 +74,30 @@ def data_files(repository: str, *patterns: str, folder: Path | None = None) -> l
     """
     from huggingface_hub import snapshot_download
 
+    patterns = [f"{under}/{split}-*.parquet" for split in splits]
     if folder is not None:
         found, missing = _matching(folder, patterns)
-        told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
         if missing:
+            told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
             raise (DataError if any(found) else NoSnapshot)(told)
         return found
-    commit, why = None, None
+    commit = why = None
     try:
         commit = newest_commit(repository, "dataset")
     except AssetError as error:
         why = error
-    options = {"revision": commit, "allow_patterns": list(patterns), "local_files_only": commit is None}
+    options = {"revision": commit, "allow_patterns": patterns, "local_files_only": commit is None}
     try:
-        folder = Path(snapshot_download(repository, repo_type="dataset", **options))
-    except Exception as error:  # as above
-        why = why or error
-    else:
-        found, missing = _matching(folder, patterns)
+        found, missing = _matching(Path(snapshot_download(repository, repo_type="dataset", **options)), patterns)
         if not missing:
             return found
         why = f"no file {', '.join(missing)}"
-    reason = " ".join(str(why).split())[:200]
+    except Exception as error:  # as above
+        why = why or error
     raise AssetError(
-        f"data set {repository} could not be had from the hub ({reason}). Offline: put the task's files in a folder "
-        "and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill the hub's cache (HF_HOME) on a "
-        "machine with a network"
+        f"data set {repository} could not be had from the hub ({' '.join(str(why).split()):.200}). Offline: put "
+        "the task's files in a folder and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill "
+        "the hub's cache (HF_HOME) on a machine with a network"
     )
 
 

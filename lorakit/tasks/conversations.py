@@ -32,8 +32,8 @@ def tulu_from_folder(folder: Path) -> Corpus:
 
 def tulu_from_hub(folder: Path | None = None) -> Corpus:
     """Rows that are no conversation are left out and counted: they are not the user's to mend."""
-    [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data/train-*.parquet", folder=folder)
-    rows = [row["messages"] for path in paths for _, row in readers.parquet(path, ("messages",))]
+    [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data", ("train",), folder)
+    rows = [messages for path in paths for _, [messages] in readers.parquet(path, ("messages",))]
     chats = [messages for messages in rows if chat.valid(messages)]
     dropped = len(rows) - len(chats)
     return _tulu(chats, paths, *[f"{dropped} rows dropped: not user and assistant in turn"] * bool(dropped))
@@ -48,7 +48,7 @@ def _checked(path: Path) -> list[chat.Chat]:
     """The conversation in each row."""
     parquet, chats = path.suffix == ".parquet", []
     for number, row in readers.parquet(path, ("messages",)) if parquet else readers.jsonl(path):
-        messages = row.get("messages") if isinstance(row, dict) else row
+        messages = row[0] if parquet else row.get("messages") if isinstance(row, dict) else row
         if not chat.valid(messages):
             raise readers.bad_row(path, number, chat.EXPECTED, messages)
         chats.append(messages)

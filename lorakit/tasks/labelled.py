@@ -1,6 +1,7 @@
 """Labelled texts and pairs: rated review sentences, SST-2 and IMDB (1 is positive), MRPC (1 is a paraphrase)."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -31,12 +32,13 @@ def _rows(path: Path, rows: Iterable[tuple[int, Sequence[Any]]], strip: bool = T
     return found
 
 
-def _hub_rows(paths: list[Path], *columns: str, strip: bool = True) -> list[Labelled]:
-    found: list[Labelled] = []
-    for path in paths:
-        rows = ((line, [row[name] for name in columns]) for line, row in readers.parquet(path, columns))
-        found += _rows(path, rows, strip)
-    return found
+def _hub(
+    folder: Path | None, repository: str, under: str, splits: Sequence[str], columns: Sequence[str], strip: bool = True
+) -> tuple:
+    """The rows of each of the splits that the hub has, and then all files they are from."""
+    files = hub.data_files(repository, under, splits, folder)
+    rows = ([row for path in paths for row in _rows(path, readers.parquet(path, columns), strip)] for paths in files)
+    return *rows, sum(files, [])
 
 
 def _divided(
@@ -58,19 +60,18 @@ def _divided(
 def reviews_from_folder(folder: Path) -> Corpus:
     path = required(folder, "movieReviewSnippets_GroundTruth.txt", REVIEWS_LAYOUT)
     clear: dict[str, Labelled] = {}
-    count = 0
-    for line, (_, value, text) in readers.tsv(path, ("id", "rating", "text"), header=False):
+    rows = list(readers.tsv(path, ("id", "rating", "text"), header=False))
+    for line, (_, value, text) in rows:
         try:
             rating = float(value)
         except ValueError:
             rating = math.nan
         if not math.isfinite(rating):
             raise readers.bad_row(path, line, "a mean rating (a number) in column 2", value)
-        count += 1
         if abs(rating) >= NEUTRAL:
             clear[normal(text)] = Labelled(text.strip(), None, int(rating > 0))
     found = _divided(list(clear.values()), [], [path])
-    dropped = f"{count - len(clear)} neutral or duplicate rows dropped"
+    dropped = f"{len(rows) - len(clear)} neutral or duplicate rows dropped"
     found.notes.append(f"label: sign of the mean crowd rating; {dropped}")
     return found
 
@@ -85,19 +86,14 @@ def sst2_from_folder(folder: Path) -> Corpus:
 
 
 def sst2_from_hub(folder: Path | None = None) -> Corpus:
-    names = ("sst2/train-*.parquet", "sst2/validation-*.parquet")
-    train, test = hub.data_files("nyu-mll/glue", *names, folder=folder)
-    return _sst2(*(_hub_rows(paths, "sentence", "label") for paths in (train, test)), [*train, *test])
+    return _sst2(*_hub(folder, "nyu-mll/glue", "sst2", ("train", "validation"), ("sentence", "label")))
 
 
 def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corpus:
     """Validation: whole sentences with all their phrases. A phrase found on both sides goes to neither."""
     families = corpus.phrase_families(row.text for row in rows)
     wholes = [name for name, own in families.items() if own == [name]]
-    size = dict.fromkeys(wholes, 0)
-    for row in rows:
-        for whole in families[normal(row.text)][:1]:
-            size[whole] += 1
+    size = Counter(whole for row in rows for whole in families[normal(row.text)][:1])
     held_out = set(corpus.cut(wholes, str, 1, weight=size.__getitem__, share=corpus.held_out_share(len(rows)))[0])
     sides = [{whole in held_out for whole in families[normal(row.text)]} for row in rows]
     train, validation = ([row for row, at in zip(rows, sides, strict=True) if at == {side}] for side in (False, True))
@@ -122,9 +118,7 @@ def imdb_from_folder(folder: Path) -> Corpus:
 
 
 def imdb_from_hub(folder: Path | None = None) -> Corpus:
-    names = ("plain_text/train-*.parquet", "plain_text/test-*.parquet")
-    train, test = hub.data_files("stanfordnlp/imdb", *names, folder=folder)
-    return _divided(*(_hub_rows(paths, "text", "label") for paths in (train, test)), [*train, *test])
+    return _divided(*_hub(folder, "stanfordnlp/imdb", "plain_text", ("train", "test"), ("text", "label")))
 
 
 # MRPC -------------------------------------------------------------------------------------------------
@@ -145,10 +139,8 @@ def mrpc_from_folder(folder: Path) -> Corpus:
 
 
 def mrpc_from_hub(folder: Path | None = None) -> Corpus:
-    names = (f"mrpc/{split}-*.parquet" for split in ("train", "validation", "test"))
-    files = hub.data_files("nyu-mll/glue", *names, folder=folder)
-    parts = (_hub_rows(paths, "sentence1", "sentence2", "label", strip=False) for paths in files)
-    return apart(*parts, sum(files, []))
+    columns = ("sentence1", "sentence2", "label")
+    return apart(*_hub(folder, "nyu-mll/glue", "mrpc", ("train", "validation", "test"), columns, strip=False))
 
 
 RECIPES = {

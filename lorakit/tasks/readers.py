@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,7 @@ LONGEST = 2**31 - 1  # characters of a field
 
 
 def bad_row(path: Path, line: int, expected: str, found: object) -> DataError:
-    shown = repr(found)
-    return DataError(
-        f"{path}, line {line}: expected {expected}; found {shown[:97] + '...' if len(shown) > 100 else shown}"
-    )
+    return DataError(f"{path}, line {line}: expected {expected}; found {found!r:.100}")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -39,25 +36,11 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
 
     Blank lines may stand at the end, nowhere else.
     """
-    shape = f"{len(columns)} tab-separated columns {', '.join(columns)}"
-    number = blank = rows = 0
-    for number, text in lines(path):
-        if not text.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise bad_row(path, blank, shape, "")
-        values = text.split("\t")
-        if header and number == 1:
-            if values != list(columns):
-                raise bad_row(path, number, f"a header line with {shape}", text)
-        elif len(values) != len(columns):
-            raise bad_row(path, number, shape, text)
-        else:
-            rows += 1
-            yield number, values
-    if not rows:
-        raise bad_row(path, number + 1, shape, "no rows" if number else "an empty file")
+    table = list(lines(path))
+    while table and not table[-1][1].strip():
+        table.pop()
+    rows = ((number, text.split("\t")) for number, text in table)
+    return _table(path, rows, columns, f"{len(columns)} tab-separated columns {', '.join(columns)}", header)
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -67,20 +50,27 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str
     """
     shape = f"{len(columns)} comma-separated columns {', '.join(columns)}"
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-    text = (line + "\n" for _, line in lines(path))
-    rows = csv.reader(text, strict=True)
+    rows = csv.reader((line + "\n" for _, line in lines(path)), strict=True)
     try:
-        for index, values in enumerate(rows):
-            if index == 0 and values != list(columns):
-                raise bad_row(path, rows.line_num, f"a header line with {shape}", values)
-            if index and len(values) != len(columns):
-                raise bad_row(path, rows.line_num, shape, values)
-            if index:
-                yield rows.line_num, values
-        if rows.line_num < 2:
-            raise bad_row(path, rows.line_num + 1, shape, "no rows")
+        yield from _table(path, ((rows.line_num, values) for values in rows), columns, shape)
     except csv.Error as error:
         raise bad_row(path, rows.line_num, shape, str(error)) from None
+
+
+def _table(
+    path: Path, rows: Iterable[tuple[int, list[str]]], columns: Sequence[str], shape: str, header: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header, where there is one, each of as many values as there are columns; at least one."""
+    index = line = 0
+    for index, (line, values) in enumerate(rows, start=0 if header else 1):
+        if index == 0 and values != list(columns):
+            raise bad_row(path, line, f"a header line with {shape}", values)
+        if len(values) != len(columns):
+            raise bad_row(path, line, shape, values)
+        if index:
+            yield line, values
+    if not index:
+        raise bad_row(path, line + 1, shape, "no rows" if line else "an empty file")
 
 
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -100,8 +90,8 @@ def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise bad_row(path, number + 1, "one JSON value", "no rows")
 
 
-def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a Parquet file as {column: value}, numbered from 1.
+def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
+    """The values of `columns` in each row of a Parquet file, numbered from 1.
 
     Raises:
         DataError: not a Parquet file, or a column is missing.
@@ -111,14 +101,10 @@ def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
 
     try:
         file = ParquetFile(path)
-        if missing := set(columns) - set(file.schema_arrow.names):
-            raise DataError(
-                f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(file.schema_arrow.names)}"
-            )
-        number = 0
-        for batch in file.iter_batches(columns=list(columns)):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        names = file.schema_arrow.names
+        if missing := {*columns} - {*names}:
+            raise DataError(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
+        rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
+        yield from enumerate(([row[name] for name in columns] for row in rows), start=1)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None

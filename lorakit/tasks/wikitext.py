@@ -33,10 +33,9 @@ def from_folder(folder: Path) -> Corpus:
 
 
 def from_hub(folder: Path | None = None) -> Corpus:
-    names = (f"wikitext-2-raw-v1/{split}-*.parquet" for split in FILES)
-    files = hub.data_files("Salesforce/wikitext", *names, folder=folder)
+    files = hub.data_files("Salesforce/wikitext", "wikitext-2-raw-v1", FILES, folder)
     texts = (
-        _articles(row["text"].rstrip("\n") for path in paths for _, row in readers.parquet(path, ("text",)))
+        _articles(text.rstrip("\n") for path in paths for _, [text] in readers.parquet(path, ("text",)))
         for paths in files
     )
     return apart(*texts, sum(files, []))
