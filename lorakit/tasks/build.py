@@ -1,25 +1,24 @@
 """A corpus and a tokenizer become datasets and collators, one way for each form of row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
 from lorakit.tasks import chat, collate
-from lorakit.tasks.collate import Columns, PadCollator
+from lorakit.tasks.collate import Columns
 from lorakit.tasks.corpus import Corpus, Labelled, shuffled
 from lorakit.tasks.exact_match import gsm8k_answer
 from lorakit.tasks.task import SPLITS, Kind
 
 Parts = dict[str, Any]  # fields of `Task`
+Made = tuple[Columns, list[str]]  # of one split, with notes
 SHORTEST_BLOCK = 4  # ordinary tokens a block must have
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What `tasks.load` was told about rows: see there."""
 
     tokenizer: PreTrainedTokenizerFast
@@ -30,21 +29,36 @@ class Options:
     packing: bool
 
 
-def classification(corpus: Corpus, options: Options) -> Parts:
-    """One labelled text, or pair, a row."""
-    pad = PadCollator(options.tokenizer.pad_token_id)
-    parts: Parts = {"collator": pad, "eval_collator": pad, "notes": list(corpus.notes)}
+def build(corpus: Corpus, form: str, options: Options) -> Parts:
+    """Datasets, collators, notes and answers of a corpus whose rows are of this form (see `corpus.Recipe`)."""
+    tokenizer, pad = options.tokenizer, collate.PadCollator(options.tokenizer.pad_token_id)
+    collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
+    if options.kind == "masked":
+        collator = collate.MaskCollator(pad.pad_id, collate.Masker(tokenizer, options.seed))
+    parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
     for split in SPLITS:
-        rows = shuffled(getattr(corpus, split))[: options.limits[split] or None]
-        columns = labelled_columns(rows, options.tokenizer, options.max_length) if rows else {"labels": []}
-        made = Dataset.from_dict(columns)
-        if any(empty := [not ids for ids in columns.get("input_ids", [])]):
-            made = made.select([place for place, none in enumerate(empty) if not none])
-            parts["notes"].append(f"{split}: {sum(empty)} of {len(rows)} rows dropped, their text has no token")
-        if len(classes := {*made["labels"]}) == 1:
-            parts["notes"].append(f"{split}: all {len(made)} rows are of class {classes.pop()}")
-        parts[split] = made
+        rows = getattr(corpus, split)
+        rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)
+        rows = rows[: options.limits[split] or None]
+        columns, notes = FORMS[form](rows, options, split == "train")
+        parts[split] = Dataset.from_dict(columns)
+        parts["notes"] += [f"{split}: {note}" for note in notes]
+        if form == "chats":
+            answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in rows]
+            parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
     return parts
+
+
+def classification(rows: Sequence[Labelled], options: Options, train: bool) -> Made:
+    """One labelled text, or pair, a row."""
+    columns = labelled_columns(rows, options.tokenizer, options.max_length) if rows else {"input_ids": [], "labels": []}
+    kept = [place for place, ids in enumerate(columns["input_ids"]) if ids]
+    columns = {name: [column[place] for place in kept] for name, column in columns.items()}
+    dropped = f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their text has no token"
+    notes = [dropped] * (len(kept) < len(rows))
+    if len(classes := {*columns["labels"]}) == 1:
+        notes.append(f"all {len(kept)} rows are of class {classes.pop()}")
+    return columns, notes
 
 
 def labelled_columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFast, max_length: int) -> Columns:
@@ -52,28 +66,21 @@ def labelled_columns(rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerFas
     texts, pairs = [row.text for row in rows], [row.pair for row in rows]
     if any(pairs) and tokenizer.sep_token_id is None:  # a decoder's template would run the two texts together
         texts, pairs = [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)], []
-    arguments = (texts, pairs) if any(pairs) else (texts,)
-    encoded = tokenizer(*arguments, truncation=True, max_length=max_length, verbose=False)
+    encoded = tokenizer(texts, pairs if any(pairs) else None, truncation=True, max_length=max_length, verbose=False)
     kept = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     if any(map(any, encoded.get("token_type_ids", []))):
         kept["token_type_ids"] = encoded["token_type_ids"]
     return kept | {"labels": [row.label for row in rows]}
 
 
-def language_model(corpus: Corpus, options: Options) -> Parts:
+def language_model(rows: list[list[int]], options: Options, train: bool) -> Made:
     """One block of a document a row: every token after its first predicted, or (for an encoder) those masked."""
-    tokenizer, pad, masked = options.tokenizer, PadCollator(options.tokenizer.pad_token_id), options.kind == "masked"
-    collator = collate.MaskCollator(pad, collate.Masker(tokenizer, options.seed)) if masked else pad
-    parts: Parts = {"collator": collator, "eval_collator": pad, "notes": corpus.notes}
-    for split in SPLITS:
-        rows = blocks(getattr(corpus, split), tokenizer, options.max_length)[: options.limits[split] or None]
-        columns = {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
-        if not masked:
-            columns["labels"] = [[IGNORED, *ids[1:]] for ids in rows]
-        elif split != "train":  # of training rows the collator masks others for every batch
-            columns["input_ids"], columns["labels"] = collate.masked_once(rows, tokenizer)
-        parts[split] = Dataset.from_dict(columns)
-    return parts
+    columns = {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
+    if options.kind == "causal":
+        columns["labels"] = [[IGNORED, *ids[1:]] for ids in rows]
+    elif not train:  # of training rows the collator masks others for every batch
+        columns["input_ids"], columns["labels"] = collate.masked_once(rows, options.tokenizer)
+    return columns, []
 
 
 def blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
@@ -91,24 +98,14 @@ def blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_len
     return [[*before, *piece, *after] for piece in pieces if len(piece) >= min(SHORTEST_BLOCK, room)]
 
 
-def conversation(corpus: Corpus, options: Options) -> Parts:
+def conversation(rows: Sequence[chat.Chat], options: Options, train: bool) -> Made:
     """One chat a row; with packing, several a training row."""
-    pad = PadCollator(options.tokenizer.pad_token_id)
-    collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
-    parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
-    for split in SPLITS:
-        chats = shuffled(getattr(corpus, split))[: options.limits[split] or None]
-        ids, labels = chat.encode(chats, options.tokenizer, options.max_length)
-        if cut := len(chats) - len(ids):
-            reason = f"no answer within {options.max_length} tokens"
-            parts["notes"].append(f"{split}: {cut} of {len(chats)} chats dropped, {reason}")
-        columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
-        if options.packing and split == "train":
-            columns = collate.pack(ids, labels, options.max_length)
-        parts[split] = Dataset.from_dict(columns)
-        answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in chats]
-        parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
-    return parts
+    ids, labels = chat.encode(rows, options.tokenizer, options.max_length)
+    columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+    if options.packing and train:
+        columns = collate.pack(ids, labels, options.max_length)
+    dropped = f"{len(rows) - len(ids)} of {len(rows)} chats dropped, no answer within {options.max_length} tokens"
+    return columns, [dropped] * (len(ids) < len(rows))
 
 
-BUILDERS = {"labelled": classification, "documents": language_model, "chats": conversation}
+FORMS = {"labelled": classification, "documents": language_model, "chats": conversation}

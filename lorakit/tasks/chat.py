@@ -53,15 +53,12 @@ def encode(
     Prompts and answers are tokenised apart, as in generation: no token straddles the two. Chats whose answers are
     wholly cut away are left out.
     """
-    split = [segments(chat) for chat in chats]
-    texts = [text for parts in split for text, _ in parts]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     kept: tuple[list[list[int]], list[list[int]]] = ([], [])
-    for parts in split:
+    for parts in map(segments, chats):
         ids, labels = list(start), [IGNORED] * len(start)
-        for _, predicted in parts:
-            piece = next(encoded)
+        pieces = tokenizer([text for text, _ in parts], add_special_tokens=False, verbose=False)["input_ids"]
+        for piece, (_, predicted) in zip(pieces, parts, strict=True):
             ids += piece
             labels += piece if predicted else [IGNORED] * len(piece)
         if any(label != IGNORED for label in labels[:max_length]):

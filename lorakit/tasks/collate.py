@@ -13,7 +13,7 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,11 +82,8 @@ def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int)
     return columns
 
 
-@dataclass(frozen=True)
-class PackedCollator:
+class PackedCollator(PadCollator):
     """Pads packed rows; padding is one more document, so that no real token sees it. No `attention_mask`: see above."""
-
-    pad_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = padded([row["input_ids"] for row in rows], self.pad_id)
@@ -108,25 +105,24 @@ def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collat
     row = next((row for row in rows if row["position_ids"].count(0) > 1), None)
     if row is None:
         return
-    batch = collator([row])
+    batch, length = collator([row]), len(row["input_ids"])
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+    lengths = [end - start for start, end in pairwise([*starts, length])]
     cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
     try:
         with evaluating(model):
-            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
-            parts = list(zip(starts, [*starts[1:], len(row["input_ids"])], strict=True))
-            alone = [model(input_ids=batch["input_ids"][:, start:end]).logits[0] for start, end in parts]
+            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :length]
+            alone = [model(input_ids=ids).logits[0] for ids in batch["input_ids"][:, :length].split(lengths, dim=1)]
     except TypeError as error:
         raise ParameterError("packing", True, f"{type(model).__name__} takes no packed rows: {error}") from None
     finally:
         model.config.use_cache = cache
-    pairs = [(packed[start:end].float(), own.float()) for (start, end), own in zip(parts, alone, strict=True)]
+    pairs = [(found.float(), own.float()) for found, own in zip(packed.split(lengths), alone, strict=True)]
     first, *others = [((found - own).norm() / own.std().clamp(min=1e-12) / own.numel() ** 0.5) for found, own in pairs]
-    worst = max(range(len(others)), key=others.__getitem__)
-    off = (pairs[worst + 1][0] - pairs[worst + 1][1]).abs().max()
+    off = max((found - own).abs().max() for found, own in pairs)
     allowed = f"{type(model).__name__} lets the documents of a row see each other (logits off by {off:.2g}); use false"
     limit = max(4 * first.item(), ROUNDING, torch.finfo(model.dtype).eps)
-    require(others[worst].item() <= limit, "packing", True, allowed)
+    require(max(others).item() <= limit, "packing", True, allowed)
 
 
 @dataclass(frozen=True)
@@ -141,16 +137,12 @@ class Masker:
     tokenizer: PreTrainedTokenizerFast
     seed: int
 
-    @cached_property
-    def _special(self) -> torch.Tensor:
-        return torch.tensor(sorted({*self.tokenizer.all_special_ids, self.tokenizer.pad_token_id}))
-
     def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, T) -> (ids with tokens hidden, labels); a row with any ordinary token has at least one label."""
         digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         chance = torch.rand(ids.shape, generator=generator)
-        ordinary = ~torch.isin(ids, self._special)
+        ordinary = ~torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
         chance = chance.masked_fill(~ordinary, 2.0)
         least = chance == chance.amin(1, keepdim=True)
         chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
@@ -162,14 +154,13 @@ class Masker:
 
 
 @dataclass(frozen=True)
-class MaskCollator:
+class MaskCollator(PadCollator):
     """Pads, then masks: the labels of a batch are a function of its ids and the seed."""
 
-    pad: PadCollator
     masker: Masker
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.pad(rows)
+        batch = super().__call__(rows)
         batch["input_ids"], batch["labels"] = self.masker(batch["input_ids"])
         return batch
 

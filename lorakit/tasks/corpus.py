@@ -87,16 +87,15 @@ def content(row: Any) -> str:
 
 def apart(train: list[Row], validation: list[Row], test: list[Row], paths: Iterable[Path], *notes: str) -> Corpus:
     """A corpus of the files at `paths`, without rows whose content is in a later split; a note counts them."""
-    in_test = {normal(content(row)) for row in test}
-    named = [(normal(content(row)), row) for row in validation]
-    later = in_test | {name for name, _ in named}
-    kept = (
-        [row for row in train if normal(content(row)) not in later],
-        [row for name, row in named if name not in in_test],
-    )
+    seen: set[str] = set()
+    kept: list[list[Row]] = []
+    for rows in (test, validation, train):
+        names = [normal(content(row)) for row in rows]
+        kept.insert(0, [row for name, row in zip(names, rows, strict=True) if name not in seen])
+        seen.update(names)
     dropped = len(train) - len(kept[0]), len(validation) - len(kept[1])
     note = f"dropped {dropped[0]} training and {dropped[1]} validation rows whose text is in a later split"
-    return Corpus(*kept, test, fingerprints(paths), [*notes, *[note] * any(dropped)])
+    return Corpus(*kept, fingerprints(paths), [*notes, *[note] * any(dropped)])
 
 
 def normal(text: str) -> str:

@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from decimal import Context, Decimal
+from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import require
 from lorakit.modules import evaluating
 
+EXACT = Context(prec=1000)  # digits
 ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 
@@ -17,12 +21,8 @@ def gsm8k_answer(text: str) -> str | None:
     found = ANSWER.search(text)
     if found is None:
         return None
-    number = (found[1] + found[2]).replace(",", "").replace("--", "-")  # next: 18.00 -> 18, 007 -> 7, -0 -> 0
-    sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
-    whole, _, fraction = digits.partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    plain = f"{whole}.{fraction}" if fraction else whole
-    return plain if plain == "0" else sign + plain
+    number = Decimal((found[1] + found[2]).replace(",", "").replace("--", "-"))
+    return f"{EXACT.plus(number).normalize(EXACT):f}"  # 18.00 is 18, 007 is 7, -0 is 0
 
 
 @torch.no_grad()
@@ -58,18 +58,15 @@ def generate(
     """Greedy continuations of prompts of any lengths, one batch, padded on the left; each ends before <end_of_turn>."""
     encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [start + ids for ids in encoded]
-    pads = [max(map(len, rows)) - len(row) for row in rows]
-    ids = [[tokenizer.pad_token_id] * pad + row for pad, row in zip(pads, rows, strict=True)]
-    mask = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
-    inputs = {"input_ids": torch.tensor(ids).to(model.device), "attention_mask": torch.tensor(mask).to(model.device)}
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    rows = [torch.tensor(start + ids, device=model.device) for ids in encoded]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids, mask = padded(rows, padding_value=tokenizer.pad_token_id), padded([torch.ones_like(row) for row in rows])
     turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
     ends = ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []) + (turn if len(turn) == 1 else [])
-    stops = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends or None}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True, "eos_token_id": ends or None}
     with evaluating(model):
-        output = model.generate(**inputs, **options, **stops)
-    new = output[:, inputs["input_ids"].shape[1] :].cpu()
+        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
+    new = output[:, ids.shape[1] :].cpu()
     texts = tokenizer.batch_decode(new, skip_special_tokens=False)
     for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):
         texts = [text.split(end)[0] for text in texts]

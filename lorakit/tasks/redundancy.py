@@ -79,7 +79,9 @@ def redundant_stream(
     stream[~redundant] = np.concatenate([outside[:0], *walks])[:fresh].reshape(-1, batch_size)
     ordered_rows = rows.select(stream.ravel())
     if kind == "near":
-        ordered_rows = _thinned_copies(ordered_rows, redundant.repeat(batch_size), drop, special, for_redundant)
+        copied = zip(ordered_rows, redundant.repeat(batch_size), strict=True)
+        made = [thinned(row, drop, special, for_redundant) if it else row for row, it in copied]
+        ordered_rows = Dataset.from_list(made, features=rows.features)
     return ordered_rows, redundant
 
 
@@ -105,17 +107,6 @@ def _places(batches: int, count: int, run: int, rng: np.random.Generator) -> np.
 
 
 # near-duplicates ------------------------------------------------------------------------------------
-
-
-def _thinned_copies(
-    rows: Dataset, chosen: np.ndarray, drop: float, special: Set[int], rng: np.random.Generator
-) -> Dataset:
-    columns = rows[:]
-    for place in np.flatnonzero(chosen).tolist():
-        row = {name: column[place] for name, column in columns.items()}
-        for name, value in thinned(row, drop, special, rng).items():
-            columns[name][place] = value
-    return Dataset.from_dict(columns, features=rows.features)
 
 
 def thinned(row: dict[str, Any], drop: float, special: Set[int], rng: np.random.Generator) -> dict[str, Any]:

@@ -81,13 +81,12 @@ def load(
     family = "decoder" if tokenizer.cls_token_id is None else "encoder"
     task_kind = kind(name, kind_of_model or family)
     corpus, source = text or read(name, data_dir)
-    parts = build.BUILDERS[known.form](corpus, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
+    parts = build.build(corpus, known.form, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
         raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
     metrics, main_metric = (classification_f1, "f1") if known.f1 else JUDGED[task_kind]
-    judged = {"metrics": metrics, "main_metric": main_metric}
-    return Task(name, task_kind, num_labels=2, files=corpus.files, source=source, **judged, **parts)
+    return Task(name, task_kind, metrics=metrics, main_metric=main_metric, files=corpus.files, source=source, **parts)
 
 
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:

@@ -35,7 +35,6 @@ class Task:
 
     name: str
     kind: Kind
-    num_labels: int
     train: Dataset
     validation: Dataset
     test: Dataset
@@ -50,8 +49,7 @@ class Task:
 
     def answer_rows(self, split: str = "test", count: int = 0) -> list[tuple[str, str]]:
         """The first `count` (0: all) GSM8K-style rows of `split`, each (prompt text, answer); there may be none."""
-        rows = list(self.answers.get(split, ()))
-        return rows[:count] if count else rows
+        return list(self.answers.get(split, ()))[: count or None]
 
 
 # metrics -------------------------------------------------------------------------------------------
