@@ -1,9 +1,8 @@
 """Name -> transformers configuration without weights; well-known hub models have packaged dimensions."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -14,8 +13,7 @@ from lorakit.models import sources
 PACKAGED = Path(__file__).parent.parent / "configs" / "models.json"
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(NamedTuple):
     """A configuration and where it came from, in words ("packaged dimensions" when it was not read from the model)."""
 
     config: PreTrainedConfig
@@ -54,16 +52,13 @@ def describe(name: str) -> Described:
         else:
             return Described(read_config(source), source.text)
     require(name in packaged, "model", name, f"has no configuration; packaged: {names}")
-    dimensions = packaged[name]
-    return Described(AutoConfig.for_model(dimensions.pop("model_type"), **dimensions), "packaged dimensions")
+    return Described(AutoConfig.for_model(**packaged[name]), "packaged dimensions")
 
 
 def read_config(source: sources.Source) -> PreTrainedConfig:
     """Configuration of a model whose files were found."""
-    try:
+    with sources.explained(source, "config.json cannot be read"):
         return AutoConfig.from_pretrained(source.location, **source.arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AssetError(f"model={source.name!r}: config.json cannot be read: {' '.join(str(error).split())}") from None
 
 
 def family_of(configuration: PreTrainedConfig) -> str:

@@ -1,7 +1,5 @@
 """Name -> weights with a head for the task; a new head depends on the seed alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,6 @@ KINDS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 ATTENTIONS = ("sdpa", "eager")
-ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,7 @@ class LoadedModel:
 
 
 def load(
-    name: str,
-    kind: str,
-    *,
-    num_labels: int = 2,
-    dtype: str = "fp32",
-    attention: str = "sdpa",
-    seed: int = 0,
+    name: str, kind: str, *, num_labels: int = 2, dtype: str = "fp32", attention: str = "sdpa", seed: int = 0
 ) -> LoadedModel:
     """Load a model by name (offline asset, toy, local folder, hub id) with the head that `kind` needs.
 
@@ -103,7 +94,7 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
     """See `tokenizer`."""
     if source.name in toys.NAMES:
         return toys.tokenizer(source.name)
-    with _explained(source, "its tokenizer cannot be read"), quiet():
+    with sources.explained(source, "its tokenizer cannot be read"), quiet():
         tokens = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         if not tokens.is_fast:
             raise ValueError("it is not a fast tokenizer (tokenizer.json)")
@@ -122,7 +113,7 @@ def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) 
 
     auto, asked = getattr(transformers, KINDS[kind]), source.arguments
     asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
-    explained = _explained(source, f"cannot be loaded as a {kind} model")
+    explained = sources.explained(source, f"cannot be loaded as a {kind} model")
     with explained, quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of new parameters; torch.manual_seed would reseed CUDA too
         model, info = auto.from_pretrained(source.location, output_loading_info=True, **asked, **options)
@@ -131,15 +122,3 @@ def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) 
     if lost:
         raise AssetError(f"model={source.name!r}: the weights lack {len(lost)} parameters of the base, first {lost[0]}")
     return model.eval(), new
-
-
-@contextmanager
-def _explained(source: sources.Source, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (*ANY_FAILURE, SafetensorError) as error:
-        lines = " ".join(str(error).split())
-        raise AssetError(f"model={source.name!r} ({source.text}): {what}: {lines[:300]}") from None

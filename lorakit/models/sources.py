@@ -2,8 +2,12 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lorakit import assets
 from lorakit.assets import hub
@@ -16,6 +20,7 @@ ALTERNATIVES = (
     "Python package index), or a local folder with config.json, weights and tokenizer"
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of the first pattern that matches anything
+ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 DESCRIPTIONS = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "spiece.model")
 
 
@@ -74,6 +79,16 @@ def resolve(name: str) -> Source:
         hint = "; it is an adapter: load its base, then the adapter" if adapter else ""
         raise AssetError(f"model={name!r}: the folder has no config.json{hint}")
     return Source(name, str(folder), "local folder", fingerprint(folder))
+
+
+@contextmanager
+def explained(source: Source, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over the files of `source` into one line."""
+    try:
+        yield
+    except ANY_FAILURE as error:
+        line = " ".join(str(error).split())
+        raise AssetError(f"model={source.name!r} ({source.text}): {what}: {line:.300}") from None
 
 
 def fingerprint(folder: Path) -> str | None:
