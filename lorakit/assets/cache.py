@@ -47,8 +47,8 @@ def damaged(asset: Asset) -> list[str]:
     folder = root() / asset.name
     known = {name: entry["sha256"] for name, entry in _manifest(folder, asset).items()}
     pinned = known | {member.name: member.sha256 for member in asset.members if member.name in known}
-    intact = {name for name, pin in pinned.items() if (folder / name).is_file() and sha256(folder / name) == pin}
-    return [name for name in known if name not in intact] if known else [MANIFEST]
+    bad = [name for name, pin in pinned.items() if not (folder / name).is_file() or sha256(folder / name) != pin]
+    return bad if known else [MANIFEST]
 
 
 def _manifest(folder: Path, asset: Asset) -> dict[str, dict]:
@@ -91,11 +91,8 @@ def lock(asset: Asset) -> Iterator[None]:
 
     try:
         (root() / ".locks").mkdir(parents=True, exist_ok=True)
-        waiting = FileLock(root() / ".locks" / f"{asset.name}.lock")
-        waiting.acquire()
+        held = FileLock(root() / ".locks" / f"{asset.name}.lock").acquire()
     except OSError as error:
         raise AssetError(f"{asset.name}: cannot write to the cache {root()}: {error}; set LORAKIT_CACHE") from None
-    try:
+    with held:
         yield
-    finally:
-        waiting.release()

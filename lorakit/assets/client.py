@@ -42,19 +42,16 @@ def run_client(command: list[str], folder: Path, tick: Callable[[], None]) -> tu
 
     Whatever ends this function early (Ctrl-C included) ends the client too.
     """
-    environment = {**os.environ, "TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            while process.poll() is None:
-                tick()
-                time.sleep(POLL)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, env=environment, **streams) as process:
+            try:
+                while process.poll() is None:
+                    tick()
+                    time.sleep(POLL)
+            finally:
+                process.kill()  # nothing, where it has ended
         output.seek(0)
         return process.returncode, output.read().decode(errors="replace")
 

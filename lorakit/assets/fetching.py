@@ -1,6 +1,5 @@
 """fetch = download + unpack + convert in a folder aside, then one move: an asset is there whole or not at all."""
 
-import contextlib
 import os
 import shutil
 import sys
@@ -114,7 +113,6 @@ def dequantise(gguf: Path, folder: Path) -> None:
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        with contextlib.suppress(AttributeError):
-            del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,10 +1,11 @@
 """What can be had offline: assets on the Python package index, each pinned by version and sha256 in `assets.json`."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 PINS = Path(__file__).parents[1] / "configs" / "assets.json"
 
@@ -73,12 +74,4 @@ class Asset:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _asset(name: str, pins: dict[str, Any]) -> Asset:
-    packages = [
-        package | {"members": tuple(Member(**pin) for pin in package["members"])} for package in pins["packages"]
-    ]
-    made = {"packages": tuple(Package(**package) for package in packages), "notes": tuple(pins["notes"])}
-    return Asset(name, **pins | made | ({"joined": Member(**pins["joined"])} if "joined" in pins else {}))
-
-
-ASSETS = {name: _asset(name, pins) for name, pins in json.loads(PINS.read_text(encoding="utf-8")).items()}
+ASSETS = {asset.name: asset for asset in TypeAdapter(list[Asset]).validate_json(PINS.read_bytes())}
