@@ -29,13 +29,16 @@ from transformers import __version__ as transformers_version
 
 from lorakit.head import IGNORED
 from lorakit.tasks.toy import models
-from lorakit.tasks.toy.grammar import chats, posted_reviews, reviews, split_seed, stories
-from lorakit.tasks.toy.review_grammar import OPINION_WORDS
+from lorakit.tasks.toy.chat_grammar import QUESTIONS, product
+from lorakit.tasks.toy.grammar import chats, reviews, split_seed, stories
+from lorakit.tasks.toy.review_grammar import OPINION_WORDS, review
+from lorakit.tasks.toy.story_grammar import EVENTS, give
 
 MASK_OPINION, MASK_OTHER = 0.15, 0.02  # chance that a word is to be guessed
 MASK_BYTE = 0.04  # chance of any byte outside those words: it teaches spelling, which whole words build on
 HIDDEN = 0.9  # of the chosen places; the others stay readable and are guessed all the same
 HELDOUT_ROWS = 96
+IRONIC = 0.15  # share of emoticons that say the opposite
 KINDS = {  # of text, in turn
     "toy-encoder": ("posted reviews",) * 7 + ("stories",),
     "toy-decoder": ("stories", "reviews", "chats"),
@@ -64,10 +67,21 @@ def texts(kind: str, count: int, seed: int) -> list[str]:
     if kind == "reviews":
         return [text for text, _ in reviews(count, seed)]
     if kind == "stories":
-        return stories(count, seed, gifts=False)
+        return stories(count, seed, [event for event in EVENTS if event is not give])
     template = _tokenizer("toy-decoder")
-    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in chats(count, seed, products=False))
+    asked = chats(count, seed, [question for question in QUESTIONS if question is not product])
+    rendered = (template.apply_chat_template(chat, tokenize=False) for chat in asked)
     return [text.removeprefix("<bos>") for text in rendered]
+
+
+def posted_reviews(count: int, seed: int) -> list[str]:
+    """`count` unlabelled reviews as people post them, each ending in an emoticon that is not always meant."""
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        text, label = review(rng, rng.choice((0, 1)))
+        smiles = (label == 1) != (rng.random() < IRONIC)
+        rows.append(f"{text} {':)' if smiles else ':('}")
+    return rows
 
 
 def masked_spans(text: str, rng: random.Random) -> list[Span]:

@@ -63,8 +63,5 @@ QUESTIONS: tuple[Question, ...] = (total, total, product, copying, reversing, co
 def chat(rng: random.Random, questions: Sequence[Question]) -> list[dict[str, str]]:
     """One question and its answer, sometimes followed by a second."""
     turns = [rng.choice(questions)(rng) for _ in range(2 if rng.random() < SECOND_TURN else 1)]
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]

@@ -4,15 +4,15 @@ Every function draws from one `random.Random(seed)` row by row: a larger count e
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from lorakit.errors import require
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, content, normal
-from lorakit.tasks.toy.chat_grammar import QUESTIONS, chat, product
-from lorakit.tasks.toy.review_grammar import IRONIC, review
-from lorakit.tasks.toy.story_grammar import EVENTS, give, story
+from lorakit.tasks.toy.chat_grammar import QUESTIONS, Question, chat
+from lorakit.tasks.toy.review_grammar import review
+from lorakit.tasks.toy.story_grammar import EVENTS, Event, story
 
 ROWS = {"train": 960, "validation": 240, "test": 240}  # of the toy tasks
 SURPLUS = 8  # times the rows needed are written, of which those already seen are passed over
@@ -41,33 +41,15 @@ def reviews(count: int, seed: int) -> list[tuple[str, int]]:
     return rows[:count]
 
 
-def posted_reviews(count: int, seed: int) -> list[str]:
-    """`count` unlabelled reviews as people post them, each ending in an emoticon that is not always meant."""
-    rng, rows = random.Random(seed), []
-    for _ in range(count):
-        text, label = review(rng, rng.choice((0, 1)))
-        smiles = (label == 1) != (rng.random() < IRONIC)
-        rows.append(f"{text} {':)' if smiles else ':('}")
-    return rows
-
-
-def stories(count: int, seed: int, gifts: bool = True) -> list[str]:
-    """`count` stories of 3 to 6 sentences about one object, who holds it and where.
-
-    Without `gifts` the object keeps its holder.
-    """
+def stories(count: int, seed: int, events: Sequence[Event] = EVENTS) -> list[str]:
+    """`count` stories of 3 to 6 sentences about one object, who holds it and where."""
     rng = random.Random(seed)
-    events = EVENTS if gifts else [event for event in EVENTS if event is not give]
     return [story(rng, events) for _ in range(count)]
 
 
-def chats(count: int, seed: int, products: bool = True) -> list[list[dict[str, str]]]:
-    """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked.
-
-    Without `products` no question asks for a multiplication.
-    """
+def chats(count: int, seed: int, questions: Sequence[Question] = QUESTIONS) -> list[list[dict[str, str]]]:
+    """`count` chats, each a list of {"role": "user" | "assistant", "content": text}; every answer can be checked."""
     rng = random.Random(seed)
-    questions = QUESTIONS if products else [question for question in QUESTIONS if question is not product]
     return [chat(rng, questions) for _ in range(count)]
 
 

@@ -7,7 +7,7 @@ A verdict beside the sentence ("i never liked it.") always agrees with it. One w
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ASPECTS = (
     "plot", "acting", "music", "ending", "script", "cast", "pace", "story", "humor", "hero", "villain", "opening",
@@ -22,11 +22,9 @@ NEGATORS = ("not", "never", "hardly")
 WEAKLY, STRONGLY = ("slightly", "mildly", "somewhat"), ("utterly", "truly", "deeply")
 
 NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.25, 0.5, 0.3  # shares
-IRONIC = 0.15  # share of emoticons that say the opposite
 
 
-@dataclass(frozen=True)
-class Clause:
+class Clause(NamedTuple):
     """One statement about one aspect; `adverb` is a negator, an intensity or empty."""
 
     aspect: str
