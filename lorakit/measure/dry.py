@@ -12,31 +12,36 @@ from torch import nn
 @contextlib.contextmanager
 def faked(model: nn.Module, mode: Any) -> Iterator[None]:
     """Replace parameters and buffers by fake tensors for a while; tied ones stay tied."""
-    fakes: dict[int, torch.Tensor] = {}  # by identity
-    originals = []
-    for module in model.modules():
-        for slot in (module._parameters, module._buffers):
-            originals += [(slot, name, tensor) for name, tensor in slot.items() if tensor is not None]
+    slots = [slot for module in model.modules() for slot in (module._parameters, module._buffers)]
+    with _kept(slots):
+        fakes = {id(tensor): fake(mode, tensor) for slot in slots for tensor in slot.values()}
+        for slot in slots:
+            slot.update({name: fakes[id(tensor)] for name, tensor in slot.items()})
+        yield
+
+
+@contextlib.contextmanager
+def _kept(attributes: list[dict[Any, Any]]) -> Iterator[None]:
+    """What is in each of the dicts now is in it afterwards, and nothing else."""
+    before = [dict(own) for own in attributes]
     try:
-        for slot, name, tensor in originals:
-            if id(tensor) not in fakes:
-                fakes[id(tensor)] = fake(mode, tensor)
-                if hasattr(tensor, "quant_state"):  # a 4-bit weight brings its scales, which stay real
-                    fakes[id(tensor)].quant_state = tensor.quant_state
-            slot[name] = fakes[id(tensor)]
         yield
     finally:
-        for slot, name, tensor in originals:
-            slot[name] = tensor
+        for own, former in zip(attributes, before, strict=True):
+            own.clear()
+            own.update(former)
 
 
 def fake(mode: Any, value: Any) -> Any:
-    """A tensor like `value`, on the CPU, without data; a parameter stays one."""
+    """A tensor like `value`, on the CPU, without data; a parameter stays one, a 4-bit one with its real scales."""
     if not isinstance(value, torch.Tensor):
         return value
     with mode:
-        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-    return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    made = nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+    if hasattr(value, "quant_state"):
+        made.quant_state = value.quant_state
+    return made
 
 
 def fake_mode() -> Any:
@@ -52,24 +57,17 @@ def training_state(model: nn.Module, gradient_checkpointing: bool) -> Iterator[N
     """The state the Trainer puts a model in, undone afterwards: training, no key-value cache, checkpointing."""
     checkpointing = gradient_checkpointing or getattr(model, "is_activation_checkpointing", False)
     config = getattr(model, "config", None)
-    changed: list[dict[Any, Any]] = []
-    for module in model.modules():
-        changed += [vars(module), module._forward_hooks]  # checkpointing adds a hook
-    if hasattr(config, "use_cache"):
-        changed.append(vars(config))  # classifiers note their problem_type there
-    before = [dict(attributes) for attributes in changed]
-    try:
-        if hasattr(config, "use_cache"):
+    # checkpointing adds hooks; classifiers note their problem_type in the configuration
+    changed = [kept for module in model.modules() for kept in (vars(module), module._forward_hooks)]
+    caches = hasattr(config, "use_cache")
+    with _kept([*changed, vars(config)] if caches else changed):
+        if caches:
             config.use_cache = False
         model.train()
         if checkpointing:
             # the random state of dropout has no bytes here, and fake tensors cannot set it
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         yield
-    finally:
-        for attributes, own in zip(changed, before, strict=True):
-            attributes.clear()
-            attributes.update(own)
 
 
 @contextlib.contextmanager

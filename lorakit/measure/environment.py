@@ -2,10 +2,10 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
         **checkout(PROJECT),
     }
 
@@ -53,13 +53,6 @@ def cpu_model() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def executed(root: Path) -> dict[str, Path]:

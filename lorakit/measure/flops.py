@@ -16,7 +16,17 @@ from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop
 aten = torch.ops.aten
 
 
-class FlopCount(TorchDispatchMode):
+class Onlooker(TorchDispatchMode):
+    """A dispatch mode for operators of every kind that run as they are."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled; True imports the compiler (seconds) and slows every operator
+
+
+class FlopCount(Onlooker):
     """Counts the FLOPs of what runs inside it, leaving kernels and numbers as they are.
 
     Works around a forward, a backward, or both; under autocast; with gradient checkpointing (the recomputation is
@@ -30,15 +40,9 @@ class FlopCount(TorchDispatchMode):
         total: FLOPs so far. Entering the mode again goes on adding.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled; True imports the compiler (seconds) and slows every operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -55,12 +59,10 @@ class FlopCount(TorchDispatchMode):
 def _formula(func: Any) -> Callable[..., int] | None:
     """The FLOPs of one operator as a function of its arguments, or None where it costs nothing."""
     packet = getattr(func, "_overloadpacket", func)
-    formula = flop_registry.get(packet)
-    if formula is not None and not hasattr(formula, "__wrapped__"):  # one of the few that look at the tensors
+    formula = flop_registry.get(packet) or _EXTRA.get(getattr(packet, "_qualified_op_name", ""))
+    looks_at_tensors = packet in flop_registry and not hasattr(formula, "__wrapped__")  # as few of torch's do
+    if formula is None or looks_at_tensors:
         return formula
-    formula = formula or _EXTRA.get(packet) or _BY_NAME.get(getattr(packet, "_qualified_op_name", ""))
-    if formula is None:
-        return None
     of_shapes = getattr(formula, "__wrapped__", formula)
 
     # torch's own way from tensors to shapes, through its pytree, takes longer than many a product
@@ -78,22 +80,21 @@ def _shape(value: Any) -> Any:
 
 
 # What torch's registry leaves out: CPU attention, products with vectors or into a given tensor, and the composite
-# operators, which reach a dispatch mode whole under `torch.inference_mode` only. Arguments are those of the operators.
-_EXTRA: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-    aten.scaled_dot_product_attention: sdpa_flop,
-    aten.linear: lambda x, weight, *_, **__: 2 * prod(x) * weight[0],  # (…, k) with (n, k)
+# operators, which reach a dispatch mode whole under `torch.inference_mode` only; by name, as libraries may not be
+# imported yet. Arguments are those of the operators.
+_EXTRA: dict[str, Callable[..., int]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": sdpa_flop,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward_flop,
+    "aten::scaled_dot_product_attention": sdpa_flop,
+    "aten::linear": lambda x, weight, *_, **__: 2 * prod(x) * weight[0],  # (…, k) with (n, k)
     # (…, m, k) with (…, k, n), broadcast; vectors count as matrices with one row or column
-    aten.matmul: lambda a, b, *_, out_shape, **__: 2 * prod(out_shape) * a[-1],
-    aten.addmm_: flop_registry[aten.addmm],
-    aten.baddbmm_: flop_registry[aten.baddbmm],
-    **dict.fromkeys((aten.mv, aten.dot), lambda matrix, *_, **__: 2 * prod(matrix)),
-    aten.addmv: lambda bias, matrix, *_, **__: 2 * prod(matrix),
-    aten.addbmm: lambda bias, a, b, *_, **__: bmm_flop(a, b),
+    "aten::matmul": lambda a, b, *_, out_shape, **__: 2 * prod(out_shape) * a[-1],
+    "aten::addmm_": flop_registry[aten.addmm],
+    "aten::baddbmm_": flop_registry[aten.baddbmm],
+    **dict.fromkeys(("aten::mv", "aten::dot"), lambda matrix, *_, **__: 2 * prod(matrix)),
+    "aten::addmv": lambda bias, matrix, *_, **__: 2 * prod(matrix),
+    "aten::addbmm": lambda bias, a, b, *_, **__: bmm_flop(a, b),
+    # (…, k) with 4-bit weights, counted as the dense (n, k) would be
+    "bitsandbytes::gemm_4bit": lambda x, packed, dense, *_, **__: 2 * prod(x) * dense[0],
+    "bitsandbytes::gemv_4bit": lambda x, packed, dense, *_, **__: 2 * prod(x) * dense[0],
 }
-
-# Operators of libraries that may not be imported yet: (…, k) with 4-bit weights, counted as the dense (n, k) would be.
-_BY_NAME: dict[str, Callable[..., int]] = dict.fromkeys(
-    ("bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"), lambda x, packed, dense, *_, **__: 2 * prod(x) * dense[0]
-)

@@ -21,15 +21,13 @@ def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repea
         ParameterError: `repeats < 1`.
     """
     require(repeats >= 1, "repeats", repeats, "at least 1")
-    on_cuda = any(value.is_cuda for value in batch.values())
+    wait = torch.cuda.synchronize if any(value.is_cuda for value in batch.values()) else lambda: None
     milliseconds = []
     with evaluating(model), torch.inference_mode():
         for _ in range(warmup + repeats):
-            if on_cuda:
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
             model(**batch)
-            if on_cuda:
-                torch.cuda.synchronize()
+            wait()
             milliseconds.append((time.perf_counter() - start) * 1e3)
     return statistics.median(milliseconds[warmup:])

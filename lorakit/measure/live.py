@@ -4,11 +4,13 @@ import bisect
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lorakit.measure.flops import Onlooker
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "logits")
 
@@ -23,7 +25,7 @@ class _Storage:
     died: float = float("inf")
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Onlooker):
     """Follows every storage that an operator makes inside it, from its birth to its death, on fake or real tensors.
 
     A storage is of kind "activations" until `claim` says otherwise; views and in-place results are no new storages.
@@ -33,8 +35,6 @@ class LiveBytes(TorchDispatchMode):
         logit_width: while set, a floating-point storage born as a tensor of this last dimension is of kind "logits".
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
         super().__init__()
         self.logit_width: int | None = None
@@ -43,14 +43,10 @@ class LiveBytes(TorchDispatchMode):
         self._sums: list[tuple[_Storage, _Storage]] = []  # (a, a + b) of sums in the backward
         self._events = 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled; True imports the compiler and slows every operator
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.name() == "bitsandbytes::gemm_4bit":
             with self:
-                return _unpacked_product(*args, **(kwargs or {}))
+                return _unpacked_product(*args)
         out = func(*args, **(kwargs or {}))
         sums = func is torch.ops.aten.add.Tensor and not args[0]._is_view()
         if sums and torch._C._current_autograd_node() is not None and not torch.is_grad_enabled():  # in the backward
@@ -87,11 +83,8 @@ class LiveBytes(TorchDispatchMode):
         for entry in self._all:
             changes[entry.born] += entry.nbytes
             changes[entry.died] -= entry.nbytes
-        live = most = when = 0
-        for event in range(self._events + 1):
-            live += changes[event]
-            if live > most:
-                most, when = live, event
+        live = list(accumulate(changes[event] for event in range(self._events + 1)))
+        when = live.index(max(live))
         split: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         for entry in self._all:
             if entry.born <= when < entry.died:
@@ -113,16 +106,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _unpacked_product(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    shape: Any,
-    absmax: torch.Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: torch.Tensor | None = None,
-    absmax_8bit: torch.Tensor | None = None,
-    absmax_code: torch.Tensor | None = None,
-    absmax_offset: torch.Tensor | None = None,
+    x: torch.Tensor, packed: torch.Tensor, shape: Any, absmax: torch.Tensor, blocksize: int, quant_type: str, *rest: Any
 ) -> torch.Tensor:
     """bitsandbytes' 4-bit product as its CPU kernel takes it, with the unpacked weight in sight.
 
@@ -130,6 +114,7 @@ def _unpacked_product(
     the real kernel casts an fp32 weight (`compute_dtype="fp32"`) once more, which is not seen here.
     """
     ops = torch.ops.bitsandbytes
+    bias, absmax_8bit, absmax_code, absmax_offset = (*rest, None, None, None, None)[:4]  # as many as were given
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)

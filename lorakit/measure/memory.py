@@ -86,7 +86,7 @@ def _step(
     autocast: str | None,
     mode: Any,
     count: FlopCount | None,
-    loss_of: Callable[[], torch.Tensor],
+    loss_of: Callable[[], Any],
 ) -> dict[str, int]:
     """One step in steady state, everything alive before it claimed by its kind."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,8 +103,7 @@ def _step(
             live.claim(tensor, kind)
     with contextlib.ExitStack() as hooks:
         for parameter in trained:
-            handle = parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients"))
-            hooks.callback(handle.remove)
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients")))
         _watch_head(live, model, hooks)
         with mode, live, count or contextlib.nullcontext():
             with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
@@ -135,7 +134,7 @@ def _watch_head(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) 
     def left(_: torch.Tensor) -> None:
         live.logit_width = None
 
-    hooks.callback(heads[-1].register_forward_pre_hook(entered).remove)
+    hooks.enter_context(heads[-1].register_forward_pre_hook(entered))
 
 
 def reset_cuda_peak() -> None:
