@@ -1,6 +1,5 @@
 """The run's parameters in the words of `transformers.TrainingArguments`."""
 
-import copy
 import os
 from datetime import timedelta
 
@@ -30,8 +29,8 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     reports = [name.strip() for name in params.report_to.split(",") if name.strip() not in ("", "none")]
     known = ["all", *get_available_reporting_integrations()]
     allowed = f"must be none or, of what is installed here, {', '.join(known)}"
-    require({*reports} <= {*known}, "report_to", params.report_to, allowed)
-    require(not reports or params.run_dir != "", "run_dir", params.run_dir, "is needed where report_to writes its logs")
+    require(not {*reports} - {*known}, "report_to", params.report_to, allowed)
+    require(not reports or params.run_dir, "run_dir", params.run_dir, "is needed where report_to writes its logs")
     sampling = "group_by_length" if params.group_by_length else "random"
     if params.redundancy:
         sampling = "sequential"  # the stream's order is the experiment
@@ -54,16 +53,14 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
         fp16=params.precision == "fp16",
         tf32=True if params.tf32 and is_torch_tf32_available() else None,
         activation_checkpointing=params.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy=sampling,
         seed=params.seed,
         data_seed=params.seed,
         logging_strategy="no",
-        eval_strategy="no",
         save_strategy="no",
         logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=reports or "none",
+        report_to=reports,
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_timeout=int(waited),
@@ -78,11 +75,10 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
 
 
 def _lacking(arguments: TrainingArguments, optimizer: str) -> str:
-    """Why the Trainer cannot build the optimizer of that name here; empty if it can."""
+    """Ask for the optimizer of that name: why the Trainer cannot build it here; empty if it can."""
     try:
-        asked = copy.copy(arguments)
-        asked.optim = optimizer
-        Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Linear(1, 1))
+        arguments.optim = optimizer
+        Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
     except (ImportError, ValueError, RuntimeError) as error:
         known = optimizer in [name.value for name in OptimizerNames]
         return " ".join(str(error).split())[:200] if known else "there is no optimizer of this name"
