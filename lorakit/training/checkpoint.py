@@ -96,7 +96,7 @@ def damage(path: str | Path, files: Sequence[str]) -> str:
                         return f"{name} is damaged: {broken}"
             elif name == RUN:
                 _ = [about(path)[part] for part in ("identity", "ledger", "curve", "flops")]
-            elif TrainerState.load_from_json(str(file)).global_step < 1:
+            elif TrainerState.load_from_json(file).global_step < 1:
                 return f"{name} is damaged: it says of no step"
         except (*UNREADABLE, OSError) as error:
             return f"{name} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -104,7 +104,7 @@ def damage(path: str | Path, files: Sequence[str]) -> str:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
     """What is read from `path` inside may not be what it should.
 
     Raises:
@@ -135,7 +135,7 @@ def save_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Write the trained parameters of `model`; the frozen ones are the base model's own."""
     Path(path).mkdir(parents=True, exist_ok=True)
     trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, str(Path(path) / WEIGHTS))
+    save_file(trained, Path(path) / WEIGHTS)
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
@@ -145,7 +145,7 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
         CheckpointError: names or shapes differ from what `model` trains.
     """
     with reading(Path(path) / WEIGHTS):
-        stored = load_file(str(Path(path) / WEIGHTS))
+        stored = load_file(Path(path) / WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
@@ -164,7 +164,7 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     """
     save_seams(run, path)
     if run.curve.best:
-        save_file({name: value.cpu().contiguous() for name, value in run.curve.best.items()}, str(path / BEST))
+        save_file({name: value.cpu().contiguous() for name, value in run.curve.best.items()}, path / BEST)
     state = {
         "identity": run.identity,
         "ledger": run.ledger.state_dict(),
@@ -172,7 +172,7 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
         "flops": run.meter.state_dict(),
     }
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
-    digests = {file.name: sha256(file) for file in sorted(path.iterdir())}
+    digests = {file.name: sha256(file) for file in path.iterdir()}
     (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
     settle(path)
     if (place := Path(output_dir) / path.name).is_dir():  # one of ours, whose folder was given this name
@@ -217,12 +217,9 @@ def load_run(run: RunState, path: str | Path) -> None:
     """Restore what `save_run` wrote.
 
     Raises:
-        CheckpointError: the checkpoint was cut short, lacks the gate's state, or belongs to another run.
+        CheckpointError: the checkpoint belongs to another run.
     """
     path = Path(path)
-    for name in (RUN, STATE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: no {name}: not a complete checkpoint of lorakit")
     with reading(path / RUN):
         state = about(path)
         differences = _differences(run, state["identity"])
@@ -235,7 +232,7 @@ def load_run(run: RunState, path: str | Path) -> None:
         run.meter.load_state_dict(state["flops"])
     if (path / BEST).is_file():
         with reading(path / BEST):
-            run.curve.best = load_file(str(path / BEST))
+            run.curve.best = load_file(path / BEST)
     load_seams(run, path)
 
 
@@ -250,10 +247,8 @@ def load_seams(run: RunState, path: Path) -> None:
     """Restore what `save_seams` wrote.
 
     Raises:
-        CheckpointError: the checkpoint holds no gate's state, or another gate's.
+        CheckpointError: the checkpoint holds another gate's state.
     """
-    if not (path / STATE).is_file():
-        raise CheckpointError(f"{path}: no {STATE}: the gate's state is missing, and a fresh one would be silent")
     with reading(path / STATE):
         seams = torch.load(path / STATE, weights_only=True)
         run.gate.load_state_dict(seams["gate"])
@@ -288,13 +283,13 @@ class Resuming:
         return [STATE, WEIGHTS, *TRAINERS, *draws, *scaler]
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        with reading(Path(folder or "") / "optimizer.pt or scheduler.pt"):
+        with reading(f"{folder}/optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(folder)
 
     def _load_rng_state(self, folder: str | None) -> None:
-        with reading(Path(folder or "") / "rng_state.pth"):
+        with reading(f"{folder}/rng_state.pth"):
             super()._load_rng_state(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_weights(self.model, output_dir or self.args.output_dir)
+            save_weights(self.model, output_dir)

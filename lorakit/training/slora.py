@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
-from lorakit.errors import CheckpointError, LorakitError, require
+from lorakit.errors import LorakitError, require
 from lorakit.gates.novelty import HeadGradientGate
 from lorakit.head import find_head, kind_of
 from lorakit.seams import AlwaysOpen, Gate
@@ -92,12 +92,12 @@ class SLoRATrainer(GatedTrainer):
         )
         self.add_callback(StepCallback(self.run))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """As the Trainer's; True goes on from the newest checkpoint that is whole, the gate's state included."""
         if resume_from_checkpoint is True and (found := checkpoint.numbered(self.args.output_dir)):
             whole = (path for path in reversed(found) if not checkpoint.damage(path, self.checkpoint_files))
-            resume_from_checkpoint = str(next(whole, found[-1]))
-        if isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = next(whole, found[-1])
+        if isinstance(resume_from_checkpoint, (str, Path)):
             self.require_resumable(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
@@ -112,11 +112,10 @@ class SLoRATrainer(GatedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save and isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder))  # for PEFT's own loading; resuming reads the trained weights
+            self.model.save_pretrained(output_dir)  # for PEFT's own loading; resuming reads the trained weights
         if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(str(folder))
+            self.processing_class.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -128,8 +127,6 @@ class SLoRATrainer(GatedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         checkpoint.load_seams(self.run, folder)
-        if not (folder / checkpoint.LEDGER).is_file():
-            raise CheckpointError(f"{folder}: no {checkpoint.LEDGER}: not a complete checkpoint of SLoRATrainer")
         super()._load_from_checkpoint(resume_from_checkpoint)
         self.ledger.load_state_dict(torch.load(folder / checkpoint.LEDGER, weights_only=True))
 

@@ -67,7 +67,7 @@ class BudgetTrainer(GatedTrainer):
         self.budget, self.schedule = budget, schedule or Schedule()
         self.eval_collator = eval_collator or self.data_collator
         self.save_steps = save_steps
-        self._aside = ""  # where a checkpoint is being written
+        self._aside: Path | str = ""  # where a checkpoint is being written
         self.run.identity, self.run.curve = dict(identity or {}), Curve(keep_best=keep_best)
         self.curve = self.run.curve
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
@@ -156,7 +156,7 @@ class BudgetTrainer(GatedTrainer):
         with contextlib.ExitStack() as saving:
             if self.args.should_save:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._aside = str(saving.enter_context(aside(output_dir, checkpoint.SAVING)))
+                self._aside = saving.enter_context(aside(output_dir, checkpoint.SAVING))
             (self._aside,) = broadcast_object_list([self._aside])
             saving.callback(setattr, self, "_aside", "")
             super()._save_checkpoint(model, trial)

@@ -67,9 +67,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
         require_processes(tmp_path, 1)
 
 
-def test_a_checkpoint_of_other_parameters_or_of_no_run_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="not a complete checkpoint of lorakit"):
-        checkpoint.load_run(None, tmp_path)
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     save_file({"other": torch.zeros(2)}, tmp_path / checkpoint.WEIGHTS)
     with pytest.raises(CheckpointError, match="trains other parameters than this run: bias, other, weight"):
         checkpoint.load_weights(nn.Linear(2, 2), tmp_path)
