@@ -49,26 +49,18 @@ class FLoRATrainer(SLoRATrainer):
         settings = TokenSettings(gating=dict(gating or {})).gating
         if settings.method != "baseline" or "method" not in (gating or {}):  # who names the baseline means it
             Gating.require_meant(settings, gating or {}, "gating.")
-        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        check(
-            Params(
-                gating=settings if settings.selective else Gating(),
-                precision=precision,
-                gradient_checkpointing=args.gradient_checkpointing,
-            )
-        )
+        asked = {"precision": "fp16" if args.fp16 else "fp32", "gradient_checkpointing": args.gradient_checkpointing}
+        check(Params(gating=settings if settings.selective else Gating(), **asked))
         loss = options.get("loss", "nll")
         kind = known_kind(model) if settings.selective or loss != "nll" else kind_of(model)
-        made = {
-            "loss": TokenSettings(loss=loss),
-            "smoothing": 0.0 if settings.selective else args.label_smoothing_factor,
-        }
+        smoothing = 0.0 if settings.selective else args.label_smoothing_factor
+        made = {"loss": TokenSettings(loss=loss), "smoothing": smoothing, "seed": args.seed}
         super().__init__(
             model,
             args,
             train_dataset,
             eval_dataset,
             processing_class,
-            tokens=build_tokens(settings, model, kind, seed=args.seed, rank=args.process_index, **made),
+            tokens=build_tokens(settings, model, kind, rank=args.process_index, **made),
             **options,
         )

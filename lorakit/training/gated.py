@@ -71,20 +71,15 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
-        self._verified = self._tried = False
+        self._verified = False
         self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        self._tried = False
-        return super().train(*arguments, **options)
 
     def _inner_training_loop(self, *arguments: Any, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """As the Trainer's, which calls it anew, with smaller batches, where memory ran out: nothing is left over."""
         self._part, self._window, self._measured = None, [], None
-        if self._tried and resume_from_checkpoint:  # else the next try would go on from where this one ended
+        if resume_from_checkpoint:  # else the next try would go on from where this one ended
             self._load_from_checkpoint(resume_from_checkpoint)
-        self._tried = True
         self.run.begin(resumed=resume_from_checkpoint is not None)
         self._head = HeadInput(self._looks_at) if self._looks_at else None
         try:
@@ -101,10 +96,10 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         main = main_input(inputs)
         self.ledger.add(examples=len(main), tokens=tokens)
         length = main.shape[1]
-        shapes = {name: value.shape for name, value in sorted(inputs.items()) if torch.is_tensor(value)}
         self._shape = tuple(
-            (name, (*shape[:1], *("T" if size == length else size for size in shape[1:])))
-            for name, shape in shapes.items()
+            (name, (*value.shape[:1], *("T" if size == length else size for size in value.shape[1:])))
+            for name, value in inputs.items()
+            if torch.is_tensor(value)
         )
         self._whole = (length, length**2)
         if self.tokens.makes_loss:
@@ -295,6 +290,6 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the gate's metrics beside the training loss."""
-        if "loss" in logs and self.gate.selective and self.ledger.steps:
+        if "loss" in logs and self.gate.selective:
             logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         super().log(logs, start_time)

@@ -77,7 +77,7 @@ def is_mean_loss(model: torch.nn.Module, inputs: Mapping[str, Any], kind: str) -
     labels = inputs["labels"]
     if not takes_labels(model):
         return True
-    if labels.is_floating_point() or getattr(model.config, "num_labels", 2) == 1 and kind == "classify":
+    if labels.is_floating_point() or getattr(model.config, "num_labels", None) == 1 and kind == "classify":
         return False
     single, _ = fullest_row(inputs, labels, kind)
     with evaluating(model):
@@ -97,17 +97,15 @@ class LossTrainer(Trainer):
     def __init__(self, kind: str, *, tokenizer: Any = None, **trainer_arguments: Any):
         if tokenizer is not None:
             named = trainer_arguments.get("processing_class")
-            require(
-                named is None, "tokenizer", type(tokenizer).__name__, "is called processing_class: give one of them"
-            )
+            told = "is called processing_class: give one of them"
+            require(named is None, "tokenizer", type(tokenizer).__name__, told)
             trainer_arguments["processing_class"] = tokenizer
         model = trainer_arguments["model"]
         if attached := hasattr(model, "lorakit_attachment"):
             require_own_names(model)
         # the Trainer refuses what transformers packed unless it has adapters; and who trains its head: see `attach`
-        shown = (
-            attached and getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
-        )
+        hidden = not getattr(model, "_hf_peft_config_loaded", False)
+        shown = attached and hidden and getattr(model, "is_quantized", False)
         if shown:
             model._hf_peft_config_loaded = True
         try:

@@ -79,7 +79,7 @@ class SLoRATrainer(GatedTrainer):
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
         if loss != "nll" and "tokens" not in options:
             made = {"loss": TokenSettings(loss=loss), "smoothing": args.label_smoothing_factor}
-            options["tokens"] = build_tokens(Gating(), model, kind or known_kind(model), **made)
+            options["tokens"] = build_tokens(Gating(), model, known_kind(model), **made)
         super().__init__(
             kind=kind,
             gate=gate,

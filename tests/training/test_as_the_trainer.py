@@ -114,6 +114,7 @@ LOSSES = {
     "function": (own_function, runs.collate_language, {}),
     "routers": (with_routers, runs.collate_language, {}),
     "smoothed": (decoder, runs.collate_language, {"label_smoothing_factor": 0.2}),
+    "smoothed function": (own_function, runs.collate_language, {"label_smoothing_factor": 0.2}),
     "smoothed classes": (lora, runs.collate, {"label_smoothing_factor": 0.2}),
     "one label": (regression, AMOUNT, {}),
     "several labels": (several_labels, SETS, {}),
@@ -124,7 +125,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "max_grad_norm": 0.
 
 def on(trainer, name, folder, **options):
     """A trainer of that class on one of LOSSES."""
-    model, collate, given = LOSSES[name]
+    model, collate, given = (LOSSES | WHOLE)[name]
     given = given | SGD | {key: options.pop(key) for key in list(options) if hasattr(arguments(folder), key)}
     rows = runs.language_rows if collate is runs.collate_language else runs.rows
     data = {"train_dataset": rows(), "eval_dataset": rows(16, seed=1), "data_collator": collate}
@@ -191,6 +192,7 @@ def test_an_overridden_compute_loss_is_the_loss(tmp_path, name, mixin, gate):
 
 
 CHOOSING = {"gating": {"method": "random"}}
+WHOLE = {"one whole label": (regression, runs.collate, {})}
 REFUSED = [
     ("function", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
     ("routers", FLoRATrainer, CHOOSING, "own loss.*loss_function, router losses"),
@@ -213,6 +215,12 @@ REFUSED = [
         SLoRATrainer,
         {"gate_config": {"m": 64, "k": 8, "burn_in": 1}},
         "^labels=torch.float32: gate 'novelty'",
+    ),
+    (
+        "one whole label",
+        SLoRATrainer,
+        {"gate_config": {"m": 64, "k": 8, "burn_in": 1}},
+        "^labels=torch.int64: gate 'novelty'",
     ),
     (
         "several labels",

@@ -180,11 +180,13 @@ def test_the_seconds_are_those_of_the_steps(tmp_path, clock):
 
         return taken
 
-    run = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"), evaluations=2, save_steps=1)
+    folder = tmp_path / "not" / "there"
+    run = runs.trainer(lora(), folder, budget=Budget(4, "steps"), evaluations=2, save_steps=1)
     for name, seconds in (("training_step", 1), ("evaluate", 100), ("_save_checkpoint", 1000)):
         setattr(run, name, slow(getattr(run, name), seconds))
     run.train()
     assert [point.seconds for point in run.curve.points] == [2, 4, 6, 8]
+    assert run._get_output_dir(None) == str(folder)  # no longer where the last checkpoint was written
 
 
 def test_a_sampler_is_told_the_epoch_where_it_can_be():

@@ -114,7 +114,8 @@ STILL = {"learning_rate": 1e-30, "max_steps": 4, "gradient_accumulation_steps": 
      ("gather", runs.Alternating, "pps"), ("fractional", runs.Closed, "topk")],
 )  # fmt: skip
 def test_the_loss_logged_is_the_mean_over_all_labels(tmp_path, mode, gate, policy):
-    chosen = flora(decoder(), tmp_path / "a", {"mode": mode, "policy": policy}, gate=gate and gate(), **STILL)
+    told = {"average_tokens_across_devices": policy == "pps"}  # alike for one process
+    chosen = flora(decoder(), tmp_path / "a", {"mode": mode, "policy": policy}, gate=gate and gate(), **STILL | told)
     plain = flora(decoder(), tmp_path / "b", {"method": "baseline"}, **STILL)
     expected = losses(runs.ran(plain))
     assert losses(runs.ran(chosen)) == pytest.approx(expected, rel=1e-4) and len(expected) == 4
@@ -195,12 +196,13 @@ def test_a_micro_batch_without_a_label_weighs_nothing(tmp_path, mode):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("gate", [None, runs.Open()], ids=["ungated", "gated"])
 @pytest.mark.parametrize(("name", "raised"), [("logits", Diverged), ("hidden", ParameterError)])
-def test_only_logits_that_are_no_numbers_are_a_loss_that_is_none(tmp_path, monkeypatch, name, raised):
+def test_only_logits_that_are_no_numbers_are_a_loss_that_is_none(tmp_path, monkeypatch, name, raised, gate):
     def refuse(*_):
         raise ParameterError(name, "nan", "must be finite")
 
-    run = budgeted(decoder(), tmp_path)
+    run = budgeted(decoder(), tmp_path, gate=gate)
     run.tokens.verify = lambda *_: None
     monkeypatch.setattr(run.tokens, "select", refuse)
     with pytest.raises(raised, match="training loss is nan at step 1" if name == "logits" else "hidden='nan'"):

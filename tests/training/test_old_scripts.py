@@ -85,6 +85,10 @@ MODELS = {
 STEPS = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}
 
 
+class Looking(runs.Open):
+    needs_hidden = True
+
+
 def on(trainer, folder, name, **options):
     build, collate = MODELS[name]
     data = {"train_dataset": runs.language_rows(), "eval_dataset": runs.language_rows(16, seed=1)}
@@ -112,6 +116,9 @@ def test_a_model_is_trained_as_the_trainer_trains_it(tmp_path, name, gate):
     [
         (SLoRATrainer, "t5", {"gate_config": GATE}, "T5ForConditionalGeneration: gates know classifiers"),
         (SLoRATrainer, "tagger", {"gate_config": GATE}, "BertForTokenClassification: gates know classifiers"),
+        (SLoRATrainer, "tagger", {"gate": Looking()}, "BertForTokenClassification: gates know classifiers"),
+        (SLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: gates know classifiers"),
+        (FLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: gates know classifiers"),
         (FLoRATrainer, "t5", {"gating": {"method": "random"}}, "T5ForConditionalGeneration: gates know classifiers"),
         (
             FLoRATrainer,

@@ -14,7 +14,7 @@ from lorakit.errors import CheckpointError
 from lorakit.seams import Candidate
 from lorakit.training import checkpoint
 from lorakit.training.costs import count_tokens
-from lorakit.training.loss import OwnLoss, is_mean_loss
+from lorakit.training.loss import MeanLoss, OwnLoss, has_labels, is_mean_loss
 from lorakit.training.state import require_processes
 from lorakit.training.window import blank
 
@@ -30,6 +30,7 @@ LABELS = torch.tensor([[1, -100, 3], [-100, -100, 2]])
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 3, 3)}, 0, 3),  # of packed rows: says nothing of padding
         ({"input_ids": IDS}, None, 6),
         ({"inputs_embeds": torch.zeros(2, 3, 5)}, 0, 6),
+        ({"labels": torch.ones(2), "pixels": torch.zeros(2, 3, 4, 4)}, 0, 6),
     ],
 )
 def test_tokens_are_counted_by_the_mask_else_the_padding_else_all(inputs, pad, count):
@@ -42,8 +43,40 @@ def test_a_models_own_loss_weighs_as_its_labels_do(shifts, count):
     assert OwnLoss(shifts)(outputs, LABELS) is outputs.loss
     assert OwnLoss(shifts)(outputs, LABELS, 6).item() == pytest.approx(2.0 * count / 6)
     outputs.loss = torch.tensor(math.nan)
+    outputs.logits = torch.full((2, 3, 4), 6e4, dtype=torch.float16, requires_grad=True)  # their sum is no half
     nothing = OwnLoss(shifts)(outputs, torch.full_like(LABELS, -100), 6)
     assert nothing.item() == 0 and nothing.requires_grad
+    with torch.no_grad():  # evaluated
+        assert OwnLoss(shifts)(outputs, torch.full_like(LABELS, -100), 6).isnan()
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_the_mean_loss_is_that_of_single_precision(kind, smoothing):
+    logits = torch.randn(2, 3, 4).bfloat16().requires_grad_()
+    found = (loss := MeanLoss(kind, smoothing))(SimpleNamespace(logits=logits), LABELS)
+    words = LABELS if kind == "masked" else torch.tensor([[-100, 3, -100], [-100, 2, -100]])
+    logs = logits.float().log_softmax(-1)
+    right = -logs.gather(2, words.clamp(min=0)[..., None])[..., 0]
+    each = ((1 - smoothing) * right - smoothing * logs.mean(-1)) * (words != -100)
+    count = int((words != -100).sum())
+    torch.testing.assert_close(found, each.sum() / count)
+    torch.testing.assert_close(loss(SimpleNamespace(logits=logits), LABELS, torch.tensor(7)), each.sum() / 7)
+    assert found.requires_grad
+    if smoothing:
+        assert loss.token_losses is None
+    else:
+        torch.testing.assert_close(loss.token_losses, each.flatten().detach())
+        assert not loss.token_losses.requires_grad
+    nothing = torch.full_like(LABELS, -100)
+    assert loss(SimpleNamespace(logits=logits), nothing).item() == 0
+    with torch.no_grad():
+        assert loss(SimpleNamespace(logits=logits), nothing).isnan()
+
+
+@pytest.mark.parametrize(("labels", "has"), [(None, False), (LABELS, True), (torch.full((2, 3), -100), False)])
+def test_a_batch_has_labels_where_one_is_predicted(labels, has):
+    assert has_labels(labels) is has
 
 
 def test_a_model_without_a_loss_is_taken_at_its_word():
