@@ -44,7 +44,7 @@ class Progress:
 
             if self._bar is None:
                 drawn = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
-                self._bar = tqdm(total=100, desc=self.title, unit="%", bar_format=drawn)
+                self._bar = tqdm(total=100, desc=self.title, bar_format=drawn)
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()}, refresh=False)
             self._bar.update(int(100 * share) - self._bar.n)
         elif self.style == "plain" and (share >= 1 or time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES):

@@ -131,7 +131,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         return loss
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
-        """The loss that the token selection makes; while a gate may still reject the batch, only its value."""
+        """The loss that the token selection makes; nothing yet where a gate may still reject the batch."""
         batch = dict(inputs)
         labels = batch.pop("labels")
         if not self._verified and self.tokens.divisor(labels):
@@ -164,9 +164,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             return loss
         labelled = Candidate(torch.zeros(()), None, labels, kind=self.kind)  # its FLOPs depend on the labels only
         part.measured, part.gate_flops = seen.measured(), self.gate.flops(labelled)
-        return (
-            selected.chosen_sum.float() * per_chosen if selected.chosen else labels.new_zeros((), dtype=torch.float32)
-        )
+        return labels.new_zeros((), dtype=torch.float32)  # stands for what `finish` gives where the gate accepts
 
     def _finished(self, selected: Selected, per_chosen: float) -> torch.Tensor:
         key = self._key("finish", selected.made, selected.chosen > 0)

@@ -159,5 +159,7 @@ def test_a_saved_meter_goes_on_as_it_would_have():
 
 def test_counts_of_an_older_checkpoint_are_made_anew():
     meter = FlopMeter()
-    meter.load_state_dict([[["forward", [["input_ids", [16, 24]]]], 1000]])
-    assert meter.known == {}
+    measured(meter, (1,), lambda n: 2 * n)  # of before, forgotten
+    older = [["forward", [["input_ids", [16, 24]]]], 1000], [["forward", [16], "more"], 1000]
+    meter.load_state_dict([*older, [[["forward", ["input_ids", 16]], [24]], 40]])
+    assert meter.known == {(("forward", ("input_ids", 16)), (24,)): 40}

@@ -190,10 +190,12 @@ def test_a_micro_batch_without_a_label_weighs_nothing(tmp_path, mode):
     rows = runs.half_empty()
     settings = {"mode": mode, "score": "loss", "per": "sequence"}
     options = SGD | {"max_steps": 1, "train_sampling_strategy": "sequential"}
+    options["gate"] = runs.Open() if mode == "fractional" else None
     both = runs.ran(flora(decoder(), tmp_path / "a", settings, data=rows, gradient_accumulation_steps=2, **options))
     alone = runs.ran(flora(decoder(), tmp_path / "b", settings, data=rows.select(range(8, 16)), **options))
     for a, b in zip(runs.weights(both.model), runs.weights(alone.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert both.ledger.flops_backward == alone.ledger.flops_backward > 0
 
 
 @pytest.mark.parametrize("gate", [None, runs.Open()], ids=["ungated", "gated"])

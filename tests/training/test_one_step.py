@@ -14,9 +14,10 @@ from torch import nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lorakit.errors import ParameterError
+from lorakit.gates import build_gate
 from lorakit.measure.flops import FlopCount
 from lorakit.params import Params
-from lorakit.seams import Decision
+from lorakit.seams import Candidate, Decision
 from lorakit.training import Budget, BudgetTrainer, Ledger, SLoRATrainer
 from lorakit.training.arguments import training_arguments
 from lorakit.training.gated import GatedTrainer
@@ -81,9 +82,23 @@ def test_the_gate_is_shown_the_batch_and_each_pass_is_counted(tmp_path, doubled)
     assert run.ledger.tokens == run.ledger.tokens_backpropagated == tokens
 
 
-def test_without_a_gate_nothing_is_logged_of_one(tmp_path):
+def test_a_gate_that_looks_on_costs_what_its_formula_says(tmp_path):
+    """Each row's first token is a label that nothing predicts."""
+    rows, model = runs.language_rows(8).map(lambda row: {"labels": row["input_ids"]}), decoder()
+    gate = build_gate(runs.batch_gate("novelty", burn_in=1, m=64, k=8, topk=16), model, "causal")
+    options = {"data": rows, "gate": gate, "params": {"gradient_accumulation": 1}, "budget": 2}
+    run = runs.ran(budgeted(model, tmp_path, {"method": "random"}, **options))
+    labels = runs.collate_language(list(rows))["labels"]
+    seen = Candidate(torch.zeros(()), None, labels, kind="causal")
+    assert run.ledger.flops_gate == 2 * (gate.flops(seen) + run.tokens.score.flops(seen.targets, True)) > 0
+
+
+def test_the_models_own_loss_is_asked_for_once_and_without_a_gate_nothing_is_logged_of_one(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lorakit.training.loss.is_mean_loss", lambda *given: asked.append(given) or True)
     data = {"train_dataset": runs.rows(), "data_collator": runs.collate}
-    run = runs.ran(SLoRATrainer(lora(), arguments(tmp_path, max_steps=1), **data))
+    run = runs.ran(SLoRATrainer(lora(), arguments(tmp_path, max_steps=2), **data))
+    assert len(asked) == 1
     assert not [name for entry in run.state.log_history for name in entry if name.startswith("gate/")]
     inputs = runs.collate([runs.rows()[0]])
     assert torch.is_tensor(run.compute_loss(run.model, dict(inputs)))
