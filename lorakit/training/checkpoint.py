@@ -144,8 +144,8 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: names or shapes differ from what `model` trains.
     """
-    with reading(Path(path) / WEIGHTS):
-        stored = load_file(Path(path) / WEIGHTS)
+    with reading(file := Path(path) / WEIGHTS):
+        stored = load_file(file)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())

@@ -26,9 +26,9 @@ def state(**identity) -> RunState:
 
 
 def saved(run: RunState, folder: Path, step: int) -> Path:
-    made = checkpoint.folder(folder / "aside", step)
+    made = checkpoint.folder(str(folder / "aside"), step)
     made.mkdir(parents=True)
-    checkpoint.save_run(run, made, folder)
+    checkpoint.save_run(run, made, str(folder))
     return checkpoint.folder(folder, step)
 
 
@@ -46,12 +46,17 @@ def test_whose_the_folders_are(tmp_path):
             (tmp_path / name / file).touch()
     (tmp_path / "checkpoint-4").touch()
     (tmp_path / "checkpoint-5").symlink_to(tmp_path / "checkpoint-20")
-    assert names(checkpoint.numbered(tmp_path)) == ["checkpoint-3", "checkpoint-9", "checkpoint-10", "checkpoint-20"]
+    assert names(checkpoint.numbered(str(tmp_path))) == [
+        "checkpoint-3",
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-20",
+    ]
     assert names(checkpoint.ours(tmp_path)) == ["checkpoint-3", "checkpoint-10", "checkpoint-20"]
     assert names(checkpoint.complete(tmp_path)) == ["checkpoint-10", "checkpoint-20"]
     with pytest.raises(ParameterError, match="^run_dir=.*: holds checkpoint-9, which lorakit did not write"):
         checkpoint.require_room(tmp_path)
-    checkpoint.begin(tmp_path, tmp_path / "checkpoint-10", "checkpoint-1a")
+    checkpoint.begin(str(tmp_path), f"{tmp_path}/checkpoint-3/../checkpoint-10", "checkpoint-1a")
     assert names(checkpoint.ours(tmp_path)) == ["checkpoint-3", "checkpoint-10"]
     assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == {"checkpoint-20", "checkpoint-1a"}
     checkpoint.begin(tmp_path, None)
@@ -65,6 +70,9 @@ def test_the_newest_two_of_a_run_are_kept_and_all_of_others(tmp_path):
         saved(mine, tmp_path, step)
     assert names(checkpoint.complete(tmp_path)) == ["checkpoint-5", "checkpoint-7", "checkpoint-8"]
     (tmp_path / "checkpoint-8" / checkpoint.RUN).write_text("{")  # what is damaged is none of the two
+    found, told = checkpoint.intact(str(tmp_path), [checkpoint.RUN])
+    assert found.name == "checkpoint-7" and len(told) == 1
+    assert told[0].startswith("checkpoint-8: run.json is damaged: ")
     saved(state(seed=1, code="b"), tmp_path, 9)  # other code is no other run
     kept = ["checkpoint-5", "checkpoint-7", "checkpoint-8", "checkpoint-9"]
     assert names(checkpoint.complete(tmp_path)) == kept
@@ -111,10 +119,10 @@ def test_weights_are_the_trained_ones(tmp_path):
     model.weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
     model.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
     for _ in range(2):  # and over it
-        checkpoint.save_weights(model, path)
+        checkpoint.save_weights(model, str(path))
     assert load_file(path / checkpoint.WEIGHTS).keys() == {"weight"}
     other = nn.Linear(2, 3, bias=False)
-    checkpoint.load_weights(other, path)
+    checkpoint.load_weights(other, str(path))
     assert torch.equal(other.weight, model.weight)
     with pytest.raises(CheckpointError, match=r"there: weight is \(3, 2\), here \(3, 4\)"):
         checkpoint.load_weights(nn.Linear(4, 3, bias=False), path)
@@ -126,7 +134,7 @@ def test_weights_are_the_trained_ones(tmp_path):
 def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
     def steps(count):
         TrainerState(global_step=count).save_to_json(tmp_path / "trainer_state.json")
-        return checkpoint.damage(tmp_path, ["trainer_state.json"])
+        return checkpoint.damage(str(tmp_path), ["trainer_state.json"])
 
     assert checkpoint.damage(tmp_path, []) == steps(1) == ""
     assert steps(0) == "trainer_state.json is damaged: it says of no step"
@@ -138,7 +146,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
     assert steps(1) == "trainer_state.json is damaged: its sha256 is not that of what was written"
     assert checkpoint.damage(tmp_path, ["x.pt"]).startswith("x.pt is missing; without it")
     (tmp_path / checkpoint.RUN).write_text('{"identity": {}, "ledger": {}, "flops": [], "curve": {"best_step": null}}')
-    assert checkpoint.damage(tmp_path, [checkpoint.RUN, checkpoint.BEST]) == ""
+    assert checkpoint.damage(str(tmp_path), [checkpoint.RUN, checkpoint.BEST]) == ""
 
     def unreadable(_):
         raise OSError("a\n" * 300)

@@ -101,6 +101,16 @@ def test_the_models_own_loss_is_asked_for_once_and_without_a_gate_nothing_is_log
     assert len(asked) == 1
     assert not [name for entry in run.state.log_history for name in entry if name.startswith("gate/")]
     inputs = runs.collate([runs.rows()[0]])
+    given = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()  # noqa: E731
+    mine = type("Mine", (Doubled, SLoRATrainer), {})
+    for trainer, options, more in (
+        (SLoRATrainer, {}, {"compute_loss_func": given}),
+        (SLoRATrainer, {"label_smoothing_factor": 0.2}, {}),
+        (mine, {}, {}),
+    ):
+        other = runs.ran(trainer(lora(), arguments(tmp_path, max_steps=1, **options), **data, **more))
+        assert len(asked) == 1 and (other.compute_loss_func is given) == ("compute_loss_func" in more)
+        assert other.overridden == (trainer is mine)
     assert torch.is_tensor(run.compute_loss(run.model, dict(inputs)))
     assert run.compute_loss(run.model, dict(inputs), return_outputs=True)[1].logits.shape == (1, 2)
 
