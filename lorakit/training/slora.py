@@ -107,8 +107,8 @@ class SLoRATrainer(GatedTrainer):
     @property
     def checkpoint_files(self) -> list[str]:
         written = super().checkpoint_files
-        left_out = written[2:] if self.args.save_only_model else []
-        return [*(name for name in written if name not in left_out), "trainer_state.json", checkpoint.LEDGER]
+        kept = written[:2] if self.args.save_only_model else written
+        return [*kept, "trainer_state.json", checkpoint.LEDGER]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -75,7 +75,7 @@ class BudgetTrainer(GatedTrainer):
         self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
         self.add_callback(RunCallback(self.run, budget, self.progress, evaluations, save_steps))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
         """Train to the end of the budget; True resumes from the newest complete checkpoint in the output folder.
 
         Raises:
@@ -96,7 +96,6 @@ class BudgetTrainer(GatedTrainer):
                     if self.is_world_process_zero():  # nothing more will be saved, which would do it
                         clear_left(self.args.output_dir, checkpoint.SAVING)
                     return None
-                resume_from_checkpoint = str(resume_from_checkpoint)
             if self.is_world_process_zero():
                 checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
