@@ -1,6 +1,5 @@
 """What a picture says in numbers, so that a test that does not look at pictures notices when it says something else."""
 
-import io
 import math
 import re
 from collections.abc import Iterator
@@ -9,8 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-
-from lorakit.analysis import style
 
 GOLDEN = (5**0.5 - 1) / 2  # the fractions of its multiples are all different, and spread evenly
 
@@ -21,11 +18,6 @@ class Drawn(Figure):
     def __repr__(self) -> str:
         panels = ", ".join(f"{count} numbers: {total:.4g}" for count, total in map(drawn_numbers, self.axes))
         return f"{super().__repr__()[:-1]}: {panels}>"
-
-    def _repr_png_(self) -> bytes:
-        with style.context(), io.BytesIO() as buffer:
-            self.savefig(buffer, format="png")
-            return buffer.getvalue()
 
 
 def drawn_numbers(ax: Axes) -> tuple[int, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,7 +104,7 @@ def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterat
 def figure(height: float) -> Figure:
     """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
 
-    IPython draws a bare Figure only once pyplot's inline backend is active; `Drawn` makes it independent of that.
+    IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
     Its text says what was drawn (`drawn_numbers`), which nbval compares where it does not look at pictures.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -111,6 +113,7 @@ def figure(height: float) -> Figure:
 
     new = Drawn(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(new)
+    new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
     return new
 
 
@@ -235,6 +238,13 @@ def context() -> Any:
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC})
 
 
+def _drawn(drawn: Figure, form: str, dpi: float) -> bytes:
+    buffer = io.BytesIO()
+    with context():
+        drawn.savefig(buffer, format=form, dpi=dpi)
+    return buffer.getvalue()
+
+
 def save(drawn: Figure, path: str | Path) -> Path:
     """Write a figure for print, whole or not at all; the format follows the file's ending.
 
@@ -243,6 +253,6 @@ def save(drawn: Figure, path: str | Path) -> Path:
     """
     path, known = Path(path).expanduser(), drawn.canvas.get_supported_filetypes()
     require(path.suffix[1:] in known, "figure", str(path), f"must end in one of {', '.join(sorted(known))}")
-    with written(path) as temporary, context(), temporary.open("wb") as file:
-        drawn.savefig(file, format=path.suffix[1:], dpi=PRINT_DPI)
+    with written(path) as temporary:
+        temporary.write_bytes(_drawn(drawn, path.suffix[1:], PRINT_DPI))
     return path
