@@ -48,10 +48,7 @@ class GateLog:
         self._row = self._row + 1 if accept == self._last else 1
         self._last = accept
         expected = 1 - self.gate.target_rate if accept else self.gate.target_rate  # share of the other decision
-        if expected == 0:
-            return
-        patience = PATIENCE + 10 / expected
-        if self._row == int(patience):
+        if expected and self._row == int(PATIENCE + 10 / expected):
             share = "100 %" if accept else "0 %"
             self.warn(
                 f"acceptance is stuck at {share}: {self._row} batches in a row after the burn-in, for a target rate of "
@@ -59,12 +56,11 @@ class GateLog:
             )
 
     def _check_novelty(self) -> None:
-        size = getattr(self.gate, "m", 0)
         if not self.gate.scores_novelty or len(self._early) < 8:
             return
         quarter = len(self._early) // 4
         late = sum(self._early[-quarter:]) / quarter
-        if late > max(FALLING, 1 - self.gate.k / size / 4):
+        if late > max(FALLING, 1 - self.gate.k / self.gate.m / 4):
             self.warn(
                 f"novelty is not falling: {late:.3f} after a burn-in of {self.gate.burn_in} batches; the basis "
                 f"(k={self.gate.k}) holds nothing that new batches share"
@@ -72,20 +68,19 @@ class GateLog:
 
     def begin(self, total_steps: float | None) -> None:
         """Training starts; `total_steps` batches are planned, None where that is not known."""
-        size, rank = getattr(self.gate, "m", None), getattr(self.gate, "k", None)
         if total_steps is not None and self.gate.burn_in >= total_steps:
             self.warn(
                 f"burn_in={self.gate.burn_in} is as long as the run ({total_steps:.0f} steps) or longer: "
                 "every batch will be accepted"
             )
-        if size and rank and 2 * rank > size:
+        if hasattr(self.gate, "m") and 2 * (rank := self.gate.k) > (size := self.gate.m):
             self.warn(
                 f"the sketch is small for the rank: a basis of k={rank} directions takes up {rank / size:.0%} of a "
                 f"sketch of m={size}, so that even unrelated gradients look redundant; use m of at least {2 * rank}"
             )
-        if self.gate.scores_novelty and rank >= (room := self.gate.d_hidden * (self.gate.vocab_size - 1)):
+        if self.gate.scores_novelty and self.gate.k >= (room := self.gate.d_hidden * (self.gate.vocab_size - 1)):
             self.warn(
-                f"the basis can hold every gradient of this head: k={rank} directions of a space of {room} "
+                f"the basis can hold every gradient of this head: k={self.gate.k} directions of a space of {room} "
                 f"({self.gate.d_hidden} x {self.gate.vocab_size - 1}); nothing stays novel, so use a smaller k"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import GATES, GateWarning, HeadGradientGate, LossFloor, RandomGate, ThresholdController, build_gate
 from lorakit.gates.log import GateLog
 from lorakit.seams import Candidate
+from lorakit.sketches import TensorSketch
 
 # every gate ----------------------------------------------------------------------------------------
 
@@ -88,10 +89,28 @@ def test_each_gate_prefers_what_it_is_called_after():
 
 
 def test_random_gate_is_a_coin():
-    gate = RandomGate(0.2, seed=0)
+    gate = RandomGate(0.2, burn_in=10, seed=4)
+    assert all(gate.decide(torch.zeros(0)).accept for _ in range(10)) and gate.acceptance_rate() == 1
     accepted = [gate.decide(torch.zeros(0)).accept for _ in range(4000)]
-    assert abs(np.mean(accepted) - 0.2) < 4 * math.sqrt(0.16 / 4000)
-    assert gate.acceptance_rate() == pytest.approx(np.mean(accepted))
+    coin = torch.rand(4000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert accepted == (coin < 0.2).tolist() and gate.acceptance_rate() == np.mean(accepted)
+
+
+def test_a_gate_is_made_of_its_settings():
+    options = {"rate": 0.4, "burn_in": 3, "beta": 7.0, "ema": 0.2}
+    sketched = {"m": 32, "k": 4, "rows": 9, "topk": 2, "refresh": 6, "decay": 0.9, "leverage": True}
+    for name in ("loss_floor", "novelty"):
+        gate = made(name, **options | sketched)
+        kept = gate.controller
+        assert [kept.target_rate, kept.burn_in, kept.steepness, kept.ema_rate] == [*options.values()]
+        assert (gate.target_rate, gate.burn_in, gate.generator.initial_seed()) == (0.4, 3, 5)
+    found = [gate.m, gate.k, gate.directions.rows, gate.k_topk, gate.reorth_every, gate.directions.decay, gate.leverage]
+    assert found == [*sketched.values()] and (gate.d_hidden, gate.vocab_size, gate.kind) == (16, 3, "classify")
+    sketch = TensorSketch(16, 3, 32, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(gate.sketch.x.buckets, sketch.x.buckets)
+    assert made("novelty").directions.rows == 16  # twice the rank
+    coin = made("random", **options)
+    assert (coin.target_rate, coin.burn_in, coin.generator.initial_seed()) == (0.4, 3, 5)
 
 
 def test_state_stays_below_a_megabyte():
@@ -130,39 +149,48 @@ def test_bad_batches():
 # warnings ------------------------------------------------------------------------------------------
 
 
-def test_a_stuck_gate_is_noticed_once():
-    for accept, share in ((True, "100 %"), (False, "0 %")):
-        log = GateLog(RandomGate(0.3, burn_in=5))
-        with pytest.warns(GateWarning, match=f"stuck at {share}.*target rate of 0.3") as seen:
-            for _ in range(500):
-                log.decided(accept, None)
-        assert len(seen) == len(log.warnings) == 1
+@pytest.mark.parametrize(("accept", "share", "row"), [(True, "100 %", 64), (False, "0 %", 83)])  # 50 + 10 / 0.7, 0.3
+def test_a_stuck_gate_is_noticed_once(accept, share, row):
+    log = GateLog(RandomGate(0.3, burn_in=5))
+    for decision in [accept] * (5 + row - 1) + [not accept] + [accept] * (row - 1):
+        log.decided(decision, None)
+    assert log.warnings == []
+    with pytest.warns(GateWarning, match=f"stuck at {share}: {row} batches in a row.*target rate of 0.3") as seen:
+        for _ in range(500):
+            log.decided(accept, None)
+    assert len(seen) == len(log.warnings) == 1
 
 
-def test_a_basis_that_takes_nothing_in_is_noticed():
-    log = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 16}))
-    with pytest.warns(GateWarning, match="novelty is not falling: 1.000"):
-        for _ in range(16):
-            log.decided(True, 1.0)
-    falling = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 16}))
-    for step in range(16):
-        falling.decided(True, 1 - step / 32)
-    assert falling.warnings == []
-    late = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 32}))
-    for step in range(32):  # nothing is said before the burn-in's end
-        late.decided(True, 1.0 if step < 24 else 0.1)
-    assert late.warnings == []
+@pytest.mark.parametrize(
+    ("k", "burn_in", "scores", "told"),
+    [(8, 8, [1.0], "1.000"), (8, 7, [1.0], ""),  # too few to say
+     (8, 8, [0.97, 0.981], "0.981"), (8, 8, [0.979], ""),
+     (4, 16, [0.983], ""), (4, 16, [0.985], "0.985"),  # unrelated gradients are novel by 1 − 4/64
+     (8, 32, [0.1] * 24 + [0.92, 1.0], "0.990"), (8, 32, [1.0] * 24 + [0.1], "")],  # the last quarter
+)  # fmt: skip
+def test_a_basis_that_takes_nothing_in_is_noticed(k, burn_in, scores, told):
+    log = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": burn_in, "k": k}))
+    scores = [*scores, *scores[-1:] * (burn_in - len(scores))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for score in scores:
+            assert log.warnings == []  # nothing is said before the burn-in's end
+            log.decided(True, score)
+    assert [text[:35] for text in log.warnings] == ([f"novelty is not falling: {told} after"] if told else [])
 
 
 def test_a_burn_in_longer_than_the_run_and_a_small_sketch_are_noticed():
-    log = GateLog(HeadGradientGate(16, 9, m=64, k=40, burn_in=100))
+    log = GateLog(HeadGradientGate(16, 9, m=64, k=33, burn_in=100))
     with pytest.warns(GateWarning) as seen:
         log.begin(100)
-    assert [str(one.message)[:25] for one in seen] == ["burn_in=100 is as long as", "the sketch is small for t"]
-    quiet = GateLog(LossFloor(ThresholdController(0.3, burn_in=10)))
-    quiet.begin(100)
-    quiet.begin(None)  # how long is not known
-    assert quiet.warnings == []
+    burn_in, small = (str(one.message) for one in seen)
+    assert burn_in.startswith("burn_in=100 is as long as the run (100 steps)")
+    assert "k=33 directions takes up 52% of a sketch of m=64" in small and small.endswith("at least 66")
+    for gate in (HeadGradientGate(16, 9, m=64, k=32, burn_in=99), LossFloor(ThresholdController(0.3, burn_in=10))):
+        quiet = GateLog(gate)
+        quiet.begin(100)
+        quiet.begin(None)  # how long is not known
+        assert quiet.warnings == []
 
 
 def test_points_sum_up_what_was_decided_since_the_last():

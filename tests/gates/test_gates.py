@@ -12,8 +12,10 @@ from training_runs import tiny_bert, tiny_gemma
 
 from lorakit.errors import LorakitError
 from lorakit.gates import HeadGradientGate, ThresholdController
-from lorakit.head import HeadInput, find_head
-from lorakit.seams import Candidate
+from lorakit.gates.look import GateLook
+from lorakit.gates.threshold import RunningScale
+from lorakit.head import Head, HeadInput, find_head
+from lorakit.seams import Candidate, Gate
 
 
 def run_controller(controller, scores, seed=0):
@@ -48,21 +50,60 @@ def test_the_rate_leaves_the_burn_in_out_and_starts_with_the_mean():
     assert ThresholdController(0.3, burn_in=5).acceptance_rate() == 1.0
 
 
-def test_the_threshold_moves_against_the_error():
-    accepting, rejecting = ThresholdController(0.3), ThresholdController(0.3)
-    start = accepting.threshold
-    for _ in range(10):
-        accepting.observe(0.5, True)
-        rejecting.observe(0.5, False)
-    assert rejecting.threshold < start < accepting.threshold
+def test_mean_and_spread_are_plain_until_the_rate_is_reached():
+    scale = RunningScale(0.25)
+    assert scale.standardised(5.0) == 0
+    for value in (1.0, 3.0, 8.0, 4.0):
+        scale.add(value)
+    assert (scale.mean, scale.variance) == pytest.approx((4.0, 6.5))
+    scale.add(0.0)  # of weight 1/4, not 1/5
+    assert (scale.mean, scale.variance) == pytest.approx((3.0, 0.75 * (6.5 + 0.25 * 4**2)))
+    assert scale.standardised(10.0) == pytest.approx(7 / 7.875**0.5)
+    same = RunningScale(0.5)
+    for _ in range(9):
+        same.add(0.1)
+    assert same.standardised(5.0) == 0  # its spread is rounding
 
 
-def test_a_stuck_score_does_not_wind_the_threshold_up():
-    controller = ThresholdController(0.1, ema_rate=0.1)
-    for _ in range(5000):
-        controller.observe(1.0, True)  # whatever it wants, everything is accepted
-    decisions = run_controller(controller, stream("drift", 300, seed=3))
-    assert abs(decisions[100:].mean() - 0.1) < 0.1
+def test_the_first_threshold_and_its_steps_by_hand():
+    controller, resumed = (ThresholdController(0.3, ema_rate=0.1, burn_in=4) for _ in range(2))
+    for score in (10.0, 20.0, 1.0):
+        assert controller.probability(score) == controller.acceptance_rate() == 1
+        controller.observe(score, True)
+    resumed.load_state_dict(controller.state_dict())
+    for one in (controller, resumed):
+        one.observe(3.0, True)
+        # of the burn-in's second half the mean is 2, the spread 1, and 3 the score above which 0.3 of it lies
+        assert (one.scale.mean, one.scale.variance, one.threshold) == (2.0, 1.0, 1.0)
+        assert one.acceptance_rate() == 1 and one.state_dict()["recent"] == []
+        one.observe(3.0, True)
+        assert (one.threshold, one.acceptance_rate()) == pytest.approx((1 + 5 * 0.1 * 0.7, 1.0))
+        one.observe(1.0, False)
+        assert (one.threshold, one.acceptance_rate()) == pytest.approx((1.35 - 5 * 0.1 * 0.3, 0.9 / 1.9))
+        assert one.scale.mean == pytest.approx(2.0) and one.scale.variance == pytest.approx(1.0)
+        assert one.probability(-1e9) == 0
+
+
+def test_the_first_threshold_is_of_the_last_256_scores():
+    controller, resumed = (ThresholdController(0.5, ema_rate=0.001, burn_in=300) for _ in range(2))
+    for score in range(300):
+        if score == 290:
+            resumed.load_state_dict(controller.state_dict())
+        for one in (controller, resumed) if score >= 290 else (controller,):
+            one.observe(float(score), True)
+    for one in (controller, resumed):  # the middle of 172, …, 299, by mean and spread of 150, …, 299
+        assert one.threshold == pytest.approx((236 - 224.5) / ((150**2 - 1) / 12) ** 0.5)
+
+
+def test_a_score_without_spread_is_accepted_at_the_rate_and_does_not_wind_the_threshold_up():
+    for accepted, limit in ((True, 6.0), (False, -6.0)):
+        controller = ThresholdController(0.1, ema_rate=0.1)
+        assert controller.probability(5.0) == 0.1
+        for _ in range(5000):
+            controller.observe(1.0, accepted)  # whatever it wants
+        assert controller.threshold == limit and controller.probability(1.0) == 0.1
+        decisions = run_controller(controller, stream("drift", 300, seed=3))
+        assert abs(decisions[100:].mean() - 0.1) < 0.1
 
 
 def test_decisions_are_calibrated():
@@ -199,3 +240,55 @@ def test_flops_are_the_sketches_the_projections_and_a_share_of_the_svds(k_topk, 
     svd = 6 * 32 * 32 * 64 / 16  # of 2 x 16 rows, once in 16
     candidate = Candidate(torch.zeros(()), None, labels, kind="causal")
     assert gate.flops(candidate) == 3 * gate.sketch.flops(kept + 1) + 2 * 8 * 64 + svd
+
+
+def test_the_basis_is_refreshed_at_powers_of_two_and_then_every_so_often():
+    gate, refreshed = HeadGradientGate(16, 9, **SMALL | {"reorth_every": 6}), []
+    gate.update(torch.zeros(gate.m))  # teaches nothing, and is not counted
+    for z in torch.eye(gate.m)[:20]:
+        before = gate.basis
+        gate.update(z)
+        refreshed += [gate.updates] * (gate.basis is not before)
+    assert refreshed == [1, 2, 4, 6, 12, 18]
+
+
+def test_the_bytes_of_a_state_by_hand():
+    gate = HeadGradientGate(16, 9, m=64, k=8)
+    coin = gate.generator.get_state().numel()
+    controller, sketch, directions = 6 * 8, 2 * (2 * 8 + 8 * 8), 3 * 8
+    assert gate.state_bytes() == controller + coin + sketch + directions + 8
+    gate.update(torch.ones(64))  # a row in float64, a direction in float32, a score of the burn-in
+    gate.accept(1.0)
+    gate.step()
+    assert gate.state_bytes() == controller + coin + sketch + directions + 8 + 64 * 8 + 64 * 4 + 8
+
+
+def test_a_look_adds_up_what_is_measured_of_chunks():
+    class Kept(Gate):
+        target_rate = 0.2
+
+        def __init__(self):
+            self.seen = []
+
+        def measure(self, candidate):
+            self.seen.append(candidate)
+            return torch.tensor([candidate.targets, candidate.loss], dtype=torch.float64)
+
+    gate, head = Kept(), Head(torch.nn.Linear(4, 9), 4, 9, 2.0)
+    hidden, logits, labels, losses = (
+        torch.randn(5, 4),
+        torch.randn(5, 9),
+        torch.tensor([1, 2, -100, 3, 4]),
+        torch.rand(5),
+    )
+    look = GateLook(gate, 0.5, head)
+    assert look.rate == 0.2
+    for chunk in zip(*(given.split(3) for given in (hidden, logits, labels, losses)), strict=True):
+        look(*chunk)
+    torch.testing.assert_close(look.measured(), torch.tensor([4, 0.5 * losses.double().sum()], dtype=torch.float64))
+    first = gate.seen[0]
+    assert first.hidden.shape == (1, 3, 4) and first.logits.shape == (1, 3, 9) and first.softcap == 2.0
+    assert torch.equal(first.token_losses, losses[:3]) and len(gate.seen) == 2
+    empty = GateLook(gate, 0.5, head)
+    assert empty.measured().tolist() == [0, 0]
+    assert gate.seen[-1].hidden.shape == (1, 0, 4) and gate.seen[-1].logits.shape == (1, 0, 9)
