@@ -21,6 +21,7 @@ from lorakit.sketches import (
     sparse_error,
     top_indices,
 )
+from lorakit.sketches.head_gradient import _neighbours, chunk_of
 
 B, T, H, V = 3, 6, 8, 50
 CAP = 4.0
@@ -35,6 +36,7 @@ def batch(kind: str, softcap: float | None = None, dtype: torch.dtype = torch.fl
     shape = (B * T,) if kind == "classify" else (B, T)
     hidden, labels = torch.randn(*shape, H, dtype=dtype), torch.randint(0, V, shape)
     labels.view(-1)[[1, 6, 7]] = -100
+    labels.view(-1)[[2, 3]] = torch.tensor([0, V - 1])
     logits = 3 * head(hidden)  # 3: far enough from a uniform softmax
     return head, hidden, capped(logits, softcap), labels
 
@@ -90,8 +92,11 @@ def test_error_norm_is_the_closed_form_and_keeps_its_digits_where_that_cancels()
     _, _, logits, labels = batch("classify")
     logits, labels = logits[labels != -100], labels[labels != -100]
     p = logits.softmax(dim=1)
-    closed = (p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1).sqrt()
+    closed, before = (p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1).sqrt(), logits.clone()
     torch.testing.assert_close(error_norms(logits, labels), closed, rtol=1e-10, atol=0)
+    assert torch.equal(logits, before)  # what is worked in is a copy
+    small, cap = logits / 100, 0.5
+    torch.testing.assert_close(error_norms(small, labels, cap), error(small, labels, cap).norm(dim=1))
     sure = torch.tensor([[12.0, 0.0]])  # p_y = 1 − 6e-6: the sum in float32 is 0 or 1e-7, its root 50 times too large
     torch.testing.assert_close(error_norms(sure, torch.tensor([0])), torch.tensor([8.69e-6]), rtol=0.05, atol=0)
 
@@ -140,7 +145,7 @@ def test_a_normaliser_at_hand_is_used():
 def test_grouped_top_k_is_torchs(words, topk):
     torch.manual_seed(0)
     rising = torch.arange(words).repeat(2, 1).float()
-    for logits in (torch.randn(7, words), torch.randint(0, 9, (7, words)).float(), rising):
+    for logits in (torch.randn(7, words), torch.randn(words, 7).T, torch.randint(0, 9, (7, words)).float(), rising):
         found = top_indices(logits, topk)
         values = logits.gather(1, found).sort(dim=1, descending=True).values
         assert torch.equal(values, logits.topk(topk, dim=1).values)
@@ -170,6 +175,23 @@ def test_batch_sketch_is_the_sketch_of_the_heads_gradient(kind, softcap):
     expected = explicit_sketch(sketch(), gradients(kind, softcap).sum(0))
     assert found.dtype == torch.float32 and not found.requires_grad
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("words", "chunk"), [(2**25, 16), (2**20, 32), (2**15, 2**10), (3, 2**25 // 3)])
+def test_a_chunks_logits_take_128_mib_but_for_very_many_words(words, chunk):
+    assert chunk_of(words) == chunk and (chunk == 16 or 4 * words * chunk <= 2**27 < 4 * words * (chunk + 1))
+
+
+@pytest.mark.parametrize(
+    ("where", "parts"),
+    [([], []), ([4, 5, 6], [(4, 7)]), ([0, 2, 3, 7, 9], [(0, 1), (2, 4), (7, 8), (9, 10)]), ([0, 2, 4, 6, 8], None)],
+)
+def test_neighbours_are_taken_as_they_lie_while_gaps_are_few(where, parts):
+    found = [taken for _, taken in _neighbours(torch.tensor(where, dtype=torch.long))]
+    if parts is None:
+        assert [taken.tolist() for taken in found] == [where]
+    else:
+        assert found == [slice(*part) for part in parts]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -81,15 +81,19 @@ def test_state_is_eight_integers_and_restores_the_sketch():
         CountSketch(10, 64, generator=rng()).load_state_dict(sketch.state_dict())
 
 
-@pytest.mark.parametrize(("dim", "size", "name"), [(0, 4, "dim"), (PRIME + 1, 4, "dim"), (4, 1, "size")])
+@pytest.mark.parametrize(
+    ("dim", "size", "name"), [(0, 4, "dim"), (PRIME + 1, 4, "dim"), (4, 1, "size"), (4, PRIME + 1, "size")]
+)
 def test_count_sketch_refuses(dim, size, name):
     with pytest.raises(ParameterError, match=f"^{name}="):
         CountSketch(dim, size, generator=rng())
-    sketch = CountSketch(4, 2, generator=rng())
-    with pytest.raises(ParameterError, match="last dimension must be 4"):
-        sketch(torch.ones(3, 5))
-    with pytest.raises(ParameterError, match="shaped as indices"):
-        sketch.sparse(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 2))
+    sketch = CountSketch(1, 2, generator=rng())
+    for bad in (torch.ones(3, 5), torch.tensor(1.0)):
+        with pytest.raises(ParameterError, match="last dimension must be 1"):
+            sketch(bad)
+    for indices, values in ((torch.zeros(2, 3), torch.ones(2, 2)), (torch.tensor(0), torch.tensor(1.0))):
+        with pytest.raises(ParameterError, match="shaped as indices"):
+            sketch.sparse(indices.long(), values)
 
 
 # TensorSketch ---------------------------------------------------------------------------------------
@@ -286,6 +290,13 @@ def test_an_empty_sketch_has_an_empty_basis():
     sketch.insert(torch.eye(24)[5])
     assert sketch.basis(3).abs().tolist() == torch.eye(24)[5:6].tolist()
     assert sketch.basis(1).shape == (1, 24)
+
+
+@pytest.mark.parametrize(("length", "rank"), [(1.2e-6, 2), (0.8e-6, 1)])
+def test_a_direction_that_is_a_millionth_as_long_is_rounding(length, rank):
+    sketch = FrequentDirections(24, 8)
+    sketch.insert(torch.eye(24, dtype=torch.float64)[:2] * torch.tensor([[1.0], [length]]))
+    assert len(sketch.basis(8)) == rank
 
 
 def follows(sketch: FrequentDirections, stream: torch.Tensor, k: int = 3) -> float:

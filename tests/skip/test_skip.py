@@ -271,6 +271,50 @@ def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     assert trainer.ledger.flops_forward == pytest.approx(plain.ledger.flops_forward, rel=0.02)
 
 
+# when -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "options", "active", "measures"),
+    [(0.4, 1, {}, "111111111111", True), (0.5, 1, {}, "000000111111", False),  # warm-up ends at its share
+     (0.5, 3, {}, "000000111111", True), (0.5, 4, {}, "000000111111", False),
+     (0.5, 1, {"decide": "forward"}, "111111111111", True)],  # until the forward asks
+)  # fmt: skip
+def test_a_step_measures_while_warm_and_every_so_often(share, steps, options, active, measures, tiny_bert):
+    _, skip = prepared(ours, tiny_bert, share=0.5, warmup=0.5, measure_every=3, **options)
+    skip.metric, skip.steps = HALF, steps
+    skip.begin_step(share)
+    assert skip.signature() == (active, measures)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@modes
+def test_decided_in_the_forward_exploration_is_each_adapters_or_the_prefixs(mode, seed, tiny_bert):
+    model, skip = prepared(ours, tiny_bert, mode=mode, decide="forward", threshold=10.0, explore=0.4)
+    skip.generator.manual_seed(seed)
+    backward(model, skip)
+    drawn = (torch.rand(12, generator=torch.Generator().manual_seed(seed)) < 0.4).tolist()
+    explored = drawn if mode == "adapter" else drawn[:1] * 12
+    assert [probe.active for probe in skip.probes] == (explored if any(explored) else [False] * 11 + [True])
+
+
+def test_points_and_reports_by_hand(tiny_bert):
+    (_, skip), (_, again) = (prepared(ours, tiny_bert) for _ in range(2))
+    skip.at_point(0)
+    skip.metric, skip.steps, skip.skipped = [0.12345678, None, *[0.5] * 10], 3, [1, 3, *[0] * 10]
+    skip.at_point(7)
+    again.load_state_dict(copy.deepcopy(skip.state_dict()))
+    for one in (skip, again):
+        one.steps, one.skipped[0] = 4, 2
+        one.at_point(9)
+        one.at_point(9)  # no step since
+        history = one.report()["history"]
+        assert history["step"] == [0, 7, 9, 9] and history["metric"][:2] == [[], [0.123457, 0.0, *[0.5] * 10]]
+        assert [active[:3] for active in history["active"]] == [[1, 1, 1], [0.6667, 0, 1], [0, 1, 1], [1, 1, 1]]
+        assert one.report()["share_skipped"] == 5 / 48 and one.report()["blocks"] == [0] * 6 + [1] * 6
+        assert one.report()["share_skipped_per_adapter"][:3] == [0.5, 0.75, 0.0]
+
+
 # bad input ------------------------------------------------------------------------------------------
 
 
@@ -292,7 +336,18 @@ def test_models_that_cannot_be_skipped(tiny_bert):
 
     with pytest.raises(ParameterError, match="no LoRA adapter"):
         SkipLoRA(attach(tiny_bert(), "head"), runs.skipping())
+    with pytest.raises(ParameterError, match="cannot skip a HiRALayer"):
+        SkipLoRA(attach(tiny_bert(), "hira"), runs.skipping())
     with pytest.raises(ParameterError, match="skip_min_active=14.*13 adapters"):
         SkipLoRA(attach(tiny_bert(), "lora"), runs.skipping(min_active=14))
+    SkipLoRA(attach(tiny_bert(), "lora"), runs.skipping(min_active=13))
     with pytest.raises(ParameterError, match="LoRA variant"):
         SkipLoRA(get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), runs.skipping())
+    two = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    two.add_adapter("other", LoraConfig(target_modules=["query"]))
+    two.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ParameterError, match="one active PEFT LoRA adapter per layer, has 2"):
+        SkipLoRA(two, runs.skipping())
+    image = get_peft_model(nn.Sequential(nn.Conv2d(1, 2, 3)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ParameterError, match="linear layers only"):
+        SkipLoRA(image, runs.skipping())

@@ -128,6 +128,9 @@ def test_exploration_has_its_rate_and_follows_the_generator():
 def test_thresholds():
     assert threshold([0.4, 0.1, 0.3, 0.2], runs.skipping(share=0.5)) == 0.3
     assert threshold([0.4, 0.1], runs.skipping(threshold=0.07)) == 0.07
+    assert threshold([*range(100)], runs.skipping(share=0.29)) == 29  # 0.29 · 100 is below 29 in floating point
+    settings = runs.skipping(**ALWAYS | {"share": 0.29})
+    assert choose([1.0] * 100, [*range(100)], settings, GENERATOR()) == [False] * 29 + [True] * 71
 
 
 def test_blocks_follow_the_models_numbers():
