@@ -42,13 +42,8 @@ class SkipLoRA(Controller):
         self.probes = probe_model(model)
         self.paths = [probe.path for probe in self.probes]
         self.blocks = block_numbers(self.paths)
-        most = len(self.probes)
-        require(
-            settings.skip_min_active <= most,
-            "skip_min_active",
-            settings.skip_min_active,
-            f"the model has {most} adapters",
-        )
+        least, most = settings.skip_min_active, len(self.probes)
+        require(least <= most, "skip_min_active", least, f"the model has {most} adapters")
         self.generator = torch.Generator().manual_seed(seed)
         # M of each adapter, averaged; None before the first measurement, and of one that no forward has visited yet
         self.metric: list[float | None] | None = None
@@ -263,10 +258,8 @@ def keep_the_cut(model: nn.Module) -> None:
         LorakitError: checkpointing is the reentrant kind.
     """
     for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
-            "use_reentrant"
-        ):
+        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant"):
             raise LorakitError(
                 "skip='prefix': reentrant checkpointing undoes the cut; enable it with use_reentrant=False"
             )

@@ -67,7 +67,7 @@ def proportional(sizes: Tensor, k: int, generator: Generator) -> tuple[Tensor, T
     ends[-1] = k
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     passed = torch.ceil(ends - offset)
-    drawn = passed.diff(prepend=torch.zeros(1, dtype=torch.float64)) > 0
+    drawn = passed.diff(prepend=passed.new_zeros(1)) > 0
     places = order[drawn].sort().values
     return places, probabilities[places]
 

@@ -32,16 +32,14 @@ class Cut:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """While inside, a forward of all tokens leaves its states."""
-        handles = [block.register_forward_hook(self._keep) for block in self.blocks[self.count - 1 : self.count]]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for block in self.blocks[self.count - 1 : self.count]:
+                hooks.enter_context(block.register_forward_hook(self._keep))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _keep(self, _: nn.Module, __: tuple, out: Any) -> None:
         self.tuples = not torch.is_tensor(out)
-        self.states = (out[0] if self.tuples else out).detach()
+        self.states = out[0] if self.tuples else out
 
     @contextlib.contextmanager
     def started(self, at: Places) -> Iterator[None]:

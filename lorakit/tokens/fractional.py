@@ -56,7 +56,7 @@ class FreshKeys(Cache):
         whole = old.transpose(1, 2).index_put((at.of[at.row], at.column), new).transpose(1, 2)  # (S, heads, T, d)
         return whole if len(at.of) == len(at.sequences) else whole.index_select(0, at.of)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, *_: Any) -> int:
         return 0  # positions are given
 
 
@@ -86,8 +86,7 @@ class FractionalGate(TokenGate):
     ) -> Selected:
         chosen, *recorded = self._record(model, inputs, labels, look)
         if not len(chosen.where):
-            zero = next(iter(self.head.module.parameters())).new_zeros((), dtype=torch.float32)
-            return self._selected(chosen, lambda: zero.clone().requires_grad_(), 0)
+            return self._selected(chosen, lambda: torch.zeros((), device=labels.device, requires_grad=True), 0)
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
         finish = lambda: self._finish(model, inputs, chosen, at, *recorded)  # noqa: E731
         ran = at.columns.numel()
@@ -231,9 +230,7 @@ def attention_masks(config: Any, inputs: Mapping[str, Any], dtype: torch.dtype) 
         attention_mask=inputs.get("attention_mask"),
         past_key_values=None,
         position_ids=inputs.get("position_ids"),
-        and_mask_function=lambda *_: torch.ones(
-            (), dtype=torch.bool, device=ids.device
-        ),  # "causal" is not spelt out else
+        and_mask_function=lambda *_: ids.new_ones((), dtype=torch.bool),  # "causal" is not spelt out else
     )
 
 

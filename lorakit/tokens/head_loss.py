@@ -126,7 +126,7 @@ class HeadLoss:
 
     def parts(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """States (n, H) and targets (n,), chunk by chunk."""
-        chunks = zip(states.detach().split(self.chunk), targets.split(self.chunk), strict=True)
+        chunks = zip(states.split(self.chunk), targets.split(self.chunk), strict=True)
         return ((h, y) for h, y in chunks if len(h))
 
     def runner(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
@@ -209,8 +209,8 @@ class _Sum(torch.autograd.Function):
         made, size = partial(loss.learnt, trained=trained), loss.chunk
         if loss.is_fixed:
             made, size = loss.formula(states.device)
-        size = -(-len(targets) // max(1, -(-len(targets) // size))) or 1  # as many chunks, all as large
-        for h, y in zip(states.detach().split(size), targets.split(size), strict=True):
+        size = -(-len(targets) // max(1, -(-len(targets) // size)))  # as many chunks, all as large
+        for h, y in zip(states.split(size), targets.split(size), strict=True):
             part = slice(first, first := first + len(y))
             value, (gradient[part], *new) = made(h, y, None if weights is None else weights[part])
             total += value
@@ -284,6 +284,6 @@ def liger(head: Head, smoothing: float) -> Any:
     except ImportError:
         raise ParameterError("loss", "liger", "needs the package liger-kernel; 'exact' needs none") from None
     require(type(head.module) is nn.Linear, "loss", "liger", "knows a linear head only, no adapter on it; 'exact' does")
-    require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")
     require(head.scale == 1, "loss", "liger", "knows no scale of logits; 'exact' does")
+    require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")
     return made(reduction="sum", softcap=head.softcap, label_smoothing=smoothing)

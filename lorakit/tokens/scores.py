@@ -63,17 +63,15 @@ class TokenScore:
     def watching(self) -> Iterator[None]:
         """While inside, the model's forward adds up what its blocks change."""
         self.updates = None
-        handles = [block.register_forward_hook(self._see, with_kwargs=True) for block in self.watched]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for block in self.watched:
+                hooks.enter_context(block.register_forward_hook(self._see, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def _see(self, _: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], out if torch.is_tensor(out) else out[0]
-        change = torch.linalg.vector_norm(after.detach() - before.detach(), dim=-1, dtype=torch.float32)
+        change = torch.linalg.vector_norm(after - before, dim=-1, dtype=torch.float32)
         self.updates = change if self.updates is None else self.updates + change
 
     @contextlib.contextmanager

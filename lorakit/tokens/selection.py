@@ -47,7 +47,7 @@ class TokenGate:
         model: nn.Module,
         kind: str,
         *,
-        loss: TokenSettings | None = None,
+        loss: TokenSettings,
         seed: int = 0,
         rank: int = 0,
         smoothing: float = 0.0,
@@ -56,7 +56,7 @@ class TokenGate:
         self.settings, self.kind, self.selective = settings, kind, settings.selective
         self.shares = Shares(settings, kind, seed=seed, rank=rank)
         self.head: Head = find_head(model, kind)
-        self.smoothing, self.loss = smoothing, HeadLoss(self.head, loss or TokenSettings(), smoothing)
+        self.smoothing, self.loss = smoothing, HeadLoss(self.head, loss, smoothing)
         self.score = TokenScore(settings, self.head, model, seed)
         self._same = True  # whether what is scored is what gets the backward, so that its logits serve both
         self.seen = {"predictions": 0, "chosen": 0}
@@ -76,7 +76,7 @@ class TokenGate:
 
         def none_left(hidden: Tensor) -> Tensor:
             states = words(hidden, labels)
-            chosen = self.choose(states.detach(), labels, look)
+            chosen = self.choose(states, labels, look)
             made.append((chosen, states[chosen.where], ambient_autocast(hidden.device)))
             return hidden[:, :0]
 

@@ -72,6 +72,24 @@ def test_equal_and_zero_sizes_are_equally_probable():
         assert torch.allclose(policies.inclusion_probabilities(given, 2), torch.full((8,), 0.25, dtype=torch.float64))
 
 
+def test_a_size_of_nothing_has_a_twentieth_of_the_mean():
+    found = policies.inclusion_probabilities(torch.tensor([0.0, 2.0]), 1)
+    torch.testing.assert_close(found, torch.tensor([0.05, 2.05], dtype=torch.float64) / 2.1)
+
+
+def test_picks_by_hand():
+    scores, groups = torch.tensor([0.1, 0.5, 0.3, 0.9, 0.2]), [2, 0, 3]
+    shares = policies.Shares(Gating(method="flora", topk_tokens=0.5, per="sequence"), "causal")
+    index, weights = shares.pick(scores, groups, generator())
+    assert index.tolist() == [1, 2, 3] and weights is None
+    drawn = policies.Shares(Gating(method="flora", topk_tokens=0.9999, policy="pps"), "causal")
+    index, weights = drawn.pick(scores, [5], generator())
+    assert index.tolist() == [0, 1, 2, 3, 4] and weights.tolist() == [1] * 5 and weights.dtype == torch.float32
+    for one in (shares, drawn):
+        index, weights = one.pick(scores[:0], [0], generator())
+        assert (index.tolist(), index.dtype, weights) == ([], torch.long, None)
+
+
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_systematic_sampling_draws_exactly_k_as_often_as_it_says(k):
     drawn, often, draws = generator(), torch.zeros(12, dtype=torch.float64), 2500
@@ -300,6 +318,8 @@ def test_baseline_and_everything_are_the_plain_model():
         tokens = build_tokens(settings, model, "causal")
         assert isinstance(tokens, AllTokens) and not tokens.selective
     assert isinstance(build_tokens(Gating(), runs.tiny_bert(), "classify"), AllTokens)
+    exact = build_tokens(Gating(method="flora", topk_tokens=1.0), model, "causal", loss=TokenSettings())
+    assert isinstance(exact, TokenGate) and not exact.selective and not exact.score.seen and exact.report() == {}
 
 
 def test_a_model_whose_logits_are_not_its_heads_map_is_refused():

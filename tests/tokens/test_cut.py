@@ -92,7 +92,10 @@ def test_the_model_is_as_it_was():
     skip = skipping(model)
     own = model.transformer.h[0].forward
     model.transformer.h[1].forward = first = model.transformer.h[1].forward  # one's own, as accelerate sets it
-    selection(model, topk_tokens=0.5).select(model, inputs, labels).finish()
+    tokens = selection(model, topk_tokens=0.5)
+    layers = tokens._record(model, inputs, labels, None)[1].layers
+    assert [layer.keys is None for layer in layers] == [layer.values is None for layer in layers] == [1, 1, 0, 0]
+    tokens.select(model, inputs, labels).finish()
     assert model.transformer.h[0].forward == own and "forward" not in vars(model.transformer.h[0])
     assert vars(model.transformer.h[1])["forward"] is first
     assert not any(block._forward_hooks for block in model.transformer.h)
@@ -110,6 +113,10 @@ def test_what_learns_below_moves_the_cut():
     skip.end()
     top = prepared(attach(of("llama", num_hidden_layers=4), "lora", rank=2, seed=0, target_modules=r".*\.3\..*proj"))
     assert cut_of(top) == 3
+    for tied, count in ((False, 4), (True, 0)):  # the head alone learns, or the embedding with it
+        bare = prepared(of("llama", num_hidden_layers=4, tie_word_embeddings=tied).requires_grad_(False))
+        bare.get_output_embeddings().weight.requires_grad_()
+        assert cut_of(bare) == count
 
 
 def test_pefts_own_adapters_rest_too():

@@ -190,6 +190,7 @@ def test_rows_of_different_length_and_rows_without_a_choice():
         ([200, 2, 1, 1], 256, 40),
         ([255], 256, 255),
         ([1, 1], 8, 1),
+        ([10, 1], 80, 10),  # 2 · (10 + 80 / 16) as 3 · (5 + 80 / 16)
     ],
 )
 def test_long_rows_are_split_where_that_saves_padding(counts, length, width):

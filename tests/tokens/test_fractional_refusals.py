@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from lorakit.params import Params, check
 from lorakit.settings import Gating
 from lorakit.tokens import build_tokens, fractional
 from lorakit.tokens.fractional import FreshKeys
+from lorakit.tokens.head_loss import HeadLoss
 
 # what it cannot serve -------------------------------------------------------------------------------
 
@@ -127,6 +129,24 @@ def test_a_model_whose_second_pass_has_other_losses_is_refused(monkeypatch, name
         monkeypatch.setattr(FreshKeys, "_replaced", lambda self, old, new: torch.zeros_like(old))
     with pytest.raises(LorakitError, match=f"{type(model).__name__}: the chosen tokens alone have other losses"):
         tokens.verify(model, *split(given))
+
+
+@pytest.mark.parametrize(
+    ("factors", "refused"),
+    [((1, 1.02), False), ((1, 1.05), True), ((1, float("nan")), True), ((float("nan"),) * 2, False)],
+)
+def test_the_losses_of_both_passes_may_differ_by_three_percent(monkeypatch, factors, refused):
+    model, given = adapted(of("gemma")), batch("right")
+    losses, scale = HeadLoss.losses, iter(factors)
+
+    def off(self, *given):
+        factor = next(scale)
+        return [(factor * one, right) for one, right in losses(self, *given)]
+
+    monkeypatch.setattr(HeadLoss, "losses", off)
+    told = pytest.raises(LorakitError, match="other losses than in their sequence")
+    with told if refused else contextlib.nullcontext():
+        selection(model).verify(model, *split(given))
 
 
 @pytest.mark.parametrize(

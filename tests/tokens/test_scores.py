@@ -225,6 +225,12 @@ def test_what_cannot_be_scored_is_an_error():
     tokens, hidden = gate(model, "causal", "sketch"), seen(model, batch())[0].detach()
     with pytest.raises(ParameterError, match=r"^labels=\(\d+, 99\): must be from 0 to 98, or -100"):
         tokens.choose(hidden, batch()["labels"].masked_fill(batch()["labels"] == 98, 99))
+    labels = batch()["labels"]
+    labels[0, 8] = -1
+    with pytest.raises(ParameterError, match=r"^labels=\(-1, \d+\): must be from 0 to 98, or -100"):
+        tokens.choose(hidden, labels)
+    labels[0, 8] = 0
+    tokens.choose(hidden, labels)
     with pytest.raises(ParameterError, match="^logits='non-finite loss'"):
         tokens.choose(hidden * float("nan"), batch()["labels"])
 
