@@ -28,7 +28,7 @@ class GateLog:
         self.decisions: list[bool] = []
         self._scores: list[float] = []
         self._accepted: list[bool] = []
-        self._early: list[float] = []  # scores of the first burn-in batches
+        self._early: list[float | None] = []  # scores of the first burn-in batches
         self._kept = self._row = 0  # accepted after the burn-in, the same decision in a row
         self._last: bool | None = None
 
@@ -39,8 +39,7 @@ class GateLog:
         if score is not None:
             self._scores.append(score)
         if len(self.decisions) <= self.gate.burn_in:
-            if score is not None:
-                self._early.append(score)
+            self._early.append(score)
             if len(self.decisions) == self.gate.burn_in:
                 self._check_novelty()
             return

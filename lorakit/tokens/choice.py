@@ -162,5 +162,5 @@ class Plan:
     where: Tensor
     targets: Tensor
     chosen: Chosen
-    masks: Any = None
+    masks: Any = ()
     places: Any = None

@@ -18,6 +18,7 @@ from lorakit.params import Params, check
 from lorakit.settings import TokenSettings
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tokens.cut import Cut
+from lorakit.tokens.positions import places
 from lorakit.training.loss import MeanLoss
 
 
@@ -117,6 +118,25 @@ def test_what_learns_below_moves_the_cut():
         bare = prepared(of("llama", num_hidden_layers=4, tie_word_embeddings=tied).requires_grad_(False))
         bare.get_output_embeddings().weight.requires_grad_()
         assert cut_of(bare) == count
+
+
+@pytest.mark.parametrize("tuples", [False, True])
+def test_what_a_block_gives_is_given_once_for_the_chosen(tuples):
+    model = four("llama")
+    skip, states = skipping(model), torch.randn(3, 16, 32)
+    first, second, third, _ = blocks(model)
+    cut, at = Cut(model, blocks(model)), places(torch.tensor([1, 18, 19]), 16)
+    cut._keep(second, (), (states, None) if tuples else states)
+    with cut.started(at):
+        for block in (first, second):
+            given = block.forward("anything", at=all)
+            assert isinstance(given, tuple) == tuples
+            given = given[0] if tuples else given
+            assert torch.equal(given[at.row, at.slot], states.flatten(0, 1)[[1, 18, 19]])
+        assert "forward" not in vars(third)
+    with cut.started(at):
+        assert "forward" not in vars(first)
+    skip.end()
 
 
 def test_pefts_own_adapters_rest_too():

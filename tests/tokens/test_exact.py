@@ -259,6 +259,7 @@ def test_chunks_follow_the_bound_and_the_head():
         module = nn.Linear(2, 262_144, bias=False, device="meta", dtype=dtype).requires_grad_(False)
         loss = HeadLoss(Head(module, 2, 262_144, capped), TokenSettings(logits_mib=mib))
         assert (loss.chunk, loss.wide(module.weight)) == (chunk, wide)
+    assert HeadLoss(Head(module, 2, 262_144, None, scale=0.5), TokenSettings(logits_mib=112)).chunk == 32
     module.requires_grad_()
     assert HeadLoss(Head(module, 2, 262_144, None), TokenSettings(logits_mib=128)).chunk == 32
 
@@ -365,7 +366,7 @@ def test_what_the_loss_cannot_be_is_an_error():
     row = 6 * 99 / 2**20
     with pytest.raises(ParameterError, match=r"^logits_mib=0.0005: must be at least 0.00056\d*: one row of 99 words"):
         build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=0.0005))
-    assert build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=1.01 * row)).loss.chunk == 1
+    assert build_tokens(Gating(), model, "causal", loss=TokenSettings(logits_mib=row)).loss.chunk == 1
     with pytest.raises(ParameterError, match="^loss='dft': .*label_smoothing_factor=0.1"):
         exact(model, "causal", "dft", smoothing=0.1)
     for loss in ("dft", "liger"):

@@ -240,6 +240,7 @@ def test_second_pass_runs_the_chosen_tokens_only():
     made.finish()
     assert seen == [(4, 3)]  # of 15, 11 and 8 predictions 5, 3 and 2 are chosen, the 5 in two rows
     assert (made.chosen, made.backpropagated, made.predictions) == (10, 10, 34)
+    assert made.ran == (4 * 3, 4 * 3 * 16) and tokens.two_pass
 
 
 def test_a_batch_without_labels_needs_no_second_pass():

@@ -60,6 +60,17 @@ def test_tokens_are_chosen_by_what_the_blocks_change(name, score, mode):
     expected = where[largest(scores[where], quota(len(where), 0.3))]
     assert torch.equal(chosen[0].where, expected)
     assert gradients(model, loss) and not any(block._forward_hooks for block in blocks(model))
+    looked = tokens.select(model, inputs, labels, lambda *_: None)  # a gate's look changes nothing
+    assert torch.equal(chosen[1].where, expected) and looked.loss_sum is not None
+
+
+def test_a_block_may_take_its_states_by_name_and_give_more_than_them():
+    score = selection(of("llama"), method="flora", score="updates", mode="gather").score
+    before, after = torch.randn(2, 3, 5, 8).bfloat16()
+    for args, kwargs, out in (((before,), {}, after), ((), {"hidden_states": before}, (after, None))):
+        score._see(nn.Identity(), args, kwargs, out)
+    assert score.updates.dtype == torch.float32
+    torch.testing.assert_close(score.updates, 2 * (after - before).float().norm(dim=-1))
 
 
 @pytest.mark.parametrize("mode", ["gather", "fractional"])

@@ -153,6 +153,17 @@ def test_gradients_are_those_of_running_the_head_again(monkeypatch, score, per, 
 
 
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
+def test_a_gradient_made_at_once_is_that_of_the_drawn_by_their_weights(monkeypatch, mode):
+    monkeypatch.setattr(HeadLoss, "chunk", 16)
+    model, given, settings = adapted(of("gemma")), batch("right"), {"policy": "pps", "topk_tokens": 0.8}
+    loss, found, made = taken(model, given, True, score="loss", mode=mode, **settings)
+    expected_loss, expected, again = taken(model, given, False, score="loss", mode=mode, **settings)
+    assert (made.made, again.made) == ("now", "")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["gather", "fractional"])
 def test_a_chunk_of_as_many_as_are_kept(monkeypatch, mode):
     monkeypatch.setattr(HeadLoss, "chunk", 18)
     model, given = adapted(of("llama")), batch("bare")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoders import adapted, batch, of, selection, split
+from decoders import adapted, batch, chosen_of, of, selection, split
 
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.settings import Gating, TokenSettings
@@ -61,6 +61,8 @@ def test_what_was_chosen_is_counted_reported_and_resumed():
     made = tokens.select(model, *split(given))
     assert (made.predictions, made.chosen, made.head, made.flops) == (34, 10, (10, 1), tokens.score.flops(34))
     assert (made.backpropagated, made.ran, made.made) == (None, (), "")
+    assert selection(model, mode="gather", **RANDOM).select(model, *split(given)).flops == 0  # no logits to score
+    assert (tokens.two_pass, tokens.makes_loss, tokens.selective) == (False, True, True)
     tokens.select(model, *split(given))
     again.load_state_dict(tokens.state_dict())
     for one in (tokens, again):
@@ -68,6 +70,24 @@ def test_what_was_chosen_is_counted_reported_and_resumed():
         assert one.shares.draws == 2
     with pytest.raises(CheckpointError, match=r"no state of gate 'tokens \(flora\)'"):
         again.load_state_dict({})
+
+
+@pytest.mark.parametrize("mode", ["gather", "fractional"])
+def test_a_dry_run_leaves_nothing_behind(mode):
+    model, given = adapted(of("gemma")), batch()
+    tokens, other = (selection(model, mode=mode, **RANDOM) for _ in range(2))
+    for one in (tokens, other):
+        one.select(model, *split(given)).finish()
+    with tokens.dry(*split(given)) as masks:
+        made = tokens.select(model, *split(given))
+        assert (made.predictions, made.chosen) == (34, 10)
+        made.finish()
+    assert [tuple(mask.shape) for mask in masks] == [(3, 1, 16, 16)] * (2 if mode == "fractional" else 0)
+    assert tokens.state_dict() == other.state_dict()
+    found = [chosen_of(one) for one in (tokens, other)]
+    for one in (tokens, other):
+        one.select(model, *split(given))
+    assert torch.equal(found[0][0].where, found[1][0].where)
 
 
 def out_of_memory(**_):
