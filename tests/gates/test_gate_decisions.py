@@ -14,6 +14,7 @@ from gate_streams import SMALL, filled
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.gates import GATES, GateWarning, HeadGradientGate, LossFloor, RandomGate, ThresholdController, build_gate
 from lorakit.gates.log import GateLog
+from lorakit.gates.variants import GradientNorm, NoveltyAndLoss
 from lorakit.seams import Candidate
 from lorakit.sketches import TensorSketch
 
@@ -88,6 +89,28 @@ def test_each_gate_prefers_what_it_is_called_after():
     assert losses[accepted].mean() > losses[~accepted].mean() + 0.05
 
 
+@pytest.mark.parametrize(("labels", "score"), [(0, 5.0), (1, 5.0), (2, 2.5)])
+def test_the_gradient_norm_is_per_label(labels, score):
+    measured = torch.zeros(65, dtype=torch.float64)
+    measured[0], measured[1], measured[64] = 3, 4, labels
+    assert GradientNorm(16, 9, **SMALL).score(measured) == score
+
+
+@pytest.mark.parametrize(("novelty", "loss", "lower"), [(0.9, 2.5, 0.5), (0.5, 5.0, -1.0)])
+def test_the_lower_of_novelty_and_loss_counts_in_spreads_of_those_before(novelty, loss, lower):
+    gate, measured = NoveltyAndLoss(16, 9, **SMALL), torch.zeros(65, dtype=torch.float64)
+    for values, wanted in (((0.5, 1.0), 0), ((0.7, 3.0), 0), ((novelty, loss), lower)):  # means 0.6, 2; spreads 0.1, 1
+        measured[64] = values[1]
+        assert gate.preference(values[0], measured) == pytest.approx(wanted)
+
+
+def test_a_batch_may_be_of_another_kind_than_the_gates():
+    causal, masked = (HeadGradientGate(16, 9, **SMALL, kind=kind) for kind in ("causal", "masked"))
+    given = torch.randn(2, 3, 16), torch.randn(2, 3, 9), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert torch.equal(causal.embed(*given, kind="masked"), masked.embed(*given))
+    assert not torch.equal(causal.embed(*given), masked.embed(*given))
+
+
 def test_random_gate_is_a_coin():
     gate = RandomGate(0.2, burn_in=10, seed=4)
     assert all(gate.decide(torch.zeros(0)).accept for _ in range(10)) and gate.acceptance_rate() == 1
@@ -122,6 +145,7 @@ def test_state_stays_below_a_megabyte():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"m": 1}, "m=1"), ({"m": 48}, "m=48: must be a power of two"), ({"k": 64}, "k=64"),
+     ({"k": 0}, "k=0"), ({"k_topk": -1}, "k_topk=-1"), ({"rows": 65}, "rows=65: must be above k=8 and at most m=64"),
      ({"k": 8, "rows": 8}, "rows=8: must be above k=8"), ({"target_novelty": 0.0}, "target rate=0.0"),
      ({"target_novelty": 1.0}, "target rate=1.0"), ({"target_novelty_scaler": 0.0}, "beta=0.0"),
      ({"novelty_ema_rate": 0.0}, "ema rate=0.0"), ({"novelty_ema_rate": 1.5}, "ema rate=1.5"),
@@ -130,6 +154,13 @@ def test_state_stays_below_a_megabyte():
 def test_bad_settings(options, message):
     with pytest.raises(ParameterError, match=message):
         HeadGradientGate(16, 9, **SMALL | options)
+    assert HeadGradientGate(16, 9, m=2, k=1).directions.rows == 2  # the smallest
+
+
+@pytest.mark.parametrize(("rate", "burn_in"), [(0.0, 0), (1.0, 0), (0.3, -1)])
+def test_bad_settings_of_a_coin(rate, burn_in):
+    with pytest.raises(ParameterError, match="^burn_in=-1" if burn_in else f"^target rate={rate}"):
+        RandomGate(rate, burn_in=burn_in)
 
 
 def test_bad_batches():
@@ -142,6 +173,8 @@ def test_bad_batches():
     with pytest.raises(LorakitError, match="logits"):
         gate.embed(torch.ones(2, 16), torch.full((2, 9), float("nan")), labels)
     assert not gate.embed(torch.ones(2, 16), torch.zeros(2, 9), torch.tensor([-100, -100])).any()
+    with pytest.raises(ParameterError, match="^z=nan"):
+        gate.novelty(torch.full((64,), float("nan")))
     with pytest.raises(ParameterError, match="gate='sgd': must be one of none, random"):
         made("sgd")
 

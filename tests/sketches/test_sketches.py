@@ -350,6 +350,7 @@ def test_frequent_directions_refuses(arguments, name):
     dim, rows, *decay = arguments
     with pytest.raises(ParameterError, match=f"^{name}="):
         FrequentDirections(dim, rows, **({"decay": decay[0]} if decay else {}))
+    assert FrequentDirections(1, 1).matrix().tolist() == [[0]]
 
 
 def test_frequent_directions_refuses_rows_that_do_not_fit():
