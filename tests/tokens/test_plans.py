@@ -72,15 +72,17 @@ def test_what_was_chosen_is_counted_reported_and_resumed():
         again.load_state_dict({})
 
 
+@pytest.mark.parametrize("settings", [RANDOM, FLORA], ids=["random", "flora"])
 @pytest.mark.parametrize("mode", ["gather", "fractional"])
-def test_a_dry_run_leaves_nothing_behind(mode):
+def test_a_dry_run_leaves_nothing_behind(mode, settings):
     model, given = adapted(of("gemma")), batch()
-    tokens, other = (selection(model, mode=mode, **RANDOM) for _ in range(2))
+    tokens, other = (selection(model, mode=mode, **settings) for _ in range(2))
     for one in (tokens, other):
         one.select(model, *split(given)).finish()
     with tokens.dry(*split(given)) as masks:
         made = tokens.select(model, *split(given))
-        assert (made.predictions, made.chosen) == (34, 10)
+        assert (made.predictions, made.chosen, made.loss_sum) == (34, 10, None)
+        assert made.made == ("keep" if settings is FLORA else "")
         made.finish()
     assert [tuple(mask.shape) for mask in masks] == [(3, 1, 16, 16)] * (2 if mode == "fractional" else 0)
     assert tokens.state_dict() == other.state_dict()

@@ -235,7 +235,9 @@ def test_what_cannot_be_scored_is_an_error():
         tokens.choose(hidden * float("nan"), batch()["labels"])
 
 
-@pytest.mark.parametrize(("name", "each"), [("loss", 5 * 10), ("sketch", 40 + 2 * (4 + 3 + 1) + 5 * 16 * 4 + 3 * 16)])
-def test_flops_grow_with_the_predictions(name, each):
+@pytest.mark.parametrize(("topk", "kept"), [(3, 3), (0, 10), (64, 10)])  # of 10 words
+def test_flops_grow_with_the_predictions(topk, kept):
     head = Head(nn.Linear(4, 10), 4, 10, None)
-    assert scorer(name, head, sketch_dim=16, topk_logits=3).flops(7) == 7 * each
+    assert scorer("loss", head).flops(7) == 7 * 5 * 10
+    sketch = 4 * 10 + 2 * (4 + kept + 1) + 5 * 16 * 4 + 3 * 16
+    assert scorer("sketch", head, sketch_dim=16, topk_logits=topk).flops(7) == 7 * sketch
