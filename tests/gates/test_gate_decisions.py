@@ -236,6 +236,9 @@ def test_points_sum_up_what_was_decided_since_the_last():
     assert point == {"gate/novelty": 0.625, "gate/accept": 0.75} | counted
     report = log.report()
     assert report["acceptance_rate"] == 0.5 and report["decisions"] == 4 and report["log"][0]["step"] == 4
+    resumed = GateLog(log.gate)
+    resumed.load_state_dict(log.state_dict())
+    assert resumed.report() == report and resumed.decisions == log.decisions
 
 
 def test_a_basis_that_holds_every_gradient_of_a_narrow_head_is_warned_about():
