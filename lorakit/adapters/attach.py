@@ -114,9 +114,7 @@ def attach_to(
                 parameter.requires_grad_(True)
                 TRAINED[parameter] = weakref.ref(model)
     replace_modules(model, wrapped)
-    model.lorakit_attachment = Attachment(
-        method, settings, dict(targets), tuple(trained), flags, batches_seen(model, trained)
-    )
+    model.lorakit_attachment = Attachment(method, settings, targets, trained, flags, batches_seen(model, trained))
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
         model.save_pretrained = Saving(model)
         if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it has adapters
@@ -131,7 +129,7 @@ def _trained_modules(model: nn.Module, method: str, trainable: str | Sequence[st
     trained = resolve_trainable(model, trainable)
     if method == "head":
         trained = trained or (output_head(model) if trainable == "head" else [])
-        require(bool(trained), "trainable", trainable, "no trainable parameters: name the modules to train")
+        require(trained != [], "trainable", trainable, "no trainable parameters: name the modules to train")
     return trained
 
 
@@ -142,6 +140,6 @@ def _require_untied(model: nn.Module, trained: Sequence[str]) -> None:
         owners.setdefault(parameter, []).append(name)
     for names in owners.values():
         inner = [name for name in names if inside(name, trained)]
-        if inner and len(inner) < len(names):
-            other = next(name for name in names if name not in inner)
-            raise ParameterError("trainable", inner[0], f"shares its weight with the frozen {other}: name neither")
+        outer = [name for name in names if name not in inner]
+        if inner and outer:
+            raise ParameterError("trainable", inner[0], f"shares its weight with the frozen {outer[0]}: name neither")

@@ -33,21 +33,19 @@ class Attachment:
     targets: Mapping[str, AdapterSettings]  # path of each adapted linear layer -> its own settings
     trained: Sequence[str]  # paths of the modules trained in full; "" is the whole model
     required_grad: Mapping[str, bool] = field(repr=False)  # of every parameter, before
-    batches: Mapping[str, int] = field(default_factory=dict, repr=False)  # see `batches_seen`, before
+    batches: Mapping[str, int] = field(repr=False)  # see `batches_seen`, before
     foreign: ClassVar[bool] = False  # whether the adapter's code and files are PEFT's own
 
     def controllers(self, model: nn.Module, run: Settings) -> list[Controller]:
         """What the method needs between the steps of a run with these parameters."""
         return ADAPTERS[self.method].controllers(model, run) if self.method in ADAPTERS else []
 
-    def merge(self, model: nn.Module, safe: bool = False) -> None:
-        fresh = {path: layer for path, layer in adapter_layers(model).items() if not layer.is_merged}
-        for path, layer in fresh.items():
+    def merge(self, model: nn.Module, safe: bool) -> None:
+        for path, layer in adapter_layers(model).items():
             try:
                 layer.merge(safe)
             except Exception as error:  # all layers or none, whatever a base layer raises
-                for other in fresh.values():
-                    other.unmerge()
+                self.unmerge(model)
                 raise LorakitError(f"{path} cannot be merged: {error}") from error
 
     @contextmanager
@@ -97,10 +95,10 @@ class Attachment:
         for path in self.trained:
             prefix = f"{path}." if path else ""
             found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
-        once: dict[int, str] = {}
+        once: dict[Tensor, str] = {}
         for name, tensor in found.items():
-            once.setdefault(id(tensor), name)
-        return {name: found[name] for name in once.values()}
+            once.setdefault(tensor, name)
+        return {name: tensor for tensor, name in once.items()}
 
     def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The tensors that an adapter file holds: PEFT's format has a tied one under each of its names."""
@@ -118,7 +116,6 @@ class Attachment:
 
     def read(self, model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Of a foreign kind: take in what `write` wrote."""
-        return model
 
 
 def batches_seen(model: nn.Module, trained: Sequence[str]) -> dict[str, int]:
@@ -266,7 +263,5 @@ def check_state(here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
             raise CheckpointError(f"{name} holds NaN or infinite values")
 
 
-def _finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(
-        torch.isfinite(tensor.detach().float() if tensor.is_floating_point() else tensor).all()
-    )
+def _finite(tensor: Tensor) -> bool | Tensor:
+    return tensor.is_meta or torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all()

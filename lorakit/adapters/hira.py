@@ -1,6 +1,5 @@
 """HiRA: W' = W0 ⊙ (1 + BA), elementwise, so the update may have full rank; no α, B = 0 at the start (ICLR 2025)."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ class HiRALayer(AdapterLayer):
     has_alpha = False
     peft_type = "HIRA"
     parameter_names = ("hira_A", "hira_B")
-    peft_fields = frozenset({"r", "hira_dropout", "init_weights"})
+    peft_fields = {"r", "hira_dropout", "init_weights"}
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         require(settings.alpha is None, "alpha", settings.alpha, "HiRA has none: its update is not scaled")
@@ -61,7 +60,7 @@ class HiRALayer(AdapterLayer):
         if self.is_plain and not dropout and weight.element_size() >= self.hira_A.element_size():  # W0 + ΔW is exact
             out = _Modulated.apply(rows, self.hira_A, self.hira_B, self.base_layer.bias, self, True)
             return out.view(*x.shape[:-1], self.out_features)
-        out, inner = self.base_layer(x), F.dropout(rows, dropout) if dropout else rows
+        out, inner = self.base_layer(x), F.dropout(rows, dropout)
         delta = _Modulated.apply(inner, self.hira_A, self.hira_B, None, self, False)
         return delta.to(out.dtype).view_as(out).add_(out)
 
@@ -72,7 +71,7 @@ class HiRALayer(AdapterLayer):
 
     @staticmethod
     def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
-        init = config.get("init_weights", True)
+        init = config.get("init_weights")
         if init not in _INITS:
             raise CheckpointError(f"init_weights={init!r}: must be one of {', '.join(map(repr, _INITS))}")
         return AdapterSettings(
@@ -94,7 +93,7 @@ class _Modulated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, layer: AdapterLayer, whole: bool):
         ctx.save_for_backward(x, A, B)
         ctx.layer, ctx.whole = layer, whole
-        with _no_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             weight = _weight(layer.base_weight(), A, B, whole).to(x.dtype)
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -105,7 +104,7 @@ class _Modulated(torch.autograd.Function):
         for_x, for_A, for_B, for_bias = ctx.needs_input_grad[:4]
         W0 = ctx.layer.base_weight()
         dX = dA = dB = None
-        with _no_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             if for_x:
                 dX = dY @ _weight(W0, A, B, ctx.whole).to(dY.dtype)  # W is gone before G, as large, is made
             if for_A or for_B:
@@ -125,11 +124,6 @@ def _weight(W0: Tensor, A: Tensor, B: Tensor, whole: bool) -> Tensor:
 def _laid_out(W0: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """left @ right, in memory as W0 is (Conv1D stores it transposed): what is elementwise then reads in order."""
     return left @ right if W0.is_contiguous() else (right.T @ left.T).T
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 ADAPTERS["hira"] = HiRALayer

@@ -1,7 +1,7 @@
 """An adapter wraps one frozen linear map: h = (W0 + ΔW) x + b, where a method only says what ΔW is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ class AdapterLayer(nn.Module, ABC):
     has_alpha: ClassVar[bool] = True  # whether the update is scaled by alpha
     peft_type: ClassVar[str]  # the method's name in PEFT's file format
     parameter_names: ClassVar[tuple[str, ...]]  # trainable attributes, named as in PEFT's file format
-    peft_fields: ClassVar[frozenset[str]]  # the fields of the method's PEFT config that are understood
+    peft_fields: ClassVar[Set[str]]  # the fields of the method's PEFT config that are understood
     is_off: bool = False  # see `lorakit.disabled`
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
@@ -86,9 +86,9 @@ class AdapterLayer(nn.Module, ABC):
         if self._unmerged:
             if self.training and torch.is_grad_enabled():
                 raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
-            if isinstance(self._unmerged[0], nn.Parameter) or torch.is_autocast_enabled(x.device.type):
+            if torch.is_autocast_enabled(x.device.type):
                 return self.base_layer(x)
-            # in place of a 4-bit layer, which gives what it is given in its own dtype too
+            # it may stand in place of a 4-bit layer, which gives what it is given in its own dtype too
             return self.base_layer(x.to(self.base_layer.weight.dtype)).to(x.dtype)
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
             # cast once here; the base and the adapter would each keep a copy of their own
@@ -138,7 +138,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @property
     def is_merged(self) -> bool:
-        return bool(self._unmerged)
+        return self._unmerged != ()
 
     @property
     def is_plain(self) -> bool:
@@ -186,7 +186,7 @@ class AdapterLayer(nn.Module, ABC):
         if obstacle := self.merge_obstacle():
             raise LorakitError(obstacle)
         with torch.no_grad():
-            merged = self.merged_weight().contiguous()
+            merged = self.merged_weight()
         if safe and not torch.isfinite(merged).all():
             raise LorakitError("NaN or infinite values would be merged into its weight")
         base = self.base_layer

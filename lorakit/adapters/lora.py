@@ -22,7 +22,7 @@ class LoRALayer(AdapterLayer):
 
     peft_type = "LORA"
     parameter_names = ("lora_A", "lora_B")
-    peft_fields = frozenset({"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}) | _INERT_FIELDS
+    peft_fields = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"} | _INERT_FIELDS
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         require(
@@ -42,7 +42,7 @@ class LoRALayer(AdapterLayer):
         plain = self.owns_output
         # (N, out)
         out = self.base_layer(x) if plain else self.base_layer(given).reshape(-1, self.out_features)
-        inner = F.dropout(x, self.settings.dropout) if self.settings.dropout and self.training else x
+        inner = F.dropout(x, self.settings.dropout, self.training)
         if not torch.is_autocast_enabled(x.device.type):
             inner = inner.to(self.lora_A.dtype)
         inner, B = F.linear(inner, self.lora_A), self.lora_B  # (N, r), (out, r)
@@ -69,7 +69,7 @@ class LoRALayer(AdapterLayer):
 
     @staticmethod
     def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
-        init = config.get("init_lora_weights", True)
+        init = config.get("init_lora_weights")
         if init not in _INITS_THAT_KEEP_THE_BASE:
             raise CheckpointError(
                 f"init_lora_weights={init!r}: training began by changing the base weights; "

@@ -20,14 +20,14 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     values, so that unpacking is exact to the bit. The shapes of what is packed are in the metadata.
     """
     stored: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, torch.Size] = {}
     for name, tensor in tensors.items():
         if stored_bytes(tensor) < tensor.nbytes:
             nonzero = _nonzero(tensor)
-            bits = torch.nn.functional.pad(nonzero.to(torch.uint8), (0, -len(nonzero) % 8)).view(-1, 8)
+            bits = torch.nn.functional.pad(nonzero, (0, -len(nonzero) % 8)).view(-1, 8)
             stored[name + BITMAP] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
             stored[name + VALUES] = tensor.flatten()[nonzero]
-            shapes[name] = list(tensor.shape)
+            shapes[name] = tensor.shape
         else:
             stored[name] = tensor
     return stored, {"format": "lorakit-packed", "version": "1", "shapes": json.dumps(shapes, sort_keys=True)}
@@ -48,7 +48,7 @@ def unpack(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         if bitmap is None or values is None or len(bitmap) != -(-count // 8):
             raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
         nonzero = (bitmap.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
-        found = int(nonzero.sum())
+        found = nonzero.sum()
         if found != len(values):
             raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {found} bits")
         tensors[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(nonzero, values).view(shape)
@@ -62,4 +62,4 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def _nonzero(tensor: Tensor) -> Tensor:
     """(n,) bool: entries with any bit set."""
-    return tensor.detach().flatten().view(_INTEGERS[tensor.element_size()]) != 0
+    return tensor.flatten().view(_INTEGERS[tensor.element_size()]) != 0

@@ -61,7 +61,7 @@ class Probe:
 def squared_norms(h: Tensor, inner: Tensor, B: Tensor, scaling: float, valid: Tensor | None) -> Tensor:
     """‖Δh‖² and ‖h‖² over the valid rows, (2,) fp32, without forming Δh: ‖inner Bᵀ‖² = ⟨innerᵀ inner, Bᵀ B⟩."""
     with torch.autocast(h.device.type, enabled=False):
-        h, inner, B = h.detach(), inner.detach().float(), B.detach().float()
+        inner, B = inner.float(), B.float()
         rows = torch.linalg.vector_norm(h, dim=1, dtype=torch.float32).square_()  # (N,)
         if valid is not None and valid.shape[0] == rows.shape[0]:
             rows, inner = rows * valid, inner * valid[:, None]

@@ -56,7 +56,7 @@ def prune_smallest(scores: Tensor, pruned: Tensor, count: int) -> Tensor:
 
     By indices, not by a threshold: in a fresh B all scores are equal, and a threshold would take all of them or none.
     """
-    lowest = scores.masked_fill(pruned, -1).flatten().topk(count, largest=False).indices
+    lowest = scores.masked_fill(pruned, -torch.inf).flatten().topk(count, largest=False).indices
     return torch.zeros_like(pruned).flatten().index_fill_(0, lowest, True).view_as(pruned)
 
 
@@ -70,8 +70,8 @@ def best_path(A: Tensor, B: Tensor, pruned_A: Tensor, pruned_B: Tensor) -> dict[
 
     The rank is that with the largest max|A_k|·max|B_k| among those with a living entry in both.
     """
-    left_A, left_B = A.abs().masked_fill(pruned_A, -1), B.abs().masked_fill(pruned_B, -1)
+    left_A, left_B = A.abs().masked_fill(pruned_A, -torch.inf), B.abs().masked_fill(pruned_B, -torch.inf)
     (most_A, column), (most_B, row) = left_A.max(1), left_B.max(0)
     dead = (most_A < 0) | (most_B < 0)
-    rank = (most_A * most_B).masked_fill(dead, -1).argmax().view(1)
+    rank = (most_A * most_B).masked_fill(dead, -torch.inf).argmax().view(1)
     return {"lora_A": rank * A.shape[1] + column[rank], "lora_B": row[rank] * B.shape[1] + rank}

@@ -63,7 +63,6 @@ class Sparsifier(Controller):
     # between the steps ---------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.end()
         self.pruned = {name: self.pruned[name].to(p.device) for name, p in self._factors() if name in self.pruned}
         for name, parameter in self._factors():
             if parameter.requires_grad:
@@ -82,9 +81,8 @@ class Sparsifier(Controller):
         if self.settings.sparsify == "l1":
             self._shrink_or_freeze(share, optimizer)
         else:
-            target = self.settings.target(share)
-            final = share >= self.settings.prune_end and target > self.due
-            if final or target - self.due >= STRIDE * self.settings.sparsity > 0:
+            target, end = self.settings.target(share), self.settings.sparsity
+            if target > self.due and (target == end or target - self.due >= STRIDE * end):
                 self.prune_to(target)
         self._hold(optimizer)
 
@@ -126,7 +124,7 @@ class Sparsifier(Controller):
 
     def _ranks_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
         A, B = layer.lora_A, layer.lora_B
-        known = self._mask(path, layer, "lora_A")[:, 0]
+        known = self._mask(path, layer, "lora_A").all(1)
         norms = A.norm(dim=1) * B.norm(dim=0)  # (r,), ‖A_k‖·‖B_k‖: the Frobenius norm of the rank's term B_k A_k of BA
         ranks = prune_smallest(norms, known, round(target * len(known)))
         return {f"{path}.lora_A": ranks[:, None].expand_as(A), f"{path}.lora_B": ranks[None, :].expand_as(B)}
@@ -210,8 +208,7 @@ class Sparsifier(Controller):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in ("share", "due", "penalty")}
-        return plain | {"pruned": dict(self.pruned), "history": list(self.history)}
+        return {name: getattr(self, name) for name in ("share", "due", "penalty", "pruned", "history")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

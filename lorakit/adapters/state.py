@@ -88,9 +88,9 @@ def requantisation_error(model: nn.Module) -> dict[str, Any]:
         if is_four_bit(layer.base_layer):
             state, merged = layer.base_layer.weight.quant_state, layer.merged_weight()
             how = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
-            packed, again = bitsandbytes().functional.quantize_4bit(merged.contiguous(), **how)
-            error = unpack(packed, again).double() - merged.double()
-            squares[path] = float(error.square().sum()), float(merged.double().square().sum())
+            packed, again = bitsandbytes().functional.quantize_4bit(merged, **how)
+            exact = merged.double()
+            squares[path] = (unpack(packed, again) - exact).square().sum(), exact.square().sum()
     if not squares:
         raise LorakitError(f"no adapter of this {type(model).__name__} is on a 4-bit layer; quantize_nf4, then attach")
     lost, whole = (sum(column) for column in zip(*squares.values(), strict=True))

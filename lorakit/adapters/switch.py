@@ -27,7 +27,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     wrappers = [module for module in model.modules() if isinstance(module, theirs)]
     name = type(getattr(model, "_orig_mod", model)).__name__
-    require(bool(layers or wrappers), "model", name, "needs an adapter, from attach(…) or PEFT's get_peft_model(…)")
+    require(layers + wrappers != [], "model", name, "needs an adapter, from attach(…) or PEFT's get_peft_model(…)")
     with ExitStack() as stack:
         for layer in layers:
             if layer.is_merged:

@@ -21,6 +21,7 @@ from lorakit.modules import replace_modules, unwrapping
 COUNTED = ("A", "B", "BA", "merged")
 
 
+@torch.no_grad()
 @unwrapping
 def sparsity_report(model: nn.Module) -> dict[str, Any]:
     """Zeros, ranks and sizes of the LoRA on `model`, however it was trained; JSON values.
@@ -38,7 +39,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
     layers = lora_layers(model)
     counts = {path: _counts(layer) for path, layer in layers.items()}
     ranks = {path: _ranks(layer) for path, layer in layers.items()}
-    factors = [factor.detach() for layer in layers.values() for factor in layer.adapter_parameters().values()]
+    factors = [factor for layer in layers.values() for factor in layer.adapter_parameters().values()]
     living = {path: len(living_ranks(layer)) for path, layer in layers.items()}
     nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
     return {
@@ -65,23 +66,22 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
 
 def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
     """Non-zero and all entries of each of `COUNTED`."""
-    A, B = layer.lora_A.detach() != 0, layer.lora_B.detach() != 0
+    A, B = layer.lora_A != 0, layer.lora_B != 0
     reached = B.float() @ A.float()  # how many ranks add to each entry of BA; a sum that cancels is not a zero
-    with torch.no_grad():
-        matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
+    matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
     return {name: (int(torch.count_nonzero(matrix)), matrix.numel()) for name, matrix in matrices.items()}
 
 
 def _ranks(layer: LoRALayer) -> dict[str, float]:
     """Effective rank, and numerical: singular values above the largest times max(out, in) times the precision."""
-    sigma = singular_values(layer.lora_A.detach(), layer.lora_B.detach())
+    sigma = singular_values(layer.lora_A, layer.lora_B)
     rounding = sigma.max() * max(layer.out_features, layer.in_features) * torch.finfo(layer.lora_A.dtype).eps
     return {"effective_rank": effective_rank(sigma), "numerical_rank": int((sigma > rounding).sum())}
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """Those of BA that can be non-zero, (min(r, in, out),), float64: of R_B R_Aᵀ with B = Q_B R_B, Aᵀ = Q_A R_A."""
-    R_A, R_B = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (A.T, B))
+    R_A, R_B = (torch.linalg.qr(matrix.double()).R for matrix in (A.T, B))
     return torch.linalg.svdvals(R_B @ R_A.T)
 
 
@@ -96,6 +96,7 @@ def effective_rank(sigma: Tensor) -> float:
 # compaction --------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 @unwrapping
 def compact(model: nn.Module) -> nn.Module:
     """Replace every LoRA layer by one without its zero ranks, in place, and return `model`; its output is the same.
@@ -122,7 +123,7 @@ def compact(model: nn.Module) -> nn.Module:
 
 def living_ranks(layer: LoRALayer) -> Tensor:
     """Indices of the ranks that add something to BA; one, the largest, where none does."""
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    A, B = layer.lora_A, layer.lora_B
     living = ((A != 0).any(1) & (B != 0).any(0)).nonzero().flatten()
     return living if len(living) else (A.norm(dim=1) + B.norm(dim=0)).argmax().view(1)
 
@@ -135,6 +136,6 @@ def _smaller(layer: LoRALayer, ranks: Tensor) -> LoRALayer:
     new.scaling = layer.scaling  # the same number, not one that rounds differently
     for name, dim in (("lora_A", 0), ("lora_B", 1)):
         old = getattr(layer, name)
-        kept = old.detach().index_select(dim, ranks).contiguous()
+        kept = old.index_select(dim, ranks)
         setattr(new, name, nn.Parameter(kept, requires_grad=old.requires_grad))
-    return new.train(layer.training)
+    return new

@@ -74,7 +74,9 @@ def test_detach_brings_everything_back(model):
 def test_merge_and_unmerge(model, method):
     perturb(attach(model, method, seed=0))
     unmerged_bits, unmerged_logits = bits(model), logits(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     once = bits(merge(model))
+    assert all(a is b for a, b in zip(trained, [p for p in model.parameters() if p.requires_grad], strict=True))
     torch.testing.assert_close(logits(model), unmerged_logits, atol=1e-5, rtol=1e-5)
     assert same_bits(merge(model), once)  # twice is once
     twin = copy.deepcopy(model)
@@ -103,6 +105,7 @@ def test_training_while_merged_is_refused(model):
         model(**batch())
     with torch.no_grad():
         model(**batch())
+    model.eval()(**batch())
 
 
 def test_a_model_that_moved_while_merged_unmerges_where_it_is(model):
@@ -135,15 +138,17 @@ def test_full_keeps_tied_weights_tied(tiny_gpt2):
 
 def test_train_and_eval_return_the_model(model):
     attach(model)
+    assert not any(module.training for module in model.modules())  # as it was
     assert model.train() is model and model.eval() is model
     layer = next(iter(adapter_layers(model).values()))
     assert layer.train() is layer and layer.eval() is layer
 
 
-def test_the_seed_decides_and_the_global_generator_is_left_alone(tiny_bert):
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_the_seed_decides_and_the_global_generator_is_left_alone(tiny_bert, init):
     base = tiny_bert()
     state = torch.get_rng_state()
-    first, again, other = (adapter_state(attach(copy.deepcopy(base), seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (adapter_state(attach(copy.deepcopy(base), seed=seed, init=init)) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     name = next(name for name in first if name.endswith("lora_A.weight"))
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
@@ -188,11 +193,13 @@ def test_trainable_names_are_trained_in_full_and_get_no_adapter(tiny_bert):
 def test_parameter_stats_and_bytes_count(tiny_bert, method):
     base = tiny_bert()
     frozen = sum(p.numel() for p in base.parameters())
+    bare = parameter_stats(tiny_bert().requires_grad_(False))
+    assert (bare.trainable, bare.total, bare.nonzero, bare.reduction_factor) == (0, frozen, 0, frozen)
     model = attach(base, method, rank=4, target_modules=["query"], seed=0)
     adapters, head = 2 * 4 * (32 + 32), 2 * 32 + 2
     stats = parameter_stats(model)
     assert (stats.trainable, stats.total) == (adapters + head, frozen + adapters)
-    assert stats.nonzero == adapters // 2 + 2 * 32  # B and the head's bias are zero
+    assert stats.nonzero == adapters // 2 + 2 * 32 and type(stats.nonzero) is int  # B and the head's bias are zero
     assert stats.reduction_factor == stats.total / stats.trainable
     assert adapter_bytes(model) == 4 * (adapters + head)
 
@@ -200,6 +207,7 @@ def test_parameter_stats_and_bytes_count(tiny_bert, method):
 def test_switching_tasks_by_state(model):
     attach(model, seed=0)
     first = adapter_state(train(model))
+    assert not any(tensor.requires_grad for tensor in first.values())
     first_logits = logits(model)
     second = adapter_state(train(model))
     second_logits = logits(model)
@@ -220,7 +228,7 @@ def layer_of(base, **settings):
 
 @pytest.mark.parametrize("base", [lambda: nn.Linear(5, 7), lambda: nn.Linear(5, 7, bias=False), conv1d])
 def test_the_layer_is_the_formula(base):
-    layer = layer_of(base().double(), rank=3, alpha=5.0)
+    layer = layer_of(base().double(), rank=3, alpha=5.0, dropout=0.5).eval()
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = layer.base_layer(x) + 5.0 / 3 * (x @ layer.lora_A.T @ layer.lora_B.T)
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)

@@ -68,6 +68,7 @@ def test_a_module_without_a_head_needs_a_name():
     [
         (lambda gpt2: nn.Linear(2, 2), {}, "linear layers are none"),
         (lambda gpt2: nn.ReLU(), {"method": "full"}, "no trainable parameters"),
+        (lambda gpt2: gpt2(), {"method": "head", "trainable": ()}, "no trainable parameters"),
         (lambda gpt2: gpt2(), {"trainable": ["lm_head"]}, "shares its weight with the frozen transformer.wte.weight"),
     ],
 )

@@ -131,6 +131,16 @@ def test_what_is_merged_is_unmerged_inside(build, name):
     assert is_merged(model) and same(outputs(model), merged)
 
 
+@pytest.mark.parametrize("name", ["lora", "LORA"])
+def test_what_is_merged_and_not_finite_is_merged_again(build, name):
+    model = made(build, name, "bert")
+    with torch.no_grad():
+        next(p for path, p in model.named_parameters() if "lora_B" in path).fill_(torch.inf)
+    with lorakit.disabled(merge(model)):
+        assert outputs(model)[1].isfinite().all()
+    assert is_merged(model)
+
+
 @pytest.mark.parametrize("name", ["lora", "hira", "LORA"])
 def test_a_base_in_four_bits(build, name):
     model = made(build, name, "nf4")

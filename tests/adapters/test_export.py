@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from lorakit import cli, records
-from lorakit.adapters import attach, detach, export, load_adapter, merge, quantize_nf4, save_adapter, unmerge
+from lorakit.adapters import attach, detach, export, load_adapter, merge, merged, quantize_nf4, save_adapter, unmerge
 from lorakit.adapters.attachment import trained_tensors
 from lorakit.analysis import figures, style
 from lorakit.errors import LorakitError, ParameterError
@@ -61,6 +61,7 @@ def test_exported_is_a_plain_model(request, tmp_path, build, options, before):
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
     assert list(model.modules()) == modules and torch.allclose(logits(unmerge(model)), expected, atol=1e-5)
     assert model.config.tie_word_embeddings == config["tie_word_embeddings"]
+    assert ("save_pretrained" in vars(model)) is (options.get("method", "lora") in ("lora", "hira"))
     with pytest.raises(ParameterError, match="not empty"):
         export(model, tmp_path / "whole")
 
@@ -113,11 +114,13 @@ def test_safe_merges_no_nan(tiny_bert, tmp_path, options, value):
         with pytest.raises(LorakitError, match="NaN or infinite"):
             unsafe()
         assert not model.lorakit_attachment.is_merged(model) and not list(tmp_path.iterdir())
-    merge(model)
+    with merged(model):
+        merge(model)
 
 
 def test_a_model_without_save_pretrained_is_refused(tmp_path):
     model = attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), trainable=())
+    assert not hasattr(model, "save_pretrained")
     with pytest.raises(ParameterError, match="no transformers model"):
         export(model, tmp_path / "whole")
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import adapter_layers, attach, can_merge, export, merge, quantize_nf4, unmerge
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.measure.flops import FlopCount
 
 
 class Scaled(nn.Linear):
@@ -128,6 +129,24 @@ def test_whoever_looks_at_the_base_layer_keeps_what_it_saw(method, keep):
     if handle is not None:
         handle.remove()
     torch.testing.assert_close(kept[0], model_of("linear")[0](x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_the_output_of_a_plain_linear_is_ours_to_change(name):
+    layer, plain = adapted(name, "lora")[0], name in ("linear", "no bias")
+    assert layer.owns_output is plain
+    with FlopCount():  # a mode that keeps nothing
+        assert layer.owns_output is plain
+
+
+def test_a_merged_layer_gives_what_autocast_asks_for():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert merge(adapted("linear", "lora")).eval()[0](inputs()).dtype == torch.bfloat16
+
+
+def test_a_layer_in_four_bits_comes_back_in_the_mode_the_model_is_in():
+    model = merge(attach(quantize_nf4(nn.Sequential(nn.Linear(64, 64))), trainable=()).train())
+    assert not any(module.training for module in unmerge(model.eval()).modules())
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from small_models import conv1d
 from torch import nn
 
-from lorakit.adapters import AdapterSettings, HiRALayer, adapter_layers, attach, merge, unmerge
+from lorakit.adapters import AdapterSettings, HiRALayer, LoRALayer, adapter_layers, attach, merge, unmerge
+from lorakit.adapters.hira import _laid_out
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
@@ -57,6 +58,7 @@ def test_closed_form_gradients(base):
     torch.testing.assert_close(B.grad, (W0 * G) @ A.T, atol=1e-12, rtol=0)
     torch.testing.assert_close(A.grad, B.T @ (W0 * G), atol=1e-12, rtol=0)
     torch.testing.assert_close(X.grad, dY @ (W0 * (1 + B @ A)), atol=1e-12, rtol=0)
+    assert _laid_out(W0, B, A).stride() == W0.stride()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -233,6 +235,8 @@ def test_alpha_is_refused(build, option, named):
     settings = {"alpha": None, "rslora": False} | option
     with pytest.raises(ParameterError, match=f"^{named}: HiRA has no"):
         HiRALayer(nn.Linear(3, 4), AdapterSettings(**settings))
+    with pytest.raises(ParameterError, match="^alpha=None: LoRA needs one"):
+        LoRALayer(nn.Linear(3, 4), AdapterSettings(alpha=None))
 
 
 def test_a_base_weight_that_wants_a_gradient_is_refused():

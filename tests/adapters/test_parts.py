@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 
 import pytest
 import sparse_models
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakit.adapters import attach, load_adapter, save_adapter
-from lorakit.adapters.attachment import adapter_layers
+from lorakit.adapters.attach import Attaching, asked_of
+from lorakit.adapters.attachment import adapter_layers, can_merge, check_state
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.schedule import PeftSchedule
@@ -38,7 +41,8 @@ def test_a_base_in_eight_bits_is_not_read(tiny_bert):
 
 def test_who_needs_something_between_steps(model):
     assert ADAPTERS["lora"].controllers(model(), None) == []
-    (sparsifier,) = ADAPTERS["sparse"].controllers(model(), sparse_models.runs.zeros())
+    sparse = model()
+    (sparsifier,) = sparse.lorakit_attachment.controllers(sparse, sparse_models.runs.zeros())
     assert isinstance(sparsifier, Sparsifier)
     wrapper = attached(sparse_models.bare(), "LN_TUNING")
     (schedule,) = wrapper.lorakit_attachment.controllers(wrapper, None)
@@ -52,6 +56,11 @@ def test_what_has_no_gradient_is_not_shrunk(model):
     sparsifier.begin()
     sparsifier.after_step(0.5, torch.optim.SGD(built.parameters(), lr=0.1))
     assert all(torch.equal(a, b) for a, b in zip(before, built.parameters(), strict=True))
+
+
+def test_a_run_asks_for_an_alpha_only_where_it_is_not_the_default():
+    assert asked_of(Attaching(rank=16)) == {n: v for n, v in vars(Attaching(rank=16)).items() if n != "alpha"}
+    assert asked_of(Attaching(alpha=8.0)) == vars(Attaching(alpha=8.0))
 
 
 def test_only_the_main_process_saves_and_nobody_pushes(tiny_bert, tmp_path):
@@ -114,3 +123,43 @@ def test_what_carries_an_adapter_gets_no_second_one(tiny_bert, how):
     for method in ("lora", "head", "peft"):
         with pytest.raises(ParameterError, match=message):
             attach(carrying, method)
+
+
+def test_where_peft_was_never_imported_nothing_is_asked_of_it(tiny_bert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
+    assert adapter_layers(attach(tiny_bert()))
+
+
+def test_a_part_that_was_trained_elsewhere_is_free(tiny_bert):
+    whole = attach(tiny_bert(), "head")
+    assert not can_merge(whole) and whole.lorakit_attachment.controllers(whole, None) == []
+    part, whole.classifier = whole.classifier, nn.Linear(32, 2)
+    assert attach(part, "full").weight.requires_grad
+
+
+def tensors(*names):
+    return {name: torch.zeros(2) for name in names}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("here", "given", "message"),
+    [
+        (tensors(*"dcba"), {}, "4 missing tensors: a, b, c, d$"),
+        (tensors(), tensors(*"edcba"), "5 unexpected tensors: a, b, c, d, …$"),
+        (tensors(), tensors(*"fedcba"), "6 unexpected tensors: a, b, c, d, …$"),
+        (tensors("a"), {"a": torch.zeros(3)}, r"a is \(3,\), this model has \(2,\)"),
+        (tensors("a"), {"a": torch.zeros(2, dtype=torch.int64)}, "a is torch.int64, this model has torch.float32"),
+        (tensors("a"), {"a": torch.zeros(2, dtype=torch.complex64)}, "a is torch.complex64, this model"),
+        (tensors("a"), {"a": torch.tensor([1, NAN])}, "a holds NaN or infinite values"),
+        ({"a": torch.zeros(1) + 0j}, {"a": torch.tensor([complex(1, INF)])}, "a holds NaN or infinite values"),
+        ({"a": torch.tensor([-INF])}, {"a": torch.tensor([-INF])}, ""),  # a mask
+        ({"a": torch.zeros(1, device="meta")}, {"a": torch.zeros(1, device="meta")}, ""),
+        *[({"a": zeros}, {"a": zeros}, "") for zeros in (torch.zeros(2, dtype=torch.float8_e4m3fn), torch.arange(2))],
+    ],
+)
+def test_tensors_that_do_not_fit_are_told_by_name_shape_and_type(here, given, message):
+    with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+        check_state(here, given)

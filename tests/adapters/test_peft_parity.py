@@ -11,6 +11,7 @@ from small_models import HEADS, KINDS, LINEARS, backward, logits, peft_model, pe
 from lorakit.adapters import AdapterSettings, adapter_layers, adapter_state, attach, load_adapter, save_adapter
 from lorakit.adapters.attach import attach_to
 from lorakit.adapters.attachment import trained_tensors
+from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.peft_format import name_in_file
 from lorakit.base.quantize import quantize_nf4
 from lorakit.errors import CheckpointError
@@ -221,13 +222,18 @@ def test_excluded_and_layerwise_targets_of_a_peft_file_are_honoured(build, tmp_p
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
-CLASSIFIER = {"modules_to_save": ["pre_classifier", "classifier"], "task_type": "SEQ_CLS"}
+CLASSIFIER = {"modules_to_save": ["pre_classifier", "classifier"], "task_type": "SEQ_CLS", "init_lora_weights": True}
 GPT2 = {"peft_type": "HIRA", "init_weights": "gaussian", "fan_in_fan_out": True, "r": 4, "hira_dropout": 0.25}
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "options", "fields"),
-    [("lora", "distilbert", {}, CLASSIFIER), ("hira", "gpt2", {"init": "gaussian", "dropout": 0.25}, GPT2)],
+    [
+        ("lora", "distilbert", {}, CLASSIFIER),
+        ("lora", "bert", {"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+        ("hira", "bert", {}, {"init_weights": True}),
+        ("hira", "gpt2", {"init": "gaussian", "dropout": 0.25}, GPT2),
+    ],
 )
 def test_the_files_hold_the_same_names_shapes_and_fields(build, tmp_path, method, kind, options, fields):
     from safetensors.torch import load_file
@@ -238,6 +244,18 @@ def test_the_files_hold_the_same_names_shapes_and_fields(build, tmp_path, method
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in peft.items()}
     mine, peft = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "peft"))
     assert mine.keys() <= peft.keys() and mine == mine | fields
+
+
+@methods
+def test_what_a_config_does_not_say_is_what_peft_takes(method):
+    """And what it says is taken."""
+    import peft
+
+    layer, theirs = ADAPTERS[method], getattr(peft, f"{PEFTS[method]}Config")()
+    assert layer.settings_from_peft({}) == layer.settings_from_peft(theirs.to_dict())
+    given = {"alpha": 2.5, "rslora": True} if method == "lora" else {"alpha": None}
+    settings = AdapterSettings(rank=3, dropout=0.25, init="gaussian", **given)
+    assert layer.settings_from_peft(layer.settings_to_peft(settings)) == settings
 
 
 @pytest.mark.parametrize(

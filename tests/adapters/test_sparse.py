@@ -14,7 +14,7 @@ from torch import nn
 from training_runs import Alternating, Closed, equal, kill, trainer, weights
 
 from lorakit.adapters import adapter_layers, attach, sparsity_report
-from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prune_smallest
+from lorakit.adapters.sparse import FACTORS, has_path, prox, prune_smallest
 from lorakit.adapters.sparsify import Sparsifier
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.training import Budget, checkpoint
@@ -64,8 +64,8 @@ def test_prox_is_the_closed_form_and_the_minimum_its_zeros_without_a_sign():
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_penalty_is_applied_once_a_step_times_the_learning_rate(moved, micro_batches):
     built, twin = moved(), moved()
-    optimizers = [sgd(built, momentum=0), sgd(twin, momentum=0)]
-    sparsifier = Sparsifier(built, runs.zeros("l1", l1=0.7, start=0.0, end=1.0))
+    optimizers = [sgd(side, momentum=0, lr=torch.tensor(0.1)) for side in (built, twin)]
+    sparsifier = Sparsifier(built, runs.zeros("l1", l1=0.7, start=0.1, end=1.0))
     sparsifier.begin()
     for side, optimizer in zip((built, twin), optimizers, strict=True):
         for index in range(micro_batches):
@@ -92,6 +92,9 @@ def test_the_penalty_found_is_the_smallest_that_zeroes_what_is_due(moved):
         threshold = ordered[round(due * len(ordered)) - 1]
         assert torch.allclose(parameter, torch.nn.functional.softshrink(before[name], float(threshold)), atol=1e-7)
         assert (parameter == 0).sum() == round(due * len(ordered))
+    assert not sparsifier.pruned
+    sparsifier.after_step(0.5, sgd(built))  # the end, at which zeros are frozen
+    assert all(torch.equal(sparsifier.pruned[name], p == 0) for name, p in sparsifier._factors())
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def test_masks_are_chosen_anew_only_when_the_target_has_risen_enough(model, monk
         sparsifier.after_step(step / 1000, optimizer)
     rises = [b - a for a, b in zip([0, *asked], asked, strict=False)]
     assert asked[-1] == 0.5 and 50 < len(asked) <= 101
-    assert all(rise >= 0.005 for rise in rises[:-1])
+    assert all(0.005 <= rise < 0.0067 for rise in rises[:-1])  # a step raises the target by 0.00167 at most
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -237,15 +240,6 @@ def test_the_sparsest_pruning_leaves_every_layer_a_rank(model, moved, fresh):
     assert all(alive(layer) for layer in adapter_layers(built).values())
 
 
-def test_best_path_is_the_strongest_shared_rank():
-    A, B = torch.tensor([[3.0, -4.0], [9.0, 1.0], [2.0, 5.0]]), torch.tensor([[1.0, 0.0, -2.0], [-3.0, 0.5, 1.0]])
-    none_A, none_B = torch.zeros(3, 2, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)
-    found = best_path(A, B, none_A, none_B)
-    assert (A.flatten()[found["lora_A"]], B.flatten()[found["lora_B"]]) == (-4, -3)  # 4·3 > 5·2 > 9·0.5
-    found = best_path(A, B, torch.tensor([[True, True], [False, False], [False, False]]), none_B)
-    assert (A.flatten()[found["lora_A"]], B.flatten()[found["lora_B"]]) == (5, -2)
-
-
 @pytest.mark.parametrize("factors", ["both", "A", "B"])
 def test_a_penalty_beyond_all_bounds_leaves_every_layer_a_rank(model, factors):
     built = model()
@@ -303,7 +297,7 @@ def test_bad_settings_are_named_as_the_parameters_are(settings, message):
 
 
 def test_sparsity_needs_lora(tiny_bert):
-    for built in (tiny_bert(), attach(tiny_bert(), "head")):
+    for built in (tiny_bert(), attach(tiny_bert(), "head"), attach(tiny_bert(), "hira")):
         with pytest.raises(LorakitError, match="has no LoRA layers"):
             Sparsifier(built, runs.zeros())
 

@@ -66,6 +66,7 @@ def test_report_equals_the_dense_computation(moved):
 def test_effective_rank_of_known_spectra():
     orthogonal = torch.linalg.qr(torch.randn(20, 5, dtype=torch.float64)).Q
     assert effective_rank(singular_values(orthogonal.T, orthogonal)) == pytest.approx(5)
+    assert singular_values(torch.eye(3), torch.eye(3)).dtype == torch.float64
     assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(8**0.5)  # exp(½ log 2 + ½ log 4)
     assert effective_rank(torch.zeros(4)) == 0
@@ -86,6 +87,7 @@ def test_report_reads_any_lora_merged_or_not(moved, tiny_bert):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_compact_removes_zero_ranks_and_changes_no_output(moved, rslora):
     built = pruned(moved(rslora=rslora), 3 / 8, kind="structured")
+    next(iter(adapter_layers(built).values())).lora_A.requires_grad_(False)
     before, scale = logits(built), [layer.scaling for layer in adapter_layers(built).values()]
     report, state = sparsity_report(built), torch.get_rng_state()
     assert compact(built) is built and torch.equal(torch.get_rng_state(), state)
@@ -94,7 +96,8 @@ def test_compact_removes_zero_ranks_and_changes_no_output(moved, rslora):
         assert layer.lora_A.shape == (5, layer.in_features) and layer.lora_B.shape == (layer.out_features, 5)
         settings = layer.settings
         assert layer.scaling == was == pytest.approx(settings.alpha / (math.sqrt(5) if rslora else 5))
-        assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
+    flags = [p.requires_grad for layer in adapter_layers(built).values() for p in layer.adapter_parameters().values()]
+    assert flags == [False] + [True] * 13  # as before
     after = sparsity_report(built)
     assert report["bytes"]["compacted"] == after["bytes"]["dense"] == after["bytes"]["compacted"]
     assert built.lorakit_attachment.settings.rank == 5
@@ -171,9 +174,10 @@ def test_packing_is_exact_to_the_bit(dtype, shape):
 def test_packed_bits_are_where_the_format_says():
     tensor = torch.zeros(3, 6)
     tensor[0, 1], tensor[1, 2], tensor[2, 5] = 1.5, 2.5, 3.5  # entries 1, 8 and 17
-    stored, metadata = pack({"x": tensor})
+    stored, metadata = pack({"x": tensor, "a": tensor})
     assert stored["x::bitmap"].tolist() == [2, 1, 2] and stored["x::values"].tolist() == [1.5, 2.5, 3.5]
-    assert json.loads(metadata["shapes"]) == {"x": [3, 6]}
+    shapes = '{"a": [3, 6], "x": [3, 6]}'
+    assert metadata == {"format": "lorakit-packed", "version": "1", "shapes": shapes}
 
 
 def test_what_packing_would_not_shrink_is_stored_as_it_is():
@@ -230,6 +234,7 @@ def test_damaged_packed_files_are_refused(moved, tmp_path):
     some = next(name for name in whole if name.endswith("::values"))
     broken = {
         "lacks its bitmap": ({name: t for name, t in whole.items() if name != some}, metadata),
+        "lacks its bitmap or": ({n: t for n, t in whole.items() if n != some.replace("values", "bitmap")}, metadata),
         "values, ": (whole | {some: whole[some][1:]}, metadata),
         "not of format": (whole, {"format": "pt"}),
     }

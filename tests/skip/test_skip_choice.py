@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import training_runs as runs
 from skipping import ALWAYS, batch, both, ours, prepared
 
-from lorakit.adapters.probe import squared_norms
+from lorakit.adapters.probe import Probe, squared_norms
+from lorakit.errors import LorakitError
 from lorakit.skip.choice import block_numbers, choose, threshold
 
 # the metric -----------------------------------------------------------------------------------------
@@ -87,6 +89,47 @@ def test_m_under_autocast_is_measured_in_fp32(dtype):
         low = squared_norms(h.to(dtype), inner.to(dtype), B, 1.0, None)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, exact, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=0)
+
+
+def test_a_probe_sees_one_forward_of_a_batch():
+    probe, seen = Probe("layer", ()), (torch.ones(2, 4), torch.ones(2, 1), torch.ones(4, 1), 2.0)
+    assert probe.active and not probe.refuse_gradient
+    probe.see(*seen)
+    probe.measuring = True
+    probe.see(*seen)  # a recomputation
+    assert probe.squares is None
+    for batches in (1, 2):
+        probe.fresh = True
+        probe.see(*seen)
+        assert probe.squares.tolist() == [32 * batches, 8 * batches]  # (2·1·1)² and 1² of 8 entries
+    probe.fresh, probe.decide = True, lambda own: own is not probe
+    probe.see(*seen)
+    assert probe.active is False
+
+
+@pytest.mark.parametrize(("refuses", "active", "needs"), itertools.product((False, True), repeat=3))
+def test_a_cut_is_refused_where_it_would_be_undone(refuses, active, needs):
+    probe = Probe("layer", (), active=active, refuse_gradient=refuses)
+    refused = refuses and not active and needs
+    with pytest.raises(LorakitError, match="input of the skipped layer") if refused else nullcontext():
+        probe.require_cut(torch.zeros(1, requires_grad=needs))
+
+
+@both
+def test_an_evaluation_is_not_measured(build, tiny_bert):
+    model, skip = prepared(build, tiny_bert)
+    skip.begin_step(0.5)
+    with torch.no_grad():
+        model(**batch())
+    model.eval()(**batch())
+    assert [probe.squares for probe in skip.probes] == [None] * 12
+
+
+def test_m_is_never_below_zero_where_rounding_alone_is_left():
+    for angle in torch.linspace(0.1, 1.5, 50):
+        a, b = angle.sin(), angle.cos()
+        update, _ = squared_norms(torch.ones(1, 1), torch.stack([a, b])[None], torch.stack([b, -a])[None], 1.0, None)
+        assert 0 <= update < 1e-6  # Δh = ab − ba
 
 
 # the choice -----------------------------------------------------------------------------------------
