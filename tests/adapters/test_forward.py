@@ -144,6 +144,14 @@ def test_a_merged_layer_gives_what_autocast_asks_for():
         assert merge(adapted("linear", "lora")).eval()[0](inputs()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_leaves_double_precision_alone(method):
+    model, x = adapted("linear", method, torch.float64), inputs(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model(x)
+    torch.testing.assert_close(inside, model(x))
+
+
 def test_a_layer_in_four_bits_comes_back_in_the_mode_the_model_is_in():
     model = merge(attach(quantize_nf4(nn.Sequential(nn.Linear(64, 64))), trainable=()).train())
     assert not any(module.training for module in unmerge(model.eval()).modules())

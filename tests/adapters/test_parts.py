@@ -132,7 +132,8 @@ def test_where_peft_was_never_imported_nothing_is_asked_of_it(tiny_bert, monkeyp
 
 def test_a_part_that_was_trained_elsewhere_is_free(tiny_bert):
     whole = attach(tiny_bert(), "head")
-    assert not can_merge(whole) and whole.lorakit_attachment.controllers(whole, None) == []
+    assert can_merge(attach(tiny_bert())) and not can_merge(whole)
+    assert whole.lorakit_attachment.controllers(whole, None) == []
     part, whole.classifier = whole.classifier, nn.Linear(32, 2)
     assert attach(part, "full").weight.requires_grad
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import sparse_models
 import torch
@@ -65,7 +67,7 @@ def test_the_report_of_one_small_layer():
     layer = layer_of([[1, 0, 2], [0, 0, 0]], [[1, 3], [0, 0]])
     with torch.no_grad():
         layer.base_layer.weight[0, 0] = -8  # the scale is 8: this entry of the merged weight is zero
-    report = sparsity_report(nn.Sequential(layer))
+    report = json.loads(json.dumps(sparsity_report(nn.Sequential(layer))))
     assert report["entries"] == {"A": 6, "B": 4, "BA": 6, "merged": 6}
     assert report["nonzero"] == {"A": 2, "B": 2, "BA": 2, "merged": 5}
     assert report["bytes"] == {"dense": 40, "packed": (1 + 8) + (1 + 8), "compacted": 1 * (3 + 2) * 4}
