@@ -6,6 +6,7 @@ from torch import nn
 
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import LorakitError, ParameterError
+from lorakit.modules import inside
 
 
 def prepare_four_bit(model: nn.Module, trained: Iterable[str]) -> None:
@@ -26,7 +27,7 @@ def prepare_four_bit(model: nn.Module, trained: Iterable[str]) -> None:
                 "load the model again and attach before its first forward"
             )
         for root in trained:
-            if not root or path == root or path.startswith(f"{root}."):
+            if inside(path, [root]):
                 raise ParameterError("trainable", root or "the whole model", f"{path} is in 4 bits, which cannot train")
     for layer in layers.values():
         mend(layer)

@@ -62,9 +62,9 @@ def dense(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
     weight = dequantise(layer) if weight is None else weight
     with torch.device("meta"):  # no values are drawn
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+        linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
     return linear.train(layer.training)
 
 

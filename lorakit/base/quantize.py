@@ -50,9 +50,8 @@ def quantize_nf4(
     _require_own_weights(model, paths)
     for path in paths:
         linear = model.get_submodule(path)
-        if not is_four_bit(linear):  # a module with several paths is replaced once, under all of them
-            packed = _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype])
-            replace_modules(model, {linear: packed})  # one by one: the dense weight goes before the next is packed
+        packed = _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype])
+        replace_modules(model, {linear: packed})  # one by one: the dense weight goes before the next is packed
     model.is_loaded_in_4bit = True  # PEFT and the Trainer look for it
     if hasattr(model, "save_pretrained"):  # what is saved is loaded again as it is
         from transformers import BitsAndBytesConfig
@@ -130,9 +129,9 @@ def _four_bit(library: Any, linear: nn.Module, double_quant: bool, compute_dtype
     layer = library.nn.Linear4bit(
         in_features, out_features, linear.bias is not None, compute_dtype, **options, device="meta"
     )
-    packed = library.nn.Params4bit(weight, requires_grad=False, blocksize=BLOCK, **options, module=layer)
+    packed = library.nn.Params4bit(weight, blocksize=BLOCK, **options, module=layer)
     layer.weight = packed.to(weight.device)  # quantises
     if linear.bias is not None:
-        layer.bias = nn.Parameter(linear.bias.detach().to(compute_dtype, copy=True), requires_grad=False)
+        layer.bias = nn.Parameter(linear.bias.to(compute_dtype), requires_grad=False)
     mend(layer)
     return layer.train(linear.training)

@@ -28,7 +28,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function not in HARMLESS:
-            given = tree_leaves((args, kwargs or {}))
+            given = tree_leaves((args, kwargs))
             asked = (self.weights[id(part)] for part in given if id(part) in self.weights)
             self.found |= {layer for layer in asked if layer not in self.running}
         return function(*args, **kwargs or {})
@@ -44,14 +44,14 @@ def read_elsewhere(model: nn.Module, paths: Sequence[str]) -> list[str]:
         return []
     state = {}  # of each module once, also where it has several names: swapped twice it would not come back
     for path, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        state |= {f"{path}.{name}".lstrip("."): value.detach().to("meta") for name, value in own}
+        own = {**module._parameters, **module._buffers}.items()
+        state |= {f"{path}.{name}".lstrip("."): value.to("meta") for name, value in own if value is not None}
     layers = {path: model.get_submodule(path) for path in paths}
     reads = _Reads({id(state[f"{path}.weight"]): layer for path, layer in layers.items() if f"{path}.weight" in state})
     hooks = []
     for layer in layers.values():
         hooks.append(layer.register_forward_pre_hook(lambda layer, _: reads.running.add(layer)))
-        hooks.append(layer.register_forward_hook(lambda layer, *_: reads.running.discard(layer), always_call=True))
+        hooks.append(layer.register_forward_hook(lambda layer, *_: reads.running.discard(layer)))
     try:
         with evaluating(model), torch.no_grad(), torch.device("meta"), reads:
             given = {name: value.to("meta") for name, value in inputs.items()}

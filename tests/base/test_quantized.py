@@ -46,7 +46,7 @@ def test_the_error_of_scales_in_8_bits_is_at_most_half_the_largest_gap_and_their
 
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("shape", [(8, 64), (4, 32), (12, 96), (4, 80), (6, 130), (5, 14), (7, 129), (3, 3)])
+@pytest.mark.parametrize("shape", [(8, 64), (4, 32), (12, 96), (4, 80), (6, 130), (5, 14), (7, 129), (3, 3), (3, 1)])
 def test_rows_that_are_not_whole_blocks(shape, compute_dtype):
     """bitsandbytes' own CPU kernel takes scales of other blocks there, on some processors."""
     weight = torch.randn(shape)
@@ -57,6 +57,8 @@ def test_rows_that_are_not_whole_blocks(shape, compute_dtype):
     model = nn.Sequential(nn.Linear(shape[1], shape[0]))
     model[0].weight = nn.Parameter(weight)
     layer = quantize_nf4(model, double_quant=False, compute_dtype=compute_dtype)[0]
+    assert (type(layer).__module__ == "lorakit.base.linear4bit") == bool(shape[1] % 64)
+    assert layer.quant_state is layer.weight.quant_state  # where bitsandbytes looks for it after a move
     x = torch.randn(2, 5, shape[1], requires_grad=True)
     out = layer(x)
     out.sum().backward()
@@ -65,6 +67,23 @@ def test_rows_that_are_not_whole_blocks(shape, compute_dtype):
     assert_close(x.grad, torch.ones(2, 5, shape[0]) @ expected, tolerance)
     torch.testing.assert_close(dequantise(layer), expected, atol=1e-6, rtol=0)
     assert layer(x[:0]).shape == (0, 5, shape[0])
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float32])
+def test_the_product_is_taken_in_the_compute_dtype_and_everything_gets_its_gradient(compute_dtype):
+    layer = quantize_nf4(nn.Sequential(nn.Linear(14, 5)), compute_dtype="fp32")[0]
+    layer.compute_dtype = compute_dtype  # None: as bitsandbytes' own before its first forward
+    layer.bias.requires_grad_(True)
+    dtype = compute_dtype or torch.float32
+    x, weights = torch.randn(2, 3, 14, requires_grad=True), torch.randn(2, 3, 5)
+    twin, bias = (side.detach().clone().requires_grad_() for side in (x, layer.bias))
+    out = layer(x)
+    expected = nn.functional.linear(twin.to(dtype), dequantise(layer, dtype), bias.to(dtype)).float()
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
+    for side in (out, expected):
+        (side * weights).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.bias.grad, bias.grad, atol=0.05 * (dtype != torch.float32) + 1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (384, 1536), (33, 66), (7, 20), (3, 2)])
@@ -93,6 +112,9 @@ def test_all_linear_layers_but_the_heads_are_replaced(build, kind):
     random = torch.get_rng_state()
     assert quantize_nf4(model) is model
     assert torch.equal(torch.get_rng_state(), random)
+    told = model.config.quantization_config
+    assert (told.load_in_4bit, told.bnb_4bit_quant_type, told.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert told.bnb_4bit_compute_dtype == torch.bfloat16
     replaced = list(four_bit_layers(model))
     assert replaced == list(adapter_layers(attach(dense)))  # the layers that get an adapter by "all-linear"
     assert all(module is modules[path] for path, module in model.named_modules() if path not in replaced)
@@ -164,6 +186,7 @@ def foreign(model):
 def test_gradients_flow_after_an_evaluation(build, sizes, loader):
     model = quantize_nf4(build("bert", **STILL["bert"], **sizes))
     attach(foreign(model) if loader == "foreign" else model, seed=0)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in four_bit_layers(model).values())
     perturb(model).eval()
     packed = bits(model)
     evaluated = logits(model)
@@ -198,11 +221,15 @@ def test_without_the_remedy_the_gradient_is_lost():
     assert x.grad is None
 
 
-def test_a_layer_packed_anew_before_attach_is_refused(build):
-    if not has_the_trap():
-        pytest.skip("no AVX512-BF16 on this CPU")
+@pytest.mark.parametrize("real", [False, True])
+def test_a_layer_packed_anew_before_attach_is_refused(build, real):
     model = foreign(quantize_nf4(build("bert", **EVEN))).eval()
-    logits(model)
+    if not real:
+        next(iter(four_bit_layers(model).values())).weight.quant_state.packing_format_for_cpu = True
+    elif has_the_trap():
+        logits(model)
+    else:
+        pytest.skip("no AVX512-BF16 on this CPU")
     with pytest.raises(LorakitError, match=r"layer\.0\.attention\.self\.query: an evaluation before attach"):
         attach(model)
     assert not adapter_layers(model) and not hasattr(model, "lorakit_attachment")
