@@ -179,6 +179,7 @@ def untouched(model):
         ({"double_quant": "yes"}, "double_quant='yes'"),
         ({"exclude": ["no_such"]}, "exclude='no_such': matches no module"),
         ({"exclude": "query"}, "exclude='query': must be"),
+        ({"exclude": [1]}, r"exclude=\[1\]: must be"),
         ({"exclude": ["bert"]}, "quantize='nf4': BertForSequenceClassification has no linear layer outside"),
     ],
 )
@@ -249,6 +250,15 @@ def test_without_bitsandbytes(build, monkeypatch):
     [
         ({"method": "full"}, "the whole model.*is in 4 bits, which cannot train"),
         ({"trainable": ["layer.1.output.dense"]}, "trainable='bert.encoder.layer.1.output.dense'.*is in 4 bits"),
+        (
+            {
+                "trainable": ["layer.1"],
+                "method": "peft",
+                "peft_type": "LORA",
+                "target_modules": ["layer.0.output.dense"],
+            },
+            "trainable='bert.encoder.layer.1': bert.*is in 4 bits",
+        ),
     ],
 )
 def test_packed_weights_are_not_trained_in_full(build, options, message):
