@@ -74,7 +74,7 @@ def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool 
         else:
             _write(model, attachment, temporary, packed)
         if resumable:
-            save_file(_by_own_names(model, attachment), temporary / RESUMED_FILE, metadata={"format": "pt"})
+            save_file(_by_own_names(model, attachment), temporary / RESUMED_FILE)
         # what stood there goes before the new files come: a crash never leaves a mixed pair
         for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -83,11 +83,8 @@ def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool 
 def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool) -> None:
     method = attachment.method
     stored = attachment.stored(model)
-    again = {name for name, first in tied_names(model).items() if first in stored}  # safetensors shares no memory
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() if name in again else tensor.detach().cpu().contiguous()
-        for name, tensor in stored.items()
-    }
+    again = tied_names(model)  # safetensors shares no memory
+    tensors = {name: t.to("cpu", copy=name in again).contiguous() for name, t in stored.items()}
     metadata = {"format": "pt"}
     if method in ADAPTERS:
         config_file, tensors_file = peft_format.CONFIG_FILE, peft_format.TENSORS_FILE
@@ -95,7 +92,7 @@ def _write(model: nn.Module, attachment: Attachment, folder: Path, packed: bool)
         tensors = {peft_format.name_in_file(method, name): tensor for name, tensor in tensors.items()}
     else:
         config_file, tensors_file = OWN_CONFIG_FILE, OWN_TENSORS_FILE
-        config = {"format": "lorakit", "version": 1, "method": method, "trained": list(attachment.trained)}
+        config = {"format": "lorakit", "version": 1, "method": method, "trained": attachment.trained}
     if packed:
         tensors_file, (tensors, metadata) = PACKED_FILE, pack(tensors)
     save_file(tensors, folder / tensors_file, metadata=metadata | {DIGEST: "0" * 64})
@@ -120,7 +117,7 @@ def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in left:
             left.remove(id(tensor))
-            found[name] = tensor.detach().cpu().contiguous()
+            found[name] = tensor.contiguous()
     return found
 
 
@@ -140,13 +137,13 @@ def export(model: nn.Module, folder: str | Path) -> Path:
     attachment, folder = attachment_of(model), Path(folder).expanduser()
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", str(folder), "not empty")
     with merged(model, safe=True), attachment.bare(model) as plain:
-        known = hasattr(type(plain), "save_pretrained")
+        known = hasattr(plain, "save_pretrained")
         require(known, "model", type(plain).__name__, "is no transformers model, which alone has save_pretrained")
         packed = [module for module in plain.modules() if is_four_bit(module)]
         with ExitStack() as stack, written(folder, folder=True) as temporary:
             replace_modules(plain, new := {module: dense(module) for module in packed})
             stack.callback(replace_modules, plain, {module: old for old, module in new.items()})
-            for config in {id(c): c for c in (plain.config, plain.config.get_text_config())}.values():
+            for config in (plain.config, plain.config.get_text_config()):
                 if getattr(config, "tie_word_embeddings", False):
                     stack.callback(setattr, config, "tie_word_embeddings", True)
                     config.tie_word_embeddings = _tied(plain)

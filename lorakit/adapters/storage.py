@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
 from lorakit.adapters.attach import attach_to
-from lorakit.adapters.attachment import (
-    Attachment,
-    check_state,
-    detach,
-    require_bare,
-    require_unmerged,
-    trained_tensors,
-)
+from lorakit.adapters.attachment import Attachment, detach, require_bare, require_unmerged
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, unpack
 from lorakit.adapters.peft_format import ConfigShape, StoredAdapter
@@ -54,8 +47,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             except CheckpointError:
                 detach(model)
                 raise
-        require_unmerged(model)
-        _require_same(model, attachment, stored)
+        _require_same(attachment, stored)
         return load_adapter_state(model, stored.tensors)
     except (CheckpointError, ParameterError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -75,10 +67,8 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
         raise CheckpointError(f"{folder}: no adapter here: no {peft_format.CONFIG_FILE}") from None
     kind = {"SEQ_CLS": "classify", "CAUSAL_LM": "causal"}.get(config.get("task_type"))
     heads = config.get("trained" if own else "modules_to_save") or []
-    names = next(
-        (folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()), ""
-    )
-    tensors = _read_tensors(names)[0].items() if names else ()
+    files = [folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()]
+    tensors = [named for file in files for named in _read_tensors(file)[0].items()]
     rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
     return config.get("base_model_name_or_path"), kind, min(rows, default=None)
 
@@ -111,14 +101,13 @@ def _load_peft(model: nn.Module, folder: Path, attachment: Attachment | None) ->
     return attachment.read(model, folder, tensors)
 
 
-def _require_same(model: nn.Module, attachment: Attachment, stored: StoredAdapter) -> None:
+def _require_same(attachment: Attachment, stored: StoredAdapter) -> None:
     # what a file can tell a method by: "sparse" is stored as "lora" is
     here, there = (ADAPTERS[m].peft_type if m in ADAPTERS else m for m in (attachment.method, stored.method))
     if here != there:
         raise CheckpointError(f"holds method {stored.method!r}, but {attachment.method!r} is attached")
-    check_state(trained_tensors(model), stored.tensors)
     for path, own in attachment.targets.items():  # the scale, which no tensor shows
-        given = stored.targets[path]
+        given = stored.targets.get(path, own)
         if (given.alpha, given.rslora) != (own.alpha, own.rslora):
             raise CheckpointError(
                 f"{path} has alpha={given.alpha}, rslora={given.rslora}; attached are alpha={own.alpha}, "

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lorakit import cli, records
 from lorakit.adapters import attach, detach, export, load_adapter, merge, merged, quantize_nf4, save_adapter, unmerge
 from lorakit.adapters.attachment import trained_tensors
+from lorakit.adapters.storage import described
 from lorakit.analysis import figures, style
 from lorakit.errors import LorakitError, ParameterError
 
 AUTO = {"tiny_bert": AutoModelForSequenceClassification, "tiny_gpt2": AutoModelForCausalLM}
+AUTO |= {"untied": AutoModelForCausalLM}
 
 
 def logits(model):
@@ -45,7 +47,13 @@ WHOLE = [
     ("tiny_gpt2", {}),
     ("tiny_gpt2", {"target_modules": ["c_attn", "lm_head"]}),  # tied to the embedding until merged
     ("tiny_gpt2", {"method": "full"}),
+    ("untied", {"method": "full"}),
 ]
+
+
+@pytest.fixture
+def untied(tiny_gpt2):
+    return lambda: tiny_gpt2(tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -56,6 +64,7 @@ def test_exported_is_a_plain_model(request, tmp_path, build, options, before):
     expected = logits(model)
     (merge if before else unmerge)(model)
     modules, config = list(model.modules()), model.config.to_dict()
+    (tmp_path / "whole").mkdir()  # it may be there, and empty
     plain, info = AUTO[build].from_pretrained(export(model, tmp_path / "whole"), output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
@@ -79,7 +88,7 @@ def test_four_bits_are_exported_dense(tiny_bert, tmp_path):
     assert not hasattr(plain.config, "quantization_config")
 
 
-@pytest.mark.parametrize("build", AUTO)
+@pytest.mark.parametrize("build", ["tiny_bert", "tiny_gpt2"])
 @pytest.mark.parametrize("method", ["lora", "hira"])
 def test_save_pretrained_is_an_adapter_that_peft_loads_and_merged_a_plain_model(request, tmp_path, build, method):
     from peft import PeftModel
@@ -189,6 +198,7 @@ def test_a_tilde_is_the_users_folder_by_every_door(tiny_bert, tmp_path, monkeypa
     model = attach(tiny_bert(), seed=0)
     assert save_adapter(model, "~/adapter") == tmp_path / "adapter"
     load_adapter(attach(tiny_bert(), seed=1), "~/adapter")
+    assert described("~/adapter") == (None, "classify", 2)
     export(model, "~/whole")
     run = records.Record(setting="s", method="lora", seed=0, status="done")
     assert records.write(run, "~/r/s0.json") == tmp_path / "r" / "s0.json"

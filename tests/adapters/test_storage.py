@@ -11,8 +11,18 @@ import pytest
 import torch
 from small_models import bits, logits, perturb, same_bits
 
-from lorakit.adapters import adapter_bytes, adapter_state, attach, load_adapter, load_adapter_state, merge, save_adapter
+from lorakit.adapters import (
+    adapter_bytes,
+    adapter_state,
+    attach,
+    export,
+    load_adapter,
+    load_adapter_state,
+    merge,
+    save_adapter,
+)
 from lorakit.adapters.peft_format import adapts_more
+from lorakit.adapters.saving import Saving
 from lorakit.adapters.storage import described
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 
@@ -33,8 +43,10 @@ def test_saved_comes_back(build, tmp_path, method, bare, kind):
     folder = save_adapter(model, tmp_path / "deep" / "adapter")
     assert names(tmp_path / "deep") == ["adapter"]  # no temporary folder stays
     assert not torch.equal(logits(other), logits(model))
+    state = torch.get_rng_state()
     load_adapter(other if bare else attach(other, method, seed=1), folder)
     assert torch.equal(logits(other), logits(model))
+    assert not bare or torch.equal(torch.get_rng_state(), state)
     sides = ({n for n, p in side.named_parameters() if p.requires_grad} for side in (other, model))
     assert next(sides) == next(sides)
 
@@ -46,11 +58,26 @@ def test_head_and_full_files_are_clearly_ours(build, tmp_path):
     assert config == {"format": "lorakit", "version": 1, "method": "head", "trained": ["classifier"]}
 
 
-@pytest.mark.parametrize(
-    ("method", "kind", "labels"), [("head", None, 2), ("full", None, None), ("lora", "classify", 2)]
-)
-def test_a_file_says_how_many_labels_its_model_has(build, tmp_path, method, kind, labels):
-    assert described(save_adapter(trained(build, method), tmp_path / "adapter"))[1:] == (kind, labels)
+SAYS = [
+    ("bert", {"method": "head"}, (None, 2)),
+    ("bert", {"method": "full"}, (None, None)),
+    ("bert", {}, ("classify", 2)),
+    ("bert", {"trainable": ()}, (None, None)),
+    ("bert", {"trainable": ["LayerNorm"]}, (None, None)),  # whose weights are no matrices
+    ("gpt2", {}, ("causal", None)),
+]
+
+
+@pytest.mark.parametrize(("model", "given", "says"), SAYS)
+def test_a_file_says_of_what_base_and_kind_its_model_is_and_how_many_labels_it_has(build, tmp_path, model, given, says):
+    for name in ("", "some/base"):
+        base = build(model)
+        base.config.name_or_path = name
+        folder = save_adapter(attach(base, **given), tmp_path / "adapter")
+        assert described(folder) == (None if "method" in given else name or None, *says)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert described(folder)[1:] == (says[0], None)
 
 
 def test_an_adapter_of_convolutions_is_more_than_linear_maps():
@@ -182,8 +209,11 @@ def edit(folder, change):
 
 
 def test_missing_and_unexpected_tensors_are_named(build, tmp_path):
+    norm = "base_model.model.bert.embeddings.LayerNorm.lora_A.weight"
     folder = save_adapter(trained(build), tmp_path / "adapter")
-    edit(folder, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    edit(folder, lambda tensors: tensors.update({norm: torch.zeros(8, 32)}))
+    refused(build("bert"), folder, r"LayerNorm.lora_A.weight \(8, 32\): this model has no linear bert.*LayerNorm")
+    edit(folder, lambda tensors: (tensors.pop(norm), tensors.update(extra=torch.zeros(1))))
     refused(build("bert"), folder, "1 unexpected tensors: extra")
     query = "bert.encoder.layer.0.attention.self.query"
     edit(folder, lambda tensors: (tensors.pop("extra"), tensors.pop(f"base_model.model.{query}.lora_B.weight")))
@@ -224,8 +254,9 @@ def test_a_bare_model_has_nothing_to_save_and_a_file_is_no_folder(build, tmp_pat
     with pytest.raises(LorakitError, match="no adapter; call attach"):
         save_adapter(build("bert"), tmp_path / "adapter")
     (tmp_path / "adapter").write_text("")
-    with pytest.raises(ParameterError, match="is a file"):
-        save_adapter(trained(build), tmp_path / "adapter")
+    for write, message in ((save_adapter, "is a file"), (export, "not empty")):
+        with pytest.raises(ParameterError, match=f"folder='{tmp_path}/adapter': {message}"):
+            write(trained(build), tmp_path / "adapter")
 
 
 def test_a_state_is_loaded_whole_or_not_at_all(build):
@@ -235,6 +266,20 @@ def test_a_state_is_loaded_whole_or_not_at_all(build):
     with pytest.raises(CheckpointError, match=r"classifier\.bias is \(3,\), this model has \(2,\)"):
         load_adapter_state(model, state)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_names_beyond_ascii_and_weights_that_lie_across_are_stored(tmp_path, method):
+    def build(value):
+        torch.manual_seed(value)
+        model = torch.nn.ModuleDict({"tête": torch.nn.Linear(3, 3)})
+        model["tête"].weight = torch.nn.Parameter(torch.arange(9.0).view(3, 3).T * value)
+        return model
+
+    model = perturb(attach(build(1), method, trainable=(), seed=0))
+    Saving(model)(tmp_path)
+    loaded = load_adapter(build(2 if method == "full" else 1), tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
 class Normed(torch.nn.Module):
