@@ -86,6 +86,42 @@ def test_our_own_file_is_read_as_what_it_says_or_not_at_all(tiny_bert, tmp_path,
         load_adapter(tiny_bert(), tmp_path)
 
 
+LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+NORMS = [f"{path}.LayerNorm" for layer in LAYERS for path in (f"{layer}.attention.output", f"{layer}.output")]
+NORMS = ["bert.embeddings.LayerNorm", *NORMS]
+COMMON = {"rank": 5, "alpha": 3}
+CONFIGS = [
+    ("bert", "LORA", COMMON, {"r": 5, "lora_alpha": 3, "lora_dropout": 0, "use_rslora": False, "use_dora": False}),
+    ("bert", "LORA", {}, {"init_lora_weights": True, "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}),
+    ("bert", "LORA", {"trainable": ()}, {"task_type": None, "modules_to_save": None}),
+    ("bert", "lora", {"rslora": True, "init": "gaussian"}, {"use_rslora": True, "init_lora_weights": "gaussian"}),
+    ("bert", "RSLORA", {}, {"use_rslora": True, "use_dora": False}),
+    ("bert", "LORA", {"peft_options": {"init_lora_weights": False}}, {"init_lora_weights": False}),
+    ("gpt2", "DORA", {}, {"use_dora": True, "use_rslora": False, "task_type": "CAUSAL_LM", "modules_to_save": None}),
+    ("bert", "ADALORA", COMMON | {"total_steps": 9}, {"target_r": 5, "init_r": 8, "lora_alpha": 3, "total_step": 9}),
+    *(("bert", kind, COMMON, {"r": 5, "alpha": 3}) for kind in ("LOHA", "LOKR", "DEFT")),
+    ("bert", "GRALORA", {"rank": 4, "alpha": 3}, {"r": 4, "alpha": 3}),
+    ("bert", "PSOFT", COMMON, {"r": 5, "psoft_alpha": 3}),
+    ("bert", "RANDLORA", COMMON, {"r": 5, "randlora_alpha": 3}),
+    ("bert", "VERA", {"rank": 5, "dropout": 0.25}, {"r": 5, "vera_dropout": 0.25}),
+    ("bert", "IA3", {"target_modules": ["bert.encoder.layer.0.output.dense"]}, {"feedforward_modules": set()}),
+    ("masked", "PROMPT_TUNING", {}, {"num_virtual_tokens": 8, "token_dim": 32, "num_attention_heads": 2}),
+    ("gpt2", "ADAPTION_PROMPT", {}, {"adapter_len": 10, "adapter_layers": 2}),
+    ("bert", "FROD", {}, {"progressbar": False}),
+    ("bert", "SHADOW", {}, {"auxiliary_loss_weight": 0.0, "target_modules": set(LAYERS)}),
+    ("bert", "SHADOW", {"target_modules": LAYERS[:1]}, {"target_modules": set(LAYERS[:1])}),
+    ("bert", "LN_TUNING", {"target_modules": "All-Linear", "trainable": ()}, {"target_modules": NORMS}),
+]
+
+
+@pytest.mark.parametrize(("kind", "peft_type", "given", "expected"), CONFIGS)
+def test_what_a_config_of_peft_is_told(build, monkeypatch, kind, peft_type, given, expected):
+    """PEFT's defaults are others; the config is looked at before PEFT changes it."""
+    monkeypatch.setattr("lorakit.adapters.peft.method.wrap", lambda _, config, *others: config)
+    config = attach(build(kind), "peft", peft_type=peft_type, **given)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("wanted", [".*LayerNorm", ["LayerNorm"], ("LayerNorm",)])
 def test_types_that_act_on_other_modules_name_them(tiny_bert, wanted):
     found = attached(tiny_bert(), "LN_TUNING", target_modules=wanted).peft_config["default"].target_modules

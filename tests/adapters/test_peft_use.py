@@ -58,6 +58,8 @@ build, light_collections = peft_types.build, peft_types.light_collections
         ({"peft_type": "LOHA", "rslora": True}, r"PEFT's LOHA has no rslora"),
         ({"peft_type": "C3A", "peft_options": {"block_size": 7}}, r"PEFT refuses: .*block size"),
         ({"peft_type": "OFT", "peft_options": {"r": 3, "oft_block_size": 5}}, r"PEFT's OFT: "),
+        ({"peft_type": "SUPERTUNING", "dropout": 0.1}, r"dropout=0.1: PEFT's SUPERTUNING has no dropout"),
+        ({"peft_type": "LOHA", "init": "gaussian"}, r"PEFT's LOHA has no init"),
         ({"peft_type": "DORA", "target_modules": ["nope"]}, r"'nope' matches no module"),
     ],
 )
@@ -84,6 +86,8 @@ def test_parameters_reach_the_config_and_options_win(build):
     config = wrapper.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (4, 12, 0.25, True)
     assert config.init_lora_weights == "gaussian" and "classifier" in config.modules_to_save
+    assert wrapper.lorakit_attachment.trained == ("classifier",)  # PEFT's list has names of its own too
+    assert not any(module.training for module in wrapper.modules())
     detach(wrapper)
     wrapper = attach(
         model, "peft", peft_type="Hira", rank=4, dropout=0.5, peft_options={"r": 2}, target_modules=["key"]
@@ -106,6 +110,8 @@ def test_a_seed_gives_the_same_start_and_leaves_the_global_generator_alone(build
         assert torch.equal(torch.get_rng_state(), before)
         starts.append(list(stored_tensors(wrapper).values()))
     assert equal(starts[0], starts[1]) and not equal(starts[0], starts[2])
+    attached(build("bert"), peft_type, seed=None)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_two_adapters_are_refused(build):
@@ -182,8 +188,12 @@ def test_a_file_with_a_tensor_missing_leaves_the_model_bare(build, tmp_path):
     assert list(model.modules()) == modules and not hasattr(model, "peft_config")
 
 
-def test_a_prompt_encoders_file_is_for_inference_alone(build, tmp_path):
-    saved = attached(build("bert"), "P_TUNING")
+@pytest.mark.parametrize(
+    ("peft_type", "given"),
+    [("P_TUNING", {}), ("PREFIX_TUNING", {"prefix_projection": True, "encoder_hidden_size": 16})],
+)
+def test_a_prompt_encoders_file_is_for_inference_alone(build, tmp_path, peft_type, given):
+    saved = attached(build("bert"), peft_type, **({"peft_options": given} if given else {}))
     save_adapter(saved, tmp_path)
     with pytest.raises(CheckpointError, match="stores what its encoder gives"):
         load_adapter(saved, tmp_path)
@@ -192,7 +202,9 @@ def test_a_prompt_encoders_file_is_for_inference_alone(build, tmp_path):
 def test_saving_and_training_while_merged_are_refused(build, tmp_path):
     wrapper = merge(attached(build("bert"), "DORA"))
     assert merge(wrapper) is wrapper and is_merged(wrapper)
-    for refused in (lambda: save_adapter(wrapper, tmp_path), lambda: adapter_state(wrapper)):
+    save_adapter(attached(build("bert"), "DORA"), tmp_path)
+    calls = (lambda: save_adapter(wrapper, tmp_path), lambda: adapter_state(wrapper))
+    for refused in (*calls, lambda: load_adapter(wrapper, tmp_path)):
         with pytest.raises(CheckpointError, match="merged"):
             refused()
     with pytest.raises(LorakitError, match="unmerge"):
@@ -212,16 +224,39 @@ def test_merging_a_tied_head_leaves_the_embedding_alone(build):
     assert detach(wrapper).lm_head.weight is model.transformer.wte.weight
 
 
-def test_inputs_may_be_given_by_place(build):
-    wrapper = attached(build("bert"), "POLY").eval()
+def test_a_model_that_moved_while_merged_unmerges_where_it_is(build):
+    wrapper = attached(build("bert"), "LORA")
+    train(wrapper)
+    expected = logits(wrapper)
+    unmerge(merge(wrapper).double())
+    assert {p.dtype for p in wrapper.parameters()} == {torch.float64}
+    torch.testing.assert_close(logits(wrapper).float(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_inputs_may_be_given_by_place_and_the_task_is_the_first_unless_told(build):
+    wrapper = attached(build("bert"), "POLY", peft_options={"n_tasks": 2}).eval()
+    train(wrapper)
     ids = batch(wrapper)["input_ids"]
-    assert torch.equal(wrapper(ids).logits, wrapper(input_ids=ids).logits)
+    by_task = [wrapper(input_ids=ids, task_ids=torch.full((4,), task)).logits for task in (0, 1)]
+    assert torch.equal(wrapper(ids).logits, by_task[0]) and torch.equal(wrapper(input_ids=ids).logits, by_task[0])
+    assert not torch.equal(*by_task)
+
+
+def test_the_loss_of_a_prompted_masked_model_is_that_of_its_real_tokens(build):
+    wrapper = attached(build("masked"), "PROMPT_TUNING")
+    inputs = batch(wrapper)
+    out, labels = wrapper(**inputs), inputs["labels"]
+    expected = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(out.loss, expected)
 
 
 def test_packed_rows_are_refused_for_prompts(build):
     wrapper = attached(build("gpt2"), "PROMPT_TUNING")
     with pytest.raises(LorakitError, match="packed rows"):
         wrapper(**batch(wrapper), position_ids=torch.arange(9).expand(4, 9))
+    other = attached(build("gpt2"), "LORA")
+    given = batch(other) | {"position_ids": torch.arange(9).expand(4, 9)}
+    assert torch.equal(other(**given).logits, other(**batch(other)).logits)
 
 
 # --- the trainer and AdaLoRA's schedule ------------------------------------------------------------------------------
@@ -243,7 +278,7 @@ def test_a_type_trains_in_the_trainer(tiny_bert, tmp_path, peft_type):
 
 
 def test_adalora_ends_with_its_ranks_and_saves_only_those(tiny_bert, tmp_path):
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     torch.manual_seed(7)
     base = tiny_bert()
@@ -258,7 +293,16 @@ def test_adalora_ends_with_its_ranks_and_saves_only_those(tiny_bert, tmp_path):
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(t.shape[0] for name, t in stored.items() if "lora_E" in name) == sum(ranks.values())
     expected = logits(model.eval())
-    torch.testing.assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()), expected)
+    again = load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), expected)
+    save_adapter(again, tmp_path / "again")
+    torch.testing.assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path / "again").eval()), expected)
+    assert load_adapter(model, tmp_path / "adapter") is model  # whose pattern says which ranks the file has
+    torch.testing.assert_close(logits(model), expected)
+    with pytest.raises(CheckpointError, match="lora_.* is .*, this model has"):
+        load_adapter(
+            attach(copy.deepcopy(base), "peft", peft_type="ADALORA", rank=2, total_steps=12), tmp_path / "adapter"
+        )
     # weights of an earlier step have ranks that the last pattern has not: none of them may be lost
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -267,6 +311,10 @@ def test_adalora_ends_with_its_ranks_and_saves_only_those(tiny_bert, tmp_path):
     save_adapter(model, tmp_path / "whole")
     whole = load_adapter(copy.deepcopy(base), tmp_path / "whole").eval()
     torch.testing.assert_close(logits(whole), logits(model))
+    stored.popitem()
+    save_file(stored, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="1 unexpected|1 missing|does not fit"):
+        load_adapter(copy.deepcopy(base), tmp_path / "adapter")
 
 
 def test_adalora_resumes_bitwise(tiny_bert, tmp_path):
@@ -292,12 +340,16 @@ def test_adaloras_penalty_has_pefts_gradient(build):
     factors = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
     inputs = batch(model)
     labels = inputs.pop("labels")
+    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.0), PeftSchedule(model)
+    schedule.begin()
+    optimizer.step()  # without gradients to add to
+    schedule.end()
     model(**inputs, labels=labels).loss.backward()
     pefts = {name: p.grad.clone() for name, p in factors.items()}
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
-    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.0), PeftSchedule(model)
     schedule.begin()
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.0).step()  # another's
     optimizer.step()
     schedule.end()
     optimizer.step()  # no longer

@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
 from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
-from lorakit.modules import ALL_LINEAR, is_conv1d, resolve_targets
+from lorakit.modules import ALL_LINEAR, blocks, resolve_targets
 from lorakit.quiet import quiet
 from lorakit.settings import AdapterSettings
 
@@ -25,7 +25,7 @@ _ALPHA = {
 }
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-_SAFE_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_SAFE_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
 # What only the user can say: the option, and what it must be.
 _NEEDS = {
     "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
@@ -74,7 +74,7 @@ def build_config(
 
     kind, flags = resolve_type(peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    allowed = {field.name for field in fields(config_class) if field.init and field.name not in _BOOKKEEPING}
+    allowed = {field.name for field in fields(config_class) if field.name not in _BOOKKEEPING}
     _check_options(kind, options, allowed)
     values = {"task_type": _task_type(model, trained)} | flags
     if "target_modules" in allowed:
@@ -82,7 +82,7 @@ def build_config(
     if "modules_to_save" in allowed:
         values["modules_to_save"] = list(trained) or None
     values |= _settings(kind, allowed, settings)
-    values |= _own_defaults(model, kind, allowed, settings, total_steps, options)
+    values |= _own_defaults(model, kind, allowed, settings, total_steps)
     values |= options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
@@ -93,21 +93,20 @@ def build_config(
         with quiet(*NOISE):
             return config_class(**values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ParameterError("peft_options", dict(options), f"PEFT's {kind}: {error}") from error
+        raise ParameterError("peft_options", options, f"PEFT's {kind}: {error}") from error
 
 
 def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
-    require(isinstance(options, Mapping), "peft_options", options, "must be a mapping of names to values")
     for name in options:
         fits = f"unknown option {name!r} of {kind}; known are {', '.join(sorted(allowed))}"
-        require(name in allowed, "peft_options", dict(options), fits)
+        require(name in allowed, "peft_options", options, fits)
     require_frozen_base(options, "peft_options")
     if options.get("use_asa"):
         wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
-        raise ParameterError("peft_options", dict(options), wrong)
-    if kind == "SHADOW" and options.get("auxiliary_loss_weight"):
+        raise ParameterError("peft_options", options, wrong)
+    if options.get("auxiliary_loss_weight"):  # SHADOW's
         wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
-        raise ParameterError("peft_options", dict(options), wrong)
+        raise ParameterError("peft_options", options, wrong)
 
 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
@@ -115,9 +114,7 @@ def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
     for name, value in options.items():
         unsafe = value not in _SAFE_INITS if name == "init_lora_weights" else name in CHANGE_THE_BASE
         if unsafe and value and value != "none":
-            raise ParameterError(
-                parameter, dict(options), f"{name}={value!r} changes the base, which stays frozen here"
-            )
+            raise ParameterError(parameter, options, f"{name}={value!r} changes the base, which stays frozen here")
 
 
 def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
@@ -138,20 +135,18 @@ def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: 
         return {}
     if not (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         if kind in ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW"):
-            return {"target_modules": wanted if isinstance(wanted, str) else list(wanted)}
+            return {"target_modules": wanted}
         found = {"target_modules": resolve_targets(model, wanted, trained)}
         return found | ({"feedforward_modules": []} if kind == "IA3" else {})
     if kind == "IA3":
-        return dict(_IA3_DISTILBERT) if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
+        return _IA3_DISTILBERT if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
     if kind == "LN_TUNING":
         return {"target_modules": [path for path, m in model.named_modules() if type(m).__name__.endswith("Norm")]}
     if kind == "TRAINABLE_TOKENS":
         return {"target_modules": [path for path, m in model.named_modules() if m is model.get_input_embeddings()]}
     if kind == "SHADOW":
-        count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-        # the transformer blocks: the list as long as the model has layers
-        lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        return {"target_modules": [f"{lists[0]}.{i}" for i in range(count)] if lists else []}
+        inner = blocks(model)
+        return {"target_modules": [path for path, m in model.named_modules() if m in inner]}
     found = resolve_targets(model, ALL_LINEAR, trained)
     if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
         found = [path for path in found if "pooler" not in path]
@@ -166,7 +161,7 @@ def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[s
         "alpha": _ALPHA.get(kind, ""),
         "dropout": "" if kind == "SUPERTUNING" else dropout,
         "init": "init_lora_weights" if kind == "LORA" else "",
-        "rslora": "use_rslora" if kind == "LORA" else "",
+        "rslora": "use_rslora" if kind == "LORA" and settings.rslora else "",  # else a variant may set it
     }
     found = {}
     for own, theirs in names.items():
@@ -177,8 +172,6 @@ def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[s
             require(value == getattr(AdapterSettings(), own), own, value, f"PEFT's {kind} has no {own}")
     if kind == "LORA":
         found["init_lora_weights"] = "gaussian" if settings.init == "gaussian" else True
-        if not settings.rslora:
-            del found["use_rslora"]  # a variant may have set it
     return found
 
 
@@ -186,12 +179,7 @@ _SIZES = {"token_dim": "hidden_size", "num_attention_heads": "num_attention_head
 
 
 def _own_defaults(
-    model: nn.Module,
-    kind: str,
-    allowed: set[str],
-    settings: AdapterSettings,
-    total_steps: int | None,
-    options: Mapping[str, Any],
+    model: nn.Module, kind: str, allowed: set[str], settings: AdapterSettings, total_steps: int | None
 ) -> dict[str, Any]:
     """What PEFT leaves open, asks of the model, or would ask on the terminal."""
     config = getattr(model, "config", None)
@@ -199,13 +187,8 @@ def _own_defaults(
     if "num_virtual_tokens" in allowed:  # DistilBERT names its sizes as PEFT does not look for them
         values = {name: getattr(config, of, None) for name, of in _SIZES.items()}
         values["num_virtual_tokens"] = VIRTUAL_TOKENS
-    if "fan_in_fan_out" in allowed:
-        # PEFT's layer around bare parameters refuses it, and the others find it out by themselves
-        conv1d = any(is_conv1d(module) for module in model.modules())
-        values["fan_in_fan_out"] = conv1d and not options.get("target_parameters")
-    if kind == "ADALORA":
-        values |= {"init_r": -(-3 * settings.rank // 2), "total_step": total_steps}  # PEFT's own ratio, 12 to 8
     own = {
+        "ADALORA": {"init_r": -(-3 * settings.rank // 2), "total_step": total_steps},  # PEFT's own ratio, 12 to 8
         "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": getattr(config, "num_hidden_layers", None)},
         "FROD": {"progressbar": False},
         "SHADOW": {"auxiliary_loss_weight": 0.0},

@@ -31,7 +31,7 @@ def save_peft(wrapper: nn.Module, folder: Path) -> None:
     """PEFT's `save_pretrained`, without its model card."""
     with quiet(*NOISE), _exact_ranks(wrapper):
         wrapper.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").unlink()
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> Any:
 
     try:
         with quiet(*NOISE):
-            return PeftConfig.from_pretrained(str(folder))
+            return PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"PEFT cannot read its config: {error}") from None
 

@@ -21,21 +21,21 @@ def _inserts_tokens(config: Any) -> bool:
     return config.is_prompt_learning and config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE")
 
 
-def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse what PEFT would compute wrongly, and put into `kwargs`, which are the call's own, what it lacks."""
     if wrapper.lorakit_unmerged and wrapper.training and torch.is_grad_enabled():
         raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
     if not wrapper.has_active_enabled_adapter:
-        return args, kwargs
+        return
     config = config_of(wrapper)
     if config.is_prompt_learning and kwargs.get("position_ids") is not None:
         raise LorakitError(f"{config.peft_type.value} cannot train on packed rows: PEFT drops their positions")
     if config.peft_type in ("POLY", "MULTITASK_PROMPT_TUNING") and kwargs.get("task_ids") is None:
         ids = args[0] if args else kwargs["input_ids"]
-        kwargs["task_ids"] = ids.new_zeros(len(ids), dtype=torch.long)  # a run has one task
+        kwargs["task_ids"] = ids.new_zeros(len(ids))  # a run has one task
     labels = kwargs.get("labels")
     if labels is not None and _inserts_tokens(config) and config.task_type == "FEATURE_EXTRACTION":
         kwargs["labels"] = F.pad(labels, (config.num_virtual_tokens, 0), value=IGNORED)
-    return args, kwargs
 
 
 def after_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:

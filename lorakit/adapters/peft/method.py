@@ -84,7 +84,7 @@ class PeftAttachment(Attachment):
         for layer in _base_layers(model):
             for name, parameter in layer.named_parameters(recurse=False):
                 model.lorakit_unmerged.append((layer, name, parameter))
-                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                layer._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
         try:
             with quiet(*NOISE):
                 model.base_model.merge_adapter()
@@ -119,12 +119,11 @@ class PeftAttachment(Attachment):
 
     def detach(self, model: nn.Module) -> nn.Module:
         base: Base = model.lorakit_base
-        with torch.no_grad():
-            for head in _heads(model):
-                head.original_module.load_state_dict(head.modules_to_save[ADAPTER].state_dict())
+        for head in _heads(model):
+            head.original_module.load_state_dict(head.modules_to_save[ADAPTER].state_dict())
         inner = model.get_base_model()
         base.restore(inner)
-        return inner.train(model.training)
+        return inner
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The trained parameters by their names in the model, which PEFT's file may hold in another form."""
@@ -136,7 +135,7 @@ class PeftAttachment(Attachment):
 
 
 def wrap(
-    model: nn.Module, config: Any, settings: AdapterSettings, trained: Sequence[str], seed: int | None = None
+    model: nn.Module, config: Any, settings: AdapterSettings, trained: Sequence[str], seed: int | None
 ) -> nn.Module:
     """PEFT's model of `config` around `model`; all of it or, on an error, nothing.
 
@@ -155,7 +154,7 @@ def wrap(
     )
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with quiet(*NOISE), torch.random.fork_rng(list(devices), enabled=seed is not None):
+        with quiet(*NOISE), torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             wrapper = get_peft_model(model, config)
@@ -166,7 +165,7 @@ def wrap(
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
         base.restore(model)
         raise ParameterError(
-            "peft_type", str(config.peft_type.value), f"PEFT refuses: {' '.join(str(error).split())}"
+            "peft_type", config.peft_type.value, f"PEFT refuses: {' '.join(str(error).split())}"
         ) from error
     wrapper.train(model.training)
     wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)

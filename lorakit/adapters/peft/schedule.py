@@ -25,7 +25,7 @@ class PeftSchedule(Controller):
 
     def __init__(self, model: nn.Module):
         tuner = getattr(model, "base_model", None)
-        self.tuner: Any = tuner if hasattr(type(tuner), "update_and_allocate") else None
+        self.tuner: Any = tuner if hasattr(tuner, "update_and_allocate") else None
         self.allocator: Any = getattr(self.tuner, "rankallocator", None)  # AdaLoRA's
         self.step = 0
         self._hook: Any = None
@@ -70,7 +70,7 @@ class PeftSchedule(Controller):
     def _adapters(self) -> Iterator[tuple[str, Tensor]]:
         """The tuner's trained tensors by name; those of modules trained in full are not among them."""
         named = self.tuner.model.named_parameters()
-        return ((name, p) for name, p in named if p.requires_grad and self.tuner.prefix in name)
+        return ((name, p) for name, p in named if self.tuner.prefix in name)
 
     def _add_penalty(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -56,10 +56,9 @@ def resolve_type(peft_type: str) -> tuple[str, dict[str, Any]]:
     from peft import PeftType
 
     known = [*(kind.value for kind in PeftType), *VARIANTS]
-    name = peft_type.upper() if isinstance(peft_type, str) else peft_type
+    name = peft_type.upper()
     require(name in known, "peft_type", peft_type, f"must be one of {', '.join(known)}")
-    kind, flags = VARIANTS.get(name, (name, {}))
-    return kind, dict(flags)
+    return VARIANTS.get(name, (name, {}))
 
 
 def model_type(model: nn.Module) -> str:
