@@ -9,6 +9,7 @@ from peft_types import IN_THE_TRAINER, attached, batch, logits, train
 from small_models import bits, same_bits
 
 from lorakit import adapters
+from lorakit.adapters.peft.method import CANNOT_MERGE
 from lorakit.adapters.peft.types import CANNOT, VARIANTS
 from lorakit.errors import LorakitError, ParameterError
 
@@ -74,6 +75,10 @@ def test_a_type_trains_saves_loads_merges_and_comes_off(build, tmp_path, peft_ty
     assert adapters.adapter_bytes(wrapper) == sum(t.numel() * t.element_size() for t in tensors.values())
     loaded = adapters.load_adapter(build(kind), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), trained, atol=1e-6, rtol=1e-6)
+    heads = ("classifier",) * (kind == "bert")
+    assert [tuple(side.lorakit_attachment.trained) for side in (wrapper, loaded)] == [heads, heads]
+    if peft_type != "P_TUNING":  # whose file is without its encoder
+        assert adapters.parameter_stats(loaded).trainable == adapters.parameter_stats(wrapper).trainable
 
     kept = adapters.adapter_state(wrapper)
     train(wrapper, steps=1)
@@ -82,22 +87,25 @@ def test_a_type_trains_saves_loads_merges_and_comes_off(build, tmp_path, peft_ty
     torch.testing.assert_close(logits(wrapper), trained, atol=1e-6, rtol=1e-6)
 
     before = bits(wrapper)
+    assert adapters.can_merge(wrapper) == (peft_type not in CANNOT_MERGE and (peft_type, kind) != ("BEFT", "gemma"))
     if adapters.can_merge(wrapper):
+        learning = sum(p.requires_grad for p in wrapper.parameters())
         with adapters.merged(wrapper):
             torch.testing.assert_close(logits(wrapper), trained, atol=1e-5, rtol=1e-5)
-            assert adapters.is_merged(wrapper)
+            assert adapters.is_merged(wrapper) is True
+            assert sum(p.requires_grad for p in wrapper.parameters()) == learning
     else:
         with pytest.raises(LorakitError, match=f"{VARIANTS.get(peft_type, [peft_type])[0]} cannot be merged: "):
             adapters.merge(wrapper)
     assert not adapters.is_merged(wrapper)
     assert same_bits(wrapper, before)
 
-    assert adapters.detach(wrapper) is model
+    assert adapters.detach(wrapper.train()) is model and all(module.training for module in model.modules())
+    model.eval()
     assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
     assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
-    heads = ("classifier", "score")
     for name, tensor in bits(model).items():
-        assert torch.equal(tensor, base[name]) == (not name.startswith(heads)), name
+        assert torch.equal(tensor, base[name]) == (not name.startswith("classifier")), name
     model.load_state_dict(base)
     assert torch.equal(logits(model), start)
     attached(model, peft_type)  # and it can be attached again
