@@ -16,7 +16,7 @@ from lorakit.adapters.attachment import Attachment, tied_names
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError
 from lorakit.head import kind_of, task_head
-from lorakit.modules import ALL_LINEAR, fullmatch, inside, is_conv1d, is_linear, name_matches
+from lorakit.modules import ALL_LINEAR, fullmatch, inside, is_conv1d, is_linear, linear_paths, name_matches
 from lorakit.settings import AdapterSettings
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,6 +29,7 @@ _COMMON_FIELDS = {
 }
 # methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
 _BARE_PARAMETERS = {"HIRA"}
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # what `ensure_weight_tying` is heeded for; GPT-2's `wte` is left untied
 
 
 # types of what is read below, and of `lorakit_config.json`, whatever else there is
@@ -68,7 +69,7 @@ def to_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(path).base_layer) for path in targets),
         "target_modules": list(targets),
-        "modules_to_save": list(attachment.trained) or None,
+        "modules_to_save": attachment.trained or None,
         "rank_pattern": {_key(path): own.rank for path, own in targets.items() if own.rank != common.rank},
         "alpha_pattern": {_key(path): own.alpha for path, own in targets.items() if own.alpha != common.alpha},
         **adapter.settings_to_peft(common),
@@ -123,7 +124,7 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
         if name in tensors:
             tensors[first] = tensors.pop(name)
     embeddings = _embeddings(model, tensors, paths)
-    others = [name for name in tensors if not inside(name, list(targets))]
+    others = [name for name in tensors if not inside(name, [*targets])]
     others += [name for name, first in tied_names(model).items() if first in others]
     trained = [path for path in [*paths, *embeddings] if any(inside(name, [path]) for name in others)]
     absent = [
@@ -131,7 +132,8 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     ]
     if absent := absent or _lacking(model, config, targets, paths):
         raise CheckpointError(f"the file lacks {len(absent)} of the layers its config names, first {absent[0]}")
-    if config.get("ensure_weight_tying") or embeddings:
+    ties = config.get("ensure_weight_tying") and any(path.endswith(_TIED_BY_PEFT) for path in paths)
+    if ties or embeddings:
         trained += [name.rpartition(".")[0] for name in tied_names(model) if name in others]
     return StoredAdapter(method, settings, targets, trained, tensors)
 
@@ -149,16 +151,16 @@ def adapts_more(tensors: Mapping[str, Tensor]) -> bool:
     return any("_embedding_" in name or (".lora_" in name and tensor.ndim > 2) for name, tensor in tensors.items())
 
 
-def renamed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` by today's names, where transformers has renamed the model's modules since they were stored."""
-    paths = dict(model.named_modules()).keys()
+    paths = dict(model.named_modules())
 
     def known(name: str) -> bool:  # <path>.lora_A.weight, and of HiRA <path>.hira_A
-        return name.rpartition(".")[0] in paths or name.rsplit(".", 2)[0] in paths
+        return name.rpartition(".")[0] in paths or (name.endswith(".weight") and name.rsplit(".", 2)[0] in paths)
 
     bare = {name: name.removeprefix(PREFIX) for name in tensors}
     if not hasattr(model, "config") or all(map(known, bare.values())):
-        return dict(tensors)
+        return tensors
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
@@ -193,7 +195,7 @@ def _embeddings(model: nn.Module, tensors: dict[str, Tensor], trained: Sequence[
             )
         if not inside(path, trained) and torch.equal(given.to(own.device, own.dtype), own):
             del tensors[f"{path}.weight"]
-        else:
+        elif not inside(path, trained):
             held.append(path)
     return held
 
@@ -206,20 +208,18 @@ def _lacking(
     if not targets or not wanted or wanted == ALL_LINEAR:
         return [] if targets else ["any"]
     apart = config.get("exclude_modules") or []
-    linear = [path for path, module in model.named_modules() if is_linear(getattr(module, "base_layer", module))]
+    linear = linear_paths(model)
     if config.get("layers_to_transform") not in (None, []):  # of some blocks only, by PEFT's rule
         from peft.tuners.tuners_utils import check_target_module_exists
 
         require_quick(model, config)
-        asked = SimpleNamespace(exclude_modules=None, target_modules=wanted)
+        asked = SimpleNamespace(target_modules=wanted)
         asked.layers_to_transform, asked.layers_pattern = config["layers_to_transform"], config.get("layers_pattern")
         linear = [path for path in linear if check_target_module_exists(asked, path)]
     return [
         path
         for path in linear
-        if path not in targets
-        and not path.endswith(".base_layer")
-        and not inside(path, trained)
+        if not inside(path, [*targets, *trained])
         and _names(wanted, path, "target_modules")
         and not _names(apart, path, "exclude_modules")
     ]
@@ -248,8 +248,8 @@ def _names(wanted: str | Sequence[str], path: str, parameter: str) -> bool:
 
 def _adapted_paths(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> list[str]:
     """Paths of the layers the file adapts, in the model's order; its tensors' names say which those are."""
-    suffixes = tuple(f".{name}.weight" for name in ADAPTERS[method].parameter_names)
-    wanted = {name.removesuffix(end): name for end in suffixes for name in tensors if name.endswith(end)}
+    ends = [f".{name}.weight" for name in ADAPTERS[method].parameter_names]
+    wanted = {name.removesuffix(end): name for end in ends for name in tensors if name.endswith(end)}
     modules = {path: getattr(module, "base_layer", module) for path, module in model.named_modules()}
     for path, name in wanted.items():
         if path not in modules or not is_linear(modules[path]):

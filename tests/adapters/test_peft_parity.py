@@ -182,6 +182,39 @@ def test_we_load_pefts_file_with_equal_logits(build, tmp_path, method, kind, att
     assert list(ours.lorakit_attachment.trained) == HEADS.get(kind, [])
 
 
+def moved(model):
+    """PEFT's, every trained value of it away from where it started."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    return model
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_modules_to_save_are_named_by_their_ends_too(build, tmp_path, use_dora):
+    options = {"target_modules": ["query"], "modules_to_save": ["pooler", "classifier"], "use_dora": use_dora}
+    theirs = moved(peft_model(build("bert"), "bert", **options))
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(build("bert"), tmp_path)
+    assert list(ours.lorakit_attachment.trained) == ["bert.pooler", "classifier"]
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_embedding_is_trained_with_what_is_tied_to_it_where_peft_ties_them_or_refused(build, tmp_path):
+    for kind, name, tied in (("gemma", "embed_tokens", True), ("gemma", "embed_tokens", False), ("gpt2", "wte", True)):
+        options = {"target_modules": LINEARS[kind][:1], "modules_to_save": [name], "ensure_weight_tying": tied}
+        theirs = moved(peft_model(build(kind), kind, **options))
+        theirs.save_pretrained(folder := tmp_path / f"{name}{tied}")
+        if (name, tied) == ("embed_tokens", True):
+            ours = load_adapter(build(kind), folder)
+            assert list(ours.lorakit_attachment.trained) == ["model.embed_tokens", "lm_head"]
+            torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+        else:  # PEFT trains one of the two
+            with pytest.raises(CheckpointError, match="shares its weight with the frozen lm_head.weight"):
+                load_adapter(build(kind), folder)
+
+
 def test_rank_and_alpha_patterns_are_honoured_and_written_back(build, tmp_path):
     from peft import PeftModel
 
@@ -223,7 +256,9 @@ def test_excluded_and_layerwise_targets_of_a_peft_file_are_honoured(build, tmp_p
 
 
 CLASSIFIER = {"modules_to_save": ["pre_classifier", "classifier"], "task_type": "SEQ_CLS", "init_lora_weights": True}
+CLASSIFIER |= {"fan_in_fan_out": False}
 GPT2 = {"peft_type": "HIRA", "init_weights": "gaussian", "fan_in_fan_out": True, "r": 4, "hira_dropout": 0.25}
+GPT2 |= {"modules_to_save": None, "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": None}
 
 
 @pytest.mark.parametrize(
@@ -242,8 +277,10 @@ def test_the_files_hold_the_same_names_shapes_and_fields(build, tmp_path, method
     peft_model(build(kind), kind, PEFTS[method]).save_pretrained(tmp_path / "peft")
     mine, peft = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "peft"))
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in peft.items()}
-    mine, peft = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "peft"))
+    text, peft = ((tmp_path / side / "adapter_config.json").read_text() for side in ("ours", "peft"))
+    mine, peft = json.loads(text), json.loads(peft)
     assert mine.keys() <= peft.keys() and mine == mine | fields
+    assert text == json.dumps(mine, indent=2, sort_keys=True) + "\n"
 
 
 @methods
@@ -279,7 +316,7 @@ def test_another_method_than_the_attached_is_refused_by_name(build, tmp_path):
 
     config = IA3Config(target_modules=["query"], feedforward_modules=[])
     get_peft_model(build("bert"), config).save_pretrained(tmp_path / "ia3")
-    with pytest.raises(CheckpointError, match="IA3"):
+    with pytest.raises(CheckpointError, match="peft_type='IA3': must be one of LORA, HIRA$"):
         load_adapter(attach(build("bert")), tmp_path / "ia3")
     save_adapter(attach(build("gpt2"), "hira"), tmp_path / "hira")
     with pytest.raises(CheckpointError, match="holds method 'hira', but 'lora' is attached"):
