@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lorakit
-from lorakit.analysis import equal_cost, names, stats, tables
-from lorakit.files import RESULTS
+from lorakit.analysis import claims, equal_cost, names, stats, tables
+from lorakit.files import PROJECT, RESULTS
 from lorakit.records import Record
 from lorakit.studies.gates import redundant_shares
 
@@ -45,6 +45,7 @@ def said() -> Iterator[str]:
     yield from batches()
     yield from redundant()
     yield from exact_table()
+    yield from exact_verdicts()
     yield from exact()
     yield from tokens_table()
     yield from tokens()
@@ -295,7 +296,15 @@ def exact_table() -> Iterator[str]:
             others = ("lora", equal_cost.random_for(groups(EXACT), row))
             told = ["" if other in (None, row) else in_words(gap(EXACT, row, other, TEST)) for other in others]
             rate, *more = cells(EXACT, row, columns)
-            yield line(names.label(row), rate.replace("e-0", "e-"), *more, *told)
+            yield line(names.label(row, runs), rate.replace("e-0", "e-"), *more, *told)
+
+
+def exact_verdicts() -> Iterator[str]:
+    told = [one for one in claims.read_claims(PROJECT / "claims.yaml") if one.setting == EXACT]
+    found = claims.claims_table(told, [record for runs in groups(EXACT).values() for record in runs], {})
+    for pair, *cells in found[["held against", "seen", "limit", "verdict"]].itertuples(index=False):
+        one, other = pair.split(" − ")
+        yield line(f"`{one}` − `{other}`", *cells).replace("-0", "−0")
 
 
 def exact() -> Iterator[str]:
