@@ -305,7 +305,7 @@ def exact_table() -> Iterator[str]:
 
 def exact_verdicts() -> Iterator[str]:
     told = [one for one in claims.read_claims(PROJECT / "claims.yaml") if one.setting == EXACT]
-    found = claims.claims_table(told, [record for runs in groups(EXACT).values() for record in runs], {})
+    found = claims.claims_table(told, [record for runs in groups(EXACT).values() for record in runs])
     for pair, *cells in found[["held against", "seen", "limit", "verdict"]].itertuples(index=False):
         one, other = pair.split(" − ")
         yield line(f"`{one}` − `{other}`", *cells).replace("-0", "−0")

@@ -2,27 +2,29 @@
 
 A claim says that a row's mean over seeds, minus another's, lies on one side of a limit: below 0 (superiority, `metric`
 saying which way is better), below the margin that would still count as no difference (non-inferiority), within it on
-both sides (equivalence: two one-sided tests, Schuirmann 1987), or that their ratio is at most, for a metric of which
-more is better at least, the margin (ratio). Tests are Student's on pairs of a seed, two-sided about the limit, with
-Holm's correction over all claims of a setting, those not run yet among them.
+both sides (equivalence: two one-sided tests, Schuirmann 1987), or that the mean of the pairs' ratios is at most, for a
+metric of which more is better at least, the margin (ratio). Tests are Student's on pairs of a seed, two-sided about the
+limit, with Holm's correction over all claims of a setting, those not run yet among them.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import functools
 import math
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorakit.analysis import stats
 from lorakit.analysis.frame import frame, require_comparable
@@ -31,7 +33,7 @@ from lorakit.errors import DataError, require
 from lorakit.files import PROJECT, write_text
 from lorakit.records import Record, read_all
 
-ALPHA, POWER = 0.05, 0.8
+ALPHA, POWER, ROUNDING = 0.05, 0.8, 1e-9
 BETTER = {"lower is better": 1, "higher is better": -1}  # the sign that makes more of a metric worse
 READING = f"""\
 A claim **holds** or is **refuted** where its limit lies outside what the seeds allow, at {100 * ALPHA:.0f} % over all
@@ -62,6 +64,12 @@ class Claim(BaseModel):
             raise ValueError(f"must end with one of {', '.join(BETTER)}")
         return metric
 
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if self.row == self.against or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("two rows, and every seed once")
+        return self
+
     @property
     def column(self) -> str:
         return self.metric.partition(",")[0]
@@ -78,7 +86,7 @@ class Finding:
     claim: Claim
     values: tuple[float, ...] = ()
     missing: str = ""
-    exploratory: bool = False  # a run is older than the claim, or of code that was not committed
+    exploratory: str = ""  # why it is no evidence: a run is older than the claim, or its code was not committed
 
     def p_values(self) -> tuple[float, float]:
         """Of what speaks for the claim, and of what speaks against it; one-sided each, small where it does."""
@@ -86,7 +94,7 @@ class Finding:
         if claim.test == "equivalence":
             pairs = [below(sample, claim.margin), below(-sample, claim.margin)]
             return max(held for held, _ in pairs), min(other for _, other in pairs)
-        return below(sample * claim.worse, self.limit * claim.worse)
+        return below(sample * claim.worse, self.limit * claim.worse, strict=claim.test == "superiority")
 
     @property
     def limit(self) -> float:
@@ -101,26 +109,32 @@ class Finding:
         return abs(abs(mean) - self.claim.margin) if self.claim.test == "equivalence" else abs(mean - self.limit)
 
 
-def below(sample: np.ndarray, limit: float) -> tuple[float, float]:
-    """One-sided p of Student's t that the mean of `sample` (n,) is below `limit`, and that it is above it."""
+def below(sample: np.ndarray, limit: float, strict: bool = False) -> tuple[float, float]:
+    """One-sided p of Student's t that the mean of `sample` (n,) is below `limit`, and that it is above it.
+
+    What has no spread was counted, not drawn, and is certain; at the limit it is below, unless `strict`.
+    """
     from scipy.stats import ttest_1samp
 
-    if np.ptp(sample) <= 1e-12 * abs(limit or 1):  # counted, not drawn: the same with every seed
-        return (0.0, 1.0) if sample[0] <= limit else (1.0, 0.0)
+    if np.ptp(sample) <= ROUNDING:
+        gap = float(np.mean(sample)) - limit
+        return (0.0, 1.0) if gap < -ROUNDING or (gap <= ROUNDING and not strict) else (1.0, 0.0)
     less, greater = (float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
     return less, greater
 
 
 def smallest_effect(spread: float, count: int, alpha: float = ALPHA) -> float:
     """What `count` pairs of standard deviation `spread` tell from none with 80 % power, two-sided at `alpha`."""
-    from scipy.special import stdtrit
+    from scipy.special import nctdtrinc, stdtrit
 
-    return float(stdtrit(count - 1, 1 - alpha / 2) + stdtrit(count - 1, POWER)) * spread / math.sqrt(count)
+    return float(nctdtrinc(count - 1, 1 - POWER, stdtrit(count - 1, 1 - alpha / 2))) * spread / math.sqrt(count)
 
 
 def seeds_needed(spread: float, distance: float, alpha: float = ALPHA) -> float:
     """The fewest pairs whose smallest effect is at most `distance`; ∞ from ten thousand on."""
-    return next((n for n in range(3, 10_000) if smallest_effect(spread, n, alpha) <= distance), math.inf)
+    counts = range(stats.MINIMUM_SEEDS, 10_000)
+    place = bisect.bisect_left(counts, True, key=lambda count: smallest_effect(spread, count, alpha) <= distance)
+    return counts[place] if place < len(counts) else math.inf
 
 
 def holm(p_values: Sequence[float], of: int) -> list[float]:
@@ -156,40 +170,49 @@ def read_claims(path: str | Path) -> list[Claim]:
 
 
 def find(claim: Claim, records: Sequence[Record], written: datetime | None = None) -> Finding:
-    """What `records` of the claim's setting say of it; `written` is when it was."""
-    groups = {name: {r.seed: r for r in records if r.row == name} for name in (claim.row, claim.against)}
+    """What `records` of the claim's setting say of it; `written` is when it was, None where that is not asked."""
+    rows = stats.by_row(records) if records else {}
+    groups = {name: {record.seed: record for record in rows.get(name, [])} for name in (claim.row, claim.against)}
     missing = []
     for name, group in groups.items():
-        runs = frame([group[seed] for seed in claim.seeds if seed in group]).runs
-        done = set(runs[(runs["status"] == "done")]["seed"]) if len(runs) else set()
-        lacking = [seed for seed in claim.seeds if seed not in done]
-        told = [f"{seed} ({group[seed].status.replace('_', ' ')})" if seed in group else str(seed) for seed in lacking]
+        ends = {seed: group[seed].status if seed in group else "" for seed in claim.seeds}
+        told = [
+            f"{seed} ({end.replace('_', ' ')})" if end else str(seed) for seed, end in ends.items() if end != "done"
+        ]
         missing += [f"{name}: {', '.join(told)}"] if told else []
     if missing:
         return Finding(claim, missing=f"no run of {'; '.join(missing)}")
     used = [groups[name][seed] for name in groups for seed in claim.seeds]
     require_comparable(used)
     runs = frame(used).runs
-    if claim.column not in runs or runs[claim.column].isna().any():
+    if claim.column not in runs.select_dtypes("number").columns.drop("seed"):
         return Finding(claim, missing=f"no {claim.column} in these records")
     one, other = (runs[runs["row"] == name].set_index("seed")[claim.column].loc[claim.seeds] for name in groups)
     values = one / other if claim.test == "ratio" else one - other
-    early = any(written and datetime.fromisoformat(record.started) < written for record in used)
+    if not np.isfinite(values).all():
+        return Finding(claim, missing=f"{claim.column} is no number in some of these records")
+    if claim.column == "learning_rate":  # of one search, whatever the seeds
+        values = values[:1]
+    early = written is not None and any(record.started < written.astimezone(UTC).isoformat() for record in used)
     dirty = any(record.environment.get("dirty") for record in used)
-    return Finding(claim, tuple(map(float, values)), exploratory=early or dirty)
+    return Finding(claim, tuple(map(float, values)), exploratory="exploratory" * (early or dirty))
 
 
 def written_at(path: Path, claims: Sequence[Claim]) -> dict[str, datetime]:
-    """When each claim's lines were last changed, as git tells it; empty where the file is in no checkout."""
-    command = ["git", "-C", str(path.resolve().parent), "blame", "--line-porcelain", path.name]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    found: dict[str, datetime] = {}
-    name, time = "", datetime.min
+    """When each claim's lines were last committed, as git tells it; of a claim that it does not know, none."""
+    path, found, name = path.resolve(), {}, ""
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=True)
+    try:
+        if git(["git", "rev-parse", "--is-shallow-repository"]).stdout.strip() == "true":
+            return {}  # whose oldest commit holds everything
+        told = git(["git", "blame", "--line-porcelain", path.name]).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
     for line in told:
-        if line.startswith("author-time "):
-            time = datetime.fromtimestamp(int(line.split()[1])).astimezone()
+        if line.startswith("committer-time "):
+            time = datetime.fromtimestamp(int(line.split()[1]), UTC)
         elif line.startswith("\t"):
-            name = line.split("id: ")[1].strip() if line.startswith("\t  - id: ") else name
+            name = line.split("id: ")[1].strip() if line.startswith("\t  - id: ") else name * line.startswith("\t  ")
             found[name] = max(found.get(name, time), time)
     return {claim.id: found[claim.id] for claim in claims if claim.id in found}
 
@@ -211,7 +234,7 @@ def verdicts(found: Sequence[Finding]) -> list[str]:
             needed = f"{seeds_needed(spread, one.distance(), alpha):.0f}".replace("inf", "over 10,000")
             smallest = smallest_effect(spread, len(one.values), alpha)
             told.append(f"not resolvable here ({smallest:.2g} would be; {needed} seeds for this)")
-        told[-1] += " (exploratory)" * one.exploratory
+        told[-1] += f" ({one.exploratory})" if one.exploratory else ""
     return told
 
 
@@ -226,14 +249,22 @@ def seen(values: Sequence[float], form: str) -> str:
     return f"{text} [{form.format(float(bounds.low))}, {form.format(float(bounds.high))}]"
 
 
-def claims_table(claims: Sequence[Claim], records: Sequence[Record], written: dict[str, datetime]) -> pd.DataFrame:
-    """A line per claim: what is held against what, the mean of pairs with its 95 % interval, its limit, the verdict."""
+def claims_table(
+    claims: Sequence[Claim], records: Sequence[Record], written: dict[str, datetime] | None = None
+) -> pd.DataFrame:
+    """A line per claim: what is held against what, the mean of pairs with its 95 % interval, its limit, the verdict.
+
+    Args:
+        written: when each claim was; None: not asked. A claim that it lacks is told as one without a date.
+    """
     settings, lines = defaultdict(list), {}
     for claim in claims:
         settings[claim.setting].append(claim)
     for setting, group in settings.items():
         of = [record for record in records if record.setting == setting]
-        found = [find(claim, of, written.get(claim.id)) for claim in group]
+        found = [find(claim, of, (written or {}).get(claim.id)) for claim in group]
+        if written is not None:
+            found = [one if one.claim.id in written else replace(one, exploratory="without a date") for one in found]
         for one, verdict in zip(found, verdicts(found), strict=True):
             claim, ratio = one.claim, one.claim.test == "ratio"
             form = "{:.3f}" if ratio else "{:+.3f}"

@@ -39,7 +39,7 @@ class GateLog:
         if score is not None:
             self._scores.append(score)
         if len(self.decisions) <= self.gate.burn_in:
-            self._early.append(score)
+            self._early += [] if score is None else [score]
             if len(self.decisions) == self.gate.burn_in:
                 self._check_novelty()
             return
@@ -72,7 +72,8 @@ class GateLog:
                 f"burn_in={self.gate.burn_in} is as long as the run ({total_steps:.0f} steps) or longer: "
                 "every batch will be accepted"
             )
-        if hasattr(self.gate, "m") and 2 * (rank := self.gate.k) > (size := self.gate.m):
+        size, rank = (getattr(self.gate, name, None) for name in "mk")
+        if size and rank and 2 * rank > size:
             self.warn(
                 f"the sketch is small for the rank: a basis of k={rank} directions takes up {rank / size:.0%} of a "
                 f"sketch of m={size}, so that even unrelated gradients look redundant; use m of at least {2 * rank}"

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from lorakit.files import PROJECT
-
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
 NOT_OF_A_RUN = (
@@ -31,7 +29,7 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
-        **checkout(PROJECT),
+        **checkout(Path(__file__).resolve().parents[2]),
     }
 
 
@@ -40,7 +38,7 @@ def checkout(folder: Path) -> dict[str, object]:
     git = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
     try:
         root, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).stdout.split("\n")[:2]
-        changed = git(["git", "status", "--porcelain", "--", "lorakit", "params"]).stdout
+        changed = git(["git", "--no-optional-locks", "status", "--porcelain", "--", "lorakit", "params"]).stdout
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit, "dirty": bool(changed)} if Path(root) == folder.resolve() else {}

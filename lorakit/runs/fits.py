@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ def fit(plan: Plan, gpu: float) -> Fit:
     Raises:
         ParameterError: `gpu` is not above 0, or see `predict`.
     """
-    require(gpu > 0, "gpu", gpu, "must be above 0")
+    require(0 < gpu < math.inf, "gpu", gpu, "must be above 0")
     seq = predict(plan).seq
 
     def room(step: Plan, **changes: Any) -> float:
@@ -39,28 +41,35 @@ def fit(plan: Plan, gpu: float) -> Fit:
     for way in WAYS:
         try:
             step = plan.but(seq=seq, **way)
-        except ParameterError:  # not together with the rest of the plan
+            fitting = room(step) >= 0
+        except (ParameterError, ValueError):  # not together with the rest of the plan, or not with this model
             continue
-        if room(step) >= 0:
+        if fitting:
             batch = largest(lambda n, step=step: room(step, batch=n), plan.batch, 2**20)
-            if seq >= PIECE:
-                longer = largest(lambda n, step=step: room(step, seq=n * PIECE), seq // PIECE, longest(plan) // PIECE)
-                seq = max(seq, longer * PIECE)
+            pieces, most = max(1, seq // PIECE), longest(plan) // PIECE
+            longer = largest(lambda n, step=step: room(step, seq=n * PIECE), pieces, most) if most else 0
+            seq = max(seq, longer * PIECE)
             return Fit(step, batch, seq)
     return Fit(None)
 
 
 def largest(room: Callable[[int], float], start: int, limit: int) -> int:
-    """The largest n from `start` to `limit` whose `room` is not negative; it is not at `start`, and falls evenly."""
-    low, left, reach = start, room(start), min(2 * start, limit)
-    while reach > low:
-        found = room(reach)
-        further = max(1, int(left * (reach - low) / max(left - found, 1.0)))  # along the line through both
+    """The largest n from `start` to `limit` whose `room` is not negative, which falls about evenly; 0: `start`'s is."""
+    low, left, high, tries = start, room(start), limit + 1, 0
+    guess = 2 * start
+    while left >= 0 and high - low > 1:
+        tries += 1
+        if tries % 3 == 0 and high <= limit:  # where it is no line
+            guess = (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1, 8 * low)
+        found = room(guess)
+        further = int(left * (guess - low) / max(left - found, 1e-9))  # along the line through both
         if found < 0:
-            reach = low + min(further, reach - low - 1)
+            high, guess = guess, low + further
         else:
-            low, left, reach = reach, found, min(low + further, limit)
-    return low
+            further = int(found * (guess - low) / max(left - found, 1e-9))
+            low, left, guess = guess, found, guess + further
+    return low if left >= 0 else 0
 
 
 def report(plan: Plan, prediction: Prediction) -> str:
@@ -110,22 +119,18 @@ def main(argv: list[str] | None = None) -> int:
         option = {"action": "store_true"} if info.default is False else {"type": kind}
         shown = f" (default {info.default})" if info.default else ""
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{info.description}{shown}", **option)
-    parser.add_argument("--gpu", type=float, default=0.0, help="GB of a card: what fits it, and how far it reaches")
+    parser.add_argument("--gpu", type=float, default=None, help="GB of a card: what fits it, and how far it reaches")
     parser.add_argument("--json", action="store_true", default=False, help="numbers for a program instead of text")
     given: dict[str, Any] = vars(parser.parse_args(argv))
     gpu, told = given.pop("gpu"), given.pop("json")
-    if "," in given.get("targets", ""):
+    if re.fullmatch(r"[\w.]+(,[\w.]+)+", given.get("targets", "")):
         given["targets"] = given["targets"].split(",")
     plan = Plan(**given)
     found = predict(plan)
-    fitting = fit(plan, gpu) if gpu else None
+    fitting = None if gpu is None else fit(plan, gpu)
     if told:
         fitting = fitting and fitting._asdict() | {"plan": fitting.plan and dict(fitting.plan)}
-        print(
-            json.dumps(
-                {"plan": dict(plan)} | found._asdict() | {"need": found.need, "gpu": gpu or None, "fit": fitting}
-            )
-        )
+        print(json.dumps({"plan": dict(plan)} | found._asdict() | {"need": found.need, "gpu": gpu, "fit": fitting}))
         return 0
     print(report(plan, found))
     if fitting:

@@ -92,7 +92,8 @@ def predict(plan: Plan) -> Prediction:
     """Build on the meta device, attach, and run one step on fake tensors: no weights, no download of any.
 
     Of a deep model with an adapter on all its blocks two shallow ones are run, and a line through them gives the depth.
-    Where all weights are trained the whole model is run: which moment is the peak then depends on the depth.
+    Where more than a tenth of the weights is trained, which moment is the peak depends on the depth: then the whole
+    model is run, as where it is shallow or its blocks are not alike.
 
     Raises:
         ParameterError: a value out of range, an unknown method or target, a sequence longer than the model takes.
@@ -107,8 +108,9 @@ def predict(plan: Plan) -> Prediction:
     if depth > far and plan.method != "full" and all(re.fullmatch(r"[a-zA-Z_.-]+", name) for name in named):
         low, high = (_step(plan, shortened(described.config, blocks), seq) for blocks in DEPTHS)
         found = {name: round(low[name] + (high[name] - low[name]) * (depth - near) / (far - near)) for name in low}
-    if not found or found["base"] != build(described.config, kind_of(plan), plan.dtype).num_parameters():
-        found = _step(plan, described.config, seq)  # it is shallow, or its blocks are not alike
+    alike = found and found["base"] == build(described.config, kind_of(plan), plan.dtype).num_parameters()
+    if not alike or 10 * found["trainable"] > found["total"]:
+        found = _step(plan, described.config, seq)
     memory, counts = {kind: found[kind] for kind in (*live.KINDS, "peak")}, ("trainable", "total", "flops")
     return Prediction(memory, *(found[name] for name in counts), described.source, seq)
 
@@ -119,8 +121,8 @@ def kind_of(plan: Plan) -> str:
 
 
 def longest(plan: Plan) -> int:
-    """Tokens of the longest row that the model takes."""
-    return getattr(models.config(plan.model).get_text_config(), "max_position_embeddings", plan.seq or LENGTH)
+    """Tokens of the longest row that the model takes, as far as its configuration says."""
+    return getattr(models.config(plan.model).get_text_config(), "max_position_embeddings", 2**17)
 
 
 def _step(plan: Plan, config: transformers.PreTrainedConfig, seq: int) -> dict[str, int]:

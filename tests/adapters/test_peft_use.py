@@ -28,6 +28,7 @@ from lorakit.adapters.peft.config import quiet
 from lorakit.adapters.peft.files import stored_tensors
 from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
+from lorakit.params import Params
 from lorakit.training import Budget
 
 build, light_collections = peft_types.build, peft_types.light_collections
@@ -98,6 +99,19 @@ def test_parameters_reach_the_config_and_options_win(build):
     detach(wrapper)
     config = attach(model, "peft", peft_type="ADALORA", rank=4, total_steps=50).peft_config["default"]
     assert (config.target_r, config.init_r, config.total_step) == (4, 6, 50)
+
+
+def test_adaloras_penalty_begun_again_is_there_once_and_gone_at_the_end(build):
+    from torch.optim import optimizer
+
+    before = len(optimizer._global_optimizer_pre_hooks)
+    model = attach(build("bert"), "peft", peft_type="ADALORA", rank=4, total_steps=50)
+    (schedule,) = model.lorakit_attachment.controllers(model, Params())
+    for count in (1, 1):  # as where a batch was too large
+        schedule.begin()
+        assert len(optimizer._global_optimizer_pre_hooks) == before + count
+    schedule.end()
+    assert len(optimizer._global_optimizer_pre_hooks) == before
 
 
 @pytest.mark.parametrize("peft_type", ["LORA", "PROMPT_TUNING", "LOKR", "VBLORA"])

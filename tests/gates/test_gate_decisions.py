@@ -226,6 +226,24 @@ def test_a_burn_in_longer_than_the_run_and_a_small_sketch_are_noticed():
         assert quiet.warnings == []
 
 
+@pytest.mark.parametrize("named", [{}, {"m": 0.9}, {"m": None, "k": 3}, {"k": 8}])
+def test_a_gate_of_ones_own_may_score_now_and_then_and_name_its_numbers_as_it_likes(named):
+    class Own(RandomGate):
+        scores_novelty = False
+
+    gate = Own(0.5, burn_in=16)
+    vars(gate).update(named)
+    log = GateLog(gate)
+    log.begin(100)
+    for number in range(20):
+        log.decided(True, 0.5 if number % 2 else None)
+    assert log.warnings == []
+    novel = GateLog(HeadGradientGate(16, 9, **SMALL | {"burn_in": 16, "k": 8}))
+    with pytest.warns(GateWarning, match="novelty is not falling: 1.000"):
+        for number in range(16):
+            novel.decided(True, 1.0 if number % 2 else None)
+
+
 def test_points_sum_up_what_was_decided_since_the_last():
     log = GateLog(RandomGate(0.3, burn_in=2))
     for accept, score in ((True, 1.0), (True, 0.5), (False, 0.25), (True, 0.75)):

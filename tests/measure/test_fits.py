@@ -148,5 +148,6 @@ def test_the_command_says_what_fits_in_words_and_in_json(deep, capsys):
     assert told["memory"]["peak"] < told["need"] and told["flops"] > 0 and told["plan"]["model"] == folder
     assert fits.main([*command, "--gpu", "0.5"]) == 0
     assert "0.5 GB: does not fit" in capsys.readouterr().out
-    with pytest.raises(ParameterError, match="gpu=-1.0: must be above 0"):
-        fits.main([*command, "--gpu", "-1"])
+    for gpu in ("-1.0", "nan", "inf"):
+        with pytest.raises(ParameterError, match=f"gpu={gpu}: must be above 0"):
+            fits.main([*command, "--gpu", gpu])

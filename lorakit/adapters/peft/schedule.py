@@ -31,6 +31,7 @@ class PeftSchedule(Controller):
         self._hook: Any = None
 
     def begin(self) -> None:
+        self.end()  # begun again, after a batch that was too large
         if self.allocator is not None:
             self._hook = register_optimizer_step_pre_hook(self._add_penalty)
 
