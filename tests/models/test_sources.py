@@ -177,7 +177,7 @@ def test_family_needs_no_weights_and_own_files_are_preferred(no_hub, bert):
     assert models.describe(bert).source == "local folder" and models.config(bert).hidden_size == 32
     assert models.family(bert) == models.family("distilbert-base-uncased") == "encoder"
     assert models.family("gpt2") == models.family("google/gemma-3-1b-pt") == "decoder"
-    with pytest.raises(AssetError, match="unreachable.*packaged dimensions: all-MiniLM-L6-v2, bert-base"):
+    with pytest.raises(AssetError, match="unreachable.*packaged dimensions: .*all-MiniLM-L6-v2, bert-base"):
         models.family("unknown-model")
     with pytest.raises(ParameterError, match="model='t5': is an encoder-decoder"):
         configs.family_of(T5Config())
