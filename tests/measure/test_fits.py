@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorakit import models
 from lorakit.errors import ParameterError
 from lorakit.measure.flops import FlopCount
+from lorakit.measure.live import KINDS
 from lorakit.runs import fits, plan
 
 
@@ -114,7 +115,7 @@ def formula(asked: plan.Plan) -> plan.Prediction:
     """A step that takes less in 4 bits, and still less where activations are made again."""
     kept = 3e6 if asked.gradient_checkpointing else 2e7
     peak = (1e9 if asked.quantize == "nf4" else 4e9) + kept * asked.batch * (asked.seq or 512) / 64 + 5e8
-    return plan.Prediction({"peak": int(peak)}, 1, 2, 3, "a formula", asked.seq or 512)
+    return plan.Prediction(dict.fromkeys(KINDS, 0) | {"peak": int(peak)}, 1, 2, 3, "a formula", asked.seq or 512)
 
 
 def test_what_fits_a_card_fits_and_what_is_larger_does_not(monkeypatch):
@@ -160,17 +161,19 @@ def test_the_largest_of_what_is_no_line(room, limit, expected):
     assert fits.largest(lambda n: asked.append(n) or room(n), 1, limit) == expected and len(asked) <= 40
 
 
-def test_the_command_says_what_fits_in_words_and_in_json(deep, capsys):
-    folder = deep(3)
-    command = [folder, "--seq", "128", "--batch", "1"]
-    assert fits.main([*command, "--gpu", "1.1"]) == 0
-    text = capsys.readouterr().out
-    found = fits.fit(plan.Plan(folder, seq=128, batch=1), 1.1)
-    assert f"1.1 GB: fits as it is; at 128 tokens up to batch {found.batch:,}, at batch 1 up to {found.seq:,}" in text
-    assert fits.main([*command, "--gpu", "1.1", "--json"]) == 0
+def test_the_command_says_what_fits_in_words_and_in_json(deep, capsys, monkeypatch):
+    command = [deep(3), "--seq", "128", "--batch", "1"]
+    assert fits.main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["fit"]["batch"] == found.batch and told["fit"]["plan"]["seq"] == 128 and told["gpu"] == 1.1
-    assert told["memory"]["peak"] < told["need"] and told["flops"] > 0 and told["plan"]["model"] == folder
+    assert told["memory"]["peak"] < told["need"] and told["flops"] > 0 and told["plan"]["model"] == command[0]
+    assert told["gpu"] is told["fit"] is None
+    monkeypatch.setattr(fits, "predict", formula)
+    assert fits.main([*command, "--gpu", "12"]) == 0
+    text, found = capsys.readouterr().out, fits.fit(plan.Plan(command[0], seq=128, batch=1), 12)
+    assert f"12 GB: fits as it is; at 128 tokens up to batch {found.batch:,}, at batch 1 up to {found.seq:,}" in text
+    assert fits.main([*command, "--gpu", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["fit"]
+    assert told["batch"] > 1 and told["plan"]["seq"] == 128 and told["plan"]["quantize"] == "nf4"
     assert fits.main([*command, "--gpu", "0.5"]) == 0
     assert "0.5 GB: does not fit" in capsys.readouterr().out
     for gpu in ("-1.0", "nan", "inf"):
