@@ -13,7 +13,7 @@ from typing import Any
 
 import lorakit
 from lorakit.analysis import claims, equal_cost, names, stats, tables
-from lorakit.files import PROJECT, RESULTS
+from lorakit.files import RESULTS
 from lorakit.records import Record
 from lorakit.studies.gates import redundant_shares
 
@@ -304,7 +304,7 @@ def exact_table() -> Iterator[str]:
 
 
 def exact_verdicts() -> Iterator[str]:
-    told = [one for one in claims.read_claims(PROJECT / "claims.yaml") if one.setting == EXACT]
+    told = claims.read_claims(setting=EXACT)
     found = claims.claims_table(told, [record for runs in groups(EXACT).values() for record in runs])
     for pair, *cells in found[["held against", "seen", "limit", "verdict"]].itertuples(index=False):
         one, other = pair.split(" − ")
@@ -322,7 +322,7 @@ def exact() -> Iterator[str]:
     yield f"| row ({seeds(EXACT, *rows)} each) | learning rate |"
     low, high = (percent(groups(EXACT)[row][0].resolved["gating"]["topk_tokens"]) for row in ("flora20", "flora40"))
     yield "with 95 % intervals that are not corrected for their number"
-    told = [one for one in claims.read_claims(PROJECT / "claims.yaml") if one.setting == EXACT]
+    told = claims.read_claims(setting=EXACT)
     yield f"verdicts with Holm's correction over all {WORDS[len(told)]})"
     yield f"**At {high} choosing pays, at {low} the largest scores cost**"
     yield f"**The largest score is the wrong choice at {low}**"

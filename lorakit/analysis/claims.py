@@ -107,8 +107,8 @@ class Finding:
         return abs(abs(mean) - self.claim.margin) if self.claim.test == "equivalence" else abs(mean - self.limit)
 
 
-def read_claims(path: str | Path) -> list[Claim]:
-    """The claims of a file.
+def read_claims(path: str | Path = PROJECT / "claims.yaml", setting: str = "") -> list[Claim]:
+    """The claims of a file, all of them or those about one `setting`.
 
     Raises:
         DataError: it cannot be read, says nothing, or a claim is malformed or has another's id.
@@ -126,7 +126,7 @@ def read_claims(path: str | Path) -> list[Claim]:
     require(
         len(set(names)) == len(names), "id", sorted({n for n in names if names.count(n) > 1}), "must be of one claim"
     )
-    return claims
+    return [claim for claim in claims if setting in ("", claim.setting)]
 
 
 def find(claim: Claim, records: Sequence[Record], written: datetime | None = None) -> Finding:

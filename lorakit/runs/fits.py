@@ -63,12 +63,12 @@ def largest(room: Callable[[int], float], start: int, limit: int) -> int:
             guess = (low + high) // 2
         guess = min(max(guess, low + 1), high - 1, 8 * low)
         found = room(guess)
-        further = int(left * (guess - low) / max(left - found, 1e-9))  # along the line through both
+        root = low + int(left * (guess - low) / max(left - found, 1e-9))  # of the line through both
         if found < 0:
-            high, guess = guess, low + further
+            high = guess
         else:
-            further = int(found * (guess - low) / max(left - found, 1e-9))
-            low, left, guess = guess, found, guess + further
+            low, left = guess, found
+        guess = root
     return low if left >= 0 else 0
 
 

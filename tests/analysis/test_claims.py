@@ -232,7 +232,7 @@ def test_a_claims_file_that_is_not_there():
 
 
 def test_the_projects_claims_are_of_rows_that_there_are():
-    for one in claims.read_claims(PROJECT / "claims.yaml"):
+    for one in claims.read_claims():
         folder = PROJECT / "params" / one.setting
         assert {one.row, one.against} <= {path.stem for path in folder.glob("*.yaml")}, one.id
 
