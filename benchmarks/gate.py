@@ -50,7 +50,7 @@ class Case:
 
 
 MINILM = Case("MiniLM 32x28", minilm, (32, 28), 30_000, "classify", 20)
-PRETRAINING = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 7, bf16=True, warmup=1)
+PRETRAINING = Case("Gemma 270M 4x256 bf16", gemma_270m, (4, 256), 262_144, "causal", 15, bf16=True, warmup=1)
 # chats, as in instruct-gemma3-270m: there 130 of a batch's 1,024 places are answers' tokens
 CHATS = replace(PRETRAINING, name=f"{PRETRAINING.name}, 25 % targets", targets=0.25)
 

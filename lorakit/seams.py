@@ -49,6 +49,7 @@ class Candidate:
     kind: "classify", "masked" (no shift) or "causal" (the logits at t predict the label at t + 1).
     softcap: c where the head's logits are c·tanh(logits / c).
     token_losses: (B·T,) or (B,), the negative log-likelihood at every position, where the loss function kept it.
+    maxima: (B·T, …), the logits' `sketches.group_maxima`, where they were found with the losses.
     """
 
     loss: Tensor
@@ -58,6 +59,7 @@ class Candidate:
     kind: str = "classify"
     softcap: float | None = None
     token_losses: Tensor | None = None
+    maxima: Tensor | None = None
 
     @property
     def targets(self) -> int:
@@ -141,8 +143,9 @@ GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each m
 
 # which tokens ------------------------------------------------------------------------------------------
 
-# (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward
-Look = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+# (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward; and what its
+# `beside`, if it has one, gives for the logits, found while a processor's cache holds them
+Look = Callable[..., None]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lorakit.head import Head
 from lorakit.seams import Candidate, Gate
+from lorakit.sketches import group_maxima
 
 
 @dataclass
@@ -28,7 +30,14 @@ class GateLook:
         """The share of batches whose loss will be asked for."""
         return self.gate.target_rate
 
-    def __call__(self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    @property
+    def beside(self) -> Callable[[Tensor], Tensor] | None:
+        """What is wanted of a few logits (n, V) at a time."""
+        return group_maxima if self.gate.needs_hidden else None
+
+    def __call__(
+        self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor, maxima: Tensor | None = None
+    ) -> None:
         measured = self.gate.measure(
             Candidate(
                 loss=losses.double().sum() * self.per_label,
@@ -38,6 +47,7 @@ class GateLook:
                 kind="masked",  # nothing is left to shift
                 softcap=self.head.softcap,
                 token_losses=losses,
+                maxima=maxima,
             )
         )
         self._measured = measured if self._measured is None else self._measured + measured

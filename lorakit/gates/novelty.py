@@ -142,6 +142,7 @@ class HeadGradientGate(ScoredGate):
         labels: torch.Tensor,
         losses: torch.Tensor | None = None,
         kind: str | None = None,
+        maxima: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sketch of the batch's head gradient, (m,) float32, not normalised: sketches of parts add up.
 
@@ -150,15 +151,15 @@ class HeadGradientGate(ScoredGate):
             losses: (B·T,) or (B,), the negative log-likelihood at every position, where it is known: it saves a pass
                 over the vocabulary.
             kind: of this batch, where it is not the gate's own.
+            maxima: (B·T, …), the logits' `sketches.group_maxima`, where they are known: it saves another.
 
         Raises:
             ParameterError: sizes that are not this gate's, or logits that are not finite.
         """
         require(h.shape[-1] == self.d_hidden, "h", tuple(h.shape), f"must be d_hidden={self.d_hidden} wide")
         require(logits.shape[-1] == self.vocab_size, "logits", tuple(logits.shape), f"must be {self.vocab_size} wide")
-        return head_gradient.sketch_batch(
-            self.sketch, h, logits, labels, kind or self.kind, topk=self.k_topk, softcap=self.softcap, losses=losses
-        )
+        known = {"softcap": self.softcap, "losses": losses, "maxima": maxima}
+        return head_gradient.sketch_batch(self.sketch, h, logits, labels, kind or self.kind, self.k_topk, **known)
 
     def novelty(self, z: torch.Tensor) -> float:
         """1 − ‖W ẑ‖² in [0, 1]; 1 while the basis is empty, 0 for z = 0, which would teach nothing."""
@@ -201,7 +202,7 @@ class HeadGradientGate(ScoredGate):
 
     def measure(self, candidate: Candidate) -> torch.Tensor:
         seen = (candidate.hidden, candidate.logits, candidate.labels, candidate.token_losses, candidate.kind)
-        return self.embed(*seen).double().cpu()
+        return self.embed(*seen, candidate.maxima).double().cpu()
 
     def score(self, measured: torch.Tensor) -> float:
         return self.novelty(measured[: self.m])

@@ -5,6 +5,7 @@ from lorakit.sketches.frequent_directions import FrequentDirections
 from lorakit.sketches.head_gradient import (
     error_norms,
     gradient_norms,
+    group_maxima,
     predicted,
     sketch_batch,
     sparse_error,

@@ -84,7 +84,12 @@ def gradient_norms(
 
 @torch.no_grad()
 def sparse_error(
-    logits: Tensor, labels: Tensor, topk: int, softcap: float | None = None, log_normaliser: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    topk: int,
+    softcap: float | None = None,
+    log_normaliser: Tensor | None = None,
+    maxima: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The K most probable words' entries of e and the gold one's: indices (N, K + 1), values (N, K + 1).
 
@@ -97,6 +102,7 @@ def sparse_error(
         topk: K; V if that is less.
         softcap: see `gradient_norms`.
         log_normaliser: log Σ exp(logits) (N,) if it is at hand.
+        maxima: `group_maxima` of the logits if they are at hand.
 
     Raises:
         ParameterError: `topk` is below 1, or a row of logits has no softmax.
@@ -106,7 +112,7 @@ def sparse_error(
         log_normaliser = as_float(logits).logsumexp(dim=1)  # a word of logit −∞ has probability 0
         require_finite(bool(torch.isfinite(log_normaliser).all()), "logits", "non-finite values", NOT_FINITE)
     gold = labels[:, None]
-    indices = torch.cat([top_indices(logits, topk), gold], dim=1)
+    indices = torch.cat([top_indices(logits, topk, maxima), gold], dim=1)
     chosen = as_float(logits.gather(1, indices))
     values = (chosen - log_normaliser[:, None]).exp_()
     values[:, :-1].masked_fill_(indices[:, :-1] == gold, 0)
@@ -114,26 +120,35 @@ def sparse_error(
     return indices, values if softcap is None else values * _capped(chosen, softcap)
 
 
-def top_indices(logits: Tensor, topk: int) -> Tensor:
+def top_indices(logits: Tensor, topk: int, maxima: Tensor | None = None) -> Tensor:
     """Places (N, K) of each row's K largest of `logits` (N, V), exact, in no order; all V from topk = V on.
 
-    The K largest lie in the K groups with the largest maxima, and those cost one pass; `torch.topk` over a large
+    The K largest lie in the K groups with the largest `maxima`, and those cost one pass; `torch.topk` over a large
     vocabulary costs many times that.
     """
     count, words = logits.shape
     if topk >= words:
         return torch.arange(words, device=logits.device).expand(count, words)
-    size = max(size for least, size in GROUP.items() if least <= words)
+    size = group_of(words)
     if words <= 2 * size * topk:
         return logits.topk(topk, dim=1, sorted=False).indices
-    whole = words // size * size
-    maxima = logits[:, :whole].unflatten(1, (-1, size)).amax(dim=2)  # (N, ⌈V / size⌉), without a padded copy
-    if whole < words:
-        maxima = torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+    maxima = group_maxima(logits) if maxima is None else maxima
     groups = maxima.topk(topk, dim=1, sorted=False).indices
     candidates = _members(logits, groups, size)
     best = candidates.topk(topk, dim=1, sorted=False).indices
     return groups.gather(1, best // size).mul_(size).add_(best % size)
+
+
+def group_of(words: int) -> int:
+    """How many neighbouring words of a vocabulary make a group."""
+    return max(size for least, size in GROUP.items() if least <= words)
+
+
+def group_maxima(logits: Tensor) -> Tensor:
+    """The largest of each group of `logits` (N, V), (N, ⌈V / size⌉), without a padded copy."""
+    whole = (words := logits.shape[1]) // (size := group_of(words)) * size
+    maxima = logits[:, :whole].unflatten(1, (-1, size)).amax(dim=2)
+    return maxima if whole == words else torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
 
 
 def _members(logits: Tensor, groups: Tensor, size: int) -> Tensor:
@@ -158,6 +173,7 @@ def sketch_batch(
     softcap: float | None = None,
     chunk: int | None = None,
     losses: Tensor | None = None,
+    maxima: Tensor | None = None,
 ) -> Tensor:
     """Σ_t T(h_t, e_t) (m,) float32: the sketch of the head's gradient of the summed loss; 0 without a prediction.
 
@@ -166,20 +182,20 @@ def sketch_batch(
     Args:
         losses: negative log-likelihood at every position, (B·T,) or (B,), if it is at hand: log Σ exp(logits) is then
             its sum with the gold logit, and no pass over the vocabulary has to find it.
+        maxima: `group_maxima` at every position, if they are at hand: the words they are of are found without another.
     """
     total = torch.zeros(sketch.size, device=hidden.device)
-    beside = [] if losses is None else [losses]
-    for h, z, y, *loss in _chunks(hidden, logits, labels, kind, chunk, *beside):
+    for h, z, y, loss, largest in _chunks(hidden, logits, labels, kind, chunk, losses, maxima):
         normaliser = None
-        if loss:
-            require_finite(bool(torch.isfinite(loss[0]).all()), "logits", "non-finite loss", NOT_FINITE)
-            normaliser = as_float(loss[0]) + as_float(z.gather(1, y[:, None])).squeeze(1)
-        total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap, normaliser))
+        if loss is not None:
+            require_finite(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", NOT_FINITE)
+            normaliser = as_float(loss) + as_float(z.gather(1, y[:, None])).squeeze(1)
+        total += sketch.sum_sparse(h, *sparse_error(z, y, topk, softcap, normaliser, largest))
     return total
 
 
 def _chunks(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None, *beside: Tensor
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None, *beside: Tensor | None
 ) -> Iterator[tuple[Tensor, ...]]:
     """(hidden, logits, labels, *beside) of at most `chunk` predictions at a time; neighbours are not copied."""
     require(chunk is None or chunk >= 1, "chunk", chunk, "must be at least 1")
@@ -188,7 +204,7 @@ def _chunks(
     hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
     for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):
         for part, taken in _neighbours(where):
-            yield hidden[taken], logits[taken], y[part], *(tensor[taken] for tensor in beside)
+            yield hidden[taken], logits[taken], y[part], *(each if each is None else each[taken] for each in beside)
 
 
 def _neighbours(where: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:

@@ -228,10 +228,22 @@ class _Sum(torch.autograd.Function):
 
 
 def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Negative log-likelihoods (n,) of logits (n, V) float32: in slices, since each needs as much memory again."""
-    rows = max(1, SLICE // logits.shape[1])
-    slices = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing) for z, y in slices])
+    """Negative log-likelihoods (n,) of logits (n, V) float32."""
+    return likelihoods_beside(logits, targets, smoothing=smoothing)[0]
+
+
+def likelihoods_beside(
+    logits: Tensor, targets: Tensor, beside: Callable[[Tensor], Tensor] | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, ...]:
+    """Negative log-likelihoods (n,), and what `beside` gives for the logits (n, V) float32: a few rows at a time."""
+    rows = max(1, SLICE // 2 // logits.shape[1])  # the cache holds what is made of them as well
+    work, found = torch.empty_like(logits[:rows]), []  # one for all: memory that is new each time costs page faults
+    for z, y in zip(logits.split(rows), targets.split(rows), strict=True):
+        logs = torch.log_softmax(z, 1, out=work[: len(z)])
+        losses = F.nll_loss(logs, y, reduction="none")
+        losses = (1 - smoothing) * losses - smoothing * logs.mean(1) if smoothing else losses
+        found.append((losses,) if beside is None else (losses, beside(z)))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def words(states: Tensor, labels: Tensor) -> Tensor:

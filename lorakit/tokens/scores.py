@@ -14,8 +14,8 @@ from lorakit.head import Head
 from lorakit.modules import blocks
 from lorakit.settings import Gating
 from lorakit.sketches import TensorSketch
-from lorakit.sketches.head_gradient import error_in_place, sparse_error
-from lorakit.tokens.head_loss import likelihoods
+from lorakit.sketches.head_gradient import error_in_place, group_maxima, sparse_error
+from lorakit.tokens.head_loss import likelihoods_beside
 
 OF_LAYERS = ("update", "updates")  # known before the head runs
 
@@ -102,11 +102,12 @@ class TokenScore:
                 return hidden.float().norm(dim=1) * error.norm(dim=1) / scale, losses
             weight = self.head.module.weight  # W_U (V, H)
             return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
+        maxima: tuple[Tensor, ...] = ()
         if losses is None:
-            losses = likelihoods(logits, labels)
+            losses, *maxima = likelihoods_beside(logits, labels, group_maxima if self.name == "sketch" else None)
         if self.name == "sketch":
             normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
-            error = sparse_error(logits, labels, self.kept, self.softcap, normaliser)
+            error = sparse_error(logits, labels, self.kept, self.softcap, normaliser, *maxima)
             return self.sketch.sparse(hidden.float(), *error).norm(dim=1), losses
         if self.excess and self.base is not None:  # a dry run has none
             return self.base[first : first + len(losses)] - losses, losses

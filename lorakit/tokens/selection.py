@@ -19,7 +19,15 @@ from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, words
+from lorakit.tokens.head_loss import (
+    KEPT,
+    HeadLoss,
+    cheapest,
+    likelihoods,
+    likelihoods_beside,
+    require_plain_loss,
+    words,
+)
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -257,9 +265,10 @@ class TokenGate:
                 raw = None  # its memory is free for what the scores need
             elif logits is raw and self.score.overwrites:
                 raw = raw.clone()
-            losses = likelihoods(logits, y) if look is not None else None
+            losses = None
             if look is not None:
-                look(h, logits, y, losses)
+                losses, *beside = likelihoods_beside(logits, y, getattr(look, "beside", None))
+                look(h, logits, y, losses, *beside)
             smoothed = likelihoods(logits, y, self.smoothing) if self.smoothing else None
             scores, losses = self.score(h, logits, y, losses, len(found) * self.loss.chunk)
             found.append((scores, smoothed if self.smoothing else losses))

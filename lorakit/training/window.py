@@ -44,7 +44,7 @@ def blank(candidate: Candidate) -> Candidate:
     """One of the same shapes that is finite: its measurement is as long, and will not be read."""
     seen = {name: getattr(candidate, name) for name in ("loss", "logits", "hidden")}
     zeros = {name: torch.zeros_like(value) for name, value in seen.items() if value is not None}
-    return replace(candidate, token_losses=None, **zeros)
+    return replace(candidate, token_losses=None, maxima=None, **zeros)
 
 
 def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
