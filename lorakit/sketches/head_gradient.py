@@ -147,7 +147,7 @@ def group_of(words: int) -> int:
 def group_maxima(logits: Tensor) -> Tensor:
     """The largest of each group of `logits` (N, V), (N, ⌈V / size⌉), without a padded copy."""
     whole = (words := logits.shape[1]) // (size := group_of(words)) * size
-    maxima = logits[:, :whole].unflatten(1, (-1, size)).amax(dim=2)
+    maxima = logits[:, :whole].unflatten(1, (whole // size, size)).amax(dim=2)
     return maxima if whole == words else torch.cat([maxima, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
 
 

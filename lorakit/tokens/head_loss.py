@@ -121,7 +121,7 @@ class HeadLoss:
         run, _ = self.runner(states.device)
         for h, y in self.parts(states, targets):
             logits = self.head.capped(run(h).float())
-            yield likelihoods(logits, y, smoothing), logits.argmax(-1) == y
+            yield likelihoods(logits, y, smoothing)[0], logits.argmax(-1) == y
             del logits
 
     def parts(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,13 +227,8 @@ class _Sum(torch.autograd.Function):
         return None, (gradient * upper).to(dtype), None, None, *own
 
 
-def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Negative log-likelihoods (n,) of logits (n, V) float32."""
-    return likelihoods_beside(logits, targets, smoothing=smoothing)[0]
-
-
-def likelihoods_beside(
-    logits: Tensor, targets: Tensor, beside: Callable[[Tensor], Tensor] | None = None, smoothing: float = 0.0
+def likelihoods(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, beside: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, ...]:
     """Negative log-likelihoods (n,), and what `beside` gives for the logits (n, V) float32: a few rows at a time."""
     rows = max(1, SLICE // 2 // logits.shape[1])  # the cache holds what is made of them as well

@@ -15,7 +15,7 @@ from lorakit.modules import blocks
 from lorakit.settings import Gating
 from lorakit.sketches import TensorSketch
 from lorakit.sketches.head_gradient import error_in_place, group_maxima, sparse_error
-from lorakit.tokens.head_loss import likelihoods_beside
+from lorakit.tokens.head_loss import likelihoods
 
 OF_LAYERS = ("update", "updates")  # known before the head runs
 
@@ -102,9 +102,9 @@ class TokenScore:
                 return hidden.float().norm(dim=1) * error.norm(dim=1) / scale, losses
             weight = self.head.module.weight  # W_U (V, H)
             return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
-        maxima: tuple[Tensor, ...] = ()
+        maxima: list[Tensor] = []
         if losses is None:
-            losses, *maxima = likelihoods_beside(logits, labels, group_maxima if self.name == "sketch" else None)
+            losses, *maxima = likelihoods(logits, labels, beside=group_maxima if self.name == "sketch" else None)
         if self.name == "sketch":
             normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
             error = sparse_error(logits, labels, self.kept, self.softcap, normaliser, *maxima)

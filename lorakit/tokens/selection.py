@@ -19,15 +19,7 @@ from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
-from lorakit.tokens.head_loss import (
-    KEPT,
-    HeadLoss,
-    cheapest,
-    likelihoods,
-    likelihoods_beside,
-    require_plain_loss,
-    words,
-)
+from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, words
 from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
@@ -267,9 +259,9 @@ class TokenGate:
                 raw = raw.clone()
             losses = None
             if look is not None:
-                losses, *beside = likelihoods_beside(logits, y, getattr(look, "beside", None))
+                losses, *beside = likelihoods(logits, y, beside=getattr(look, "beside", None))
                 look(h, logits, y, losses, *beside)
-            smoothed = likelihoods(logits, y, self.smoothing) if self.smoothing else None
+            smoothed = likelihoods(logits, y, self.smoothing)[0] if self.smoothing else None
             scores, losses = self.score(h, logits, y, losses, len(found) * self.loss.chunk)
             found.append((scores, smoothed if self.smoothing else losses))
             logits = None

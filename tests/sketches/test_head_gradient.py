@@ -16,6 +16,7 @@ from lorakit.sketches import (
     TensorSketch,
     error_norms,
     gradient_norms,
+    group_maxima,
     predicted,
     sketch_batch,
     sparse_error,
@@ -147,6 +148,7 @@ def test_grouped_top_k_is_torchs(words, topk):
     rising = torch.arange(words).repeat(2, 1).float()
     for logits in (torch.randn(7, words), torch.randn(words, 7).T, torch.randint(0, 9, (7, words)).float(), rising):
         found = top_indices(logits, topk)
+        assert torch.equal(found, top_indices(logits, topk, group_maxima(logits)))
         values = logits.gather(1, found).sort(dim=1, descending=True).values
         assert torch.equal(values, logits.topk(topk, dim=1).values)
         assert all(len(set(row)) == topk for row in found.tolist())
@@ -202,6 +204,22 @@ def test_chunks_change_nothing(chunk):
     found = sketch_batch(sketch(), hidden, logits, labels, "causal", 5, chunk=chunk)
     whole = sketch_batch(sketch(), hidden, logits, labels, "causal", 5)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_maxima_and_losses_that_are_at_hand_change_nothing_and_are_not_looked_for_again(monkeypatch):
+    torch.manual_seed(0)
+    words = 64 * 12 + 5
+    hidden, logits, labels = torch.randn(2, 5, H), torch.randn(2, 5, words), torch.randint(0, words, (2, 5))
+    labels[0, 1] = labels[1, 3] = -100
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=0), reduction="none")
+    made = TensorSketch(H, words, 64, generator=torch.Generator().manual_seed(0))
+    given = (made, hidden, logits, labels, "masked", 3)
+    plain, maxima = sketch_batch(*given), group_maxima(logits.flatten(0, 1))
+    assert maxima.shape == (10, 13) and torch.equal(maxima[:, 12], logits.flatten(0, 1)[:, -5:].amax(1))
+    monkeypatch.setattr("lorakit.sketches.head_gradient.group_maxima", None)
+    for chunk in (None, 3):
+        found = sketch_batch(*given, chunk=chunk, losses=losses, maxima=maxima)
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

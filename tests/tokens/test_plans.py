@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoders import adapted, batch, chosen_of, of, selection, split
 
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
-from lorakit.tokens.head_loss import HeadLoss, cheapest
+from lorakit.tokens.head_loss import HeadLoss, cheapest, likelihoods
 
 FLORA = {"method": "flora", "topk_tokens": 0.3}
 RANDOM, DRAWN = FLORA | {"method": "random"}, FLORA | {"policy": "pps"}
@@ -22,6 +23,19 @@ RANDOM, DRAWN = FLORA | {"method": "random"}, FLORA | {"policy": "pps"}
 )
 def test_what_fits_is_kept_and_half_of_all_are_worth_a_gradient_at_once(used, kept_bytes, plan):
     assert cheapest(used, 10, kept_bytes, room=8.0) == plan
+
+
+@pytest.mark.parametrize("words", [5, 2**19 + 3])  # of the larger vocabulary one row at a time
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_a_few_rows_at_a_time_are_torchs(words, smoothing):
+    torch.manual_seed(0)
+    logits, targets = 3 * torch.randn(5, words), torch.randint(0, words, (5,))
+    seen = []
+    losses, last = likelihoods(logits, targets, smoothing, lambda z: seen.append(len(z)) or z[:, -1])
+    expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(last, logits[:, -1]) and torch.equal(likelihoods(logits, targets, smoothing)[0], losses)
+    assert seen == ([5] if words == 5 else [1] * 5)
 
 
 @pytest.mark.parametrize(
