@@ -47,6 +47,27 @@ def loss_curve(
         return style.legend(ax, draw_loss(ax, records, x, y))
 
 
+def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accepted_steps", y: str = stats.LOSS) -> Figure:
+    """`loss_curve` in a panel of its own for each row, the row `beside` in all of them: many bands would overlap."""
+    groups = stats.by_row(records)
+    require(beside in groups, "beside", beside, f"must be one of {', '.join(groups)}")
+    rows = [row for row in groups if row != beside] or [beside]
+    deep = -(-len(rows) // 3)
+    with style.panel(0.5 + 1.5 * deep, 3, deep, sharey=True, squeeze=False) as axes:
+        bounds = []
+        for place, ax in enumerate(axes.flat):
+            ax.set_visible(place < len(rows))
+            if place < len(rows):
+                draw_loss(ax, [*groups[beside], *groups[rows[place]]][-len(records) :], x, y)
+                bounds.append(ax.get_ylim())
+                ax.set(title=style.wrapped(names.label(rows[place], records), 34), xlabel="", ylabel="")
+        axes[0, 0].set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))
+        drawn = axes[0, 0].get_figure()
+        drawn.supxlabel(AXES[x].label)
+        drawn.supylabel(stats.named(y, "validation"))
+        return drawn
+
+
 # memory ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,142 @@
+"""What rows bought against what they cost: which no other row beats in both, and which of them fit a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lorakit.analysis import names, stats, style
+from lorakit.analysis.curves import title
+from lorakit.analysis.figures import draw_mean, mean_key
+from lorakit.analysis.frame import frame, require_comparable
+from lorakit.analysis.tables import NONE, Column, Table, score
+from lorakit.errors import require
+from lorakit.records import AXES, METRICS, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COSTS: dict[str, Column] = {
+    "TFLOPs": ("flops", AXES["flops"].form, AXES["flops"].size),
+    "predicted peak MiB": ("predicted_peak", "{:,.1f}", 2**20),
+    "seconds": ("seconds", AXES["seconds"].form, 1),
+    "trainable": ("trainable", "{:,.0f}", 1),
+}
+
+
+def front(costs: Sequence[float], values: Sequence[float], higher: bool) -> np.ndarray:
+    """Which of the points (N,) no other beats: none costs as little and is as good, and better in one of both.
+
+    Args:
+        higher: whether more of `values` is better. What has no finite number is never on the front.
+    """
+    points = np.column_stack([np.asarray(costs, float), np.asarray(values, float) * (-1 if higher else 1)])
+    beaten = (points[:, None] >= points).all(2) & (points[:, None] > points).any(2)  # (N, N): the first by the second
+    known = np.isfinite(points).all(1)
+    return known & ~(beaten & known).any(1)
+
+
+def standings(records: Sequence[Record], value: str = "", mixed: bool = False) -> pd.DataFrame:
+    """A line per row with finished runs: label, seeds, mean, low and high of `value`, its costs' means, and `best`.
+
+    `best` says how the row stands to the one with the best mean, over common seeds: "best", "inside noise" (the paired
+    difference's 95 % interval holds 0), "worse", "better" (of fewer seeds than the means are of) or "too few seeds".
+
+    Args:
+        value: "test accuracy", …; empty: what the task is judged by.
+        mixed: also of runs on different models or data.
+
+    Raises:
+        ParameterError: no finished run has `value`, or nobody knows which way of it is better.
+    """
+    require_comparable(records, mixed)
+    value = stats.named(value or stats.main_value(records))
+    higher = METRICS.get(value.split(" ")[-1])
+    require(higher is not None, "value", value, f"must be a split and one of {', '.join(METRICS)}")
+    groups = {row: (group, stats.finished(group, value)) for row, group in stats.by_row(records).items()}
+    found = {row: (group, [*told.values()]) for row, (group, told) in groups.items() if told}
+    require(bool(found), "value", value, "is in no finished run")
+    best = (max if higher else min)(found, key=lambda row: np.mean(found[row][1]))
+    runs = frame(records).runs
+    means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
+    lines = {}
+    for row, (group, values) in found.items():
+        mean, gap = stats.estimate(values), stats.paired_differences(group, found[best][0], value)
+        words = {"within noise": "inside noise", "too few seeds": "too few seeds"}
+        told = "best" if row == best else words.get(gap.verdict) or ("better" if gap.better else "worse")
+        lines[row] = {"label": names.label(row, group), "seeds": mean.count, "mean": mean.mean, "best": told,
+                      "low": np.nan if mean.low is None else mean.low,
+                      "high": np.nan if mean.high is None else mean.high}  # fmt: skip
+    return pd.DataFrame(lines).T.infer_objects().join(means[[name for name, *_ in COSTS.values()]])
+
+
+def standings_table(records: Sequence[Record], value: str = "", mixed: bool = False) -> pd.DataFrame:
+    """`standings` in words, the best first: mean with its 95 % interval, how it stands to the best, costs, fronts."""
+    table, value = standings(records, value, mixed), stats.named(value or stats.main_value(records))
+    higher = METRICS[value.split(" ")[-1]]
+    told = pd.DataFrame({"method": table["label"], "seeds": table["seeds"].map("{:g}".format)})
+    told[value.replace("_", " ")] = [_interval(*row) for row in table[["mean", "low", "high"]].itertuples(index=False)]
+    told["beside the best"] = table["best"]
+    ahead = {heading: front(table[name], table["mean"], higher) for heading, (name, *_) in COSTS.items()}
+    for heading, (name, form, size) in COSTS.items():
+        cells = [NONE if np.isnan(cost) else form.format(cost / size) for cost in table[name]]
+        told[heading] = [cell + " *" * bool(on) for cell, on in zip(cells, ahead[heading], strict=True)]
+    return told.loc[table["mean"].sort_values(ascending=not higher, kind="stable").index]
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return score(mean) + ("" if np.isnan(low) else f" [{score(low)}, {score(high)}]")
+
+
+def tradeoff(records: Sequence[Record], costs: Sequence[str] = ("flops", "predicted_peak"), value: str = "") -> Figure:
+    """`value` against what it cost, a panel for each of `costs`: a row's mean with its interval, and the front."""
+    value = stats.named(value or stats.main_value(records))
+    higher, table = METRICS[value.split(" ")[-1]], standings(records, value)
+    units = {name: (heading, size) for heading, (name, _, size) in COSTS.items()}
+    require({*costs} <= {*units} and len(costs) > 0, "costs", [*costs], f"must be among {', '.join(units)}")
+    looks, groups = style.looks(table.index), stats.by_row(records)
+    with style.panel(3.1, len(costs), sharey=True, squeeze=False) as axes:
+        for ax, cost in zip(axes[0], costs, strict=True):
+            heading, size = units[cost]
+            places = table[cost] / size
+            for row, look in looks.items():
+                if np.isfinite(places[row]):
+                    values = [*stats.finished(groups[row], value).values()]
+                    draw_mean(ax, values, places[row], 0, look, upright=True)
+            ahead = table[front(places, table["mean"], higher)].assign(place=places).sort_values("place")
+            ax.step(ahead["place"], ahead["mean"], where="post", color="0.55", lw=1, zorder=0)
+            ax.set(xlabel=f"{heading}, mean over seeds", ylabel=value.replace("_", " "))
+        title(axes[0, 0], records)
+        handles, labels = mean_key(style.Look("0.3", "o"))
+        key = [mean_key(look)[0][0] for look in looks.values()]
+        return style.legend(axes[0, 0], key=(key + handles, [*table["label"], *labels]))
+
+
+def which(records: Sequence[Record], mib: float = np.inf, hours: float = np.inf, value: str = "") -> Table:
+    """Which row for a case: of those that fit, the ones on the front of memory or time that are not told from the best.
+
+    Args:
+        mib: predicted peak that must suffice, MiB, of the recorded model; hours: of training, on the recorded machine.
+
+    Raises:
+        ParameterError: a limit is not positive; see `standings`.
+    """
+    for name, limit in {"mib": mib, "hours": hours}.items():
+        require(limit > 0, name, limit, "must be positive")
+    value = stats.named(value or stats.main_value(records))
+    table = standings(records, value)
+    fits = (table["predicted_peak"].fillna(np.inf) <= mib * 2**20) & (table["seconds"].fillna(np.inf) <= hours * 3600)
+    case = " and ".join([f"{mib:g} MiB"] * np.isfinite(mib) + [f"{hours:g} h"] * np.isfinite(hours)) or "no limit"
+    if not fits.any():
+        least = table["predicted_peak"].min() / 2**20
+        return Table(f"{case}: no row fits; the smallest peak is {least:,.0f} MiB, "
+                     f"the shortest run {table['seconds'].min() / 3600:.2g} h.")  # fmt: skip
+    kept = standings_table([record for record in records if record.row in table.index[fits]], value)
+    told = kept[kept["beside the best"] != "worse"]
+    unsure = (told["beside the best"] == "too few seeds").any()
+    count = f"{len(told)} of {len(kept)} rows that fit are best or inside its noise"
+    said = "cannot say which is best: too few seeds" if unsure else count
+    return Table(f"{case}: {said}. * marks a row that none beats in that cost and the mean.", told)
