@@ -28,7 +28,7 @@ def run() -> list[Claim]:
 
 def step_claims() -> list[Claim]:
     """The median step, and all steps together: the first of each shape also counts FLOPs through a dispatch mode."""
-    from benchmarks._lockstep import lockstep
+    from lorakit.measure.lockstep import lockstep
 
     torch.set_num_threads(1)  # two trainers' thread pools would spin against each other
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def counting_claims() -> list[Claim]:
 
 
 def _counting_claims(mode: str) -> list[Claim]:
-    from benchmarks._lockstep import lockstep
+    from lorakit.measure.lockstep import lockstep
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
     "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
     "report": ("lorakit.analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
+    "time": ("lorakit.runs.timing", "seconds of a step and an answer, rows in turns: lorakit time sst2-minilm-compare"),
     "claims": (
         "lorakit.analysis.claims",
         "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare",

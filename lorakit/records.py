@@ -166,6 +166,7 @@ class _Details(_Shape):
     skip: dict[str, Any] = {}
     sparsity: dict[str, Any] = {}
     weights: dict[str, Any] = {}
+    timing: dict[str, Any] = {}
 
 
 class _Fingerprints(_Shape):
@@ -203,10 +204,10 @@ class SearchPoint(_Strict):
 
 
 class Record(_Strict):
-    """A run as it happened, or a learning-rate search (`kind`)."""
+    """A run as it happened, a learning-rate search, or what its steps take beside other rows' (`kind`)."""
 
     schema_version: int = SCHEMA_VERSION
-    kind: Literal["run", "lr_search"] = "run"
+    kind: Literal["run", "lr_search", "timing"] = "run"
     setting: str
     method: str  # the row's name: `rows.row_of` the parameters
     seed: int

@@ -10,9 +10,9 @@ import pandas as pd
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import draw_loss, title
-from lorakit.analysis.frame import frame
+from lorakit.analysis.frame import frame, require_comparable
 from lorakit.errors import require
-from lorakit.records import Record
+from lorakit.records import AXES, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,24 +47,27 @@ def loss_curve(
         return style.legend(ax, draw_loss(ax, records, x, y))
 
 
-def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accepted_steps", y: str = stats.LOSS) -> Figure:
+def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accepted_steps") -> Figure:
     """`loss_curve` in a panel of its own for each row, the row `beside` in all of them: many bands would overlap."""
+    require_comparable(records)
     groups = stats.by_row(records)
     require(beside in groups, "beside", beside, f"must be one of {', '.join(groups)}")
     rows = [row for row in groups if row != beside] or [beside]
     deep = -(-len(rows) // 3)
-    with style.panel(0.5 + 1.5 * deep, 3, deep, sharey=True, squeeze=False) as axes:
+    with style.panel(0.6 + 1.5 * deep, 3, deep, sharey=True, squeeze=False) as axes:
         bounds = []
-        for place, ax in enumerate(axes.flat):
-            ax.set_visible(place < len(rows))
-            if place < len(rows):
-                draw_loss(ax, [*groups[beside], *groups[rows[place]]][-len(records) :], x, y)
-                bounds.append(ax.get_ylim())
-                ax.set(title=style.wrapped(names.label(rows[place], records), 34), xlabel="", ylabel="")
-        axes[0, 0].set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))
+        for ax, row in zip(axes.flat, rows, strict=False):
+            draw_loss(ax, [record for record in records if record.row in (beside, row)], x, stats.LOSS)
+            bounds += ax.get_ylim()
+            ax.set(title=style.wrapped(names.label(row, groups[row]), 34), xlabel="", ylabel="")
+            ax.locator_params(axis="x", nbins=3)
+        for ax in axes.flat[len(rows) :]:
+            ax.remove()
+        axes[0, 0].set_ylim(min(bounds), max(bounds))
         drawn = axes[0, 0].get_figure()
-        drawn.supxlabel(AXES[x].label)
-        drawn.supylabel(stats.named(y, "validation"))
+        drawn.suptitle(f"{records[0].setting}; in every panel: {names.label(beside, records)}", size=9)
+        drawn.supxlabel(AXES[x].label, size=9)
+        drawn.supylabel(f"{stats.LOSS} (nats)", size=9)
         return drawn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,7 @@ def which(records: Sequence[Record], mib: float = np.inf, hours: float = np.inf,
     value = stats.named(value or stats.main_value(records))
     table = standings(records, value)
     fits = (table["predicted_peak"].fillna(np.inf) <= mib * 2**20) & (table["seconds"].fillna(np.inf) <= hours * 3600)
-    case = " and ".join([f"{mib:g} MiB"] * np.isfinite(mib) + [f"{hours:g} h"] * np.isfinite(hours)) or "no limit"
+    case = " and ".join([f"{mib:g} MiB"] * math.isfinite(mib) + [f"{hours:g} h"] * math.isfinite(hours)) or "no limit"
     if not fits.any():
         least = table["predicted_peak"].min() / 2**20
         return Table(f"{case}: no row fits; the smallest peak is {least:,.0f} MiB, "

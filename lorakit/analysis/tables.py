@@ -155,6 +155,22 @@ def remarks(groups: Mapping[str, Sequence[Record]]) -> list[str]:
     return [*found]
 
 
+def timing_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Records of kind "timing" in words, a line per row: medians, and ratios to the reference with their quartiles."""
+    lines, labels = [], names.labels(records)
+    for row in labels:
+        timing = next(record.details["timing"] for record in records if record.row == row)
+        line = {"method": labels[row]}
+        for name, what in (("step", "step"), ("answer", "answer"), ("merged", "answer, merged")):
+            low, middle, high = timing.get(name, {}).get("ratio", [math.nan] * 3)
+            line[f"{what} ms"] = f"{timing[name]['ms'][1]:,.1f}" if name in timing else NONE
+            line[f"{what} ×"] = NONE if math.isnan(middle) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            if name == "step":
+                line["accepted step ×"] = NONE if timing["accepted"] is None else f"{timing['accepted']:.2f}"
+        lines.append(line | {"padding": percent(timing["padding"])})
+    return pd.DataFrame(lines)
+
+
 # differences -----------------------------------------------------------------------------------------
 
 

@@ -229,16 +229,22 @@ def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
 
 def _latency(assembled: Assembled) -> Latency:
     """Median milliseconds for one test batch, with the adapters beside the weights and merged into them."""
-    params, model, test = assembled.params, assembled.model, assembled.task.test
-    count = min(params.eval_batch_size, len(test))
-    batch = assembled.task.eval_collator([test[index] for index in range(count)])
-    batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    params, model, batch = assembled.params, assembled.model, first_test_batch(assembled)
     unmerged = latency.inference_latency(model, batch, params.latency_repeats)
     merged = None
     if adapters.can_merge(model):
         with adapters.merged(model):
             merged = latency.inference_latency(model, batch, params.latency_repeats)
-    return Latency(batch_size=count, tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged)
+    return Latency(
+        batch_size=len(batch["input_ids"]), tokens=batch["input_ids"].numel(), unmerged_ms=unmerged, merged_ms=merged
+    )
+
+
+def first_test_batch(assembled: Assembled) -> dict[str, torch.Tensor]:
+    """Its inputs, on the model's device."""
+    test = assembled.task.test
+    batch = assembled.task.eval_collator([test[n] for n in range(min(assembled.params.eval_batch_size, len(test)))])
+    return {name: value.to(assembled.model.device) for name, value in batch.items() if name != "labels"}
 
 
 def _predicted_memory(assembled: Assembled) -> dict[str, int]:

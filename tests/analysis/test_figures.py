@@ -221,6 +221,26 @@ def cases():
     yield "nothing", lambda: figures.overview([record(status="diverged", curve=[], costs=Costs())])
 
 
+def test_a_panel_a_row_shows_it_beside_the_reference_on_one_scale():
+    records = runs(("full", "lora", "head", "skip", "hira"), seeds=3)
+    drawn = figures.loss_panels(records, "lora")
+    shown = drawn.axes
+    assert [ax.get_title("left") for ax in shown] == ["full fine-tuning", "head only", "HiRA", "SkipLoRA"]
+    table = over(records)
+    for ax, row in zip(shown, ("full", "head", "hira", "skip"), strict=True):
+        expected = {name: table[table["row"] == name]["mean"].to_numpy() for name in (row, "lora")}
+        found = [line.get_ydata() for line in ax.lines if len(line.get_ydata())]
+        assert len(found) == 2 and all(any(np.allclose(y, e) for y in found) for e in expected.values())
+        assert ax.get_ylim() == shown[0].get_ylim() and ax.get_ylim()[1] > table["high"].max()
+    assert_readable(drawn)
+    alone = figures.loss_panels(runs(["lora"]), "lora").axes[0]
+    assert sum(len(line.get_ydata()) > 0 for line in alone.lines) == 1
+    with pytest.raises(ParameterError, match="^beside='flora': must be one of full, lora"):
+        figures.loss_panels(records, "flora")
+    with pytest.raises(ParameterError, match="must be of one model"):
+        figures.loss_panels([record(resolved={"model": "a"}), record(seed=1, resolved={"model": "b"})])
+
+
 CASES = dict(cases())
 
 

@@ -53,7 +53,7 @@ def test_rows_stand_to_the_best_by_paired_differences():
     assert table.loc["lora", "mean"] == pytest.approx(0.85 + 0.002 * (0 + 1 + 2 + 0) / 4)
     assert table.loc["lora", "low"] < table.loc["lora", "mean"] < table.loc["lora", "high"]
     assert table.loc["skip", ["flops", "predicted_peak", "seconds"]].tolist() == [25e12, 120 * MIB, 7200]
-    near = runs(rows=ROWS | {"lora": (0.8995, 20, 100, 2)})
+    near = runs(rows=ROWS | {"lora": (0.8985, 20, 100, 2)})
     assert fronts.standings(near).loc["lora", "best"] == "inside noise"
     losses = fronts.standings(runs(), "validation loss")
     assert losses["best"].tolist() == ["best", "worse", "worse", "worse"]  # of a loss the least
@@ -72,7 +72,7 @@ def test_the_table_begins_with_the_best_and_marks_who_is_on_which_front():
     assert table.index.tolist() == ["full", "lora", "skip", "head"]  # who never finished is not judged
     assert table["TFLOPs"].tolist() == ["30 *", "20 *", "25", "10 *"]
     assert table["predicted peak MiB"].tolist() == ["300.0 *", "100.0 *", "120.0", "100.0"]
-    assert table.loc["head", "test accuracy"].startswith("0.703 [0.7")
+    assert table.loc["head", "test accuracy"].startswith("0.702 [0.698")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,9 @@ def test_the_rows_that_fit_and_are_not_told_from_the_best_of_them(limits, rows, 
 
 
 def test_what_fits_nowhere_is_said_with_the_least_that_would():
-    assert str(fronts.which(runs(), mib=99)) == "99 MiB: no row fits; the smallest peak is 100 MiB, the shortest run 1 h."
+    assert (
+        str(fronts.which(runs(), mib=99)) == "99 MiB: no row fits; the smallest peak is 100 MiB, the shortest run 1 h."
+    )
 
 
 @pytest.mark.parametrize(

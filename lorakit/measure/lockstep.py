@@ -1,4 +1,4 @@
-"""Two Trainers in one process taking turns step by step, so that a slow moment of the machine falls on both."""
+"""Trainers in one process taking turns step by step, so that a slow moment of the machine falls on both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 
@@ -18,14 +19,23 @@ class _Turns(TrainerCallback):
     def __init__(self) -> None:
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.seconds: list[float] = []
+        self.error: BaseException | None = None
         self._start = 0.0
 
     def on_train_begin(self, *_, **__) -> None:
         self._rest()
 
     def on_step_end(self, *_, **__) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
         self._rest()
+
+    def wait(self) -> None:
+        """Until it is told to rest, or has ended."""
+        self.done.acquire()
+        if self.error:
+            raise self.error
 
     def _rest(self) -> None:
         self.done.release()
@@ -34,28 +44,34 @@ class _Turns(TrainerCallback):
 
 
 def lockstep(trainers: Sequence[Trainer], steps: int) -> list[list[float]]:
-    """Seconds of every step of every trainer; each must be set to run `steps` steps, neither more nor fewer."""
+    """Seconds of every step of every trainer; each must be set to run `steps` steps, neither more nor fewer.
+
+    What ends one of them is raised at once; the others are left waiting, in threads that end with the program.
+    """
     turns = [_Turns() for _ in trainers]
     threads = [
-        threading.Thread(target=_train, args=(trainer, turn, steps), daemon=True)
+        threading.Thread(target=_train, args=(trainer, turn), daemon=True)
         for trainer, turn in zip(trainers, turns, strict=True)
     ]
     for thread, turn in zip(threads, turns, strict=True):  # one at a time: setting up is not thread-safe
         thread.start()
-        turn.done.acquire()
+        turn.wait()
     for step in range(steps):
         for turn in turns if step % 2 else turns[::-1]:
             turn.go.release()
-            turn.done.acquire()
+            turn.wait()
     for thread, turn in zip(threads, turns, strict=True):
         turn.go.release()
         thread.join()
+        turn.wait()
     return [turn.seconds for turn in turns]
 
 
-def _train(trainer: Trainer, turn: _Turns, steps: int) -> None:
+def _train(trainer: Trainer, turn: _Turns) -> None:
     trainer.add_callback(turn)
     try:
         trainer.train()
+    except BaseException as error:
+        turn.error = error
     finally:
-        turn.done.release(steps + 1)  # a trainer that failed must not leave the other side waiting
+        turn.done.release()
