@@ -32,8 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## fine-tune a real model with every method; table and figure (<= 10 minutes on 2 cores)
-	$(BIN)/lorakit demo
+demo: $(INSTALLED) ## [SEEDS="0 1"]: fine-tune a real model with every method; table, figure, a page (<= 10 minutes on 2 cores)
+	$(BIN)/lorakit demo --seeds "$(SEEDS)"
 
 test: check ## everything CI runs: lint, the package's tests, every notebook cell compared strictly
 	$(TESTS)

@@ -110,24 +110,30 @@ def _given(command: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Every method on a real encoder and real sentences: fetch, run what is not finished, a table and a figure."""
+    """Every method on a real encoder and real sentences: run what is not finished; a table, a page, a verdict."""
     from lorakit import assets
-    from lorakit.analysis import tables
+    from lorakit.analysis import fronts, tables
     from lorakit.files import PROJECT
-    from lorakit.runs import sweep
+    from lorakit.records import read
+    from lorakit.runs import notebooks, sweep
 
     parser = argparse.ArgumentParser(prog="lorakit demo", description=demo.__doc__)
     cores = min(2, os.cpu_count() or 1)
     parser.add_argument("--jobs", type=int, default=cores, help="runs at once, on shared cores (default: %(default)s)")
-    jobs = parser.parse_args(argv).jobs
-    runs = sweep.plan(PROJECT, DEMO["setting"])
+    parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
+    asked = parser.parse_args(argv)
+    runs = sweep.plan(PROJECT, DEMO["setting"], seeds=asked.seeds)
     for name in DEMO["assets"]:
         assets.fetch(name)
-    status = sweep.sweep(runs, jobs)
+    status = sweep.sweep(runs, asked.jobs)
     folder = os.path.relpath(PROJECT / "results" / DEMO["setting"])
     if done := [str(run.record) for run in runs if run.finished()]:
         tables.main([*done, "--figure", f"{folder}/overview.png"])
-        print(f"\nrecords and executed notebooks: {folder}/*/s0.*\nfigure: {folder}/overview.png", flush=True)
+        compared, about = f"{folder}/compare.ipynb", {"setting": DEMO["setting"], "row": "lora"}
+        notebooks.run_notebook(PROJECT / "notebooks" / "20_compare.ipynb", compared, about, progress=False)
+        print(f"\nrecords and executed notebooks: {folder}/*/s*.*\nfigure: {folder}/overview.png")
+        print(f"all of it, on one page: {os.path.relpath(notebooks.page(compared))}\n")
+        print(fronts.verdict([*map(read, done)]), flush=True)
     return status
 
 

@@ -57,6 +57,40 @@ def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, c
     assert "diverged: " in capsys.readouterr().out
 
 
+def test_the_demo_ends_with_a_page_and_a_verdict(tmp_path, monkeypatch, capsys):
+    """Its runs are there already: what is made of their records, with the notebook that compares them."""
+    from synthetic_records import record
+
+    from lorakit import files
+    from lorakit.analysis import tables
+    from lorakit.runs import notebooks, sweep
+
+    setting, seeds, made = cli.DEMO["setting"], [], []
+
+    def planned(root, name, **asked):
+        seeds.append(asked["seeds"])
+        assert (root, name) == (tmp_path, setting)
+        return [sweep.Run(tmp_path, setting, row, 0) for row in ("lora", "head")]
+
+    for row in ("lora", "head"):
+        records.write(record(row, setting=setting), tmp_path / "results" / setting / row / "s0.json")
+    monkeypatch.setattr(files, "PROJECT", tmp_path)
+    monkeypatch.setattr(sweep, "plan", planned)
+    monkeypatch.setattr(sweep, "sweep", lambda runs, jobs: 0)
+    monkeypatch.setattr("lorakit.assets.fetch", lambda name: None)
+    monkeypatch.setattr(tables, "main", lambda argv: made.append(argv))
+    monkeypatch.setattr(notebooks, "run_notebook", lambda *given, **_: made.append(given))
+    monkeypatch.setattr(notebooks, "page", lambda executed: executed.replace(".ipynb", ".html"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--seeds", "0 1"]) == 0 and seeds == ["0 1"]
+    (table, (notebook, output, given)) = made
+    assert [name for name in table if name.endswith("s0.json")] and notebook.name == "20_compare.ipynb"
+    assert given == {"setting": setting, "row": "lora"} and output == f"results/{setting}/compare.ipynb"
+    lines = capsys.readouterr().out.splitlines()
+    assert f"all of it, on one page: results/{setting}/compare.html" in lines
+    assert any("1 seed a row cannot say whether they are worse" in line for line in lines[-4:])
+
+
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def stop(argv):
         raise KeyboardInterrupt

@@ -92,6 +92,28 @@ def _interval(mean: float, low: float, high: float) -> str:
     return score(mean) + ("" if np.isnan(low) else f" [{score(low)}, {score(high)}]")
 
 
+def verdict(records: Sequence[Record], reference: str = "lora") -> str:
+    """In a few sentences: which rows are told from the best and which are not, and what needs no seeds, the costs."""
+    table, value = standings(records), stats.main_value(records).replace("_", " ")
+    best = table[table["best"] == "best"].iloc[0]
+    said = [f"{best['label']} has the best {value}, {best['mean']:.3f}."]
+    for told, words in {"worse": "Worse beyond noise", "inside noise": "Not told from it"}.items():
+        rows = table[table["best"] == told]
+        said += [f"{words}: {', '.join(rows['label'])}."] if len(rows) else []
+    few = table[table["best"] == "too few seeds"]
+    if len(few):
+        count = f"{few['seeds'].max():g} seed{'s' * int(few['seeds'].max() > 1)}"
+        told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
+        said.append(f"{', '.join(few['label'])}: {count} a row cannot say whether they are worse ({told}).")
+    if reference in table.index:
+        one = table.loc[reference]
+        for name, what in {"flops": "compute", "predicted_peak": "predicted peak memory"}.items():
+            shares = (table[name] / one[name]).drop(reference).dropna().sort_values()
+            costs = ", ".join(f"{table.loc[row, 'label']} {share:.2f}" for row, share in shares.items())
+            said += [f"Times {one['label']}'s {what}, which seeds hardly change: {costs}."] if costs else []
+    return "\n".join(said)
+
+
 def tradeoff(records: Sequence[Record], costs: Sequence[str] = ("flops", "predicted_peak"), value: str = "") -> Figure:
     """`value` against what it cost, a panel for each of `costs`: a row's mean with its interval, and the front."""
     value = stats.named(value or stats.main_value(records))

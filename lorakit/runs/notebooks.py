@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.files import aside, require_place
+from lorakit.files import aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 from lorakit.quiet import answering
@@ -63,6 +63,15 @@ def run_notebook(
     with aside(place, "kernel") as folder, _kernel(notebook.parent, folder, progress) as kernel:
         _execute(notebook, output, given, kernel, progress)
     return output
+
+
+def page(executed: str | Path) -> Path:
+    """Write what an executed notebook shows, without its code, beside it: one HTML file that needs no other."""
+    from nbconvert import HTMLExporter
+
+    options = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    text, _ = HTMLExporter(**options, mathjax_url="", require_js_url="", mermaid_js_url="").from_filename(str(executed))
+    return write_text(text, Path(executed).with_suffix(".html"))
 
 
 def parameters(notebook: str | Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,19 @@ def test_regenerating_leaves_a_broken_notebook_alone(tmp_path):
     with pytest.raises(notebooks.NotebookFailed):
         notebooks.regenerate(path)
     assert path.read_bytes() == before
+
+
+def test_a_page_shows_what_a_notebook_found_and_needs_no_other_file(tmp_path):
+    executed = nbformat.v4.new_notebook()
+    image = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo=", "text/plain": "a figure"})
+    shown = nbformat.v4.new_output("stream", name="stdout", text="4 rows compared\n")
+    executed.cells = [
+        nbformat.v4.new_markdown_cell("# What came out"),
+        nbformat.v4.new_code_cell("secret = 1", outputs=[shown, image], execution_count=1),
+    ]
+    nbformat.write(executed, tmp_path / "some.ipynb")
+    path = notebooks.page(tmp_path / "some.ipynb")
+    text = path.read_text()
+    assert path == tmp_path / "some.html" and "What came out" in text and "4 rows compared" in text
+    assert "data:image/png;base64,iVBORw0KGgo=" in text and "secret" not in text
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"(https?:)?//", text)
