@@ -24,11 +24,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def prunable_layers(model: nn.Module, settings: SparseSettings) -> dict[str, LoRALayer]:
-    """The LoRA layers by path, where the sparsity leaves none of their matrices nothing at all, or without a zero.
+    """The LoRA layers by path, which the sparsity that `settings` ask for fits.
 
     Raises:
         LorakitError: there are none.
-        ParameterError: naming the matrix.
+        ParameterError: it leaves a matrix, or a layer, nothing at all, or rounds to no zero anywhere in it (named).
     """
     layers = lora_layers(model)
     if settings.fixed_penalty or settings.sparsity == 0:

@@ -74,7 +74,7 @@ def _ranks(layer: LoRALayer) -> dict[str, float]:
     """Effective rank, and numerical: singular values above the largest times max(out, in) times the precision."""
     sigma = singular_values(layer.lora_A, layer.lora_B)
     rounding = sigma.max() * max(layer.out_features, layer.in_features) * torch.finfo(layer.lora_A.dtype).eps
-    return dict(zip(RANKS, (effective_rank(sigma), int((sigma > rounding).sum())), strict=True))
+    return {"effective_rank": effective_rank(sigma), "numerical_rank": int((sigma > rounding).sum())}
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
