@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakit.adapters import attach, save_adapter
-from lorakit.adapters.attachment import trained_tensors
+from lorakit.adapters.state import trained_tensors
 
 IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

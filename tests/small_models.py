@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.adapters.attachment import trained_tensors
+from lorakit.adapters.state import trained_tensors
 from lorakit.errors import LorakitError
 
 KINDS = ("bert", "gpt2", "gemma")

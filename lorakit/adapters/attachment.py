@@ -87,11 +87,9 @@ class Attachment:
 
         A tensor with two names (tied) is listed once.
         """
-        found = {
-            f"{path}.{name}.weight": parameter
-            for path, layer in adapter_layers(model).items()
-            for name, parameter in layer.adapter_parameters().items()
-        }
+        found: dict[str, Tensor] = {}
+        for path, layer in adapter_layers(model).items():
+            found |= {f"{path}.{name}.weight": factor for name, factor in layer.adapter_parameters().items()}
         for path in self.trained:
             prefix = f"{path}." if path else ""
             found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
@@ -107,6 +105,11 @@ class Attachment:
             return found
         return found | {name: found[first] for name, first in tied_names(model).items() if first in found}
 
+    def moved(self, model: nn.Module) -> list[str]:
+        """Layers that are not trained and whose running statistics are not what they were before."""
+        now = batches_seen(model.get_base_model() if self.foreign else model, self.trained)
+        return [path for path, count in self.batches.items() if now.get(path, count) != count]
+
     def idle_numel(self, model: nn.Module) -> int:
         """Parameters that lie in the model without taking part."""
         return 0
@@ -120,11 +123,9 @@ class Attachment:
 
 def batches_seen(model: nn.Module, trained: Sequence[str]) -> dict[str, int]:
     """How many batches went into the running statistics of layers that are not trained (BatchNorm's), by path."""
-    return {
-        name.rpartition(".")[0]: int(buffer)
-        for name, buffer in model.named_buffers()
-        if name.endswith("num_batches_tracked") and not buffer.is_meta and not inside(name, trained)
-    }
+    named = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    counts = {name.rpartition(".")[0]: buffer for name, buffer in named if not inside(name, trained)}
+    return {path: int(count) for path, count in counts.items() if not count.is_meta}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -149,11 +150,6 @@ def attachment_of(model: nn.Module) -> Attachment:
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """See `Attachment.tensors`."""
-    return attachment_of(model).tensors(model)
 
 
 def require_bare(model: nn.Module, method: str) -> None:

@@ -25,9 +25,8 @@ class LoRALayer(AdapterLayer):
     peft_fields = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"} | _INERT_FIELDS
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
-        require(
-            settings.alpha is not None, "alpha", settings.alpha, "LoRA needs one: its update's scale is alpha / rank"
-        )
+        told = "LoRA needs one: its update's scale is alpha / rank"
+        require(settings.alpha is not None, "alpha", settings.alpha, told)
         super().__init__(base_layer, settings)
         self.scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.lora_A = self.new_parameter(initial_A(settings, self.in_features, generator))

@@ -21,10 +21,12 @@ from lorakit.settings import AdapterSettings
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# of what, where and when a file was written, not of what it does
+BOOKKEEPING = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+               "inference_mode")  # fmt: skip
 # read below, or told by the tensors' names already, or of no effect on the output
 _COMMON_FIELDS = {
-    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("peft_version", "runtime_config", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    *(*BOOKKEEPING, "runtime_config", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 # methods whose factors PEFT keeps as bare parameters: `<path>.hira_A`, where LoRA's are modules: `<path>.lora_A.weight`
@@ -113,9 +115,8 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
         name = stored.removeprefix(PREFIX)
         tensors[f"{name}.weight" if _is_bare(ADAPTERS[method], name) else name] = tensor
     settings = ADAPTERS[method].settings_from_peft(config)
-    targets = {
-        path: _own_settings(config, settings, method, path, tensors) for path in _adapted_paths(model, method, tensors)
-    }
+    adapted = _adapted_paths(model, method, tensors)
+    targets = {path: _own_settings(config, settings, method, path, tensors) for path in adapted}
     listed = config.get("modules_to_save") or []  # PEFT lists some that no model has
     paths = [path for path, _ in model.named_modules() if any(name_matches(name, path) for name in listed)]
     for name, first in tied_names(model).items():  # stored under each name, or by older versions under one
@@ -127,9 +128,8 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     others = [name for name in tensors if not inside(name, [*targets])]
     others += [name for name, first in tied_names(model).items() if first in others]
     trained = [path for path in [*paths, *embeddings] if any(inside(name, [path]) for name in others)]
-    absent = [
-        path for path in paths if path not in trained and any(True for _ in model.get_submodule(path).parameters())
-    ]
+    left = [path for path in paths if path not in trained]
+    absent = [path for path in left if any(True for _ in model.get_submodule(path).parameters())]
     if absent := absent or _lacking(model, config, targets, paths):
         raise CheckpointError(f"the file lacks {len(absent)} of the layers its config names, first {absent[0]}")
     ties = config.get("ensure_weight_tying") and any(path.endswith(_TIED_BY_PEFT) for path in paths)
@@ -216,13 +216,9 @@ def _lacking(
         asked = SimpleNamespace(target_modules=wanted)
         asked.layers_to_transform, asked.layers_pattern = config["layers_to_transform"], config.get("layers_pattern")
         linear = [path for path in linear if check_target_module_exists(asked, path)]
-    return [
-        path
-        for path in linear
-        if not inside(path, [*targets, *trained])
-        and _names(wanted, path, "target_modules")
-        and not _names(apart, path, "exclude_modules")
-    ]
+    left = [path for path in linear if not inside(path, [*targets, *trained])]
+    named = [path for path in left if _names(wanted, path, "target_modules")]
+    return [path for path in named if not _names(apart, path, "exclude_modules")]
 
 
 def require_quick(model: nn.Module, config: Mapping[str, Any]) -> None:

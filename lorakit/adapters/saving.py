@@ -12,15 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.adapters import peft_format
-from lorakit.adapters.attachment import (
-    Attachment,
-    attachment_of,
-    batches_seen,
-    is_merged,
-    merged,
-    require_unmerged,
-    tied_names,
-)
+from lorakit.adapters.attachment import Attachment, attachment_of, is_merged, merged, require_unmerged, tied_names
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, pack
 from lorakit.base.nf4 import dense, is_four_bit
@@ -59,8 +51,7 @@ def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool 
     attachment = attachment_of(model)
     require_own_names(model)
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
-    now = batches_seen(model.get_base_model() if attachment.foreign else model, attachment.trained)
-    if moved := [path for path, count in attachment.batches.items() if now.get(path, count) != count]:
+    if moved := attachment.moved(model):
         warnings.warn(
             f"{moved[0]}: running statistics of {len(moved)} frozen layers moved in train(), and an "
             "adapter file does not hold them: name the layers in `trainable`, keep them in eval(), or export(model)",

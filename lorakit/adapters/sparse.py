@@ -1,7 +1,5 @@
 """Sparse LoRA: s(t) = s·(1 − (1 − (t − t0)/(t1 − t0))³) of A's and B's entries, or of the ranks, are zero at time t."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +23,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return layers
 
 
-def require_something_left(settings: SparseSettings, layers: Mapping[str, LoRALayer]) -> None:
-    """Refuse a sparsity that leaves a matrix, or a layer, nothing at all, or that rounds to no zero anywhere in it.
+def prunable_layers(model: nn.Module, settings: SparseSettings) -> dict[str, LoRALayer]:
+    """The LoRA layers by path, which the sparsity that `settings` ask for fits.
 
     Raises:
-        ParameterError: naming the matrix.
+        LorakitError: there are none.
+        ParameterError: it leaves a matrix, or a layer, nothing at all, or rounds to no zero anywhere in it (named).
     """
+    layers = lora_layers(model)
     if settings.fixed_penalty or settings.sparsity == 0:
-        return
+        return layers
     for path, layer in layers.items():
         sizes = {f"entries of {path}.{name}": getattr(layer, name).numel() for name in FACTORS[settings.sparse_factors]}
         if settings.sparsify == "structured":
@@ -41,6 +41,7 @@ def require_something_left(settings: SparseSettings, layers: Mapping[str, LoRALa
             count = round(settings.sparsity * size)
             problem = f"prunes {'all' if count else 'none'} of the {size} {what}; at least one is to go and one to stay"
             require(0 < count < size, "sparsity", settings.sparsity, problem)
+    return layers
 
 
 def prox(values: Tensor, threshold: Tensor | float) -> Tensor:

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.lora import LoRALayer
-from lorakit.adapters.sparse import (
-    FACTORS,
-    best_path,
-    has_path,
-    lora_layers,
-    prox,
-    prune_smallest,
-    require_something_left,
-)
+from lorakit.adapters.sparse import FACTORS, best_path, has_path, prox, prunable_layers, prune_smallest
 from lorakit.adapters.zeros import sparsity_report
 from lorakit.fields import Settings
 from lorakit.seams import Controller
@@ -53,8 +45,7 @@ class Sparsifier(Controller):
 
     def __init__(self, model: nn.Module, settings: SparseSettings):
         self.model, self.settings = model, settings
-        self.layers = lora_layers(model)
-        require_something_left(settings, self.layers)
+        self.layers = prunable_layers(model, settings)
         self.pruned: dict[str, Tensor] = {}  # masks by parameter, True where pruned; empty before the first pruning
         self.share = self.due = self.penalty = 0.0
         self.history: list[list[float | None]] = []

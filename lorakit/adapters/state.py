@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import (
-    adapter_layers,
-    attachment_of,
-    check_state,
-    is_merged,
-    require_unmerged,
-    trained_tensors,
-)
+from lorakit.adapters.attachment import adapter_layers, attachment_of, check_state, is_merged, require_unmerged
 from lorakit.base.nf4 import bitsandbytes, dense_numel, is_four_bit, unpack
 from lorakit.errors import LorakitError
 from lorakit.modules import unwrapping
 from lorakit.records import Parameters
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """See `Attachment.tensors`."""
+    return attachment_of(model).tensors(model)
 
 
 @unwrapping

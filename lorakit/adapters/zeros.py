@@ -18,7 +18,7 @@ from lorakit.adapters.sparse import lora_layers
 from lorakit.errors import LorakitError
 from lorakit.modules import replace_modules, unwrapping
 
-COUNTED = ("A", "B", "BA", "merged")
+COUNTED, RANKS = ("A", "B", "BA", "merged"), ("effective_rank", "numerical_rank")
 
 
 @torch.no_grad()
@@ -46,9 +46,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
         "entries": entries,
         "nonzero": nonzero,
         "zeros": {name: 1 - nonzero[name] / entries[name] for name in COUNTED},
-        **{
-            name: sum(own[name] for own in ranks.values()) / len(ranks) for name in ("effective_rank", "numerical_rank")
-        },
+        **{name: sum(own[name] for own in ranks.values()) / len(ranks) for name in RANKS},
         "bytes": {
             "dense": sum(factor.nbytes for factor in factors),
             "packed": sum(stored_bytes(factor) for factor in factors),

@@ -22,7 +22,7 @@ from typing import Literal, Self
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorakit.analysis import stats
 from lorakit.analysis.frame import frame, require_comparable
@@ -50,17 +50,10 @@ class Claim(BaseModel):
     setting: str
     row: str
     against: str
-    metric: str
+    metric: str = Field(pattern=f", ({'|'.join(BETTER)})$")
     test: Literal["superiority", "non-inferiority", "equivalence", "ratio"]
     margin: float = Field(ge=0, allow_inf_nan=False)
     seeds: list[int] = Field(min_length=1)
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, metric: str) -> str:
-        if metric.rpartition(", ")[2] not in BETTER:
-            raise ValueError(f"must end with one of {', '.join(BETTER)}")
-        return metric
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -123,9 +116,8 @@ def read_claims(path: str | Path = PROJECT / "claims.yaml", setting: str = "") -
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: must hold `claims`, a list of them: {error}") from None
     names = [claim.id for claim in claims]
-    require(
-        len(set(names)) == len(names), "id", sorted({n for n in names if names.count(n) > 1}), "must be of one claim"
-    )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    require(not repeated, "id", repeated, "must be of one claim")
     return [claim for claim in claims if setting in ("", claim.setting)]
 
 
@@ -136,9 +128,8 @@ def find(claim: Claim, records: Sequence[Record], written: datetime | None = Non
     missing = []
     for name, group in groups.items():
         ends = {seed: group[seed].status if seed in group else "" for seed in claim.seeds}
-        told = [
-            f"{seed} ({end.replace('_', ' ')})" if end else str(seed) for seed, end in ends.items() if end != "done"
-        ]
+        others = {seed: end.replace("_", " ") for seed, end in ends.items() if end != "done"}
+        told = [f"{seed} ({end})" if end else str(seed) for seed, end in others.items()]
         missing += [f"{name}: {', '.join(told)}"] if told else []
     if missing:
         return Finding(claim, missing=f"no run of {'; '.join(missing)}")

@@ -109,9 +109,8 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+        dense = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=dense)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder)

@@ -51,9 +51,8 @@ def unpack(packed: Tensor, state: Any, dtype: torch.dtype | None = None) -> Tens
         scales = bitsandbytes().functional.dequantize_blockwise(scales, state.state2) + state.offset
     count = state.shape.numel()
     row = (1, count + count % 2)
-    unpacked = torch.ops.bitsandbytes.dequantize_4bit(
-        packed, scales, state.blocksize, state.quant_type, row, dtype or state.dtype
-    )
+    how = state.blocksize, state.quant_type, row, dtype or state.dtype
+    unpacked = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, *how)
     return unpacked.view(-1)[:count].view(state.shape)
 
 

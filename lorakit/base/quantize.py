@@ -115,20 +115,16 @@ def _require_own_weights(model: nn.Module, paths: Sequence[str]) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             path = replaced.get(id(parameter))
             if path is not None and other not in paths:
-                raise ParameterError(
-                    "quantize", "nf4", f"{path} shares its weight with {other}.{name}; exclude=[{path!r}] leaves it"
-                )
+                told = f"{path} shares its weight with {other}.{name}; exclude=[{path!r}] leaves it"
+                raise ParameterError("quantize", "nf4", told)
 
 
 def _four_bit(library: Any, linear: nn.Module, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
     """The 4-bit layer of a linear one's weight."""
     weight = (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
-    out_features, in_features = weight.shape
     options = {"compress_statistics": double_quant, "quant_type": "nf4"}
     # on meta: no values are drawn, and no random numbers used
-    layer = library.nn.Linear4bit(
-        in_features, out_features, linear.bias is not None, compute_dtype, **options, device="meta"
-    )
+    layer = library.nn.Linear4bit(*weight.T.shape, linear.bias is not None, compute_dtype, **options, device="meta")
     packed = library.nn.Params4bit(weight, blocksize=BLOCK, **options, module=layer)
     layer.weight = packed.to(weight.device)  # quantises
     if linear.bias is not None:

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 from lorakit.modules import evaluating
 
 # what may be asked of a weight without a look at its numbers or their type
-HARMLESS = {
-    getattr(torch.Tensor, name).__get__ for name in ("device", "shape", "requires_grad", "ndim", "is_meta", "grad")
-}
+PROPERTIES = ("device", "shape", "requires_grad", "ndim", "is_meta", "grad")
+HARMLESS = {getattr(torch.Tensor, name).__get__ for name in PROPERTIES}
 HARMLESS |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel}
 
 

@@ -67,26 +67,19 @@ def predict_step_memory(
         require(bool(trained), "model", type(model).__name__, "needs at least one trainable parameter")
         inputs = {name: fake(mode, value) for name, value in batch.items()}
         made = PREDICTABLE[optimizer](trained, device == "cuda")
+        cast = torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None)
         if tokens is None or not tokens.makes_loss:
-            return _step(model, inputs, made, autocast, mode, count, lambda: model(**inputs).loss)
+            return _step(model, inputs, made, cast, mode, count, lambda: model(**inputs).loss)
         real = dict(batch)
         labels = real.pop("labels")
         inputs.pop("labels")
         with tokens.dry(real, labels) as masks:
             held = inputs | dict(enumerate(masks))
-            return _step(
-                model, held, made, autocast, mode, count, lambda: tokens.select(model, inputs, labels).finish()
-            )
+            return _step(model, held, made, cast, mode, count, lambda: tokens.select(model, inputs, labels).finish())
 
 
 def _step(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    optimizer: Any,
-    autocast: str | None,
-    mode: Any,
-    count: FlopCount | None,
-    loss_of: Callable[[], Any],
+    model: nn.Module, inputs: dict[str, Any], optimizer: Any, cast: Any, mode: Any, count: Any, run: Callable[[], Any]
 ) -> dict[str, int]:
     """One step in steady state, everything alive before it claimed by its kind."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -106,8 +99,8 @@ def _step(
             hooks.enter_context(parameter.register_post_accumulate_grad_hook(lambda p: live.claim(p.grad, "gradients")))
         _watch_head(live, model, hooks)
         with mode, live, count or contextlib.nullcontext():
-            with torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None):
-                loss = loss_of()  # the output, logits with it, dies here as in the Trainer
+            with cast:
+                loss = run()  # the output, logits with it, dies here as in the Trainer
             loss.backward()
     with live:  # without the fake mode: the optimizer reads its step counters, which are real
         optimizer.step()

@@ -107,9 +107,8 @@ def _hub(name: str) -> Source:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise ParameterError(
-            "model", name, f"must be a name, a local folder or a hub id; offline: {ALTERNATIVES}"
-        ) from None
+        told = f"must be a name, a local folder or a hub id; offline: {ALTERNATIVES}"
+        raise ParameterError("model", name, told) from None
     try:
         commit = hub.newest_commit(name, "model")
         return Source(name, name, "hub", f"hub commit {commit}", commit, offline=False)

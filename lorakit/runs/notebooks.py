@@ -165,9 +165,8 @@ def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[AsyncKernelMana
     from jupyter_client import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    kernel = AsyncKernelManager(
-        kernel_name="python3", transport="ipc", ip=str(folder / "ipc"), connection_file=str(folder / "kernel.json")
-    )
+    places = {"ip": str(folder / "ipc"), "connection_file": str(folder / "kernel.json")}
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", **places)
     environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if progress:
         environment["LORAKIT_PROGRESS"] = "plain"  # lines reach the terminal, a notebook's widgets would not

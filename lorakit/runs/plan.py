@@ -134,16 +134,10 @@ def _step(plan: Plan, config: transformers.PreTrainedConfig, seq: int) -> dict[s
         quantize_meta(base)
     model = adapters.attach(base, plan.method, rank=plan.rank, target_modules=plan.targets)
     loss = TokenSettings(loss="exact" if plan.loss == "liger" else plan.loss)
-    memory = predict_step_memory(
-        model,
-        make_batch(plan.batch, seq, kind),
-        optimizer=plan.optimizer,
-        autocast=None if plan.precision == "fp32" else plan.precision,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        device="cuda",
-        tokens=build_tokens(plan.gating, model, kind, loss=loss),
-        count=count,
-    )
+    tokens = build_tokens(plan.gating, model, kind, loss=loss)
+    asked = {"optimizer": plan.optimizer, "autocast": None if plan.precision == "fp32" else plan.precision}
+    asked |= {"gradient_checkpointing": plan.gradient_checkpointing, "device": "cuda"}
+    memory = predict_step_memory(model, make_batch(plan.batch, seq, kind), tokens=tokens, count=count, **asked)
     stats = adapters.parameter_stats(model)
     return memory | known | {"trainable": stats.trainable, "total": stats.total, "flops": count.total}
 

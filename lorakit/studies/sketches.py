@@ -191,9 +191,8 @@ def captured_energy(table: pd.DataFrame, window: int) -> Figure:
     smooth = table.rolling(window).mean().dropna()
     with style.panel(3.0) as ax:
         style.lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))
-        ax.set(
-            xlabel="rows seen", ylabel="share of the next row captured", ylim=(0, 1), title=f"mean over {window} rows"
-        )
+        ax.set(xlabel="rows seen", ylabel="share of the next row captured", ylim=(0, 1))
+        ax.set_title(f"mean over {window} rows")
         return style.legend(ax)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.frame import frame
-from lorakit.measure.dry import fake, fake_mode, faked, training_state
+from lorakit.head import rows
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.records import Record
@@ -66,19 +66,11 @@ def step_flops(model: nn.Module, batch: Batch, tokens: Any = None) -> float:
     Args:
         tokens: which get a backward (`TokenSelection`); None: all, by the model's own loss.
     """
-    real, mode = dict(batch), fake_mode()
-    labels = real.pop("labels")
-    with faked(model, mode), training_state(model, False):
-        inputs = {name: fake(mode, value) for name, value in batch.items()}
-        if tokens is None:
-            with mode, FlopCount() as count:
-                model(**inputs).loss.backward()
-            return float(count.total)
-        inputs.pop("labels")
-        with tokens.dry(real, labels), mode, FlopCount() as count:
-            selected = tokens.select(model, inputs, labels)
-            selected.finish().backward()
-    return count.total + (tokens.score.flops(selected.predictions, tokens.score.seen) if tokens.selective else 0)
+    count = FlopCount()
+    predict_step_memory(model, batch, tokens=tokens, count=count)
+    if tokens is None or not tokens.selective:
+        return float(count.total)
+    return count.total + tokens.score.flops(len(rows(batch["labels"], tokens.kind)[0]), tokens.score.seen)
 
 
 def mode_table(tokens: int, chosen: Sequence[int], layers: int) -> dict[str, np.ndarray]:

@@ -34,11 +34,8 @@ def from_folder(folder: Path) -> Corpus:
 
 def from_hub(folder: Path | None = None) -> Corpus:
     files = hub.data_files("Salesforce/wikitext", "wikitext-2-raw-v1", FILES, folder)
-    texts = (
-        _articles(text.rstrip("\n") for path in paths for _, [text] in readers.parquet(path, ("text",)))
-        for paths in files
-    )
-    return apart(*texts, sum(files, []))
+    texts = ([text for path in paths for _, [text] in readers.parquet(path, ("text",))] for paths in files)
+    return apart(*(_articles(text.rstrip("\n") for text in lines) for lines in texts), sum(files, []))
 
 
 def _articles(lines: Iterable[str]) -> list[str]:

@@ -165,12 +165,8 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     save_seams(run, path)
     if run.curve.best:
         save_file({name: value.cpu().contiguous() for name, value in run.curve.best.items()}, path / BEST)
-    state = {
-        "identity": run.identity,
-        "ledger": run.ledger.state_dict(),
-        "curve": run.curve.state_dict(),
-        "flops": run.meter.state_dict(),
-    }
+    counted = {"ledger": run.ledger, "curve": run.curve, "flops": run.meter}
+    state = {"identity": run.identity} | {name: part.state_dict() for name, part in counted.items()}
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
     digests = {file.name: sha256(file) for file in path.iterdir()}
     (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
@@ -191,11 +187,9 @@ def about(path: str | Path) -> dict[str, Any]:
 def _differences(run: RunState, stored: Mapping[str, Any]) -> list[str]:
     """What a checkpoint of identity `stored` says otherwise than `run`; other code is no other run."""
     expected = json.loads(json.dumps(run.identity))
-    return [
-        f"{name}={stored.get(name)!r} there, {expected.get(name)!r} here"
-        for name in sorted((stored.keys() | expected.keys()) - {"code"})
-        if stored.get(name) != expected.get(name)
-    ]
+    names = sorted((stored.keys() | expected.keys()) - {"code"})
+    differ = [name for name in names if stored.get(name) != expected.get(name)]
+    return [f"{name}={stored.get(name)!r} there, {expected.get(name)!r} here" for name in differ]
 
 
 def begin(output_dir: str | Path, resumed: str | Path | None, *more: str) -> None:

@@ -6,7 +6,7 @@ A budget is an amount of any of them; the learning rate follows the share alread
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -89,9 +89,8 @@ class Ledger:
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for entry in fields(self):
-            if not entry.name.startswith("_"):
-                setattr(self, entry.name, state[entry.name])
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,10 @@ class Curve:
     def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float) -> None:
         """Append where the run stands now; `acceptance_rate` is the gate's own, of late and without its burn-in."""
         loss, score = ledger.take_means()
-        self.points.append(
-            Point(
-                step=ledger.steps,
-                accepted_steps=ledger.accepted_steps,
-                tokens=ledger.tokens,
-                tokens_backpropagated=ledger.tokens_backpropagated,
-                flops=ledger.flops,
-                seconds=round(ledger.seconds, 3),
-                learning_rate=learning_rate,
-                train_loss=loss,
-                gate_score=score,
-                acceptance_rate=acceptance_rate,
-            )
-        )
+        spent = {name: getattr(ledger, name) for name in ("accepted_steps", "tokens", "tokens_backpropagated", "flops")}
+        spent |= {"step": ledger.steps, "seconds": round(ledger.seconds, 3)}
+        told = {"learning_rate": learning_rate, "train_loss": loss, "gate_score": score}
+        self.points.append(Point(**spent, **told, acceptance_rate=acceptance_rate))
 
     def add_validation(self, metrics: dict[str, float], model: torch.nn.Module) -> None:
         """Put validation metrics on the last point."""

@@ -55,12 +55,5 @@ class FLoRATrainer(SLoRATrainer):
         kind = known_kind(model) if settings.selective or loss != "nll" else kind_of(model)
         smoothing = 0.0 if settings.selective else args.label_smoothing_factor
         made = {"loss": TokenSettings(loss=loss), "smoothing": smoothing, "seed": args.seed}
-        super().__init__(
-            model,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            tokens=build_tokens(settings, model, kind, rank=args.process_index, **made),
-            **options,
-        )
+        tokens = build_tokens(settings, model, kind, rank=args.process_index, **made)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, tokens=tokens, **options)

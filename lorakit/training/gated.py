@@ -52,9 +52,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         super().__init__(kind, **trainer_arguments)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
         if self.tokens.makes_loss:
-            self.require_no_other_loss(
-                "chosen tokens, and a loss that is not 'nll', have their own", self.tokens.smoothing
-            )
+            why = "chosen tokens, and a loss that is not 'nll', have their own"
+            self.require_no_other_loss(why, self.tokens.smoothing)
         for controller in controllers:
             controller.bind(self.total_over_ranks)
             if self.tokens.two_pass:
@@ -96,11 +95,9 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         main = main_input(inputs)
         self.ledger.add(examples=len(main), tokens=tokens)
         length = main.shape[1]
-        self._shape = tuple(
-            (name, (*value.shape[:1], *("T" if size == length else size for size in value.shape[1:])))
-            for name, value in inputs.items()
-            if torch.is_tensor(value)
-        )
+        shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
+        told = {name: ["T" if size == length else size for size in shape[1:]] for name, shape in shapes.items()}
+        self._shape = tuple((name, (*shape[:1], *told[name])) for name, shape in shapes.items())
         self._whole = (length, length**2)
         if self.tokens.makes_loss:
             return self._chosen(model, inputs, num_items_in_batch, tokens)

@@ -163,8 +163,7 @@ def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) ->
         return torch.stack([loss, torch.ones_like(loss), logits.argmax(-1), labels], dim=1).double()
     where, targets = rows(labels, kind)
     flat, size = logits.flatten(0, -2), chunk_of(logits.shape[-1])
-    chunks = (
-        (flat[places].float(), words) for places, words in zip(where.split(size), targets.split(size), strict=True)
-    )
+    pairs = zip(where.split(size), targets.split(size), strict=True)
+    chunks = ((flat[places].float(), words) for places, words in pairs)
     parts = ((F.cross_entropy(z, y, reduction="none"), z.argmax(-1) == y) for z, y in chunks)
     return by_sequence(parts, where, labels.shape)

@@ -80,16 +80,8 @@ class SLoRATrainer(GatedTrainer):
         if loss != "nll" and "tokens" not in options:
             made = {"loss": TokenSettings(loss=loss), "smoothing": args.label_smoothing_factor}
             options["tokens"] = build_tokens(Gating(), model, known_kind(model), **made)
-        super().__init__(
-            kind=kind,
-            gate=gate,
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **options,
-        )
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+        super().__init__(kind=kind, gate=gate, model=model, args=args, **data, **options)
         self.add_callback(StepCallback(self.run))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:

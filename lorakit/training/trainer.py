@@ -106,9 +106,8 @@ class BudgetTrainer(GatedTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """A learning rate that follows the share of the budget spent."""
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda _: self.schedule.factor(self.budget.share(self.ledger))
-        )
+        optimizer = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(optimizer, lambda _: self.schedule.factor(self.budget.share(self.ledger)))
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):

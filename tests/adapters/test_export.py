@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lorakit import cli, records
 from lorakit.adapters import attach, detach, export, load_adapter, merge, merged, quantize_nf4, save_adapter, unmerge
-from lorakit.adapters.attachment import trained_tensors
+from lorakit.adapters.state import trained_tensors
 from lorakit.adapters.storage import described
 from lorakit.analysis import figures, style
 from lorakit.errors import LorakitError, ParameterError

@@ -24,8 +24,8 @@ from lorakit.adapters import (
     save_adapter,
     sparsity_report,
 )
-from lorakit.adapters.attachment import trained_tensors
 from lorakit.adapters.packed import PACKED_FILE, pack, unpack
+from lorakit.adapters.state import trained_tensors
 from lorakit.adapters.zeros import compact, effective_rank, singular_values
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters import adapter_state, attach, load_adapter, save_adapter
-from lorakit.adapters.attachment import trained_tensors
 from lorakit.adapters.packed import unpack
+from lorakit.adapters.state import trained_tensors
 from lorakit.errors import LorakitError
 
 pytestmark = marks

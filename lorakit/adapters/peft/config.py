@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
+from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, blocks, resolve_targets
@@ -33,12 +34,6 @@ _NEEDS = {
     "CPT": ("cpt_token_ids", "must list the ids of the context's tokens"),
 }
 _IA3_DISTILBERT = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
-
-_BOOKKEEPING = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    "inference_mode",
-)
-
 
 # What PEFT says about itself, not about what the user asked for.
 NOISE = (
@@ -74,7 +69,7 @@ def build_config(
 
     kind, flags = resolve_type(peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    allowed = {field.name for field in fields(config_class) if field.name not in _BOOKKEEPING}
+    allowed = {field.name for field in fields(config_class) if field.name not in BOOKKEEPING}
     _check_options(kind, options, allowed)
     values = {"task_type": _task_type(model, trained)} | flags
     if "target_modules" in allowed:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lorakit.adapters.attachment import check_state
 from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, config_of
+from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import CheckpointError
 from lorakit.quiet import quiet
 
-# of where and when a file was written, not of what it does
-_BOOKKEEPING = ("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type")
 _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
 
 
@@ -70,7 +69,7 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
     if given.peft_type != kind:
         raise CheckpointError(f"holds PEFT's {given.peft_type.value}, but {kind} is attached")
     mine, theirs = here.to_dict(), given.to_dict()
-    skipped = {*_BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if kind == "ADALORA" else ""}
+    skipped = {*BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if kind == "ADALORA" else ""}
     for name in sorted(mine.keys() - skipped):
         if _plain(mine[name]) != _plain(theirs.get(name)):
             raise CheckpointError(f"{name}={theirs.get(name)!r}, attached is {mine[name]!r}; detach(model) first")

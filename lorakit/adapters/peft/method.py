@@ -28,10 +28,8 @@ from lorakit.settings import AdapterSettings
 
 _NO_WEIGHT = "it acts on the input or between the layers, on no weight"
 CANNOT_MERGE = {
-    **dict.fromkeys(
-        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _NO_WEIGHT
-    ),
-    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _NO_WEIGHT),
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHT),
+    **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT", "SHADOW"), _NO_WEIGHT),
     "POLY": "its weights depend on the task",
     "LILY": "its weights depend on the input",
     "OSF": "PEFT cannot take its merge back",
@@ -148,10 +146,8 @@ def wrap(
     from peft import get_peft_model
 
     prepare_four_bit(model, trained)
-    base = Base(
-        {module: dict(module._modules) for module in model.modules()},
-        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-    )
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    base = Base({module: dict(module._modules) for module in model.modules()}, flags)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with quiet(*NOISE), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -164,17 +160,15 @@ def wrap(
             raise ValueError("nothing in this model would be trained")
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
         base.restore(model)
-        raise ParameterError(
-            "peft_type", config.peft_type.value, f"PEFT refuses: {' '.join(str(error).split())}"
-        ) from error
+        told = f"PEFT refuses: {' '.join(str(error).split())}"
+        raise ParameterError("peft_type", config.peft_type.value, told) from error
     wrapper.train(model.training)
     wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
     wrapper.register_forward_hook(after_forward, with_kwargs=True)
     wrapper.lorakit_base = base
     wrapper.lorakit_unmerged = []
-    wrapper.lorakit_attachment = PeftAttachment(
-        "peft", settings, {}, tuple(trained), base.required_grad, batches_seen(model, trained)
-    )
+    batches = batches_seen(model, trained)
+    wrapper.lorakit_attachment = PeftAttachment("peft", settings, {}, tuple(trained), flags, batches)
     return wrapper
 
 

@@ -19,6 +19,7 @@ _HIDES_PADDING = "a decoder's classifier finds the last token by its id, and vir
 _LLAMA_ONLY = "PEFT has it for llama, mistral and gpt2 only"
 _NO_PAST = "DistilBERT takes no keys and values from outside"
 _CAUSAL_ONLY = "PEFT has it for causal language models only"
+_READS_BASE = "ADAMSS LOHA LOKR GLORA HRA SHIRA OSF DELORA PSOFT PEANUT SUPERTUNING"
 
 # Why a type cannot run: on any model ("any"), on a kind of model (classify, masked, causal; "score": a decoder that
 # classifies), on a model type, on Conv1D layers, on layers in 4 bits, or with modules trained in full ("head").
@@ -28,22 +29,14 @@ CANNOT: dict[str, dict[str, str]] = {
         "masked": "PEFT gives task ids to classifiers and causal language models only",
         "score": _HIDES_PADDING,
     },
-    "PROMPT_TUNING": {"score": _HIDES_PADDING},
-    "P_TUNING": {"score": _HIDES_PADDING},
-    "PREFIX_TUNING": {"distilbert": _NO_PAST},
-    "CARTRIDGE": {"distilbert": _NO_PAST},
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), {"score": _HIDES_PADDING}),
+    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), {"distilbert": _NO_PAST}),
     "CPT": {"classify": _CAUSAL_ONLY, "masked": _CAUSAL_ONLY},
     "ADAPTION_PROMPT": {**dict.fromkeys(("bert", "distilbert", "gemma3_text"), _LLAMA_ONLY), "head": _NO_HEAD},
     "TRAINABLE_TOKENS": {"head": _NO_HEAD},
-    **{name: {"Conv1D": _NO_CONV1D} for name in ("BOFT", "BEFT", "LILY", "OFT", "POLY", "MISS", "ROAD", "C3A")},
-    **{
-        name: {"Conv1D": _NO_CONV1D, "4 bits": _NO_4_BITS}
-        for name in (
-            *("ADAMSS", "LOHA", "LOKR", "GLORA", "HRA", "SHIRA"),
-            *("OSF", "DELORA", "PSOFT", "PEANUT", "SUPERTUNING"),
-        )
-    },
-    **{name: {"4 bits": _NO_4_BITS} for name in ("FROD", "TINYLORA", "DEFT")},
+    **dict.fromkeys(["BOFT", "BEFT", "LILY", "OFT", "POLY", "MISS", "ROAD", "C3A"], {"Conv1D": _NO_CONV1D}),
+    **dict.fromkeys(["FROD", "TINYLORA", "DEFT"], {"4 bits": _NO_4_BITS}),
+    **dict.fromkeys(_READS_BASE.split(), {"Conv1D": _NO_CONV1D, "4 bits": _NO_4_BITS}),
 }
 
 

@@ -6,14 +6,8 @@ weights: it is for trying code that needs that architecture, and learns little.
 
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import require
 from lorakit.tasks.toy import tokenizer as tokenizers
@@ -38,7 +32,7 @@ def config(name: str) -> PreTrainedConfig:
 
     The encoder's `initializer_range` is 1 / sqrt(dim) there: the default of 0.02 is for wide models.
     """
-    return AutoConfig.from_pretrained(folder(name), local_files_only=True)
+    return transformers.AutoConfig.from_pretrained(folder(name), local_files_only=True)
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -52,5 +46,5 @@ def build(name: str, random: bool = False) -> PreTrainedModel:
 
     The packaged GPT-2 is what seed 0 makes.
     """
-    auto = AutoModelForMaskedLM if name == "toy-encoder" else AutoModelForCausalLM
+    auto = getattr(transformers, "AutoModelForMaskedLM" if name == "toy-encoder" else "AutoModelForCausalLM")
     return auto.from_config(config(name)) if random else auto.from_pretrained(folder(name), local_files_only=True)

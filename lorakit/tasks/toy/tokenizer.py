@@ -18,17 +18,11 @@ def byte_tokenizer(single: str, pair: str, **options: object) -> PreTrainedToken
     tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(token, vocab[token]) for token in SPECIALS]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        **options,
-    )
+    ids = [(token, vocab[token]) for token in SPECIALS]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    options |= {"pad_token": "[PAD]", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **options)
 
 
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
@@ -39,10 +33,7 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
 
 def decoder_tokenizer() -> PreTrainedTokenizerFast:
     """<bos> text, with a chat template in Gemma's turn format; [PAD] pads, <eos> ends a text."""
-    special = {
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
-    }
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": turns}
     form = {"chat_template": CHAT_TEMPLATE.read_text(encoding="utf-8"), "padding_side": "right"}
     return byte_tokenizer("<bos> $A", "<bos> $A $B", **special, **form, model_max_length=512)
