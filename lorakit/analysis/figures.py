@@ -160,6 +160,9 @@ def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figu
                 ax.plot(failed, [1 - 0.06 * place] * len(failed), "x", color=look.color, ms=7, mew=1.8,
                         transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
         ax.margins(y=0.08 + 0.06 * len(looks))
+        low, top = table["loss"].min(), 1.5 * best["loss"].max()
+        if table["loss"].max() > top:  # lines of rates far too high leave at the top; they would flatten all others
+            ax.set_ylim(low - 0.1 * (top - low), top)
         ax.set(xlabel="learning rate", ylabel="validation loss (nats)")
         title(ax, records, mixed)
         return style.legend(ax, "star: best; × at the top: diverged or failed")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 COSTS: dict[str, Column] = {
     "TFLOPs": ("flops", AXES["flops"].form, AXES["flops"].size),
     "predicted peak MiB": ("predicted_peak", "{:,.1f}", 2**20),
-    "seconds": ("seconds", AXES["seconds"].form, 1),
     "trainable": ("trainable", "{:,.0f}", 1),
 }
 
@@ -71,7 +70,7 @@ def standings(records: Sequence[Record], value: str = "", mixed: bool = False) -
         lines[row] = {"label": names.label(row, group), "seeds": mean.count, "mean": mean.mean, "best": told,
                       "low": np.nan if mean.low is None else mean.low,
                       "high": np.nan if mean.high is None else mean.high}  # fmt: skip
-    return pd.DataFrame(lines).T.infer_objects().join(means[[name for name, *_ in COSTS.values()]])
+    return pd.DataFrame(lines).T.infer_objects().join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
 
 
 def standings_table(records: Sequence[Record], value: str = "", mixed: bool = False) -> pd.DataFrame:
@@ -99,17 +98,17 @@ def verdict(records: Sequence[Record], reference: str = "lora") -> str:
     said = [f"{best['label']} has the best {value}, {best['mean']:.3f}."]
     for told, words in {"worse": "Worse beyond noise", "inside noise": "Not told from it"}.items():
         rows = table[table["best"] == told]
-        said += [f"{words}: {', '.join(rows['label'])}."] if len(rows) else []
+        said += [f"{words}: {'; '.join(rows['label'])}."] if len(rows) else []
     few = table[table["best"] == "too few seeds"]
     if len(few):
         count = f"{few['seeds'].max():g} seed{'s' * int(few['seeds'].max() > 1)}"
         told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
-        said.append(f"{', '.join(few['label'])}: {count} a row cannot say whether they are worse ({told}).")
+        said.append(f"{'; '.join(few['label'])}: {count} a row cannot say whether they are worse ({told}).")
     if reference in table.index:
         one = table.loc[reference]
         for name, what in {"flops": "compute", "predicted_peak": "predicted peak memory"}.items():
             shares = (table[name] / one[name]).drop(reference).dropna().sort_values()
-            costs = ", ".join(f"{table.loc[row, 'label']} {share:.2f}" for row, share in shares.items())
+            costs = "; ".join(f"{table.loc[row, 'label']} {share:.2f}" for row, share in shares.items())
             said += [f"Times {one['label']}'s {what}, which seeds hardly change: {costs}."] if costs else []
     return "\n".join(said)
 

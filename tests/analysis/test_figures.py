@@ -178,6 +178,11 @@ def test_the_star_is_at_the_best_rate_and_failures_at_the_top():
     assert star.get_xdata() == [1e-3] and star.get_ydata() == pytest.approx([0.4])
     assert list(failed.get_xdata()) == [0.1, 1.0] and list(failed.get_ydata()) == [1.0, 1.0]
     assert ax.get_xscale() == "log"
+    assert ax.get_ylim()[1] > 0.6  # at 1e-5, half as high again as the best
+    far = search("lora")
+    far.search[0].validation["loss"] = 40.0
+    low, top = figures.learning_rate_search([far, search("full", 1e-4)]).axes[0].get_ylim()
+    assert top == pytest.approx(1.5 * 0.4) and low < 0.4
     bad = search("lora")
     bad.search = bad.search[4:]  # all failed: there is no best
     assert not [line for line in figures.learning_rate_search([bad]).axes[0].lines if line.get_marker() == "*"]

@@ -130,11 +130,11 @@ def test_the_verdict_says_what_one_seed_cannot_and_what_needs_none():
     one = fronts.verdict(runs(seeds=1)).split("\n")
     assert one[:2] == [
         "full fine-tuning has the best test accuracy, 0.900.",
-        "LoRA, head only, SkipLoRA: 1 seed a row cannot say whether they are worse (3 give an interval, 8 a good one).",
+        "LoRA; head only; SkipLoRA: 1 seed a row cannot say whether they are worse (3 give an interval, 8 a good one).",
     ]
-    said = "Times LoRA's {}, which seeds hardly change: head only {}, SkipLoRA {}, full fine-tuning {}."
+    said = "Times LoRA's {}, which seeds hardly change: head only {}; SkipLoRA {}; full fine-tuning {}."
     assert one[2] == said.format("compute", "0.50", "1.25", "1.50")
     assert one[3] == said.format("predicted peak memory", "1.00", "1.20", "3.00")
     several = fronts.verdict(runs(rows=ROWS | {"lora": (0.8985, 20, 100, 2)})).split("\n")
-    assert several[1:3] == ["Worse beyond noise: head only, SkipLoRA.", "Not told from it: LoRA."]
+    assert several[1:3] == ["Worse beyond noise: head only; SkipLoRA.", "Not told from it: LoRA."]
     assert len(fronts.verdict(runs(rows={"head": ROWS["head"]})).split("\n")) == 1
