@@ -63,5 +63,5 @@ sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"]
 	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
 
 clean: ## remove what can be made again; records and downloads stay
-	rm -rf .venv .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb
+	rm -rf .venv .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb results/*/compare.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

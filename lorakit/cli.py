@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.errors import AssetError, LorakitError, require
 
 COMMANDS = {  # name -> the module whose `main` it is (empty: the function of this name below), what it does
-    "demo": ("", "the README's run: LoRA against head-only and full fine-tuning, with table and figure"),
+    "demo": ("", "the README's run: every method on a real encoder; a table, a figure, a page, a verdict"),
     "run": ("lorakit.runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
     "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
     "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
@@ -114,7 +114,7 @@ def demo(argv: Sequence[str]) -> int:
     from lorakit import assets
     from lorakit.analysis import fronts, tables
     from lorakit.files import PROJECT
-    from lorakit.records import read
+    from lorakit.records import read_all
     from lorakit.runs import notebooks, sweep
 
     parser = argparse.ArgumentParser(prog="lorakit demo", description=demo.__doc__)
@@ -127,13 +127,13 @@ def demo(argv: Sequence[str]) -> int:
         assets.fetch(name)
     status = sweep.sweep(runs, asked.jobs)
     folder = os.path.relpath(PROJECT / "results" / DEMO["setting"])
-    if done := [str(run.record) for run in runs if run.finished()]:
-        tables.main([*done, "--figure", f"{folder}/overview.png"])
+    if any(run.status() == "done" for run in runs):
+        tables.main([folder, "--figure", f"{folder}/overview.png"])
+        print(f"\nrecords and executed notebooks: {folder}/*/s*.*\nfigure: {folder}/overview.png", flush=True)
         compared, about = f"{folder}/compare.ipynb", {"setting": DEMO["setting"], "row": "lora"}
         notebooks.run_notebook(PROJECT / "notebooks" / "20_compare.ipynb", compared, about, progress=False)
-        print(f"\nrecords and executed notebooks: {folder}/*/s*.*\nfigure: {folder}/overview.png")
         print(f"all of it, on one page: {os.path.relpath(notebooks.page(compared))}\n")
-        print(fronts.verdict([*map(read, done)]), flush=True)
+        print(fronts.verdict(read_all(folder)), flush=True)
     return status
 
 

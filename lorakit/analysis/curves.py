@@ -69,7 +69,8 @@ def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None
         ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.ticklabel_format(axis="y", useOffset=False)
     if not any(len(line.get_xdata()) for line in ax.lines):
-        ax.set(xticks=[], yticks=[])
+        ax.set_xticks([])
+        ax.tick_params(left=False, labelleft=False)  # its own: others may share the scale
         ax.text(0.5, 0.5, "no finite values", ha="center", va="center", transform=ax.transAxes)
     return band
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lorakit.analysis import names, stats, style
-from lorakit.analysis.curves import draw_loss, title
+from lorakit.analysis.curves import BAND, draw_loss, title
 from lorakit.analysis.frame import frame, require_comparable
 from lorakit.errors import require
 from lorakit.records import AXES, Record
@@ -48,10 +48,9 @@ def loss_curve(
 
 
 def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accepted_steps") -> Figure:
-    """`loss_curve` in a panel of its own for each row, the row `beside` in all of them: many bands would overlap."""
+    """`loss_curve` in a panel of its own for each row, the row `beside`, if there, in all: many bands would overlap."""
     require_comparable(records)
     groups = stats.by_row(records)
-    require(beside in groups, "beside", beside, f"must be one of {', '.join(groups)}")
     rows = [row for row in groups if row != beside] or [beside]
     deep = -(-len(rows) // 3)
     with style.panel(0.6 + 1.5 * deep, 3, deep, sharey=True, squeeze=False) as axes:
@@ -65,7 +64,8 @@ def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accep
             ax.remove()
         axes[0, 0].set_ylim(min(bounds), max(bounds))
         drawn = axes[0, 0].get_figure()
-        drawn.suptitle(f"{records[0].setting}; in every panel: {names.label(beside, records)}", size=9)
+        shared = f"; in every panel: {names.label(beside, records)}" if beside in groups else ""
+        drawn.suptitle(f"{records[0].setting}{shared}; {BAND}", size=9)
         drawn.supxlabel(AXES[x].label, size=9)
         drawn.supylabel(f"{stats.LOSS} (nats)", size=9)
         return drawn

@@ -13,6 +13,7 @@ from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import title
 from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame, require_comparable
+from lorakit.analysis.significance import ALPHA, ROUNDING, below, holm
 from lorakit.analysis.tables import NONE, Column, Table, score
 from lorakit.errors import require
 from lorakit.records import AXES, METRICS, Record
@@ -39,51 +40,65 @@ def front(costs: Sequence[float], values: Sequence[float], higher: bool) -> np.n
     return known & ~(beaten & known).any(1)
 
 
-def standings(records: Sequence[Record], value: str = "", mixed: bool = False) -> pd.DataFrame:
-    """A line per row with finished runs: label, seeds, mean, low and high of `value`, its costs' means, and `best`.
+def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
+    """A line per row with finished runs: label, seeds, mean, low and high of `value`, its costs' means, and `standing`.
 
-    `best` says how the row stands to the one with the best mean, over common seeds: "best", "inside noise" (the paired
-    difference's 95 % interval holds 0), "worse", "better" (of fewer seeds than the means are of) or "too few seeds".
+    That is to the row with the best mean (of those with the most seeds), over `common` seeds, by Student's paired test
+    with Holm's correction over all rows: "best", "worse", "better" (of other seeds than the means are of), "within
+    noise" or "too few seeds". The best was chosen by the same runs, which favours it.
 
     Args:
         value: "test accuracy", …; empty: what the task is judged by.
-        mixed: also of runs on different models or data.
 
     Raises:
         ParameterError: no finished run has `value`, or nobody knows which way of it is better.
     """
-    require_comparable(records, mixed)
+    require_comparable(records)
     value = stats.named(value or stats.main_value(records))
     higher = METRICS.get(value.split(" ")[-1])
     require(higher is not None, "value", value, f"must be a split and one of {', '.join(METRICS)}")
     groups = {row: (group, stats.finished(group, value)) for row, group in stats.by_row(records).items()}
     found = {row: (group, [*told.values()]) for row, (group, told) in groups.items() if told}
     require(bool(found), "value", value, "is in no finished run")
-    best = (max if higher else min)(found, key=lambda row: np.mean(found[row][1]))
-    runs = frame(records).runs
-    means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
+    most = max(len(values) for _, values in found.values())
+    best = (max if higher else min)(
+        (row for row, (_, values) in found.items() if len(values) == most), key=lambda row: np.mean(found[row][1])
+    )
+    gaps = {row: stats.paired_differences(group, found[best][0], value) for row, (group, _) in found.items()}
+    tested = {row: two_sided(gap.differences) for row, gap in gaps.items() if row != best and gap.estimate}
+    tested = {row: p for row, p in tested.items() if len(gaps[row].seeds) >= stats.MINIMUM_SEEDS}
+    adjusted = dict(zip(tested, holm([*tested.values()], len(found) - 1), strict=True))
     lines = {}
     for row, (group, values) in found.items():
-        mean, gap = stats.estimate(values), stats.paired_differences(group, found[best][0], value)
-        words = {"within noise": "inside noise", "too few seeds": "too few seeds"}
-        told = "best" if row == best else words.get(gap.verdict) or ("better" if gap.better else "worse")
-        lines[row] = {"label": names.label(row, group), "seeds": mean.count, "mean": mean.mean, "best": told,
-                      "low": np.nan if mean.low is None else mean.low,
-                      "high": np.nan if mean.high is None else mean.high}  # fmt: skip
-    return pd.DataFrame(lines).T.infer_objects().join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
+        mean, gap = stats.estimate(values), gaps[row]
+        told = "best" if row == best else "too few seeds" if row not in tested else "within noise"
+        if adjusted.get(row, 1) < ALPHA:
+            told = "better" if (gap.estimate.mean > 0) == higher else "worse"
+        lines[row] = {"label": names.label(row, group), "seeds": mean.count, "common": len(gap.seeds),
+                      "mean": mean.mean, "low": mean.low, "high": mean.high, "standing": told}  # fmt: skip
+    runs = frame(records).runs
+    means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
+    table = pd.DataFrame(lines).T.infer_objects().astype({"low": float, "high": float})
+    return table.join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
 
 
-def standings_table(records: Sequence[Record], value: str = "", mixed: bool = False) -> pd.DataFrame:
+def two_sided(differences: Sequence[float]) -> float:
+    """p of Student's t that the mean of `differences` (n,) is not 0."""
+    sample = np.array(differences)
+    return 2 * min(below(sample, 0)) if np.abs(sample).max() > ROUNDING else 1.0
+
+
+def standings_table(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     """`standings` in words, the best first: mean with its 95 % interval, how it stands to the best, costs, fronts."""
-    table, value = standings(records, value, mixed), stats.named(value or stats.main_value(records))
+    table, value = standings(records, value), stats.named(value or stats.main_value(records))
     higher = METRICS[value.split(" ")[-1]]
     told = pd.DataFrame({"method": table["label"], "seeds": table["seeds"].map("{:g}".format)})
     told[value.replace("_", " ")] = [_interval(*row) for row in table[["mean", "low", "high"]].itertuples(index=False)]
-    told["beside the best"] = table["best"]
-    ahead = {heading: front(table[name], table["mean"], higher) for heading, (name, *_) in COSTS.items()}
+    told["beside the best"] = table["standing"]
     for heading, (name, form, size) in COSTS.items():
         cells = [NONE if np.isnan(cost) else form.format(cost / size) for cost in table[name]]
-        told[heading] = [cell + " *" * bool(on) for cell, on in zip(cells, ahead[heading], strict=True)]
+        ahead = front(table[name], table["mean"], higher)
+        told[heading] = [cell + " *" * bool(on) for cell, on in zip(cells, ahead, strict=True)]
     return told.loc[table["mean"].sort_values(ascending=not higher, kind="stable").index]
 
 
@@ -94,16 +109,17 @@ def _interval(mean: float, low: float, high: float) -> str:
 def verdict(records: Sequence[Record], reference: str = "lora") -> str:
     """In a few sentences: which rows are told from the best and which are not, and what needs no seeds, the costs."""
     table, value = standings(records), stats.main_value(records).replace("_", " ")
-    best = table[table["best"] == "best"].iloc[0]
-    said = [f"{best['label']} has the best {value}, {best['mean']:.3f}."]
-    for told, words in {"worse": "Worse beyond noise", "inside noise": "Not told from it"}.items():
-        rows = table[table["best"] == told]
-        said += [f"{words}: {'; '.join(rows['label'])}."] if len(rows) else []
-    few = table[table["best"] == "too few seeds"]
+    best = table[table["standing"] == "best"].iloc[0]
+    said = [f"{best['label']} has the best {value}, {score(best['mean'])}."]
+    words = {"worse": "Worse beyond noise", "better": "Better on common seeds", "within noise": "Within its noise"}
+    for told, text in words.items():
+        rows = table[table["standing"] == told]
+        said += [f"{text}: {'; '.join(rows['label'])}."] if len(rows) else []
+    few = table[table["standing"] == "too few seeds"]
     if len(few):
-        count = f"{few['seeds'].max():g} seed{'s' * int(few['seeds'].max() > 1)}"
+        count = f"{few['common'].max():g} common seed{'s' * int(few['common'].max() != 1)}"
         told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
-        said.append(f"{'; '.join(few['label'])}: {count} a row cannot say whether they are worse ({told}).")
+        said.append(f"{'; '.join(few['label'])}: {count} cannot say whether they are worse ({told}).")
     if reference in table.index:
         one = table.loc[reference]
         for name, what in {"flops": "compute", "predicted_peak": "predicted peak memory"}.items():
@@ -138,7 +154,7 @@ def tradeoff(records: Sequence[Record], costs: Sequence[str] = ("flops", "predic
 
 
 def which(records: Sequence[Record], mib: float = np.inf, hours: float = np.inf, value: str = "") -> Table:
-    """Which row for a case: of those that fit, the ones on the front of memory or time that are not told from the best.
+    """Which row for a case: of those that fit, the ones that are not told from the best of them.
 
     Args:
         mib: predicted peak that must suffice, MiB, of the recorded model; hours: of training, on the recorded machine.
@@ -153,12 +169,12 @@ def which(records: Sequence[Record], mib: float = np.inf, hours: float = np.inf,
     fits = (table["predicted_peak"].fillna(np.inf) <= mib * 2**20) & (table["seconds"].fillna(np.inf) <= hours * 3600)
     case = " and ".join([f"{mib:g} MiB"] * math.isfinite(mib) + [f"{hours:g} h"] * math.isfinite(hours)) or "no limit"
     if not fits.any():
-        least = table["predicted_peak"].min() / 2**20
-        return Table(f"{case}: no row fits; the smallest peak is {least:,.0f} MiB, "
-                     f"the shortest run {table['seconds'].min() / 3600:.2g} h.")  # fmt: skip
+        peak, time = table["predicted_peak"].min() / 2**20, table["seconds"].min() / 3600
+        least = "no peak is recorded" if np.isnan(peak) else f"the smallest peak is {peak:,.0f} MiB"
+        return Table(f"{case}: no row fits; {least}, the shortest run {time:.2g} h.")
     kept = standings_table([record for record in records if record.row in table.index[fits]], value)
     told = kept[kept["beside the best"] != "worse"]
     unsure = (told["beside the best"] == "too few seeds").any()
-    count = f"{len(told)} of {len(kept)} rows that fit are best or inside its noise"
+    count = f"{len(told)} of {len(kept)} rows that fit are not told from the best"
     said = "cannot say which is best: too few seeds" if unsure else count
     return Table(f"{case}: {said}. * marks a row that none beats in that cost and the mean.", told)

@@ -166,7 +166,7 @@ def timing_table(records: Sequence[Record]) -> pd.DataFrame:
             line[f"{what} ms"] = f"{timing[name]['ms'][1]:,.1f}" if name in timing else NONE
             line[f"{what} ×"] = NONE if math.isnan(middle) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
             if name == "step":
-                line["accepted step ×"] = NONE if timing["accepted"] is None else f"{timing['accepted']:.2f}"
+                line["accepted step ×"] = f"{timing['accepted'] or math.nan:.2f}".replace("nan", NONE)
         lines.append(line | {"padding": percent(timing["padding"])})
     return pd.DataFrame(lines)
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer, TrainerCallback
 
+FOR_EVER = 10**6  # turns: a trainer that ends early is not waited for, one that goes on may
+
 
 class _Turns(TrainerCallback):
     """Lets its trainer run one step at a time, when told, and keeps the seconds each took.
@@ -61,9 +63,11 @@ def lockstep(trainers: Sequence[Trainer], steps: int) -> list[list[float]]:
             turn.go.release()
             turn.wait()
     for thread, turn in zip(threads, turns, strict=True):
-        turn.go.release()
+        turn.go.release(FOR_EVER)
         thread.join()
         turn.wait()
+        if len(turn.seconds) != steps:
+            raise RuntimeError(f"{len(turn.seconds)} steps of a trainer, not {steps}")
     return [turn.seconds for turn in turns]
 
 
@@ -74,4 +78,4 @@ def _train(trainer: Trainer, turn: _Turns) -> None:
     except BaseException as error:
         turn.error = error
     finally:
-        turn.done.release()
+        turn.done.release(FOR_EVER)

@@ -103,7 +103,7 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
     try:
-        numbers = [int(seed) for seed in seeds.split() or ["0"]]
+        numbers = [*dict.fromkeys(map(int, seeds.split() or ["0"]))]
     except ValueError:
         raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
     runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]

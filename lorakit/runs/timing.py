@@ -1,8 +1,8 @@
 """`lorakit time SETTING`: what a training step and an answer of each row take, all rows taking turns in one process.
 
 Seconds of whole runs compare poorly: they were other hours, with other work beside them. Here every row trains a step,
-then every row the next one, and a slow moment falls on all; ratios are of steps side by side, on the same batch. The
-reference takes part twice: how far its twin's ratio is from 1 is what noise makes of equal work.
+then every row the next one, and a slow moment falls on all; ratios are of steps side by side. The reference takes part
+twice: how far its twin's ratio is from 1 is what noise makes of equal work.
 """
 
 import argparse
@@ -10,14 +10,13 @@ import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from lorakit import adapters, records
 from lorakit.analysis.tables import Table, timing_table
-from lorakit.errors import require
+from lorakit.errors import LorakitError, require
 from lorakit.files import PROJECT, require_place
 from lorakit.measure.latency import inference_latency
 from lorakit.measure.lockstep import lockstep
@@ -25,6 +24,7 @@ from lorakit.records import Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, fingerprints
 from lorakit.runs.experiment import first_test_batch, new_record
 from lorakit.runs.sweep import Run
+from lorakit.training import Diverged
 
 TWIN, WARM_UP = "twin", 3
 
@@ -33,19 +33,20 @@ def timed(runs: Mapping[str, Run], steps: int = 40, reference: str = "lora") -> 
     """A record of kind "timing" for each of `runs` and for the reference's twin.
 
     `details["timing"]` holds quartiles, [lower, median, upper], of milliseconds and of ratios to the reference: "step"
-    (of a batch that a gate may reject), "answer" (one test batch) and "merged" (the same, adapters merged); "accepted",
-    a ratio, is of seconds per accepted step; "padding" is the share of padding in the batches trained on.
+    (of a batch that a gate may reject), "answer" (one test batch), "merged" (the same, adapters merged). "accepted", a
+    ratio of means, is of seconds per accepted step; "padding" is its share in batches of the data in order.
 
     Args:
-        runs: row -> its run; steps: timed of each, after the warm-up and the longest burn-in.
+        runs: row -> its run; steps: timed of each, after a warm-up, of SkipLoRA's and of gates as well.
 
     Raises:
         ParameterError: no run of the reference, fewer than 3 steps; what a run's parameters can be refused for.
+        LorakitError: training of a row ended before its last step.
     """
     require(reference in runs, "reference", reference, f"must be one of {', '.join(runs)}")
     require(steps >= 3, "steps", steps, "must be at least 3")
     asked = {row: run.params for row, run in (runs | {TWIN: runs[reference]}).items()}
-    skipped = WARM_UP + max(params.gate_burn_in * (params.gate != "none") for params in asked.values())
+    skipped = WARM_UP + steps // 5 + max(params.gate_burn_in * (params.gate != "none") for params in asked.values())
     changes = {"budget": float(skipped + steps + 1), "budget_unit": "steps", "evaluations": 1, "run_dir": ""}
     with tempfile.TemporaryDirectory() as folder:
         made, told, trainers = {}, {}, {}
@@ -54,19 +55,29 @@ def timed(runs: Mapping[str, Run], steps: int = 40, reference: str = "lora") -> 
             told[row] = new_record(params, {}).model_copy(update={"kind": "timing", "method": row, "status": "done"})
             made[row] = assemble(params)
             told[row].fingerprints = fingerprints(made[row])
+            told[row].resolved["label"] *= row != TWIN  # which else would have the reference's name
             trainers[row] = build_trainer(made[row], told[row], f"{folder}/{row}")
-        seconds = lockstep([*trainers.values()], skipped + steps + 1)
+        try:
+            seconds = lockstep([*trainers.values()], skipped + steps + 1)
+        except (Diverged, RuntimeError, MemoryError) as error:
+            raise LorakitError(f"a row could not be timed: {' '.join(str(error).split())}") from error
+        finally:
+            for trainer in trainers.values():
+                trainer.progress.close()
+    for row, trainer in trainers.items():  # answers are given by what a run leaves, and without autocast
+        if asked[row].sparsify == "structured":
+            adapters.compact(made[row].model)
+        trainer.accelerator.unwrap_model(made[row].model, keep_fp32_wrapper=False)
     kept = slice(skipped, skipped + steps)  # the last step evaluates
     steps_of = dict(zip(made, 1e3 * np.array(seconds)[:, kept], strict=True))
     logs = {row: trainer.gate_log.decisions[kept] for row, trainer in trainers.items() if trainer.gate.selective}
+    accepted = {row: steps_of[row].sum() / (sum(logs.get(row, [True] * steps)) or np.nan) for row in made}
     for row, record in told.items():
-        timing: dict[str, Any] = {"steps": steps, "padding": _padding(made[row]), "accepted": None}
-        if accepted := sum(logs.get(row, [True] * steps)):
-            timing["accepted"] = float(steps_of[row].sum() / accepted / steps_of[reference].mean())
-        record.details["timing"] = timing
+        share = accepted[row] / accepted[reference]
+        record.details["timing"] = {"steps": steps, "padding": _padding(made[row]), "accepted": share}
     for name, found in {"step": steps_of, **_answers(made, steps)}.items():
         for row, times in found.items():
-            sizes = {"ms": times, "ratio": times / found.get(reference, np.nan)}
+            sizes = {"ms": times} | ({"ratio": times / found[reference]} if reference in found else {})
             told[row].details["timing"][name] = {what: quartiles(sample) for what, sample in sizes.items()}
     return [*told.values()]
 

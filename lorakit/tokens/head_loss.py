@@ -227,6 +227,7 @@ class _Sum(torch.autograd.Function):
         return None, (gradient * upper).to(dtype), None, None, *own
 
 
+@torch.no_grad()
 def likelihoods(
     logits: Tensor, targets: Tensor, smoothing: float = 0.0, beside: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, ...]:

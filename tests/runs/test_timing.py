@@ -10,7 +10,7 @@ import torch
 
 from lorakit import records
 from lorakit.analysis.tables import Table, timing_table
-from lorakit.errors import ParameterError
+from lorakit.errors import LorakitError, ParameterError
 from lorakit.files import PROJECT
 from lorakit.runs import sweep, timing
 
@@ -44,7 +44,7 @@ def test_a_setting_is_timed_row_by_row_and_written_where_asked(tmp_path, capsys)
 
 def test_ratios_are_of_steps_side_by_side_after_warm_up_and_burn_in(monkeypatch):
     burn_in = asked("slora")["slora"].params.gate_burn_in
-    skipped = timing.WARM_UP + burn_in
+    skipped = timing.WARM_UP + 4 // 5 + burn_in
     own = {"lora": [2.0, 4.0, 2.0, 4.0], "slora": [1.0, 8.0, 1.0, 8.0], "twin": [2.0, 4.0, 2.0, 5.0]}
 
     def made_up(trainers, steps):
@@ -89,6 +89,35 @@ def test_the_table_says_what_there_is():
         "answer ms": "1,234.6", "answer ×": "1.00 [1.00, 1.00]", "answer, merged ms": "-", "answer, merged ×": "-",
         "padding": "22.5 %"}]  # fmt: skip
     assert "QLoRA" in Table(table).markdown()
+
+
+def test_ratios_to_a_gated_reference_and_to_one_that_cannot_be_merged(monkeypatch, tmp_path):
+    skipped = timing.WARM_UP + asked("slora")["slora"].params.gate_burn_in
+
+    def made_up(trainers, steps):
+        for trainer in trainers:
+            if trainer.gate.selective:
+                trainer.gate_log.decisions[:] = [True] * skipped + [False, True, False, True]
+        return [[2.0] * steps for _ in trainers]
+
+    monkeypatch.setattr(timing, "lockstep", made_up)
+    found = {record.row: record.details["timing"] for record in timing.timed(asked("lora slora"), 3, "slora")}
+    assert {row: told["accepted"] for row, told in found.items()} == {"lora": 1 / 3, "slora": 1, "twin": 1}
+    told = timing.timed(asked("lora head"), 3, "head")
+    for record in told:
+        records.write(record, tmp_path / record.row / "timing.json")
+    table = timing_table(records.read_all(tmp_path, kind="timing")).set_index("method")
+    assert table["answer, merged ×"].tolist() == ["-"] * 3 and table.loc["LoRA", "answer, merged ms"] != "-"
+    assert "twin" in table.index
+
+
+def test_what_ends_a_row_is_one_sentence(monkeypatch):
+    def ended(trainers, steps):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(timing, "lockstep", ended)
+    with pytest.raises(LorakitError, match="^a row could not be timed: out of memory$"):
+        timing.timed(asked("lora"), 3)
 
 
 @pytest.mark.parametrize(
