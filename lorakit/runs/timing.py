@@ -47,7 +47,7 @@ def timed(runs: Mapping[str, Run], steps: int = 40, reference: str = "lora") -> 
     require(steps >= 3, "steps", steps, "must be at least 3")
     asked = {row: run.params for row, run in (runs | {TWIN: runs[reference]}).items()}
     skipped = WARM_UP + steps // 5 + max(params.gate_burn_in * (params.gate != "none") for params in asked.values())
-    changes = {"budget": float(skipped + steps + 1), "budget_unit": "steps", "evaluations": 1, "run_dir": ""}
+    changes = {"budget": float(skipped + steps + 1), "budget_unit": "steps", "evaluations": 1, "max_validation": 8}
     with tempfile.TemporaryDirectory() as folder:
         made, told, trainers = {}, {}, {}
         for row, params in asked.items():

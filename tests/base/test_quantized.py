@@ -9,6 +9,7 @@ from small_models import KINDS, STILL, backward, bits, gradients, logits, pertur
 from torch import nn
 
 from lorakit.adapters import adapter_layers, attach, quantize_nf4
+from lorakit.base import nf4
 from lorakit.base.nf4 import dequantise, is_four_bit, nf4_bytes, stored_bytes
 from lorakit.errors import LorakitError
 
@@ -123,6 +124,7 @@ def test_all_linear_layers_but_the_heads_are_replaced(build, kind):
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.blocksize == 64
         assert layer.weight.quant_state.nested and not layer.weight.requires_grad
         assert layer.support_avx512bf16_for_cpu is False and layer.training is old.training
+        assert nf4.dense(layer).training is old.training
         assert layer.bias is None or torch.equal(layer.bias, old.bias.bfloat16())
         weight = old.weight.T if kind == "gpt2" else old.weight
         assert_close(dequantise(layer), weight.detach(), 0.12)  # NF4 of a normal: 9 %

@@ -190,6 +190,7 @@ def test_what_was_accepted_is_not_novel_and_scale_does_not_matter():
     gate.update(1e-6 * other)
     assert gate.novelty(z) == pytest.approx(0, abs=1e-5) and gate.novelty(other) == pytest.approx(0, abs=1e-5)
     assert gate.novelty(3 * z + 2 * other) == pytest.approx(gate.novelty(300 * z + 200 * other), abs=1e-6)
+    assert gate.novelty(1e30 * z) == pytest.approx(gate.novelty(z), abs=1e-5)  # whose square float32 does not hold
 
 
 def test_leverage_discounts_weak_directions():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import training_runs as runs
 from flora_runs import MODES, arguments, budgeted, decoder, flora, ledger, modes
 
-from lorakit.errors import ParameterError
+from lorakit.errors import ParameterError, require_finite
 from lorakit.gates import build_gate
 from lorakit.training import Diverged, FLoRATrainer
 
@@ -208,6 +208,14 @@ def test_only_logits_that_are_no_numbers_are_a_loss_that_is_none(tmp_path, monke
     run.tokens.verify = lambda *_: None
     monkeypatch.setattr(run.tokens, "select", refuse)
     with pytest.raises(raised, match="training loss is nan at step 1" if name == "logits" else "hidden='nan'"):
+        run.train()
+
+
+def test_what_is_not_finite_before_there_is_a_loss_ends_the_run_as_diverged(tmp_path, monkeypatch):
+    run = budgeted(decoder(), tmp_path)
+    run.tokens.verify = lambda *_: None
+    monkeypatch.setattr(run.tokens, "select", lambda *_: require_finite(False, "hidden", "nan"))
+    with pytest.raises(Diverged, match="^hidden='nan'.* at step 1$"):
         run.train()
 
 
