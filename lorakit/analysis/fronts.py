@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -44,8 +45,8 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     """A line per row with finished runs: label, seeds, mean, low and high of `value`, its costs' means, and `standing`.
 
     That is to the row with the best mean (of those with the most seeds), over `common` seeds, by Student's paired test
-    with Holm's correction over all rows: "best", "worse", "better" (of other seeds than the means are of), "within
-    noise" or "too few seeds". The best was chosen by the same runs, which favours it.
+    (of perplexities' logarithms) with Holm's correction over all rows: "best", "worse", "better" (of other seeds than
+    the means are of), "within noise" or "too few seeds". The best was chosen by the same runs, which favours it.
 
     Args:
         value: "test accuracy", …; empty: what the task is judged by.
@@ -64,7 +65,8 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     best = (max if higher else min)(
         (row for row, (_, values) in found.items() if len(values) == most), key=lambda row: np.mean(found[row][1])
     )
-    gaps = {row: stats.paired_differences(group, found[best][0], value) for row, (group, _) in found.items()}
+    scale = functools.partial(_logarithm, value) if value.endswith("perplexity") else value
+    gaps = {row: stats.paired_differences(group, found[best][0], scale) for row, (group, _) in found.items()}
     tested = {row: two_sided(gap.differences) for row, gap in gaps.items() if row != best and gap.estimate}
     tested = {row: p for row, p in tested.items() if len(gaps[row].seeds) >= stats.MINIMUM_SEEDS}
     adjusted = dict(zip(tested, holm([*tested.values()], len(found) - 1), strict=True))
@@ -80,6 +82,12 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
     table = pd.DataFrame(lines).T.infer_objects().astype({"low": float, "high": float})
     return table.join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
+
+
+def _logarithm(value: str, record: Record) -> float | None:
+    split, _, metric = value.partition(" ")
+    found = record.final.get(split, {}).get(metric)
+    return math.log(found) if found else None
 
 
 def two_sided(differences: Sequence[float]) -> float:

@@ -165,3 +165,13 @@ def test_the_verdict_says_what_one_seed_cannot_and_what_needs_none():
     several = fronts.verdict(runs(rows=ROWS | {"lora": (0.8985, 20, 100, 2)})).split("\n")
     assert several[1:3] == ["Worse beyond noise: head only; SkipLoRA.", "Within its noise: LoRA."]
     assert len(fronts.verdict(runs(rows={"head": ROWS["head"]})).split("\n")) == 1
+
+
+def test_perplexities_are_compared_by_their_logarithms():
+    """Where one row's are ten times the other's, but spread so far that their difference tells nothing."""
+    found = {"lora": [5.0, 6.0, 5.5, 6.5], "head": [20.0, 400.0, 60.0, 70.0]}
+    records = [run(row, seed, 0.5, 1, 1).model_copy(update={"final": {"test": {"perplexity": value}}})
+               for row, values in found.items() for seed, value in enumerate(values)]  # fmt: skip
+    table = fronts.standings(records)
+    assert table["standing"].tolist() == ["best", "worse"] and table.loc["head", "mean"] == np.mean(found["head"])
+    assert fronts.two_sided(np.subtract(found["head"], found["lora"])) > 0.2
