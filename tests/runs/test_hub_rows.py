@@ -102,9 +102,10 @@ def test_the_settings_are_those_of_the_hub():
 @pytest.mark.parametrize(("setting", "row"), ROWS, ids=["/".join(row) for row in ROWS])
 def test_a_row_runs_to_its_record(offline, tmp_path, capsys, setting, row):
     path, asked = tmp_path / "s0.json", params.resolve({"setting": setting, "row": row})
-    status = cli.main(["train", *arguments(setting, row, record=str(path))])
-    record, shown = records.read(path), capsys.readouterr().out
-    assert (status, record.status, record.message) == (0, "done", "")
+    status, (shown, told) = cli.main(["train", *arguments(setting, row, record=str(path))]), capsys.readouterr()
+    assert status == 0, told
+    record = records.read(path)
+    assert (record.status, record.message) == ("done", "")
     assert (record.setting, record.costs.accepted_steps, record.curve[-1].step) == (setting, 3, record.costs.steps)
     kept = ("model", "task", "method", "quantize", "skip", "gate", "optimizer", "precision", "dtype", "learning_rate")
     assert {name: record.resolved[name] for name in kept} == {name: getattr(asked, name) for name in kept}
@@ -129,9 +130,9 @@ def test_a_row_runs_to_its_record(offline, tmp_path, capsys, setting, row):
     assert (record.parameters.nonzero < 0.9 * trained) == (asked.method == "sparse")
 
     assert (NOT_SEARCHED in record.notes) == (not asked.learning_rate_from) == ("rate not searched" in shown)
-    told = {"weights": asked.quantize != "none", "skip": asked.skip != "none", "gate": asked.gate != "none",
-            "tokens": asked.gating.selective, "sparsity": asked.method == "sparse"}  # fmt: skip
-    assert {name: name in record.details for name in told} == told
+    details = {"weights": asked.quantize != "none", "skip": asked.skip != "none", "gate": asked.gate != "none",
+               "tokens": asked.gating.selective, "sparsity": asked.method == "sparse"}  # fmt: skip
+    assert {name: name in record.details for name in details} == details
     if asked.gate == "random":
         assert record.details["gate"]["decisions"] == record.costs.steps >= 3
 
