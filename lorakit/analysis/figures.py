@@ -105,7 +105,8 @@ def _draw_memory(ax: Axes, records: Sequence[Record]) -> style.Key:
     table = table / size
     kinds = table.drop(columns=["peak", "measured"], errors="ignore").fillna(0)
     peaks = table.reindex(columns=["peak", "measured"]).rename(columns={"peak": "", "measured": "measured "})
-    texts = [", ".join(f"{name}{size:.3g}" for name, size in row.dropna().items()) for _, row in peaks.iterrows()]
+    told = peaks.map(lambda size: f"{size:,.0f}" if size >= 100 else f"{size:.3g}", na_action="ignore")
+    texts = [", ".join(f"{name}{text}" for name, text in row.dropna().items()) for _, row in told.iterrows()]
     measured = peaks["measured "]
     style.stacked(ax, kinds, texts, np.fmax(kinds.sum(axis=1), measured))
     if measured.notna().any():

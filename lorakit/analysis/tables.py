@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -56,7 +57,7 @@ class Table:
             styler = part.style.format(escape="html").hide(axis="index").set_uuid(f"lorakit{place}")
             left = [{"selector": ".col0", "props": "text-align: left"}]
             shown.append(styler.format_index(escape="html", axis=1).set_table_styles(left).to_html())
-        return "\n".join(shown)
+        return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", "\n".join(shown))  # as Markdown has it
 
 
 def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool = False) -> Table:

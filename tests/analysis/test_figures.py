@@ -164,6 +164,11 @@ def test_bars_are_the_table():
 
 
 def test_a_measurement_is_never_drawn_as_a_prediction():
+    sizes = {"lora": 1434.2, "full": 99.94, "head": 100.4}
+    large = figures.memory_by_kind(
+        [costing(m, None, parameters=round(n * MIB), peak=round(n * MIB)) for m, n in sizes.items()]
+    )
+    assert [text.get_text() for text in large.axes[0].texts] == ["99.9", "1,434", "100"]
     without = figures.memory_by_kind(runs()).axes[0]
     assert not without.lines and "predicted" in without.get_xlabel()
     measured = figures.memory_by_kind([costing("lora", 9 * MIB, parameters=5 * MIB, peak=5 * MIB)]).axes[0]

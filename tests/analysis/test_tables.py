@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 
+import pandas as pd
 import pytest
 from synthetic_records import diverged, record, search
 
@@ -66,6 +67,8 @@ def test_a_terminal_sees_aligned_text_a_file_markdown_and_jupyter_html():
     assert head.startswith("| method") and rule.startswith("|:--") and rule.endswith("--:|") and len(rest) == 3
     html = shown._repr_html_()
     assert html.count("<table") == 2 and "0.860 ± 0.010" in html and "&lt;b&gt;" in html and "<b>" not in html
+    bold = tables.Table(pd.DataFrame({"verdict": ["**holds** *"]}), "it **holds**, or <is> not")._repr_html_()
+    assert bold.count("<b>holds</b>") == 2 and "&lt;is&gt;" in bold and "<b>holds</b> *" in bold
 
 
 def test_what_is_not_recorded_is_a_dash_not_a_zero():
