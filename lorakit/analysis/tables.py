@@ -60,13 +60,13 @@ class Table:
         return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", "\n".join(shown))  # as Markdown has it
 
 
-def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool = False) -> Table:
+def results_table(records: Sequence[Record], *, mixed: bool = False) -> Table:
     """Two tables over one setting's records, a line per row: what it bought, and what it cost.
 
-    Numbers are means over the runs that finished, scores with the standard deviation over seeds.
+    Numbers are means over the runs that finished, scores with the standard deviation over seeds. None of them moves
+    with the clock: seconds of runs at other hours compare poorly, see `lorakit time`.
 
     Args:
-        timing: with latency and seconds; a notebook cell whose output is compared leaves them out.
         mixed: also of runs on different models or data; a sentence above says so.
 
     Raises:
@@ -86,9 +86,6 @@ def results_table(records: Sequence[Record], *, timing: bool = True, mixed: bool
     quality.insert(2, "status", [statuses(group) for group in groups.values()])
     cost = axis_columns("accepted_steps", "tokens", "flops")
     cost["predicted peak MiB"] = ("predicted_peak", "{:,.1f}", 2**20)
-    if timing:
-        cost |= {f"{name} ms": (f"{name.replace(' ', '_')}_ms", "{:,.2f}", 1) for name in ("latency", "merged latency")}
-        cost |= axis_columns("seconds")
     return Table(warning, quality, summary(runs, cost), "\n".join(remarks(groups)))
 
 
