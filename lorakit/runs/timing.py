@@ -21,15 +21,15 @@ from lorakit.files import PROJECT, require_place
 from lorakit.measure.latency import inference_latency
 from lorakit.measure.lockstep import lockstep
 from lorakit.records import Record
+from lorakit.runs import sweep
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, fingerprints
 from lorakit.runs.experiment import first_test_batch, new_record
-from lorakit.runs.sweep import Run
 from lorakit.training import Diverged
 
 TWIN, WARM_UP = "twin", 3
 
 
-def timed(runs: Mapping[str, Run], steps: int = 40, reference: str = "lora") -> list[Record]:
+def timed(runs: Mapping[str, sweep.Run], steps: int = 40, reference: str = "lora") -> list[Record]:
     """A record of kind "timing" for each of `runs` and for the reference's twin.
 
     `details["timing"]` holds quartiles, [lower, median, upper], of milliseconds and of ratios to the reference: "step"
@@ -119,8 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         LorakitError: an unknown setting or row, or a place that cannot be written to.
     """
-    from lorakit.runs import sweep
-
     parser = argparse.ArgumentParser(prog="lorakit time", description="Seconds of steps and answers, rows in turns.")
     parser.add_argument("setting", help="a folder of params/")
     parser.add_argument("--rows", default="", help="separated by spaces (default: all of the setting)")
