@@ -14,7 +14,7 @@ from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import title
 from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame, require_comparable
-from lorakit.analysis.significance import ALPHA, ROUNDING, below, holm
+from lorakit.analysis.significance import ALPHA, holm, two_sided
 from lorakit.analysis.tables import NONE, Column, Table, score
 from lorakit.errors import require
 from lorakit.records import AXES, METRICS, Record
@@ -88,12 +88,6 @@ def _logarithm(value: str, record: Record) -> float | None:
     split, _, metric = value.partition(" ")
     found = record.final.get(split, {}).get(metric)
     return math.log(found) if found else None
-
-
-def two_sided(differences: Sequence[float]) -> float:
-    """p of Student's t that the mean of `differences` (n,) is not 0."""
-    sample = np.array(differences)
-    return 2 * min(below(sample, 0)) if np.abs(sample).max() > ROUNDING else 1.0
 
 
 def standings_table(records: Sequence[Record], value: str = "") -> pd.DataFrame:

@@ -25,6 +25,12 @@ def below(sample: np.ndarray, limit: float, strict: bool = False) -> tuple[float
     return less, greater
 
 
+def two_sided(differences: Sequence[float]) -> float:
+    """p of Student's t that the mean of `differences` (n,) is not 0."""
+    sample = np.array(differences)
+    return 2 * min(below(sample, 0)) if np.abs(sample).max() > ROUNDING else 1.0
+
+
 def smallest_effect(spread: float, count: int, alpha: float = ALPHA) -> float:
     """What `count` pairs of standard deviation `spread` tell from none with 80 % power, two-sided at `alpha`."""
     from scipy.special import nctdtrinc, stdtrit
