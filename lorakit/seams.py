@@ -143,8 +143,8 @@ GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each m
 
 # which tokens ------------------------------------------------------------------------------------------
 
-# (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward; and what its
-# `beside`, if it has one, gives for the logits, found while a processor's cache holds them
+# (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward; and, where it has a
+# true `grouped`, the logits' `sketches.group_maxima`, found while a processor's cache holds them
 Look = Callable[..., None]
 
 

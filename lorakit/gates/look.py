@@ -1,6 +1,5 @@
 """A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from lorakit.head import Head
 from lorakit.seams import Candidate, Gate
-from lorakit.sketches import group_maxima
 
 
 @dataclass
@@ -31,9 +29,9 @@ class GateLook:
         return self.gate.target_rate
 
     @property
-    def beside(self) -> Callable[[Tensor], Tensor] | None:
-        """What is wanted of a few logits (n, V) at a time."""
-        return group_maxima if self.gate.needs_hidden else None
+    def grouped(self) -> bool:
+        """Whether `group_maxima` of the logits are wanted."""
+        return self.gate.needs_hidden
 
     def __call__(
         self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor, maxima: Tensor | None = None

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.head import ROWS_CHECKED, Head, replaced_input, rows, same_loss, takes_labels
 from lorakit.settings import TokenSettings
-from lorakit.sketches.head_gradient import error_in_place
+from lorakit.sketches.head_gradient import error_in_place, group_maxima
 
 BYTES = {True: 6, False: 16}  # of a logit at work, by whether the head is frozen: float32, and 16 bits before or after
 CAPPED = 8  # bytes more where it is capped or scaled
@@ -228,17 +228,19 @@ class _Sum(torch.autograd.Function):
 
 
 @torch.no_grad()
-def likelihoods(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, beside: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, ...]:
-    """Negative log-likelihoods (n,), and what `beside` gives for the logits (n, V) float32: a few rows at a time."""
+def likelihoods(logits: Tensor, targets: Tensor, smoothing: float = 0.0, grouped: bool = False) -> tuple[Tensor, ...]:
+    """Negative log-likelihoods (n,) of logits (n, V) float32, a few rows at a time; if `grouped` also `group_maxima`.
+
+    Those cost little here: the softmax begins with each row's largest logit, and the largest of them is that.
+    """
     rows = max(1, SLICE // 2 // logits.shape[1])  # the cache holds what is made of them as well
     work, found = torch.empty_like(logits[:rows]), []  # one for all: memory that is new each time costs page faults
     for z, y in zip(logits.split(rows), targets.split(rows), strict=True):
-        logs = torch.log_softmax(z, 1, out=work[: len(z)])
-        losses = F.nll_loss(logs, y, reduction="none")
-        losses = (1 - smoothing) * losses - smoothing * logs.mean(1) if smoothing else losses
-        found.append((losses,) if beside is None else (losses, beside(z)))
+        maxima = [group_maxima(z)] if grouped else []
+        shifted = torch.sub(z, (maxima or [z])[0].amax(1, keepdim=True), out=work[: len(z)])
+        gold = shifted.gather(1, y[:, None]).squeeze(1)
+        gold = (1 - smoothing) * gold + smoothing * shifted.mean(1) if smoothing else gold
+        found.append((shifted.exp_().sum(1).log_() - gold, *maxima))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 

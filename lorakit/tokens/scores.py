@@ -14,7 +14,7 @@ from lorakit.head import Head
 from lorakit.modules import blocks
 from lorakit.settings import Gating
 from lorakit.sketches import TensorSketch
-from lorakit.sketches.head_gradient import error_in_place, group_maxima, sparse_error
+from lorakit.sketches.head_gradient import error_in_place, sparse_error
 from lorakit.tokens.head_loss import likelihoods
 
 OF_LAYERS = ("update", "updates")  # known before the head runs
@@ -104,7 +104,7 @@ class TokenScore:
             return (error.to(weight.dtype) @ weight).float().norm(dim=1) / scale, losses
         maxima: list[Tensor] = []
         if losses is None:
-            losses, *maxima = likelihoods(logits, labels, beside=group_maxima if self.name == "sketch" else None)
+            losses, *maxima = likelihoods(logits, labels, grouped=self.name == "sketch")
         if self.name == "sketch":
             normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
             error = sparse_error(logits, labels, self.kept, self.softcap, normaliser, *maxima)

@@ -259,8 +259,8 @@ class TokenGate:
                 raw = raw.clone()
             losses = None
             if look is not None:
-                losses, *beside = likelihoods(logits, y, beside=getattr(look, "beside", None))
-                look(h, logits, y, losses, *beside)
+                losses, *maxima = likelihoods(logits, y, grouped=getattr(look, "grouped", False))
+                look(h, logits, y, losses, *maxima)
             smoothed = likelihoods(logits, y, self.smoothing)[0] if self.smoothing else None
             scores, losses = self.score(h, logits, y, losses, len(found) * self.loss.chunk)
             found.append((scores, smoothed if self.smoothing else losses))

@@ -290,10 +290,11 @@ def test_a_look_adds_up_what_is_measured_of_chunks():
     first = gate.seen[0]
     assert first.hidden.shape == (1, 3, 4) and first.logits.shape == (1, 3, 9) and first.softcap == 2.0
     assert torch.equal(first.token_losses, losses[:3]) and len(gate.seen) == 2
-    assert look.beside is None and first.maxima is None
+    assert not look.grouped and first.maxima is None
     gate.needs_hidden = True
-    look(hidden, logits, labels, losses, maxima := look.beside(logits))
-    assert torch.equal(gate.seen.pop().maxima, maxima) and torch.equal(maxima, logits.amax(1, keepdim=True))
+    assert look.grouped
+    look(hidden, logits, labels, losses, maxima := logits.amax(1, keepdim=True))
+    assert gate.seen.pop().maxima is maxima
     empty = GateLook(gate, 0.5, head)
     assert empty.measured().tolist() == [0, 0]
     assert gate.seen[-1].hidden.shape == (1, 0, 4) and gate.seen[-1].logits.shape == (1, 0, 9)

@@ -11,6 +11,7 @@ from decoders import adapted, batch, chosen_of, of, selection, split
 
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.settings import Gating, TokenSettings
+from lorakit.sketches import group_maxima
 from lorakit.tokens import build_tokens
 from lorakit.tokens.head_loss import HeadLoss, cheapest, likelihoods
 
@@ -30,12 +31,17 @@ def test_what_fits_is_kept_and_half_of_all_are_worth_a_gradient_at_once(used, ke
 def test_losses_of_a_few_rows_at_a_time_are_torchs(words, smoothing):
     torch.manual_seed(0)
     logits, targets = 3 * torch.randn(5, words), torch.randint(0, words, (5,))
-    seen = []
-    losses, last = likelihoods(logits, targets, smoothing, lambda z: seen.append(len(z)) or z[:, -1])
+    losses, maxima = likelihoods(logits, targets, smoothing, grouped=True)
     expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(last, logits[:, -1]) and torch.equal(likelihoods(logits, targets, smoothing)[0], losses)
-    assert seen == ([5] if words == 5 else [1] * 5)
+    assert torch.equal(maxima, group_maxima(logits)) and torch.equal(likelihoods(logits, targets, smoothing)[0], losses)
+
+
+def test_a_word_that_cannot_be_costs_nothing_and_one_alone_is_certain():
+    logits = torch.tensor([[1.0, -torch.inf, 1.0], [-torch.inf, 300.0, -torch.inf], [0.0, torch.inf, 0.0]])
+    losses = likelihoods(logits, torch.tensor([0, 1, 1]))[0]
+    torch.testing.assert_close(losses[:2], torch.tensor([2.0, 1.0]).log())
+    assert losses[2].isnan()  # as log_softmax tells it
 
 
 @pytest.mark.parametrize(
