@@ -21,7 +21,7 @@ Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted", 
 # Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.
 METRICS = {
     "f1": True, "accuracy": True, "exact_match": True, "perplexity": False, "pseudo_perplexity": False, "loss": False,
-    "masked_perplexity": False, "token_accuracy": True,
+    "masked_perplexity": False, "token_accuracy": True, "forgetting": False,
 }  # fmt: skip
 
 

@@ -232,9 +232,8 @@ class Gating(Settings):
 class TokenSettings(Settings):
     """Which tokens get a backward, and what their loss is made of
 
-    "exact": the head runs for predictions only, in chunks, and keeps no logits; so for chosen tokens always. "nll": all
-    logits, as the model makes them, and a classifier's. "dft": exact, each loss times its token's probability (Wu et
-    al. 2025). "liger": Liger's CUDA kernel.
+    "exact": the head runs for predictions only, in chunks, keeping no logits; so for chosen tokens always. "nll": all
+    its logits. "dft": exact, each loss times its token's probability (Wu et al. 2025). "liger": Liger's kernel.
     """
 
     question = "tokens"
@@ -287,6 +286,7 @@ class EvaluationSettings(Settings):
     eval_batch_size: int = field(64, "rows", ge=1)
     select: Literal["last", "best"] = field("last", "the final model; best: by validation loss, never by test")
     exact_match_rows: int = field(0, "chat tasks: GSM8K-style answers generated at the end", FREE, UNTRIED, ge=0)
+    forgetting: str = field("", "plain-text task whose loss is taken before and after; empty: none", FREE, UNTRIED)
     save_steps: int = field(0, "steps between checkpoints; 0: none", FREE, UNTRIED, ge=0)
     latency_repeats: int = field(10, "inference timings; 0: none", FREE, UNTRIED, ge=0)
     predict_memory: bool = field(True, "of one step, by a run on tensors without data", FREE, UNTRIED)

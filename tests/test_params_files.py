@@ -58,11 +58,11 @@ def test_the_two_kept_lists_are_flags_of_the_fields():
     assert flagged(Params, APART) - told == {*places, "row", "resume", "report_to", "search_rates", "search_budget"}
     assert flagged(Params, FREE) - told == {
         *places, "resume", "report_to", "latency_repeats", "predict_memory", "save_steps", "exact_match_rows",
-        "search_rates", "search_budget", "max_test", "setting", "row",
+        "forgetting", "search_rates", "search_budget", "max_test", "setting", "row",
     }  # fmt: skip
     assert flagged(Params, UNTRIED) - told == {
         "search_rates", "learning_rate", "budget", "evaluations", "max_test", "latency_repeats", "predict_memory",
-        "save_steps", "exact_match_rows", "resume", "report_to", "setting", "row",
+        "save_steps", "exact_match_rows", "forgetting", "resume", "report_to", "setting", "row",
     }  # fmt: skip
     assert told <= flagged(Params, APART) & flagged(Params, FREE) & flagged(Params, UNTRIED)
 

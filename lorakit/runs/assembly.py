@@ -31,6 +31,7 @@ class Assembled(NamedTuple):
     task: Any
     loaded: Any
     redundant: Any = None  # (N,) bool, which of the stream's batches are redundant by design
+    elsewhere: Any = None  # the task that tells what was forgotten
 
     @property
     def notes(self) -> list[str]:
@@ -76,6 +77,13 @@ def assemble(params: Params) -> Assembled:
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
     answered = not rows or task.kind == "causal" and bool(task.answer_rows("test", rows))
     require(answered, "exact_match_rows", rows, lacking)
+    elsewhere = None
+    if params.forgetting:
+        causal = [name for name in tasks.NAMES if tasks.kind(name, "decoder") == "causal"]
+        told = f"must be, in a causal language model's run, one of {', '.join(causal)}"
+        require(kind == "causal" and params.forgetting in causal, "forgetting", params.forgetting, told)
+        asked |= {"data_dir": "", "packing": False}
+        elsewhere = tasks.load(params.forgetting, loaded.tokenizer, kind_of_model="decoder", **asked)
     if params.packing:
         require_apart(loaded.model, task.train, task.collator)
     redundant = None
@@ -88,13 +96,13 @@ def assemble(params: Params) -> Assembled:
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
     steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
     model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
-    return Assembled(params, model, loaded.tokenizer, task, loaded, redundant)
+    return Assembled(params, model, loaded.tokenizer, task, loaded, redundant, elsewhere)
 
 
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
     """What data, model and code the run is about."""
-    task, loaded = assembled.task, assembled.loaded
-    data = {"data": dict(task.files), "data_source": task.source}
+    task, loaded, elsewhere = assembled.task, assembled.loaded, assembled.elsewhere
+    data = {"data": dict(task.files) | dict(elsewhere.files if elsewhere else {}), "data_source": task.source}
     model = {"model": loaded.fingerprint, "model_source": loaded.source}
     return data | model | {"code": environment.code_fingerprint()}
 

@@ -156,7 +156,8 @@ def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
 
 
 def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
-    params, model = assembled.params, assembled.model
+    params, model, elsewhere = assembled.params, assembled.model, assembled.elsewhere
+    before = trainer.evaluate(elsewhere.test, metric_key_prefix="base") if elsewhere else {}
     train(trainer, record, params)
     if params.select == "best":
         trainer.curve.restore_best(model)
@@ -167,7 +168,7 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
     record.details |= {controller.name: controller.report() for controller in trainer.controllers}
     if params.method == "sparse" and params.sparsify == "structured":
         adapters.compact(model)
-    _evaluate(record, assembled, trainer)
+    _evaluate(record, assembled, trainer, before)
     if params.run_dir and trainer.is_world_process_zero():
         _keep(assembled, Path(params.run_dir))
 
@@ -210,12 +211,20 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
             setattr(record.costs, name, getattr(ledger, name))
 
 
-def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
-    """Final metrics of the chosen weights; the test split is read here and nowhere before."""
+def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer, before: dict[str, float]) -> None:
+    """Final metrics of the chosen weights; the test split is read here and nowhere before.
+
+    Args:
+        before: what the base said, untrained, to the text that tells what was forgotten.
+    """
     params = assembled.params
     record.final["validation"] = dict(trainer.curve.chosen().validation)
     metrics = trainer.evaluate(assembled.task.test, metric_key_prefix="test")
     record.final["test"] = strip_prefix(metrics, "test_")
+    if elsewhere := assembled.elsewhere:
+        losses = {"base": before["base_loss"], "trained": trainer.evaluate(elsewhere.test)["eval_loss"]}
+        record.final["test"]["forgetting"] = losses["trained"] - losses["base"]
+        record.details["forgetting"] = {"task": elsewhere.name, "rows": len(elsewhere.test), **losses}
     trainer.accelerator.unwrap_model(assembled.model, keep_fp32_wrapper=False)  # what follows runs without autocast
     if params.exact_match_rows:
         from lorakit.tasks.exact_match import exact_match
