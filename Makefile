@@ -22,7 +22,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults mutants notebooks lab sweep clean
+.PHONY: help demo test test-lax check faults mutants notebooks readme lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -55,6 +55,9 @@ mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at 
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit.runs.notebooks --regenerate
+
+readme: $(INSTALLED) ## write README's tables of results anew from records and saved benchmarks
+	$(BIN)/python scripts/readme.py
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 
 import pytest
 import readme_benchmarks
@@ -29,6 +30,7 @@ NAMES = (
     *(folder.name for folder in RESULTS.iterdir() if folder.is_dir()),
 )
 SAID = {"records": readme_records.said, "times": readme_times.said, **readme_benchmarks.SAID}
+REWRITTEN = runpy.run_path(str(PROJECT / "scripts" / "readme.py"))["rewritten"]
 NUMBER = r"[+−]?\d[\d,.]*(e-\d+)?"
 
 
@@ -102,3 +104,12 @@ def test_a_new_sentence_with_a_number_is_seen():
     title = f"## {SECTIONS[0]}\n"
     (complaint,) = unbacked(README.replace(title, f"{title}LoRA saves 37 % of it. "))
     assert complaint.startswith("nothing backs: LoRA saves 37 % of it.")
+
+
+def test_the_command_writes_the_tables_anew_and_nothing_else():
+    assert REWRITTEN(README) == README
+    row = re.search(r"^\| HiRA, rank 8 \|.*\n", README, re.M)[0]
+    for changed in (row.replace("27.3", "17.3"), "", 2 * row):
+        assert REWRITTEN(README.replace(row, changed)) == README
+    with pytest.raises(ValueError, match="has 0 tables that begin with '| mode"):
+        REWRITTEN(README.replace("| mode | tokens kept", "| mode | tokens"))

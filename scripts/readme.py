@@ -1,0 +1,76 @@
+"""Write README's tables of results anew from the committed records and saved benchmarks.
+
+    python scripts/readme.py            # writes README.md where a row differs
+    python scripts/readme.py --check    # says which tables differ, and writes nothing
+
+The rows are those that `tests/test_readme.py` holds README to. Sentences are written by hand: the test names the number
+that does not fit any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+
+import readme_benchmarks as benchmarks  # noqa: E402 (found by the line above)
+import readme_records as records  # noqa: E402
+import readme_times as times  # noqa: E402
+
+from lorakit.files import write_text  # noqa: E402
+
+# how a table's first line begins -> what makes its rows, in their order
+TABLES: dict[str, list[Callable[[], Iterator[str]]]] = {
+    "| method | test accuracy |": [records.first_table],
+    "| method | a step |": [times.said],
+    "| row | accepted steps | candidates |": [records.batches_table],
+    "| the exact loss ": [benchmarks.of_loss, benchmarks.of_combined],
+    "| row (five seeds each) | learning rate |": [records.exact_table],
+    "| held against | difference on test |": [records.exact_verdicts],
+    "| row (three seeds each) | steps |": [records.tokens_table],
+    "| mode | tokens kept |": [benchmarks.of_tokens],
+    "| claim | MiniLM |": [benchmarks.of_hira, benchmarks.of_skip, benchmarks.of_sparse, benchmarks.of_nf4],
+    "| claim | measured |": [benchmarks.of_gate],
+}
+
+
+def rewritten(readme: str) -> str:
+    """`readme` with the rows of every table made anew, the rest as it is.
+
+    Raises:
+        ValueError: a table is not there, or there twice.
+    """
+    for begins, sources in TABLES.items():
+        rows = [text for source in sources for text in source() if text.startswith("| ") and text.endswith("|")]
+        found = [*re.finditer(rf"^{re.escape(begins)}.*\n\|[-:|]+\n((?:\|.*\n)*)", readme, re.M)]
+        if len(found) != 1:
+            raise ValueError(f"README.md has {len(found)} tables that begin with {begins!r}, must be one")
+        if not any(benchmarks.HOLE in row for row in rows):  # not all is measured
+            start, end = found[0].span(1)
+            readme = readme[:start] + "".join(f"{row}\n" for row in rows) + readme[end:]
+    return readme
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where a table differs")
+    args = parser.parse_args(argv)
+    path = PROJECT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = rewritten(before)
+    old, new = (text.splitlines() for text in (before, after))
+    for line in old:
+        if line not in new:
+            print(f"was: {line}")
+    if before != after and not args.check:
+        write_text(after, path)
+    return int(args.check and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
