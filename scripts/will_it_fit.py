@@ -45,14 +45,14 @@ MODELS = (
     "Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-4B-Base", "Qwen/Qwen3-8B-Base", "Qwen/Qwen3-14B-Base", "Qwen/Qwen3-32B",
 )  # fmt: skip
 SHORT, LONG = 512, 2048  # tokens
-QLORA, AGAIN = {"quantize": "nf4"}, {"gradient_checkpointing": True}
+QLORA, FULL, AGAIN = {"quantize": "nf4"}, {"method": "full"}, {"gradient_checkpointing": True}
 WAYS: dict[str, dict[str, Any]] = {  # of every model
     "LoRA": {},
     "LoRA, checkpointing": AGAIN,
     "QLoRA": QLORA,
     "QLoRA, checkpointing": QLORA | AGAIN,
-    "full": {"method": "full"},
-    "full, checkpointing": {"method": "full"} | AGAIN,
+    "full": FULL,
+    "full, checkpointing, fused AdamW": FULL | AGAIN | {"optimizer": "adamw_torch_fused"},
 }
 CLOSER = {  # of some models
     "LoRA, bf16 autocast": {"precision": "bf16"},
@@ -62,16 +62,18 @@ CLOSER = {  # of some models
     "FLoRA 20 %, fractional": {"tokens": 0.2, "mode": "fractional"},
     "SkipLoRA, half rests": {"skip_share": 0.5},
     "QLoRA, checkpointing, batch 4": QLORA | AGAIN | {"batch": 4},
+    "full, checkpointing": FULL | AGAIN,
 }
 LOOKED_AT = ("distilbert-base-uncased", "google/gemma-3-270m", "meta-llama/Llama-3.1-8B", "huggyllama/llama-65b")
 OF_CAUSAL = ("LoRA, 512 tokens", "LoRA, all logits", "FLoRA 20 %, fractional")  # DistilBERT's rows are of 512 tokens
-MIXED = {"method": "full", "dtype": "fp32", "precision": "bf16"}
 AS_LITGPT = {"rank": 32, "targets": ["q_proj", "v_proj"], "precision": "bf16", "loss": "nll", "seq": SHORT}
-TORCHTUNE = {"batch": 2, "seq": 4096}
+MOST = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OF_64 = {"rank": 64, "targets": MOST, "precision": "bf16"}
+TORCHTUNE = {"batch": 2, "seq": 4096, "optimizer": "adamw_torch_fused"}
 MORE: dict[str, dict[str, dict[str, Any]]] = {  # of one model only
     "huggyllama/llama-65b": {  # what QLoRA's paper says of it
-        "full, fp32 weights, bf16 autocast": MIXED,
-        "full, fp32 weights, bf16 autocast, checkpointing": MIXED | AGAIN,
+        "full, checkpointing, fp32 moments": FULL | AGAIN | {"optimizer": "paged_adamw_32bit"},
+        "full, checkpointing, all in fp32": FULL | AGAIN | {"dtype": "fp32", "precision": "bf16"},
         "QLoRA, checkpointing, 512 tokens": QLORA | AGAIN | {"seq": SHORT},
     },
     "meta-llama/Llama-3.1-8B": {  # what others have measured
@@ -79,10 +81,10 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {  # of one model only
         "as LitGPT's QLoRA": AS_LITGPT | QLORA | {"batch": 2},
     },
     "meta-llama/Llama-3.2-3B": {
-        "as torchtune's full, all logits": {"method": "full", "loss": "nll"} | TORCHTUNE,
-        "as torchtune's full, checkpointing": {"method": "full"} | TORCHTUNE | AGAIN,
-        "as torchtune's LoRA, checkpointing": {"precision": "bf16"} | TORCHTUNE | AGAIN,
-        "as torchtune's QLoRA, checkpointing": {"precision": "bf16"} | TORCHTUNE | AGAIN | QLORA,
+        "as torchtune's full, all logits": FULL | TORCHTUNE | {"loss": "nll"},
+        "as torchtune's full, checkpointing": FULL | TORCHTUNE | AGAIN,
+        "as torchtune's LoRA": OF_64 | TORCHTUNE | AGAIN,
+        "as torchtune's QLoRA": OF_64 | TORCHTUNE | AGAIN | QLORA,
     },
 }
 
