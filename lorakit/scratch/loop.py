@@ -31,6 +31,8 @@ MAX_GRAD_NORM = 1.0
 class DivergedError(LorakitError):
     """The loss is no longer a finite number."""
 
+    status = 1
+
 
 class Loader(Sized, Iterable[tuple[Tensor, ...]], Protocol):
     """Batches of (input_ids, labels) or (input_ids, labels, attention_mask), each (B, T).

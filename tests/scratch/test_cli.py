@@ -10,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorakit.scratch import LoRATransformer, Settings, evaluate, main
+from lorakit import cli
+from lorakit.scratch import LoRATransformer, Settings, evaluate
 from lorakit.scratch import cli as command
 from lorakit.scratch.compare import review_loaders
 
 SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 1, "length": 32, "texts": 40, "lora_r": 2}
 TINY = [f"--{name}={value}" for name, value in {**SIZES, "pretrain_epochs": 2, "epochs": 2}.items()]
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["scratch", *arguments])
 
 
 def test_prints_the_comparison_and_writes_a_folder_that_loads(tmp_path: Path, capsys):
