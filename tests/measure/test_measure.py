@@ -59,11 +59,6 @@ def test_latency_runs_in_evaluation_and_restores_the_modes(fails):
     assert model.training and not model.inner.training
 
 
-def test_latency_needs_a_repeat():
-    with pytest.raises(ParameterError, match="repeats"):
-        inference_latency(Slow(), {}, repeats=0)
-
-
 def test_environment_says_what_and_not_who():
     found = environment.environment()
     assert found["versions"]["torch"] == torch.__version__
