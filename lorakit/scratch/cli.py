@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         LorakitError: bad argument; `DivergedError`, whose exit status is 1.
     """
     parser = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for option in fields(Settings):
-        shown = option.metadata["help"]
-        parser.add_argument(f"--{option.name}", type=type(option.default), default=option.default, help=shown)
+    for name, info in Settings.model_fields.items():
+        parser.add_argument(f"--{name}", type=type(info.default), default=info.default, help=info.description)
     parser.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
     options = vars(parser.parse_args(argv))
     output = options.pop("output")
@@ -71,7 +69,7 @@ def save(result: Comparison, folder: Path) -> None:
     model = result.pretrained.model
     save_file(model.base_state_dict(), folder / "base.safetensors")
     save_file(model.lora_state_dict(), folder / "adapter.safetensors")
-    history = {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss}
+    history = {"settings": result.settings.model_dump(), "pretrain_loss": result.pretrain_loss}
     for name in ("pretrained", "random"):
         trainer = getattr(result, name)
         stats = {"initial_val_loss": trainer.initial_val_loss, "parameters": trainer.model.get_parameter_stats()}
