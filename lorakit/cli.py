@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except LorakitError as error:
         print(f"lorakit {name}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print(f"lorakit {name}: interrupted", file=sys.stderr)
         return 130

@@ -7,8 +7,6 @@ metric of which more is better at least, the margin (ratio). Tests are Student's
 limit, with Holm's correction over all claims of a setting, those not run yet among them.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import subprocess

@@ -69,12 +69,6 @@ class Difference:
             return "within noise"
         return "above" if self.estimate.mean > 0 else "below"
 
-    @property
-    def better(self) -> bool | None:
-        """Whether the verdict speaks for `method`; None where there is none, or nobody knows which way is better."""
-        higher = METRICS.get(self.value.split(" at ")[0].split(" ")[-1])
-        return None if higher is None or self.verdict not in ("above", "below") else (self.verdict == "above") == higher
-
 
 def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records of each row, rows in the order of tables, seeds ascending.

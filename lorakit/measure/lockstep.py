@@ -1,7 +1,5 @@
 """Trainers in one process taking turns step by step, so that a slow moment of the machine falls on both."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

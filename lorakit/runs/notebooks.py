@@ -34,6 +34,8 @@ LONGEST_SOCKET_FOLDER = 75  # a socket's path may have 107 bytes
 class NotebookFailed(LorakitError):
     """A cell raised, or the run was interrupted; what was executed so far is kept in `output`."""
 
+    status = 1
+
     def __init__(self, reason: str, output: Path):
         super().__init__(f"{reason}; executed notebook: {output}")
 
@@ -188,7 +190,11 @@ def regenerate(notebook: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`lorakit run`. Exit status: 0 done, 1 the notebook failed or its run did not finish, 2 bad input."""
+    """`lorakit run`. Exit status: 0 done, 1 the run that the notebook made did not finish.
+
+    Raises:
+        LorakitError: bad input; `NotebookFailed`, whose exit status is 1.
+    """
     parser = argparse.ArgumentParser(prog="lorakit run", description="Run a notebook with parameters.")
     parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
     parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
@@ -196,17 +202,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", help="the executed notebook (default: NAME.executed.ipynb here)")
     parser.add_argument("--regenerate", action="store_true", help="run the notebooks in place with their defaults")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.regenerate:
-            for notebook in arguments.notebooks:
-                print(notebook, flush=True)
-                regenerate(notebook)
-            return 0
-        require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
-        return _run(arguments)
-    except LorakitError as error:
-        print(f"lorakit run: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NotebookFailed) else 2
+    if arguments.regenerate:
+        for notebook in arguments.notebooks:
+            print(notebook, flush=True)
+            regenerate(notebook)
+        return 0
+    require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
+    return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -227,7 +229,3 @@ def _run(arguments: argparse.Namespace) -> int:
     if record.status not in FINISHED:
         print(f"lorakit run: {record.status}: {record.message}", file=sys.stderr)
     return 0 if record.status in FINISHED else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -85,8 +85,8 @@ def load(
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
         raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
-    metrics, main_metric = (classification_f1, "f1") if known.f1 else JUDGED[task_kind]
-    return Task(name, task_kind, metrics=metrics, main_metric=main_metric, files=corpus.files, source=source, **parts)
+    metrics = classification_f1 if known.f1 else JUDGED[task_kind]
+    return Task(name, task_kind, metrics=metrics, files=corpus.files, source=source, **parts)
 
 
 def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:

@@ -41,7 +41,6 @@ class Task:
     collator: Callable[[list[dict[str, Any]]], Batch]
     eval_collator: Callable[[list[dict[str, Any]]], Batch]
     metrics: Callable[[np.ndarray], dict[str, float]]
-    main_metric: str
     files: Mapping[str, str]
     source: str
     notes: Sequence[str] = ()
@@ -86,8 +85,4 @@ def masked(stats: np.ndarray) -> dict[str, float]:
     return language_model(stats, "masked_perplexity")
 
 
-JUDGED: dict[Kind, tuple[Callable[[np.ndarray], dict[str, float]], str]] = {  # kind -> metrics, main metric
-    "classify": (classification, "accuracy"),
-    "masked": (masked, "masked_perplexity"),
-    "causal": (language_model, "perplexity"),
-}
+JUDGED = {"classify": classification, "masked": masked, "causal": language_model}  # kind -> metrics

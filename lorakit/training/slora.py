@@ -1,5 +1,6 @@
 """SLoRA on the Hugging Face Trainer's own terms: epochs or max_steps, its schedule, its logs, its checkpoints."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,8 @@ from lorakit.training import checkpoint
 from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
 
-KEYS = (
-    *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
-    *("k_topk", "rows", "decay", "leverage"),
-)
+OF_MODEL = ("d_hidden", "vocab_size", "kind", "softcap", "device")  # what a gate is told of its model
+KEYS = tuple(name for name in inspect.signature(HeadGradientGate).parameters if name not in OF_MODEL)
 
 
 class SLoRATrainer(GatedTrainer):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import check_state
@@ -20,8 +21,6 @@ _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_tra
 
 def stored_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
     """What PEFT writes for the adapter, by the names in its file."""
-    from peft import get_peft_model_state_dict
-
     with quiet(*NOISE), _exact_ranks(wrapper):
         return get_peft_model_state_dict(wrapper, save_embedding_layers=False)
 
@@ -81,8 +80,6 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
 
 
 def read_config(folder: Path) -> Any:
-    from peft import PeftConfig
-
     try:
         with quiet(*NOISE):
             return PeftConfig.from_pretrained(folder)
@@ -101,8 +98,6 @@ def _plain(value: Any) -> Any:
 
 def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give PEFT the tensors, and look whether they are what the model then has."""
-    from peft import set_peft_model_state_dict
-
     if config_of(wrapper).peft_type != "ADALORA":  # it takes up the ranks of its file first
         check_state(stored_tensors(wrapper), tensors)
     try:
