@@ -16,6 +16,7 @@ Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
 BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
+OWN = ("labelled", "pairs", "text", "chat")  # tasks of the reader's own data
 SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
 
@@ -40,8 +41,11 @@ class DataSettings(Settings):
 
     question = "data"
     model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
-    task: str = field("toy-reviews", "a name of lorakit.tasks")
+    task: str = field("toy-reviews", "a name of lorakit.tasks; of own data labelled, pairs, text or chat")
     data_dir: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    text_column: str = field("text", "own data: of the text, of a pair's first one")
+    pair_column: str = field("pair", "own data: of a pair's second text")
+    label_column: str = field("label", "own data: of the class, a name or a whole number")
     max_length: int = field(96, "tokens a sequence may have", ge=2)
     max_train: int = field(0, "rows; 0: all", ge=0)
     max_validation: int = field(0, "rows; 0: all", ge=0)
@@ -51,7 +55,12 @@ class DataSettings(Settings):
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
     redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
-    idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),)
+    idle = (
+        Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
+        Idle(
+            f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, ("text_column", "pair_column", "label_column")
+        ),
+    )
 
 
 class BaseSettings(Settings):
@@ -125,11 +134,6 @@ class SparseSettings(Settings):
         require(self.prune_end > self.prune_start, "prune_end", self.prune_end, after)
         require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.sparsify!r}")
         return self
-
-    @property
-    def fixed_penalty(self) -> bool:
-        """Whether λ is given, so that no share of zeros is aimed at."""
-        return self.l1 > 0
 
     def target(self, share: float) -> float:
         """s(t): the share of zeros due when `share` of the budget is spent."""
