@@ -7,11 +7,9 @@ whether its backward is worth running; a **token selection** calls the model and
 a **controller** acts between the steps: it prunes, skips layers, or follows a PEFT method's own schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -96,7 +94,7 @@ class Gate(Seam):
     burn_in: int = 0
 
     @classmethod
-    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Gate:
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
         """The gate of a run for `model`, whose task is "classify", "masked" or "causal"."""
         return cls()
 

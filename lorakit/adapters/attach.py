@@ -1,5 +1,6 @@
 """Attach an adapter to a model in place and take it off again, leaving the model as it was."""
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Generator, nn
 
 from lorakit.adapters.attachment import TRAINED, Attachment, batches_seen, require_bare
 from lorakit.adapters.layer import ADAPTERS
-from lorakit.adapters.saving import Saving
+from lorakit.adapters.saving import save_pretrained
 from lorakit.base.mending import prepare_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head
@@ -108,7 +109,7 @@ def attach_to(
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, targets, trained, flags, batches_seen(model, trained))
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
-        model.save_pretrained = Saving(model)
+        model.save_pretrained = functools.partial(save_pretrained, model)
         if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it has adapters
             model._hf_peft_config_loaded = True
     return model

@@ -4,7 +4,6 @@ import hashlib
 import json
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,23 +150,18 @@ def _tied(model: nn.Module) -> bool:
     return outputs is None or model.get_input_embeddings().weight is outputs.weight
 
 
-@dataclass
-class Saving:
-    """`save_pretrained` of an adapted model: PEFT's adapter files; of a merged one, the whole model without adapter.
+def save_pretrained(
+    model: nn.Module, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
+) -> None:
+    """An adapted model's own: PEFT's adapter files; of a merged one, the whole model without adapter.
 
     transformers' own would write names that nobody can load. `RESUMED_FILE` is for a plain Trainer, whose checkpoints
     this writes.
     """
-
-    model: nn.Module
-
-    def __call__(
-        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
-    ) -> None:
-        require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
-        if not is_main_process:
-            return
-        if is_merged(self.model):
-            export(self.model, save_directory)
-        else:
-            _save(self.model, Path(save_directory), resumable=True)
+    require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
+    if not is_main_process:
+        return
+    if is_merged(model):
+        export(model, save_directory)
+    else:
+        _save(model, Path(save_directory), resumable=True)

@@ -14,11 +14,6 @@ from lorakit.modules import unwrapping
 from lorakit.records import Parameters
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """See `Attachment.tensors`."""
-    return attachment_of(model).tensors(model)
-
-
 @unwrapping
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of everything trained, task head included; it holds weights, not settings.
@@ -28,7 +23,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: the adapter is merged.
     """
     require_unmerged(model)
-    return {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in attachment_of(model).tensors(model).items()}
 
 
 @unwrapping
@@ -39,7 +34,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
         CheckpointError: the adapter is merged, tensors are missing or unexpected, or a shape differs.
     """
     require_unmerged(model)
-    here = trained_tensors(model)
+    here = attachment_of(model).tensors(model)
     check_state(here, state)
     with torch.no_grad():
         for name, tensor in here.items():

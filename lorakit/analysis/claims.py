@@ -189,13 +189,8 @@ def verdicts(found: Sequence[Finding]) -> list[str]:
 
 def seen(values: Sequence[float], form: str) -> str:
     """Their mean with Student's 95 % interval, where it has one."""
-    from scipy.stats import ttest_1samp
-
-    text, spread = form.format(float(np.mean(values))), len(values) >= stats.MINIMUM_SEEDS and np.ptp(values) > 0
-    if not spread:
-        return text
-    bounds = ttest_1samp(values, 0).confidence_interval(1 - ALPHA)
-    return f"{text} [{form.format(float(bounds.low))}, {form.format(float(bounds.high))}]"
+    found = stats.estimate(values, student=True)
+    return f"{form.format(found.mean)} {found.interval(form) if np.ptp(values) > 0 else ''}".rstrip()
 
 
 def claims_table(

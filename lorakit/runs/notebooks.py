@@ -1,7 +1,5 @@
 """Run a notebook with parameters: papermill on a private kernel, with everything checked before the first cell runs."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -14,16 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.files import aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 from lorakit.quiet import answering
-
-if TYPE_CHECKING:
-    from jupyter_client import AsyncKernelManager
 
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
 PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
@@ -129,7 +124,7 @@ def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in given or there[name] != value}
 
 
-def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
+def _execute(notebook: Path, output: Path, given: dict, kernel: Any, progress: bool) -> None:
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list
@@ -162,7 +157,7 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
 
 
 @contextlib.contextmanager
-def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[AsyncKernelManager]:
+def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[Any]:
     """A kernel that talks over files in `folder`: parallel kernels on TCP race for ports."""
     from jupyter_client import AsyncKernelManager
     from jupyter_core.utils import run_sync

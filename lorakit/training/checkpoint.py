@@ -17,7 +17,7 @@ from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
 from lorakit.files import put_away, settle, sha256
-from lorakit.training.state import RunState, require_processes
+from lorakit.training.state import RunState
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
@@ -259,7 +259,10 @@ class Resuming:
 
     def require_resumable(self, path: str | Path) -> None:
         """Raise `CheckpointError` where another number of processes wrote it, or a file is missing or damaged."""
-        require_processes(path, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        written = len(list(Path(path).glob("rng_state*.pth")))  # the Trainer's, one of each process
+        if written not in (0, processes):  # whose batches were others
+            raise CheckpointError(f"{path}: written by {written} process(es), which cannot be resumed by {processes}")
         if problem := damage(path, self.checkpoint_files):
             raise CheckpointError(f"{path}: {problem}; {self.remedy}")
 
