@@ -1,7 +1,6 @@
 """Every default, every range and every quarrel of a run's parameters, once, by the question each class answers.
 
-A field's name is the parameter's name in notebooks, params files and on the command line; `lorakit.params.Params`
-inherits from all classes here, so a `Params` serves wherever one of them is asked for. Nothing here imports torch.
+A field's name is the parameter's everywhere; `lorakit.params.Params` inherits from all classes here. No torch.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +15,7 @@ Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
 BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
-OWN = ("labelled", "pairs", "text", "chat")  # tasks of the reader's own data
+OWN, COLUMNS = ("labelled", "pairs", "text", "chat"), ("text_column", "pair_column", "label_column")  # own data
 SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
 
@@ -57,9 +56,7 @@ class DataSettings(Settings):
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
     idle = (
         Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
-        Idle(
-            f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, ("text_column", "pair_column", "label_column")
-        ),
+        Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS),
     )
 
 

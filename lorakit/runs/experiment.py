@@ -102,10 +102,8 @@ class Attempt:
     stopped: BaseException | None = None
 
 
-def attempt(
-    record: Record, params: Params, work: Callable[[Assembled, BudgetTrainer], None], dataset: Any = None
-) -> Attempt:
-    """Assemble the run, do `work` and say in the record how it ended.
+def attempt(record: Record, params: Params, work: Callable[..., None], dataset: Any = None) -> Attempt:
+    """Assemble the run, do `work` with that and its trainer and say in the record how it ended.
 
     Raises:
         LorakitError: bad parameters or data, before anything was trained.

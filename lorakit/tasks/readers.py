@@ -53,7 +53,7 @@ def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> I
     """
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     rows = csv.reader((line + "\n" for _, line in lines(path)), delimiter=delimiter, strict=True)
-    shape, header = f"a header line with different columns {', '.join(columns)}".rstrip(), []
+    shape, header, found = f"a header line of different columns {', '.join(columns)}".rstrip(), [], False
     try:
         for values in filter(None, rows):
             if header and len(values) != len(header):
@@ -62,11 +62,11 @@ def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> I
                 yield rows.line_num, dict(zip(header, values, strict=True))
             elif not all(values) or len({*values}) < len(values) or not {*columns} <= {*values}:
                 raise bad_row(path, rows.line_num, shape, values)
-            header = header or values
+            header, found = header or values, bool(header)
     except csv.Error as error:
         raise bad_row(path, rows.line_num, shape, str(error)) from None
-    if not header:
-        raise bad_row(path, 1, shape, "an empty file")
+    if not found:
+        raise bad_row(path, rows.line_num + 1, shape, "no rows" if header else "an empty file")
 
 
 def _table(
