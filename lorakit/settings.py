@@ -1,7 +1,6 @@
 """Every default, every range and every quarrel of a run's parameters, once, by the question each class answers.
 
-A field's name is the parameter's everywhere; `lorakit.params.Params` inherits from all classes here. No torch.
-"""
+A field's name is the parameter's everywhere; `lorakit.params.Params` inherits from all classes here. No torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -189,7 +188,7 @@ class GateSettings(Settings):
     @model_validator(mode="after")
     def _gate_together(self) -> Self:
         m, k, rows = self.gate_m, self.gate_k, self.gate_rows
-        require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
+        require(m.bit_count() == 1, "gate_m", m, "must be a power of two")
         require(k < m, "gate_k", k, f"must be below gate_m={m}")
         require(rows == 0 or k < rows <= m, "gate_rows", rows, f"must be 0, or above gate_k={k}, at most gate_m={m}")
         return self
