@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
+import shlex
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -13,6 +15,7 @@ import lorakit
 from lorakit import params, records, tasks
 from lorakit.cli import main
 from lorakit.errors import DataError, ParameterError
+from lorakit.files import PROJECT
 from lorakit.settings import DataSettings
 
 TOPICS = {
@@ -138,6 +141,23 @@ def test_from_a_csv_of_tickets_to_an_exported_model_that_names_classes(tmp_path,
     rows = [{"body": row["text"], "team": row["label"]} for row in tickets()]
     again = lorakit.run(given, dataset=DatasetDict(train=Dataset.from_list(rows)))
     assert again.final == record.final
+
+
+def test_what_readme_says_of_own_data_is_done_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Its three commands and its snippet, but for the model, which is a toy, and a budget of a few steps."""
+    section = (PROJECT / "README.md").read_text(encoding="utf-8").split("## Your data\n")[1].split("\n## ")[0]
+    commands, snippet = re.findall(r"```(?:python)?\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "tickets.csv", [{"body": row["text"], "team": row["label"]} for row in tickets()])
+    short = {"search": ["-p", "search_budget=2"], "train": ["-p", "budget=4"], "export": ["--base", "toy-encoder"]}
+    for line in commands.splitlines():
+        program, name, *rest = shlex.split(line.replace("all-MiniLM-L6-v2", "toy-encoder"))
+        assert (program, main([name, *rest, *short.pop(name)])) == ("lorakit", 0)
+    assert not short
+    capsys.readouterr()
+    exec(snippet, {})
+    label, score = capsys.readouterr().out.split()
+    assert label in TOPICS and 1 / 3 <= float(score) <= 1
 
 
 BROKEN = {
