@@ -59,7 +59,7 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
 def _files(place: str | Path, name: str) -> list[Path]:
     known = {*FORMATS} - ({".txt"} if name != "text" else set())
     here = Path(place)
-    paths = [*here.rglob("*")] if here.is_dir() else map(Path, glob.glob(str(place), recursive=True))
+    paths = here.iterdir() if here.is_dir() else map(Path, glob.glob(str(place), recursive=True))
     found = sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
     if not found:
         raise DataError(f"data_dir={str(place)!r}: no file for task {name}; must be {LAYOUT}")
