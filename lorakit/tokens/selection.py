@@ -209,9 +209,7 @@ class TokenGate:
             scores = words(self.score.updates, labels)[where]
         index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
         chosen = _chosen(where, targets, index, weights)
-        losses = self.loss.weighed(losses)
-        chosen_sum = chosen.total(losses[chosen.index]).double()
-        return replace(chosen, held=held, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
+        return replace(chosen, held=held, loss_sum=self.loss.weighed(losses).double().sum())
 
     def _plan_of(self, looked: int, used: int, look: Look | None) -> str:
         """How the gradient of those used comes about, see `cheapest`; the head must be a formula for any but "again".
@@ -284,7 +282,6 @@ class TokenGate:
             ran=ran,
             head=(kept, self._chunks(kept)),
             loss_sum=chosen.loss_sum,
-            chosen_sum=chosen.chosen_sum,
             flops=self.score.flops(predictions, chosen.loss_sum is not None),
         )
 
