@@ -28,6 +28,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def set_until(stack: contextlib.ExitStack, owner: Any, **values: Any) -> None:
+    """Give `owner` these attributes of its own until `stack` ends."""
+    own = vars(owner)
+    for name, value in values.items():
+        stack.callback(*(own.__setitem__, name, own[name]) if name in own else (own.pop, name, None))
+        own[name] = value
+
+
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own.
 

@@ -14,6 +14,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError, require
 from lorakit.files import aside, clear_left
+from lorakit.modules import set_until
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -124,11 +125,9 @@ class BudgetTrainer(GatedTrainer):
     # evaluation ----------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
+        with contextlib.ExitStack() as stack:
+            set_until(stack, self, data_collator=self.eval_collator)
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """As the Trainer's, without touching the random numbers training will draw."""
