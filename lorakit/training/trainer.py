@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ class BudgetTrainer(GatedTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _ResumableLengthGroups(sampler, self.args.data_seed or self.args.seed)
+            sampler.set_epoch = functools.partial(_reseed, sampler, self.args.data_seed or self.args.seed)
+            sampler.set_epoch(0)
         return sampler
 
     def _find_loss(self, inputs) -> None:
@@ -178,18 +180,6 @@ def mean_loss(prediction: Any) -> dict[str, float]:
     return {"loss": float(prediction.predictions[:, 0].sum() / prediction.predictions[:, 1].sum())}
 
 
-class _ResumableLengthGroups(torch.utils.data.Sampler):
-    """Length-grouped order drawn from (seed, epoch), so that a resumed epoch has the order it had."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        self.sampler, self.seed = sampler, seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-
-    def __iter__(self):
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
+def _reseed(sampler: LengthGroupedSampler, seed: int, epoch: int) -> None:
+    """Draw length-grouped order from (seed, epoch), so that a resumed epoch has the order it had."""
+    sampler.generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
