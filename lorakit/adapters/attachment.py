@@ -187,7 +187,7 @@ def require_enabled(model: nn.Module) -> nn.Module:
 
 def require_unmerged(model: nn.Module) -> None:
     if is_merged(model):
-        raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
+        raise CheckpointError("the adapter is merged into the base weights; unmerge(model) first")
 
 
 @unwrapping
