@@ -88,10 +88,7 @@ class SLoRATrainer(GatedTrainer):
             resume_from_checkpoint = next(whole, found[-1])
         if isinstance(resume_from_checkpoint, (str, Path)):
             self.require_resumable(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
-        finally:
-            self.run.end()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     @property
     def checkpoint_files(self) -> list[str]:

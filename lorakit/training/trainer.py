@@ -89,20 +89,17 @@ class BudgetTrainer(GatedTrainer):
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         if self.save_steps or self.args.save_strategy != "no":
             checkpoint.require_room(self.args.output_dir)
-        try:
-            if resume_from_checkpoint:
-                self.require_resumable(resume_from_checkpoint)
-                checkpoint.load_run(self.run, resume_from_checkpoint)
-                if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
-                    checkpoint.load_weights(self.model, resume_from_checkpoint)
-                    if self.is_world_process_zero():  # nothing more will be saved, which would do it
-                        clear_left(self.args.output_dir, checkpoint.SAVING)
-                    return None
-            if self.is_world_process_zero():
-                checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
-        finally:
-            self.run.end()
+        if resume_from_checkpoint:
+            self.require_resumable(resume_from_checkpoint)
+            checkpoint.load_run(self.run, resume_from_checkpoint)
+            if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                checkpoint.load_weights(self.model, resume_from_checkpoint)
+                if self.is_world_process_zero():  # nothing more will be saved, which would do it
+                    clear_left(self.args.output_dir, checkpoint.SAVING)
+                return None
+        if self.is_world_process_zero():
+            checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     # schedule and data ---------------------------------------------------------------------------------
 
