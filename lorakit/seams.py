@@ -154,7 +154,6 @@ class Selected:
         runs now, so that a rejected batch does not pay for it; to be called once, what was kept for it is given up.
     predictions: labels the batch has; chosen: those that were kept.
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
-    chosen_sum: as `finish()` will give it, detached, where known.
     backpropagated: input tokens a backward passes through; None: all of the batch's.
     made: what was made of their logits while all were looked at: "keep" them, "now" their gradient; empty: nothing.
     ran: R·K and R·K·T, where `finish` runs R rows of K tokens again; what its FLOPs and the backward's are made of.
@@ -170,7 +169,6 @@ class Selected:
     ran: tuple[int, ...] = ()
     head: tuple[int, int] = (0, 0)
     loss_sum: Tensor | None = None
-    chosen_sum: Tensor | None = None
     flops: float = 0.0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import adapter_layers, attachment_of, check_state, is_merged, require_unmerged
+from lorakit.adapters.attachment import adapter_layers, attachment_of, check_state, require_unmerged
 from lorakit.base.nf4 import bitsandbytes, dense_numel, is_four_bit, unpack
 from lorakit.errors import LorakitError
 from lorakit.modules import unwrapping
@@ -74,8 +74,7 @@ def requantisation_error(model: nn.Module) -> dict[str, Any]:
     Raises:
         LorakitError: no adapter sits on a 4-bit layer, or the adapter is merged.
     """
-    if is_merged(model):
-        raise LorakitError("the adapter is merged into dense weights; unmerge(model) before asking")
+    require_unmerged(model)
     squares = {}  # ‖Q(W) − W‖² and ‖W‖²
     for path, layer in adapter_layers(model).items():
         if is_four_bit(layer.base_layer):

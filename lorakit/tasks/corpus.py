@@ -37,6 +37,7 @@ class Corpus:
     test: list[Any]
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    classes: Sequence[str] = ()  # their names, where the data say them
 
 
 @dataclass(frozen=True)

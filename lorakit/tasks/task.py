@@ -30,6 +30,7 @@ class Task:
         files: sha256 by name of every file read.
         source: where the rows came from.
         notes: what a reader of the results must know.
+        classes: their names, where the data say them.
         answers: split -> (prompt text, answer) of chat rows whose answer ends in `#### N`.
     """
 
@@ -45,6 +46,7 @@ class Task:
     source: str
     notes: Sequence[str] = ()
     answers: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def answer_rows(self, split: str = "test", count: int = 0) -> list[tuple[str, str]]:
         """The first `count` (0: all) GSM8K-style rows of `split`, each (prompt text, answer); there may be none."""

@@ -150,11 +150,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
         raise CheckpointError(f"{path}: trains other parameters than this run: {', '.join(difference[:4])}")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            if parameter.shape != stored[name].shape:
-                raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, here {tuple(parameter.shape)}")
-            parameter.copy_(stored[name])
+    for name, parameter in trained.items():
+        if parameter.shape != stored[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, here {tuple(parameter.shape)}")
+    model.load_state_dict(stored, strict=False)
 
 
 def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:

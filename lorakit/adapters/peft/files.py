@@ -1,7 +1,7 @@
 """Files of any PEFT method: PEFT's own, written and read by PEFT, checked by what is in the model afterwards."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, config_of
 from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import CheckpointError
+from lorakit.modules import set_until
 from lorakit.quiet import quiet
 
 _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
@@ -50,11 +51,9 @@ def _exact_ranks(wrapper: nn.Module) -> Iterator[None]:
         if len(exact[name]) == len(p):  # else loaded from a file that left some out already
             kept = zip(exact[name], p.detach().flatten() != 0, strict=True)
             exact[name] = [keep or bool(value) for keep, value in kept]
-    config.rank_pattern = exact
-    try:
+    with ExitStack() as stack:
+        set_until(stack, config, rank_pattern=exact)
         yield
-    finally:
-        config.rank_pattern = before
 
 
 def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
