@@ -54,7 +54,7 @@ mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at 
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed "$(SEED)" --count "$(N)" $(if $(AGAIN),--again)
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
-	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit.runs.notebooks --regenerate
+	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit run --regenerate
 
 readme: $(INSTALLED) ## write README's tables of results anew from records and saved benchmarks
 	$(BIN)/python scripts/readme.py

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except LorakitError as error:
         print(f"lorakit {name}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print(f"lorakit {name}: interrupted", file=sys.stderr)
         return 130
@@ -172,6 +172,8 @@ def fetch(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """Merge an adapter into its base and write a plain model, with its tokenizer, that `from_pretrained` reads."""
+    from transformers import AutoConfig
+
     from lorakit import adapters, models
     from lorakit.adapters.storage import described
 
@@ -187,6 +189,9 @@ def export(argv: Sequence[str]) -> int:
     for name, value in (("--base", base), ("--kind", kind)):
         require(bool(value), name, value, f"{options.adapter} does not say it: give {name}")
     loaded = models.load(base, kind, num_labels=labels or 2, dtype="auto")
+    if labels and (Path(options.adapter) / "config.json").is_file():  # of a run on own data, with its classes' names
+        named = AutoConfig.from_pretrained(options.adapter)
+        loaded.model.config.id2label, loaded.model.config.label2id = named.id2label, named.label2id
     model = adapters.load_adapter(loaded.model, options.adapter)
     folder = adapters.export(model, options.output or f"{options.adapter.rstrip('/')}-merged")
     loaded.tokenizer.save_pretrained(folder)

@@ -4,6 +4,8 @@
 class LorakitError(Exception):
     """Base of every error that is the user's to mend; one line that can be read, whatever it quotes."""
 
+    status = 2  # of the command that it ends
+
     def __str__(self) -> str:
         return " ".join(super().__str__().splitlines())[:1900]
 

@@ -253,11 +253,8 @@ def replaced_input(head: Head, replace: Callable[[Tensor], Tensor]) -> Iterator[
         given[0] = replace(arguments[0])
         return (given[0], *arguments[1:])
 
-    handle = head.module.register_forward_pre_hook(hook)
-    try:
+    with head.module.register_forward_pre_hook(hook):
         yield given
-    finally:
-        handle.remove()
 
 
 def ambient_autocast(device: torch.device) -> torch.autocast:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.errors import ParameterError, require
 from lorakit.head import has_task_head, output_head, task_head
@@ -26,6 +26,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def set_until(stack: contextlib.ExitStack, owner: Any, **values: Any) -> None:
+    """Give `owner` these attributes of its own until `stack` ends."""
+    own = vars(owner)
+    for name, value in values.items():
+        stack.callback(*(own.__setitem__, name, own[name]) if name in own else (own.pop, name, None))
+        own[name] = value
 
 
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,6 +208,12 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
+
+
+def once(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor by the first of its names."""
+    first: dict[Tensor, str] = {}
+    return {name: tensor for name, tensor in named.items() if first.setdefault(tensor, name) == name}
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -7,11 +7,9 @@ whether its backward is worth running; a **token selection** calls the model and
 a **controller** acts between the steps: it prunes, skips layers, or follows a PEFT method's own schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -96,7 +94,7 @@ class Gate(Seam):
     burn_in: int = 0
 
     @classmethod
-    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Gate:
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
         """The gate of a run for `model`, whose task is "classify", "masked" or "causal"."""
         return cls()
 
@@ -156,7 +154,6 @@ class Selected:
         runs now, so that a rejected batch does not pay for it; to be called once, what was kept for it is given up.
     predictions: labels the batch has; chosen: those that were kept.
     loss_sum: Σ of the losses of *all* predictions, detached, where every one was scored; else None.
-    chosen_sum: as `finish()` will give it, detached, where known.
     backpropagated: input tokens a backward passes through; None: all of the batch's.
     made: what was made of their logits while all were looked at: "keep" them, "now" their gradient; empty: nothing.
     ran: R·K and R·K·T, where `finish` runs R rows of K tokens again; what its FLOPs and the backward's are made of.
@@ -172,7 +169,6 @@ class Selected:
     ran: tuple[int, ...] = ()
     head: tuple[int, int] = (0, 0)
     loss_sum: Tensor | None = None
-    chosen_sum: Tensor | None = None
     flops: float = 0.0
 
 

@@ -1,8 +1,6 @@
 """Every default, every range and every quarrel of a run's parameters, once, by the question each class answers.
 
-A field's name is the parameter's name in notebooks, params files and on the command line; `lorakit.params.Params`
-inherits from all classes here, so a `Params` serves wherever one of them is asked for. Nothing here imports torch.
-"""
+A field's name is the parameter's everywhere; `lorakit.params.Params` inherits from all classes here. No torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +14,7 @@ Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
 BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
+OWN, COLUMNS = ("labelled", "pairs", "text", "chat"), ("text_column", "pair_column", "label_column")  # own data
 SKIPPABLE = ("lora", "sparse", "peft")  # methods whose update is a term of its own, which can be measured and detached
 
 
@@ -40,8 +39,11 @@ class DataSettings(Settings):
 
     question = "data"
     model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
-    task: str = field("toy-reviews", "a name of lorakit.tasks")
+    task: str = field("toy-reviews", "a name of lorakit.tasks; of own data labelled, pairs, text or chat")
     data_dir: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    text_column: str = field("text", "own data: of the text, of a pair's first one")
+    pair_column: str = field("pair", "own data: of a pair's second text")
+    label_column: str = field("label", "own data: of the class, a name or a whole number")
     max_length: int = field(96, "tokens a sequence may have", ge=2)
     max_train: int = field(0, "rows; 0: all", ge=0)
     max_validation: int = field(0, "rows; 0: all", ge=0)
@@ -51,7 +53,10 @@ class DataSettings(Settings):
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
     redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
-    idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),)
+    idle = (
+        Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
+        Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS),
+    )
 
 
 class BaseSettings(Settings):
@@ -126,11 +131,6 @@ class SparseSettings(Settings):
         require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.sparsify!r}")
         return self
 
-    @property
-    def fixed_penalty(self) -> bool:
-        """Whether λ is given, so that no share of zeros is aimed at."""
-        return self.l1 > 0
-
     def target(self, share: float) -> float:
         """s(t): the share of zeros due when `share` of the budget is spent."""
         passed = min(max((share - self.prune_start) / (self.prune_end - self.prune_start), 0.0), 1.0)
@@ -188,7 +188,7 @@ class GateSettings(Settings):
     @model_validator(mode="after")
     def _gate_together(self) -> Self:
         m, k, rows = self.gate_m, self.gate_k, self.gate_rows
-        require(m & (m - 1) == 0, "gate_m", m, "must be a power of two")
+        require(m.bit_count() == 1, "gate_m", m, "must be a power of two")
         require(k < m, "gate_k", k, f"must be below gate_m={m}")
         require(rows == 0 or k < rows <= m, "gate_rows", rows, f"must be 0, or above gate_k={k}, at most gate_m={m}")
         return self

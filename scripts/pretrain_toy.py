@@ -24,7 +24,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import __version__ as transformers_version
 
 from lorakit.head import IGNORED
@@ -54,6 +60,12 @@ OFFSETS, SHARPNESS = ((-1, 1, -2, 2),), 1.6  # of its heads at the start, layer 
 Batch = dict[str, torch.Tensor]
 Span = tuple[int, int]
 _tokenizer = cache(models.tokenizer)
+
+
+def build(name: str, untrained: bool = False) -> PreTrainedModel:
+    """The model with its language-modelling head: as packaged, or as torch's seed initialises it if `untrained`."""
+    auto, folder = AutoModelForMaskedLM if name == "toy-encoder" else AutoModelForCausalLM, models.folder(name)
+    return auto.from_config(AutoConfig.from_pretrained(folder)) if untrained else auto.from_pretrained(folder)
 
 
 def texts(kind: str, count: int, seed: int) -> list[str]:
@@ -232,7 +244,7 @@ def main() -> None:
     steps = args.steps or STEPS[args.name]
     torch.set_num_threads(1)  # sums in one order, whatever the machine has
     torch.manual_seed(args.seed)
-    model = models.build(args.name, random=True)
+    model = build(args.name, untrained=True)
     untrained = heldout_losses(args.name, model)
     if args.name == "toy-encoder":
         know_neighbours(model)

@@ -19,6 +19,7 @@ PROJECT = Path(__file__).parents[1]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import readme_benchmarks as benchmarks  # noqa: E402 (found by the line above)
+import readme_compare as compare  # noqa: E402
 import readme_records as records  # noqa: E402
 import readme_times as times  # noqa: E402
 
@@ -26,7 +27,9 @@ from lorakit.files import write_text  # noqa: E402
 
 # how a table's first line begins -> what makes its rows, in their order
 TABLES: dict[str, list[Callable[[], Iterator[str]]]] = {
-    "| method | test accuracy |": [records.first_table],
+    "| claim | held against |": [compare.verdicts],
+    "| method | test accuracy | beside": [compare.table],
+    "| method | test accuracy | validation": [records.first_table],
     "| method | a step |": [times.said],
     "| row | accepted steps | candidates |": [records.batches_table],
     "| the exact loss ": [benchmarks.of_loss, benchmarks.of_combined],

@@ -104,7 +104,7 @@ def predicted(model: str, **told: Any) -> dict[str, int]:
     """`NUMBERS` of one step."""
     if "skip_share" in told:
         return resting(model, **told)
-    found = plan.predict(plan.Plan(model, **told))
+    found = plan.predict(plan.Plan(model=model, **told))
     require(found.source == "packaged dimensions", "model", model, f"is read from {found.source}; wanted: packaged")
     counts = {name: getattr(found, name) for name in ("flops", "trainable", "total", "seq")}
     return found.memory | counts | {"batch": told["batch"]}
@@ -115,7 +115,7 @@ def resting(model: str, batch: int, seq: int, skip_share: float) -> dict[str, in
 
     As the planner does it: two models of few blocks, and a line through them to the depth of the whole.
     """
-    asked = plan.Plan(model, batch=batch, seq=seq)
+    asked = plan.Plan(model=model, batch=batch, seq=seq)
     config, kind = models.config(model), plan.kind_of(asked)
     settings = SkipSettings(skip="prefix", skip_share=skip_share, skip_warmup=0.0, skip_explore=0.0)
     steps = []

@@ -6,10 +6,10 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import trained_tensors
 from torch import nn
 
 from lorakit.adapters import attach, save_adapter
-from lorakit.adapters.state import trained_tensors
 
 IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

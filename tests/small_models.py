@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakit.adapters.state import trained_tensors
+from lorakit.adapters.attachment import attachment_of
 from lorakit.errors import LorakitError
 
 KINDS = ("bert", "gpt2", "gemma")
@@ -21,6 +21,11 @@ STILL = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gemma": {},
 }
+
+
+def trained_tensors(model) -> dict[str, torch.Tensor]:
+    """The live tensors that were trained, by their names in `Attachment.tensors`."""
+    return attachment_of(model).tensors(model)
 
 
 def conv1d(inputs=5, outputs=7):

@@ -29,7 +29,7 @@ DEFAULTS = {
     "lorakit.tokens:build_tokens": {"seed": 0, "rank": 0, "smoothing": 0.0},
     "lorakit.tokens.choice:Shares": {"seed": 0, "rank": 0, "draws": 0},
     "lorakit.tokens.head_loss:HeadLoss": {"smoothing": 0.0},
-    "lorakit.tokens.head_loss:likelihoods": {"smoothing": 0.0},
+    "lorakit.tokens.head_loss:likelihoods": {"smoothing": 0.0, "grouped": False},
     "lorakit.tokens.scores:TokenScore": {"seed": 0},
     "lorakit.tokens.selection:TokenGate": {"seed": 0, "rank": 0, "smoothing": 0.0},
     "lorakit.training.slora:SLoRATrainer": {"loss": "nll"},

@@ -360,4 +360,4 @@ def test_what_runs_beside_a_run_is_the_readers_too():
 
 
 def test_a_budget_is_of_something_that_curves_are_drawn_against():
-    assert set(get_args(params.BudgetUnit)) <= set(AXES)
+    assert set(get_args(Params.model_fields["budget_unit"].annotation)) <= set(AXES)

@@ -13,6 +13,7 @@ import runpy
 
 import pytest
 import readme_benchmarks
+import readme_compare
 import readme_records
 import readme_times
 from readme_benchmarks import COMMAND, HOLE, saved
@@ -29,7 +30,12 @@ NAMES = (
     *("SST-2", "all-MiniLM-L6", "Gemma 3 270M", "Gemma 270M", "GPT-2", "NF4", "`nf4`", "bf16"),
     *(folder.name for folder in RESULTS.iterdir() if folder.is_dir()),
 )
-SAID = {"records": readme_records.said, "times": readme_times.said, **readme_benchmarks.SAID}
+SAID = {
+    "compare": readme_compare.said,
+    "records": readme_records.said,
+    "times": readme_times.said,
+    **readme_benchmarks.SAID,
+}
 REWRITTEN = runpy.run_path(str(PROJECT / "scripts" / "readme.py"))["rewritten"]
 NUMBER = r"[+−]?\d[\d,.]*(e-\d+)?"
 

@@ -1,5 +1,6 @@
 """Attach an adapter to a model in place and take it off again, leaving the model as it was."""
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from torch import Generator, nn
 
 from lorakit.adapters.attachment import TRAINED, Attachment, batches_seen, require_bare
 from lorakit.adapters.layer import ADAPTERS
-from lorakit.adapters.saving import Saving
+from lorakit.adapters.saving import save_pretrained
 from lorakit.base.mending import prepare_four_bit
 from lorakit.errors import ParameterError, require
 from lorakit.head import output_head
@@ -62,7 +63,8 @@ def attach(
     if isinstance(asked.get("target_modules"), (tuple, set)):
         asked["target_modules"] = list(asked["target_modules"])
     whole = Attaching(**{"alpha": None, "method": method} | asked)
-    settings = AdapterSettings.of(whole).but(alpha=_alpha_of(method, whole.alpha, whole.rslora))
+    default = ALPHA if getattr(ADAPTERS.get(method), "has_alpha", True) else None
+    settings = AdapterSettings.of(whole).but(alpha=whole.alpha or default)
     require_bare(model, method)
     trained = _trained_modules(model, method, trainable)
     if method == "peft":
@@ -80,15 +82,6 @@ def asked_of(run: Attaching) -> dict[str, Any]:
     """What a run's parameters ask of `attach`; the default alpha is left for the method to say, which may have none."""
     asked = {name: getattr(run, name) for name in Attaching.model_fields}
     return {name: value for name, value in asked.items() if name != "alpha" or value != ALPHA}
-
-
-def _alpha_of(method: str, alpha: float | None, rslora: bool) -> float | None:
-    """The scale `method` gets: the one given, the default, or none at all."""
-    if method not in ADAPTERS or ADAPTERS[method].has_alpha:
-        return ALPHA if alpha is None else alpha
-    require(alpha is None, "alpha", alpha, f"method {method!r} has no alpha: its update is not scaled")
-    require(not rslora, "rslora", rslora, f"method {method!r} has no alpha, so nothing to rescale")
-    return None
 
 
 def attach_to(
@@ -116,7 +109,7 @@ def attach_to(
     replace_modules(model, wrapped)
     model.lorakit_attachment = Attachment(method, settings, targets, trained, flags, batches_seen(model, trained))
     if method in ADAPTERS and hasattr(model, "save_pretrained"):
-        model.save_pretrained = Saving(model)
+        model.save_pretrained = functools.partial(save_pretrained, model)
         if getattr(model, "is_quantized", False):  # by transformers, whose Trainer refuses it unless it has adapters
             model._hf_peft_config_loaded = True
     return model

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 from lorakit.fields import Settings
-from lorakit.modules import inside, replace_modules, unwrapping
+from lorakit.modules import inside, once, replace_modules, unwrapping
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
@@ -93,10 +93,7 @@ class Attachment:
         for path in self.trained:
             prefix = f"{path}." if path else ""
             found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
-        once: dict[Tensor, str] = {}
-        for name, tensor in found.items():
-            once.setdefault(tensor, name)
-        return {name: tensor for tensor, name in once.items()}
+        return once(found)
 
     def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The tensors that an adapter file holds: PEFT's format has a tied one under each of its names."""
@@ -190,7 +187,7 @@ def require_enabled(model: nn.Module) -> nn.Module:
 
 def require_unmerged(model: nn.Module) -> None:
     if is_merged(model):
-        raise CheckpointError("the adapter is merged into the base weights; unmerge(model) before saving or loading")
+        raise CheckpointError("the adapter is merged into the base weights; unmerge(model) first")
 
 
 @unwrapping

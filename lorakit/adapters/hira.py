@@ -32,7 +32,7 @@ class HiRALayer(AdapterLayer):
     peft_fields = {"r", "hira_dropout", "init_weights"}
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
-        require(settings.alpha is None, "alpha", settings.alpha, "HiRA has none: its update is not scaled")
+        require(settings.alpha is None, "alpha", settings.alpha, "HiRA has no alpha: its update is not scaled")
         require(not settings.rslora, "rslora", settings.rslora, "HiRA has no alpha, so nothing to rescale")
         super().__init__(base_layer, settings)
         readable = is_four_bit(base_layer) or base_layer.weight.is_floating_point()

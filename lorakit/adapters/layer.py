@@ -47,6 +47,8 @@ class AdapterLayer(nn.Module, ABC):
         self.out_features, self.in_features = reversed(shape) if self.transposed else shape
         # what merging replaced: W0, or the 4-bit layer; in a tuple, so that it is no parameter or module of ours
         self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
+        self.register_state_dict_pre_hook(_require_unmerged)
+        self.register_load_state_dict_pre_hook(_require_unmerged)
         self.train(base_layer.training)
 
     @abstractmethod
@@ -209,23 +211,17 @@ class AdapterLayer(nn.Module, ABC):
             self.base_layer.weight = original
         self._unmerged = ()
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._require_unmerged()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._require_unmerged()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _require_unmerged(self) -> None:
-        if self._unmerged:  # who reads both names, base and adapter, adds the update a second time
-            raise LorakitError(
-                "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded; "
-                "lorakit.export(model, folder) writes the merged model"
-            )
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in vars(self.settings).items())
+
+
+def _require_unmerged(layer: AdapterLayer, *_: Any) -> None:
+    """Before its state_dict is saved or loaded: who reads both names, base and adapter, adds the update twice."""
+    if layer.is_merged:
+        raise LorakitError(
+            "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded; "
+            "lorakit.export(model, folder) writes the merged model"
+        )
 
 
 ADAPTERS: dict[str, type[AdapterLayer]] = {}  # method -> its layer; each module enters its own

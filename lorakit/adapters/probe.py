@@ -1,7 +1,5 @@
 """One adapter's switch and meter, M = ‖Δh‖₂ / ‖h‖₂, which the layer calls in its forward while SkipLoRA trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,7 +29,7 @@ class Probe:
     active: bool = True
     measuring: bool = False
     squares: Tensor | None = None
-    decide: Callable[[Probe], bool] | None = None
+    decide: Callable[["Probe"], bool] | None = None
     refuse_gradient: bool = False
     valid: Tensor | None = None
     fresh: bool = True  # no forward of this batch yet: a recomputation in the backward is not measured again

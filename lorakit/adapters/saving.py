@@ -4,7 +4,6 @@ import hashlib
 import json
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +17,7 @@ from lorakit.adapters.packed import PACKED_FILE, pack
 from lorakit.base.nf4 import dense, is_four_bit
 from lorakit.errors import require
 from lorakit.files import written
-from lorakit.modules import replace_modules, require_own_names, unwrapping
+from lorakit.modules import once, replace_modules, require_own_names, set_until, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
 DIGEST = "lorakit_sha256"
@@ -103,13 +102,8 @@ def header_and_digest(file: BinaryIO) -> tuple[dict[str, Any], str]:
 
 def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
     """What was trained, each tensor once, by its name in the model's `state_dict`."""
-    left = {id(tensor) for tensor in attachment.tensors(model).values()}
-    found = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in left:
-            left.remove(id(tensor))
-            found[name] = tensor.contiguous()
-    return found
+    trained = {*attachment.tensors(model).values()}
+    return {name: t.contiguous() for name, t in once(model.state_dict(keep_vars=True)).items() if t in trained}
 
 
 @unwrapping
@@ -136,8 +130,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
             stack.callback(replace_modules, plain, {module: old for old, module in new.items()})
             for config in (plain.config, plain.config.get_text_config()):
                 if getattr(config, "tie_word_embeddings", False):
-                    stack.callback(setattr, config, "tie_word_embeddings", True)
-                    config.tie_word_embeddings = _tied(plain)
+                    set_until(stack, config, tie_word_embeddings=_tied(plain))
             of_packed = [(plain, name) for name in ("hf_quantizer", "_hf_peft_config_loaded", "_weight_conversions")]
             for owner, name in [*of_packed, (plain.config, "quantization_config")]:
                 if vars(owner).get(name) is not None:
@@ -151,23 +144,18 @@ def _tied(model: nn.Module) -> bool:
     return outputs is None or model.get_input_embeddings().weight is outputs.weight
 
 
-@dataclass
-class Saving:
-    """`save_pretrained` of an adapted model: PEFT's adapter files; of a merged one, the whole model without adapter.
+def save_pretrained(
+    model: nn.Module, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
+) -> None:
+    """An adapted model's own: PEFT's adapter files; of a merged one, the whole model without adapter.
 
     transformers' own would write names that nobody can load. `RESUMED_FILE` is for a plain Trainer, whose checkpoints
     this writes.
     """
-
-    model: nn.Module
-
-    def __call__(
-        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
-    ) -> None:
-        require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
-        if not is_main_process:
-            return
-        if is_merged(self.model):
-            export(self.model, save_directory)
-        else:
-            _save(self.model, Path(save_directory), resumable=True)
+    require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
+    if not is_main_process:
+        return
+    if is_merged(model):
+        export(model, save_directory)
+    else:
+        _save(model, Path(save_directory), resumable=True)

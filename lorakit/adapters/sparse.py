@@ -31,7 +31,7 @@ def prunable_layers(model: nn.Module, settings: SparseSettings) -> dict[str, LoR
         ParameterError: it leaves a matrix, or a layer, nothing at all, or rounds to no zero anywhere in it (named).
     """
     layers = lora_layers(model)
-    if settings.fixed_penalty or settings.sparsity == 0:
+    if settings.l1 > 0 or settings.sparsity == 0:
         return layers
     for path, layer in layers.items():
         sizes = {f"entries of {path}.{name}": getattr(layer, name).numel() for name in FACTORS[settings.sparse_factors]}

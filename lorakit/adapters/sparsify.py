@@ -78,7 +78,7 @@ class Sparsifier(Controller):
         self._hold(optimizer)
 
     def at_point(self, step: int) -> None:
-        target = None if self.settings.fixed_penalty else self.settings.target(self.share)
+        target = None if self.settings.l1 > 0 else self.settings.target(self.share)
         self.history.append([step, target, self.reached()])
 
     def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -161,7 +161,7 @@ class Sparsifier(Controller):
             rate = rates.get(parameter, 0.0)
             if parameter.grad is None or rate <= 0:
                 continue
-            if self.settings.fixed_penalty:
+            if self.settings.l1 > 0:
                 threshold = parameter.new_tensor(rate * self.settings.l1)
             else:  # the smallest that leaves as many zeros as are due
                 count = round(self.settings.target(share) * parameter.numel())
@@ -191,7 +191,7 @@ class Sparsifier(Controller):
         return {
             "kind": settings.sparsify,
             "factors": settings.sparse_factors,
-            "target": None if settings.fixed_penalty else settings.sparsity,
+            "target": None if settings.l1 > 0 else settings.sparsity,
             "reached": self.reached(),
             "l1": settings.l1 or self.penalty,
             "history": self.history,

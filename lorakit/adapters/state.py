@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachment import adapter_layers, attachment_of, check_state, is_merged, require_unmerged
+from lorakit.adapters.attachment import adapter_layers, attachment_of, check_state, require_unmerged
 from lorakit.base.nf4 import bitsandbytes, dense_numel, is_four_bit, unpack
 from lorakit.errors import LorakitError
 from lorakit.modules import unwrapping
 from lorakit.records import Parameters
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """See `Attachment.tensors`."""
-    return attachment_of(model).tensors(model)
 
 
 @unwrapping
@@ -28,7 +23,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: the adapter is merged.
     """
     require_unmerged(model)
-    return {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in attachment_of(model).tensors(model).items()}
 
 
 @unwrapping
@@ -39,7 +34,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
         CheckpointError: the adapter is merged, tensors are missing or unexpected, or a shape differs.
     """
     require_unmerged(model)
-    here = trained_tensors(model)
+    here = attachment_of(model).tensors(model)
     check_state(here, state)
     with torch.no_grad():
         for name, tensor in here.items():
@@ -79,8 +74,7 @@ def requantisation_error(model: nn.Module) -> dict[str, Any]:
     Raises:
         LorakitError: no adapter sits on a 4-bit layer, or the adapter is merged.
     """
-    if is_merged(model):
-        raise LorakitError("the adapter is merged into dense weights; unmerge(model) before asking")
+    require_unmerged(model)
     squares = {}  # ‖Q(W) − W‖² and ‖W‖²
     for path, layer in adapter_layers(model).items():
         if is_four_bit(layer.base_layer):

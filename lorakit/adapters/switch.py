@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
+from lorakit.modules import set_until
 
 
 @contextmanager
@@ -33,18 +34,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             if layer.is_merged:
                 layer.unmerge()
                 stack.callback(layer.merge)
-            _set(stack, layer, is_off=True)
+            set_until(stack, layer, is_off=True)
         for wrapper in wrappers:
             _switch_peft_off(stack, wrapper)
         yield model
-
-
-def _set(stack: ExitStack, module: nn.Module, **values: Any) -> None:
-    """Give `module` these attributes until `stack` ends."""
-    own = vars(module)
-    for name, value in values.items():
-        stack.callback(*(own.__setitem__, name, own[name]) if name in own else (own.pop, name, None))
-        own[name] = value
 
 
 def _switch_peft_off(stack: ExitStack, wrapper: Any) -> None:
@@ -61,14 +54,14 @@ def _switch_peft_off(stack: ExitStack, wrapper: Any) -> None:
     if any(part.merged_adapters for part in parts):
         raise LorakitError("PEFT merged the adapter into the base weights: model.unmerge_adapter() first")
     for part in parts:
-        _set(stack, part, _disable_adapters=True)
+        set_until(stack, part, _disable_adapters=True)
     if wrapper.active_peft_config.is_prompt_learning:
         prepare = getattr(base, "prepare_inputs_for_generation", None)
-        _set(stack, wrapper, forward=base.__call__, prepare_inputs_for_generation=prepare)
+        set_until(stack, wrapper, forward=base.__call__, prepare_inputs_for_generation=prepare)
     elif isinstance(base, AdaptionPromptModel):
         stack.enter_context(wrapper.disable_adapter())
     elif isinstance(base, XLoraModel):
-        _set(stack, base, disabled=True)
+        set_until(stack, base, disabled=True)
     elif isinstance(base, AdaLoraModel):  # adds the adapters' penalty to the loss
-        _set(stack, base, forward=base.model.__call__)
-    _set(stack, wrapper, _adapters_disabled=True)
+        set_until(stack, base, forward=base.model.__call__)
+    set_until(stack, wrapper, _adapters_disabled=True)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lorakit.adapters.attachment import attachment_of, is_merged
+from lorakit.adapters.attachment import attachment_of, require_unmerged
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.packed import stored_bytes
 from lorakit.adapters.sparse import lora_layers
-from lorakit.errors import LorakitError
 from lorakit.modules import replace_modules, unwrapping
 
 COUNTED, RANKS = ("A", "B", "BA", "merged"), ("effective_rank", "numerical_rank")
@@ -109,8 +108,7 @@ def compact(model: nn.Module) -> nn.Module:
         LorakitError: no LoRA is attached, or it is merged. The model is then as it was.
     """
     attachment, layers = attachment_of(model), lora_layers(model)
-    if is_merged(model):
-        raise LorakitError("the adapter is merged into the base weights; unmerge(model) before compact(model)")
+    require_unmerged(model)
     smaller = {path: _smaller(layer, living_ranks(layer)) for path, layer in layers.items()}
     replace_modules(model, {layer: smaller[path] for path, layer in layers.items()})
     ((common, _),) = Counter(layer.settings for layer in smaller.values()).most_common(1)  # what a file states once

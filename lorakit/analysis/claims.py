@@ -7,8 +7,6 @@ metric of which more is better at least, the margin (ratio). Tests are Student's
 limit, with Holm's correction over all claims of a setting, those not run yet among them.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import subprocess
@@ -191,13 +189,8 @@ def verdicts(found: Sequence[Finding]) -> list[str]:
 
 def seen(values: Sequence[float], form: str) -> str:
     """Their mean with Student's 95 % interval, where it has one."""
-    from scipy.stats import ttest_1samp
-
-    text, spread = form.format(float(np.mean(values))), len(values) >= stats.MINIMUM_SEEDS and np.ptp(values) > 0
-    if not spread:
-        return text
-    bounds = ttest_1samp(values, 0).confidence_interval(1 - ALPHA)
-    return f"{text} [{form.format(float(bounds.low))}, {form.format(float(bounds.high))}]"
+    found = stats.estimate(values, student=True)
+    return f"{form.format(found.mean)} {found.interval(form) if np.ptp(values) > 0 else ''}".rstrip()
 
 
 def claims_table(

@@ -1,21 +1,17 @@
 """Curves over seeds: loss against what a run spends, or anything that a run logs by step."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.frame import frame, require_comparable
 from lorakit.errors import require
 from lorakit.records import AXES, Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FAILED = ("diverged", "out_of_memory", "failed")
 BAND = "line: mean; band: lowest to highest seed"
@@ -60,8 +56,6 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
 
 def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:
     """`y` against `x` of `records`; what the band is, if there is one."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
     band, name = draw_curves(ax, curve_points(records, x, y), records), stats.named(y, "validation")
     ax.set(xlabel=AXES[x].label, ylabel=name.replace("_", " ") + (" (nats)" if name.endswith(" loss") else ""))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=x not in ("flops", "seconds")))

@@ -1,22 +1,19 @@
 """Figures are functions of records: a table gives the numbers, the figure draws them and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import BAND, draw_loss, title
 from lorakit.analysis.frame import frame, require_comparable
 from lorakit.errors import require
 from lorakit.records import AXES, Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "logits")  # bottom of the stack first
 
@@ -218,8 +215,6 @@ def draw_mean(ax: Axes, values: Sequence[float], place: float, beside: float, lo
 
 def mean_key(look: style.Look) -> style.Key:
     """The legend of `draw_mean`."""
-    from matplotlib.lines import Line2D
-
     mean = Line2D([], [], color=look.color, marker=look.marker, ms=7)
     seed = Line2D([], [], color=look.color, ls="", marker=look.marker, mfc="none")
     return [mean, seed], ["mean, 95 % interval from three seeds on", "one seed"]

@@ -1,14 +1,12 @@
 """What rows bought against what they cost: which no other row beats in both, and which of them fit a case."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import title
@@ -18,9 +16,6 @@ from lorakit.analysis.significance import ALPHA, holm, two_sided
 from lorakit.analysis.tables import NONE, Column, Table, score
 from lorakit.errors import require
 from lorakit.records import AXES, METRICS, Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COSTS: dict[str, Column] = {
     "TFLOPs": ("flops", AXES["flops"].form, AXES["flops"].size),

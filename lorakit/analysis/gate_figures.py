@@ -1,11 +1,12 @@
 """Figures about gates: do they keep their rate, does novelty fall, what do they cost, and when do they pay."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.analysis.curves import draw_curves, title
@@ -13,10 +14,6 @@ from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame
 from lorakit.errors import require
 from lorakit.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 NOVELTY_GATES = ("novelty", "novelty_loss", "least_novel")  # of a record only the name is known: `scores_novelty`
 SETTLED = 10  # decisions after the burn-in before a rate is drawn: one of fewer says little
@@ -58,8 +55,6 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
     Raises:
         ParameterError: no record has a gate with a log.
     """
-    from matplotlib.ticker import PercentFormatter
-
     points = log_points(records, "gate/acceptance_rate", after_burn_in=True)
     ax = _over_steps(records, points, "acceptance rate after the burn-in", "a gate with a log", mixed)
     targets = sorted({gate(record)["target_rate"] for record in records if "target_rate" in gate(record)})
@@ -161,8 +156,6 @@ def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: s
 
     Hollow: one seed; filled: the mean with, from three seeds on, its 95 % interval. See `redundancy_table`.
     """
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     table = redundancy_table(records, row, against)
     look = style.looks([row])[row]
     one, other = (names.label(name, records) for name in (row, against))

@@ -34,7 +34,6 @@ class Estimate:
     low: float | None
     high: float | None
     count: int
-    how: str  # "t", "BCa", "percentile" or "too few seeds"
 
     def interval(self, form: str = "{:+.3f}") -> str:
         """ "[-0.012, +0.034]"; empty where there is none."""
@@ -68,12 +67,6 @@ class Difference:
         if self.estimate.low <= 0 <= self.estimate.high:
             return "within noise"
         return "above" if self.estimate.mean > 0 else "below"
-
-    @property
-    def better(self) -> bool | None:
-        """Whether the verdict speaks for `method`; None where there is none, or nobody knows which way is better."""
-        higher = METRICS.get(self.value.split(" at ")[0].split(" ")[-1])
-        return None if higher is None or self.verdict not in ("above", "below") else (self.verdict == "above") == higher
 
 
 def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -118,25 +111,25 @@ def finished(records: Sequence[Record], value: Value) -> dict[int, float]:
     return {seed: float(number) for seed, number in found.items() if number is not None and math.isfinite(number)}
 
 
-def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of `values` (N,) with its 95 % interval; `seed` draws the bootstrap, so equal input gives equal output."""
+def estimate(values: Sequence[float], student: bool = False) -> Estimate:
+    """Mean of `values` (N,) with its 95 % interval, equal for equal input; `student`: Student's t of any number."""
     sample = np.asarray(values, dtype=float)
     count, mean = len(sample), float(np.mean(sample))
     if count < MINIMUM_SEEDS:
-        return Estimate(mean, None, None, count, "too few seeds")
-    if count < BOOTSTRAP_SEEDS:
+        return Estimate(mean, None, None, count)
+    if count < BOOTSTRAP_SEEDS or student:
         from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
 
         half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / math.sqrt(count)
-        return Estimate(mean, mean - half, mean + half, count, "t")
+        return Estimate(mean, mean - half, mean + half, count)
     from scipy.stats import bootstrap
 
     for how in ("BCa", "percentile"):
         with warnings.catch_warnings(action="ignore"):  # BCa of equal values warns and gives NaN
-            low, high = bootstrap((sample,), np.mean, method=how, rng=np.random.default_rng(seed)).confidence_interval
+            low, high = bootstrap((sample,), np.mean, method=how, rng=np.random.default_rng(0)).confidence_interval
         if math.isfinite(low) and math.isfinite(high):
             break
-    return Estimate(mean, float(low), float(high), count, how)
+    return Estimate(mean, float(low), float(high), count)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

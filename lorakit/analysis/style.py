@@ -1,7 +1,5 @@
 """One look for every figure: the same size, fonts and, for a row, the same colour, marker and dash everywhere."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -10,17 +8,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from lorakit.analysis.drawn import Drawn
 from lorakit.analysis.names import LOOKS
 from lorakit.errors import require
 from lorakit.files import written
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
 SCREEN_DPI, PRINT_DPI = 120, 200
@@ -107,10 +108,6 @@ def figure(height: float) -> Figure:
     IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
     Its text says what was drawn (`drawn_numbers`), which nbval compares where it does not look at pictures.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from lorakit.analysis.drawn import Drawn
-
     new = Drawn(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(new)
     new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
@@ -209,9 +206,6 @@ def spaced(x: Sequence[float]) -> list[int]:
 
 def shades(count: int) -> list[Any]:
     """Dark to light in equal steps, the lightest 3:1 on white: told apart by lightness alone, so also in grey print."""
-    import matplotlib
-    import numpy as np
-
     colors = matplotlib.colormaps["plasma"](np.linspace(0, 0.6, 256))
     lightness = colors[:, :3] @ [0.2126, 0.7152, 0.0722]
     steps = np.linspace(lightness[0], lightness[-1], count)
@@ -233,8 +227,6 @@ def plain_ticks(axis: Axis, places: Sequence[float], factor: float = 1) -> None:
 
 def context() -> Any:
     """Apply the style for the duration of a `with` block, leaving the reader's own settings as they are."""
-    import matplotlib
-
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC})
 
 

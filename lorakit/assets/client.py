@@ -12,10 +12,9 @@ from lorakit.assets.registry import Package
 from lorakit.errors import AssetError
 
 POLL = 0.1  # seconds between looks at how much has arrived
-Report = Callable[[int], None]
 
 
-def download(package: Package, folder: Path, report: Report) -> Path:
+def download(package: Package, folder: Path, report: Callable[[int], None]) -> Path:
     """Have the package client put the archive into `folder`; `report` is told the bytes that have arrived so far.
 
     Raises:

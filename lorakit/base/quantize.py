@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, bitsandbytes, is_four_bit
 from lorakit.base.reads import read_elsewhere
-from lorakit.errors import ParameterError, require
+from lorakit.errors import require
 from lorakit.head import output_head, task_head
 from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, other_towers, replace_modules, unwrapping
 
@@ -104,8 +104,7 @@ def _require_storable(path: str, linear: nn.Module) -> None:
         problem = f"has {weight.numel()} weights: bitsandbytes mistakes so small a layer for its transpose"
     elif not torch.isfinite(weight).all():
         problem = "has weights that are not finite, which would spoil their whole block"
-    if problem:
-        raise ParameterError("quantize", "nf4", f"{path} {problem}")
+    require(not problem, "quantize", "nf4", f"{path} {problem}")
 
 
 def _require_own_weights(model: nn.Module, paths: Sequence[str]) -> None:
@@ -114,9 +113,8 @@ def _require_own_weights(model: nn.Module, paths: Sequence[str]) -> None:
     for other, module in model.named_modules():  # once each, also where a module has several paths
         for name, parameter in module.named_parameters(recurse=False):
             path = replaced.get(id(parameter))
-            if path is not None and other not in paths:
-                told = f"{path} shares its weight with {other}.{name}; exclude=[{path!r}] leaves it"
-                raise ParameterError("quantize", "nf4", told)
+            told = f"{path} shares its weight with {other}.{name}; exclude=[{path!r}] leaves it"
+            require(path is None or other in paths, "quantize", "nf4", told)
 
 
 def _four_bit(library: Any, linear: nn.Module, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:

@@ -3,6 +3,7 @@
 One forward on tensors without values tells, so it costs neither memory nor time.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,17 +48,11 @@ def read_elsewhere(model: nn.Module, paths: Sequence[str]) -> list[str]:
         state |= {f"{path}.{name}".lstrip("."): value.to("meta") for name, value in own if value is not None}
     layers = {path: model.get_submodule(path) for path in paths}
     reads = _Reads({id(state[f"{path}.weight"]): layer for path, layer in layers.items() if f"{path}.weight" in state})
-    hooks = []
-    for layer in layers.values():
-        hooks.append(layer.register_forward_pre_hook(lambda layer, _: reads.running.add(layer)))
-        hooks.append(layer.register_forward_hook(lambda layer, *_: reads.running.discard(layer)))
-    try:
+    with contextlib.suppress(Exception), contextlib.ExitStack() as hooks:  # whatever a model does with values
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda layer, _: reads.running.add(layer)))
+            hooks.enter_context(layer.register_forward_hook(lambda layer, *_: reads.running.discard(layer)))
         with evaluating(model), torch.no_grad(), torch.device("meta"), reads:
             given = {name: value.to("meta") for name, value in inputs.items()}
             torch.func.functional_call(model, state, (), given, tie_weights=False)
-    except Exception:  # whatever a model does with values: then nothing is known of it
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [path for path, layer in layers.items() if layer in reads.found]

@@ -1,7 +1,5 @@
 """A batch gate that looks on while tokens are chosen: at a batch's predictions in chunks, whose measurements add up."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from lorakit.head import Head
 from lorakit.seams import Candidate, Gate
 
 
-@dataclass
 class GateLook:
     """Called with every chunk of a micro-batch's predictions, see `lorakit.seams.Look`.
 
@@ -18,20 +15,11 @@ class GateLook:
         head: of the model.
     """
 
-    gate: Gate
-    per_label: float
-    head: Head
-    _measured: Tensor | None = field(default=None, init=False)
-
-    @property
-    def rate(self) -> float:
-        """The share of batches whose loss will be asked for."""
-        return self.gate.target_rate
-
-    @property
-    def grouped(self) -> bool:
-        """Whether `group_maxima` of the logits are wanted."""
-        return self.gate.needs_hidden
+    def __init__(self, gate: Gate, per_label: float, head: Head):
+        self.gate, self.per_label, self.head = gate, per_label, head
+        self.rate = gate.target_rate  # the share of batches whose loss will be asked for
+        self.grouped = gate.needs_hidden  # whether `group_maxima` of the logits are wanted
+        self._measured: Tensor | None = None
 
     def __call__(
         self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor, maxima: Tensor | None = None

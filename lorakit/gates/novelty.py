@@ -111,26 +111,29 @@ class HeadGradientGate(ScoredGate):
         Raises:
             LorakitError: a model without a linear head.
         """
-        head = find_head(model, kind)
-        return cls(
-            head.d_hidden,
-            head.outputs,
-            settings.gate_m,
-            settings.gate_k,
+        return cls.of_model(
+            model,
+            kind,
+            m=settings.gate_m,
+            k=settings.gate_k,
             target_novelty=settings.gate_rate,
             target_novelty_scaler=settings.gate_beta,
             novelty_ema_rate=settings.gate_ema,
             burn_in=settings.gate_burn_in,
             seed=seed,
-            device=head.module.weight.device,
             reorth_every=settings.gate_refresh,
             k_topk=settings.gate_topk,
-            kind=kind,
-            softcap=head.softcap,
             rows=settings.gate_rows,
             decay=settings.gate_decay,
             leverage=settings.gate_leverage,
         )
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module, kind: str, **told: Any) -> HeadGradientGate:
+        """The gate of the head of `model`; `told`: what is not the model's."""
+        head = find_head(model, kind)
+        of_head = {"softcap": head.softcap, "device": head.module.weight.device}
+        return cls(head.d_hidden, head.outputs, kind=kind, **of_head, **told)
 
     # the description's interface -----------------------------------------------------------------------
 

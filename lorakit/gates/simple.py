@@ -1,9 +1,7 @@
 """Gates that need no sketch: accept at random, or by a score thresholded to a rate; the loss is such a score."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -31,7 +29,7 @@ class RandomGate(Gate):
         self.steps = self.accepted = 0
 
     @classmethod
-    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> RandomGate:
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
         return cls(settings.gate_rate, burn_in=settings.gate_burn_in, seed=seed)
 
     def decide(self, measured: torch.Tensor) -> Decision:
@@ -65,7 +63,7 @@ class ScoredGate(Gate, ABC):
         self.generator = torch.Generator().manual_seed(seed)
 
     @classmethod
-    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> ScoredGate:
+    def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
         rate, burn_in = settings.gate_rate, settings.gate_burn_in
         beta, ema = settings.gate_beta, settings.gate_ema
         return cls(ThresholdController(rate, steepness=beta, ema_rate=ema, burn_in=burn_in), seed)

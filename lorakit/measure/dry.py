@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorakit.modules import set_until
+
 
 @contextlib.contextmanager
 def faked(model: nn.Module, mode: Any) -> Iterator[None]:
@@ -74,9 +76,8 @@ def training_state(model: nn.Module, gradient_checkpointing: bool) -> Iterator[N
 def cuda_attention() -> Iterator[None]:
     """Attention with dropout as CUDA has it, drawn inside the flash kernel; the CPU's would keep (B, heads, T, T)."""
     kernel = F.scaled_dot_product_attention
-    # a function mode would be simpler, but is suspended while checkpointing recomputes in the backward
-    F.scaled_dot_product_attention = lambda *args, **kwargs: kernel(*args, **kwargs | {"dropout_p": 0.0})
-    try:
+    with contextlib.ExitStack() as stack:
+        # a function mode would be simpler, but is suspended while checkpointing recomputes in the backward
+        without = lambda *args, **kwargs: kernel(*args, **kwargs | {"dropout_p": 0.0})  # noqa: E731
+        set_until(stack, F, scaled_dot_product_attention=without)
         yield
-    finally:
-        F.scaled_dot_product_attention = kernel

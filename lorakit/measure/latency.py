@@ -7,20 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorakit.errors import require
 from lorakit.modules import evaluating
 
 
 def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repeats: int, warmup: int = 2) -> float:
-    """Median milliseconds of `model(**batch)` over `repeats` calls, in evaluation and inference mode.
+    """Median milliseconds of `model(**batch)` over `repeats` calls, at least one, in evaluation and inference mode.
 
     The batch must be on the model's device; CUDA is synchronised before and after each call. The model's training
     mode comes back afterwards.
-
-    Raises:
-        ParameterError: `repeats < 1`.
     """
-    require(repeats >= 1, "repeats", repeats, "at least 1")
     wait = torch.cuda.synchronize if any(value.is_cuda for value in batch.values()) else lambda: None
     milliseconds = []
     with evaluating(model), torch.inference_mode():

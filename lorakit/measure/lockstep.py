@@ -1,7 +1,5 @@
 """Trainers in one process taking turns step by step, so that a slow moment of the machine falls on both."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +16,8 @@ class _Turns(TrainerCallback):
     Added last, a turn ends after every other callback's `on_step_end`; logging falls into the next turn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        self.thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.seconds: list[float] = []
         self.error: BaseException | None = None
@@ -44,38 +43,33 @@ class _Turns(TrainerCallback):
         self.go.acquire()
         self._start = time.perf_counter()
 
+    def _train(self, trainer: Trainer) -> None:
+        trainer.add_callback(self)
+        try:
+            trainer.train()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.release(FOR_EVER)
+
 
 def lockstep(trainers: Sequence[Trainer], steps: int) -> list[list[float]]:
     """Seconds of every step of every trainer; each must be set to run `steps` steps, neither more nor fewer.
 
     What ends one of them is raised at once; the others are left waiting, in threads that end with the program.
     """
-    turns = [_Turns() for _ in trainers]
-    threads = [
-        threading.Thread(target=_train, args=(trainer, turn), daemon=True)
-        for trainer, turn in zip(trainers, turns, strict=True)
-    ]
-    for thread, turn in zip(threads, turns, strict=True):  # one at a time: setting up is not thread-safe
-        thread.start()
+    turns = [_Turns(trainer) for trainer in trainers]
+    for turn in turns:  # one at a time: setting up is not thread-safe
+        turn.thread.start()
         turn.wait()
     for step in range(steps):
         for turn in turns if step % 2 else turns[::-1]:
             turn.go.release()
             turn.wait()
-    for thread, turn in zip(threads, turns, strict=True):
+    for turn in turns:
         turn.go.release(FOR_EVER)
-        thread.join()
+        turn.thread.join()
         turn.wait()
         if len(turn.seconds) != steps:
             raise RuntimeError(f"{len(turn.seconds)} steps of a trainer, not {steps}")
     return [turn.seconds for turn in turns]
-
-
-def _train(trainer: Trainer, turn: _Turns) -> None:
-    trainer.add_callback(turn)
-    try:
-        trainer.train()
-    except BaseException as error:
-        turn.error = error
-    finally:
-        turn.done.release(FOR_EVER)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.base.nf4 import dense_numel, is_four_bit, nf4_bytes, stored_bytes
-from lorakit.base.quantize import COMPUTE_DTYPES, quantisable
+from lorakit.base.quantize import quantisable
 from lorakit.errors import require
 from lorakit.head import output_head, task_head
 from lorakit.modules import inside, is_linear
@@ -19,15 +19,13 @@ KINDS = ("linear, 4-bit", "linear, other", "embeddings", "norms and biases", "he
 FOUR_BIT, OTHER_LINEAR, EMBEDDINGS, SMALL, HEADS, ADAPTERS = KINDS
 
 
-def weight_table(
-    model: nn.Module, quantize: str = "none", double_quant: bool = True, compute_dtype: str = "bf16"
-) -> dict[str, Any]:
+def weight_table(model: nn.Module, quantize: str = "none", double_quant: bool = True) -> dict[str, Any]:
     """Parameters, bytes and bits per parameter of `model` by kind; a tied parameter counts once, buffers do not.
 
     Args:
         model: as it stands, real or on the meta device.
         quantize: "nf4" counts a model that is not quantised as `quantize_nf4` would leave it, by formula.
-        double_quant, compute_dtype: as `quantize_nf4` would be told.
+        double_quant: as `quantize_nf4` would be told.
 
     Returns:
         "rows": a dict per kind that occurs: "kind", "parameters", "bytes", "bits_per_parameter"; "base": the same of
@@ -35,18 +33,17 @@ def weight_table(
         precision throughout, over its bytes now. JSON-able.
 
     Raises:
-        ParameterError: unknown `quantize` or `compute_dtype`, or nothing to quantise.
+        ParameterError: unknown `quantize`, or nothing to quantise.
     """
     require(quantize in ("none", "nf4"), "quantize", quantize, "must be none or nf4")
-    require(compute_dtype in COMPUTE_DTYPES, "compute_dtype", compute_dtype, "must be one of bf16, fp32")
     planned = quantisable(model) if quantize == "nf4" else []
     counts = {kind: [0, 0] for kind in KINDS}
     for kind, name, parameter in _kinds(model):
         if name.rpartition(".")[0] in planned:
             if name.endswith(".weight"):
                 kind, size = FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
-            else:  # its bias is rounded
-                size = parameter.numel() * COMPUTE_DTYPES[compute_dtype].itemsize
+            else:  # its bias is rounded to bf16
+                size = 2 * parameter.numel()
         else:
             size = stored_bytes(parameter)
         counts[kind][0] += dense_numel(parameter)

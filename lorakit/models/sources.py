@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from lorakit import assets
 from lorakit.assets import hub
-from lorakit.errors import AssetError, ParameterError
+from lorakit.errors import AssetError, ParameterError, require
 from lorakit.files import sha256
 from lorakit.tasks.toy import models as toys
 
@@ -61,8 +61,7 @@ def resolve(name: str) -> Source:
     """
     if name in assets.ASSETS:
         asset = assets.ASSETS[name]
-        if asset.kind == "data":
-            raise ParameterError("model", name, f"is a data set; offline: {ALTERNATIVES}")
+        require(asset.kind != "data", "model", name, f"is a data set; offline: {ALTERNATIVES}")
         return Source(name, str(assets.fetch(name)), "offline asset", asset.fingerprint, notes=asset.notes)
     if name in toys.NAMES:
         folder, notes = toys.folder(name), toys.NOTES.get(name, ())

@@ -4,4 +4,3 @@ from lorakit.params.doors import beside, collect, complete, given, params_of, pa
 from lorakit.params.files import merge, read_files
 from lorakit.params.overview import capabilities, reference, shown
 from lorakit.params.whole import METHODS, NESTED, PER_RUN, RATES, Params, check, method_of, rate_note
-from lorakit.settings import BudgetUnit

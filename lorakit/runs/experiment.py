@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,11 +35,12 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-def run(given: dict[str, Any]) -> Record:
+def run(given: dict[str, Any], dataset: Mapping[str, Any] | None = None) -> Record:
     """Train as `given` says and measure it.
 
     Args:
         given: names and values of `lorakit.Params`; what is not given keeps its default.
+        dataset: split -> rows of own data (a `datasets.DatasetDict`), for task "labelled", "pairs", "text" or "chat".
 
     Returns:
         The record, also written to `params.record` where that is set. Its status is "done", "diverged" (a loss became
@@ -54,7 +55,7 @@ def run(given: dict[str, Any]) -> Record:
     params = resolve(given)
     record = new_record(params, given)
     with interruptible():
-        tried = attempt(record, params, lambda *parts: _train_and_evaluate(record, *parts))
+        tried = attempt(record, params, lambda *parts: _train_and_evaluate(record, *parts), dataset)
         if tried.trainer:
             with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
                 _describe(record, tried.assembled, tried.trainer)
@@ -101,15 +102,15 @@ class Attempt:
     stopped: BaseException | None = None
 
 
-def attempt(record: Record, params: Params, work: Callable[[Assembled, BudgetTrainer], None]) -> Attempt:
-    """Assemble the run, do `work` and say in the record how it ended.
+def attempt(record: Record, params: Params, work: Callable[..., None], dataset: Any = None) -> Attempt:
+    """Assemble the run, do `work` with that and its trainer and say in the record how it ended.
 
     Raises:
         LorakitError: bad parameters or data, before anything was trained.
     """
     tried = Attempt()
     try:
-        tried.assembled = assemble(params)
+        tried.assembled = assemble(params, dataset)
         record.notes += tried.assembled.notes
         record.fingerprints = fingerprints(tried.assembled)
         with _place(params.run_dir) as folder:
@@ -182,12 +183,15 @@ def _keep(assembled: Assembled, run_dir: Path) -> None:
         if whole:
             model.save_pretrained(folder)
         assembled.tokenizer.save_pretrained(folder)
+        if assembled.task.classes and not whole:  # whose names an adapter's own files do not say
+            model.config.save_pretrained(folder)
 
 
 def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
     """Curve, costs and sizes: known however the run ended."""
     model, ledger = assembled.model, trainer.ledger
     record.curve = trainer.curve.points
+    record.details |= {"classes": [*assembled.task.classes]} if assembled.task.classes else {}
     record.parameters = adapters.parameter_stats(model)
     record.adapter_bytes = adapters.adapter_bytes(model)
     # of a run that was cut short: none has been told of

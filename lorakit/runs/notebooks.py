@@ -1,7 +1,5 @@
 """Run a notebook with parameters: papermill on a private kernel, with everything checked before the first cell runs."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -14,16 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.files import aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 from lorakit.quiet import answering
-
-if TYPE_CHECKING:
-    from jupyter_client import AsyncKernelManager
 
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
 PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
@@ -33,6 +28,8 @@ LONGEST_SOCKET_FOLDER = 75  # a socket's path may have 107 bytes
 
 class NotebookFailed(LorakitError):
     """A cell raised, or the run was interrupted; what was executed so far is kept in `output`."""
+
+    status = 1
 
     def __init__(self, reason: str, output: Path):
         super().__init__(f"{reason}; executed notebook: {output}")
@@ -127,7 +124,7 @@ def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in given or there[name] != value}
 
 
-def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManager, progress: bool) -> None:
+def _execute(notebook: Path, output: Path, given: dict, kernel: Any, progress: bool) -> None:
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that a cell does not list
@@ -160,7 +157,7 @@ def _execute(notebook: Path, output: Path, given: dict, kernel: AsyncKernelManag
 
 
 @contextlib.contextmanager
-def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[AsyncKernelManager]:
+def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[Any]:
     """A kernel that talks over files in `folder`: parallel kernels on TCP race for ports."""
     from jupyter_client import AsyncKernelManager
     from jupyter_core.utils import run_sync
@@ -188,7 +185,11 @@ def regenerate(notebook: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`lorakit run`. Exit status: 0 done, 1 the notebook failed or its run did not finish, 2 bad input."""
+    """`lorakit run`. Exit status: 0 done, 1 the run that the notebook made did not finish.
+
+    Raises:
+        LorakitError: bad input; `NotebookFailed`, whose exit status is 1.
+    """
     parser = argparse.ArgumentParser(prog="lorakit run", description="Run a notebook with parameters.")
     parser.add_argument("notebooks", nargs="+", metavar="NOTEBOOK")
     parser.add_argument("-f", dest="files", action="append", default=[], metavar="PARAMS.yaml", help="later files win")
@@ -196,17 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", help="the executed notebook (default: NAME.executed.ipynb here)")
     parser.add_argument("--regenerate", action="store_true", help="run the notebooks in place with their defaults")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.regenerate:
-            for notebook in arguments.notebooks:
-                print(notebook, flush=True)
-                regenerate(notebook)
-            return 0
-        require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
-        return _run(arguments)
-    except LorakitError as error:
-        print(f"lorakit run: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NotebookFailed) else 2
+    if arguments.regenerate:
+        for notebook in arguments.notebooks:
+            print(notebook, flush=True)
+            regenerate(notebook)
+        return 0
+    require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
+    return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -227,7 +224,3 @@ def _run(arguments: argparse.Namespace) -> int:
     if record.status not in FINISHED:
         print(f"lorakit run: {record.status}: {record.message}", file=sys.stderr)
     return 0 if record.status in FINISHED else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import transformers
@@ -53,9 +53,6 @@ class Plan(Settings):
     tokens: float = field(1.0, "that get a backward (FLoRA), a share of those that are predicted")
     mode: str = field("gather", "of that backward: gather (through the head only), fractional (through the layers)")
     loss: str = field("exact", "of a language model: exact (no logits kept), nll (all logits), dft, liger")
-
-    def __init__(self, model: str, **given: Any):
-        super().__init__(model=model, **given)
 
     @model_validator(mode="after")
     def _as_a_run(self) -> Self:

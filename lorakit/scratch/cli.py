@@ -4,14 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
-from lorakit.errors import LorakitError, require
+from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.files import written
 from lorakit.scratch.compare import Comparison, Settings, compare
-from lorakit.scratch.loop import DivergedError
 
 DESCRIPTION = """Pretrain a small byte-level transformer on toy stories, freeze it, and fine-tune LoRA on toy reviews;
 then the same LoRA on the base as it was before pretraining. Prints the validation losses on reviews."""
@@ -25,30 +23,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison. Exit status: 0 done, 1 training diverged, 2 bad argument."""
+    """Run the comparison.
+
+    Raises:
+        LorakitError: bad argument; `DivergedError`, whose exit status is 1.
+    """
     parser = Parser("lorakit scratch", description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for option in fields(Settings):
-        shown = option.metadata["help"]
-        parser.add_argument(f"--{option.name}", type=type(option.default), default=option.default, help=shown)
+    for name, info in Settings.model_fields.items():
+        parser.add_argument(f"--{name}", type=type(info.default), default=info.default, help=info.description)
     parser.add_argument("--output", type=Path, help="new or empty folder for weights, adapter, history and figure")
-    try:
-        options = vars(parser.parse_args(argv))
-        output = options.pop("output")
-        if output:
-            free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-            require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
-        result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
-        print(table(result))
-        if output:
+    options = vars(parser.parse_args(argv))
+    output = options.pop("output")
+    if output:
+        free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+        require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
+    result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
+    print(table(result))
+    if output:
+        try:
             with written(output, folder=True) as folder:
                 save(result, folder)
-            print(f"\nwritten to {output}")
-    except OSError as error:
-        print(f"lorakit scratch: output={str(output)!r}: cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
-    except LorakitError as error:
-        print(f"lorakit scratch: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DivergedError) else 2
+        except OSError as error:
+            raise ParameterError("output", str(output), f"cannot be written: {error.strerror}") from None
+        print(f"\nwritten to {output}")
     return 0
 
 
@@ -72,7 +69,7 @@ def save(result: Comparison, folder: Path) -> None:
     model = result.pretrained.model
     save_file(model.base_state_dict(), folder / "base.safetensors")
     save_file(model.lora_state_dict(), folder / "adapter.safetensors")
-    history = {"settings": asdict(result.settings), "pretrain_loss": result.pretrain_loss}
+    history = {"settings": result.settings.model_dump(), "pretrain_loss": result.pretrain_loss}
     for name in ("pretrained", "random"):
         trainer = getattr(result, name)
         stats = {"initial_val_loss": trainer.initial_val_loss, "parameters": trainer.model.get_parameter_stats()}

@@ -1,51 +1,37 @@
 """Does LoRA need a trained base? The same LoRA on reviews, on a base trained on stories and on one left at random."""
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from lorakit.errors import require
-from lorakit.scratch.loop import VOCAB_SIZE, Loader, Log, LoRATrainer, byte_loader, check_rate, pretrain
+from lorakit import fields
+from lorakit.fields import field
+from lorakit.scratch.loop import VOCAB_SIZE, Loader, Log, LoRATrainer, byte_loader, pretrain
 from lorakit.scratch.transformer import LoRATransformer
 from lorakit.tasks.toy.grammar import reviews, split_seed, stories
 
 
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
-
-
-@dataclass(frozen=True)
-class Settings:
+class Settings(fields.Settings):
     """What the comparison is told; its fields are the options of `lorakit scratch`."""
 
-    lora_r: int = _option(8, "rank of the updates")
-    lora_alpha: float = _option(16.0, "updates are scaled by lora_alpha / lora_r")
-    epochs: int = _option(3, "passes of LoRA over the reviews")
-    learning_rate: float = _option(5e-3, "of LoRA")
-    batch_size: int = _option(16, "rows a step")
-    pretrain_epochs: int = _option(2, "passes over the stories, all weights trained")
-    pretrain_learning_rate: float = _option(3e-3, "of pretraining")
-    d_model: int = _option(96, "width")
-    num_heads: int = _option(4, "attention heads")
-    num_layers: int = _option(2, "layers")
-    length: int = _option(128, "bytes a row")
-    texts: int = _option(1500, "stories, and reviews, to train on")
-    seed: int = _option(0, "of weights, text and order")
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name.endswith("learning_rate"):
-                check_rate(value, name)
-            elif name != "lora_alpha":
-                least = 0 if name == "seed" else 1
-                require(value >= least, name, value, f"must be >= {least}")
+    lora_r: int = field(8, "rank of the updates", ge=1)
+    lora_alpha: float = field(16.0, "updates are scaled by lora_alpha / lora_r", gt=0)
+    epochs: int = field(3, "passes of LoRA over the reviews", ge=1)
+    learning_rate: float = field(5e-3, "of LoRA", gt=0)
+    batch_size: int = field(16, "rows a step", ge=1)
+    pretrain_epochs: int = field(2, "passes over the stories, all weights trained", ge=1)
+    pretrain_learning_rate: float = field(3e-3, "of pretraining", gt=0)
+    d_model: int = field(96, "width", ge=1)
+    num_heads: int = field(4, "attention heads", ge=1)
+    num_layers: int = field(2, "layers", ge=1)
+    length: int = field(128, "bytes a row", ge=1)
+    texts: int = field(1500, "stories, and reviews, to train on", ge=1)
+    seed: int = field(0, "of weights, text and order", ge=0)
 
     def model_arguments(self) -> dict[str, float]:
         """Arguments of the `LoRATransformer` that is trained."""
-        names = ("d_model", "num_heads", "num_layers", "lora_r", "lora_alpha")
-        chosen = {name: value for name, value in asdict(self).items() if name in names}
+        chosen = self.model_dump(include={"d_model", "num_heads", "num_layers", "lora_r", "lora_alpha"})
         return {"vocab_size": VOCAB_SIZE, "adapt_feedforward": True} | chosen
 
 

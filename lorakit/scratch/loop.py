@@ -31,6 +31,8 @@ MAX_GRAD_NORM = 1.0
 class DivergedError(LorakitError):
     """The loss is no longer a finite number."""
 
+    status = 1
+
 
 class Loader(Sized, Iterable[tuple[Tensor, ...]], Protocol):
     """Batches of (input_ids, labels) or (input_ids, labels, attention_mask), each (B, T).
@@ -104,9 +106,9 @@ def evaluate(model: LoRATransformer, loader: Loader) -> float:
     return total / count
 
 
-def check_rate(learning_rate: float, name: str = "learning_rate") -> None:
+def check_rate(learning_rate: float) -> None:
     """Refuse a learning rate that is not a positive number."""
-    require(0 < learning_rate < math.inf, name, learning_rate, "must be a number > 0")
+    require(0 < learning_rate < math.inf, "learning_rate", learning_rate, "must be a number > 0")
 
 
 def passes(model: LoRATransformer, loader: Loader, learning_rate: float, epochs: int) -> Iterator[tuple[float, int]]:

@@ -4,10 +4,8 @@ Liberty 2013; Ghashami, Liberty, Phillips and Woodruff 2016. A is everything ins
 approximation of rank k.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -105,7 +103,7 @@ class FrequentDirections:
         # dividing by the length would do, but for a small σ next to a large one the Gram matrix left some of that
         return torch.linalg.qr(top.T).Q.T.float()
 
-    def merge(self, other: FrequentDirections) -> None:
+    def merge(self, other: Self) -> None:
         """Take in what `other` has seen; the bound holds for both streams together. `other` is only rotated.
 
         Raises:

@@ -63,9 +63,7 @@ def error_in_place(logits: Tensor, labels: Tensor, softcap: float | None = None)
 
 
 @torch.no_grad()
-def gradient_norms(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, softcap: float | None = None, chunk: int | None = None
-) -> Tensor:
+def gradient_norms(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, softcap: float | None = None) -> Tensor:
     """‖h_t ⊗ e_t‖ (N,) of every prediction, exact, in the order of `rows`.
 
     Args:
@@ -74,11 +72,8 @@ def gradient_norms(
         labels: (B, T), or (B,).
         kind: see `rows`.
         softcap: the model's cap on its logits, if it has one.
-        chunk: tokens whose logits are worked on at a time; None: as many as hold `BLOCK` logits.
     """
-    norms = [
-        as_float(h).norm(dim=1) * error_norms(z, y, softcap) for h, z, y in _chunks(hidden, logits, labels, kind, chunk)
-    ]
+    norms = [as_float(h).norm(dim=1) * error_norms(z, y, softcap) for h, z, y in _chunks(hidden, logits, labels, kind)]
     return torch.cat(norms) if norms else as_float(hidden).new_zeros(0)
 
 
@@ -171,7 +166,6 @@ def sketch_batch(
     kind: str,
     topk: int,
     softcap: float | None = None,
-    chunk: int | None = None,
     losses: Tensor | None = None,
     maxima: Tensor | None = None,
 ) -> Tensor:
@@ -185,7 +179,7 @@ def sketch_batch(
         maxima: `group_maxima` at every position, if they are at hand: the words they are of are found without another.
     """
     total = torch.zeros(sketch.size, device=hidden.device)
-    for h, z, y, loss, largest in _chunks(hidden, logits, labels, kind, chunk, losses, maxima):
+    for h, z, y, loss, largest in _chunks(hidden, logits, labels, kind, losses, maxima):
         normaliser = None
         if loss is not None:
             require_finite(bool(torch.isfinite(loss).all()), "logits", "non-finite loss", NOT_FINITE)
@@ -195,11 +189,10 @@ def sketch_batch(
 
 
 def _chunks(
-    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, chunk: int | None, *beside: Tensor | None
+    hidden: Tensor, logits: Tensor, labels: Tensor, kind: str, *beside: Tensor | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """(hidden, logits, labels, *beside) of at most `chunk` predictions at a time; neighbours are not copied."""
-    require(chunk is None or chunk >= 1, "chunk", chunk, "must be at least 1")
-    chunk = chunk or chunk_of(logits.shape[-1])
+    """(hidden, logits, labels, *beside) of at most `chunk_of` predictions at a time; neighbours are not copied."""
+    chunk = chunk_of(logits.shape[-1])
     positions, targets = _checked(hidden, logits, labels, kind)
     hidden, logits = hidden.flatten(0, -2), logits.flatten(0, -2)
     for where, y in zip(positions.split(chunk), targets.split(chunk), strict=True):

@@ -6,12 +6,15 @@ saves next to nothing, because the gradient still flows through the frozen layer
 prefixes, LoRA-drop (Zhou et al. 2024) ranks adapters by their outputs, LISA (Pan et al. 2024) draws layers at random.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Generator
 
 from lorakit.settings import SkipSettings
+
+NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.|$)")  # of a path the parts up to the first that is a number
 
 # which adapters -------------------------------------------------------------------------------------
 
@@ -54,10 +57,6 @@ def threshold(metric: Sequence[float], settings: SkipSettings) -> float:
 
 def block_numbers(paths: Sequence[str]) -> list[int]:
     """The transformer block of each adapter, counted from 0 in forward order; a layer outside is a block of its own."""
-    names = []
-    for path in paths:
-        parts = path.split(".")
-        number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        names.append(".".join(parts[: number + 1]))
+    names = [found[0] if (found := NUMBERED.match(path)) else path for path in paths]
     order = list(dict.fromkeys(names))
     return [order.index(name) for name in names]

@@ -11,7 +11,7 @@ from lorakit.adapters.attachment import is_disabled
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.probe import Probe
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, require
 from lorakit.seams import Controller
 from lorakit.settings import BY_SHARE, SkipSettings
 from lorakit.skip.choice import block_numbers, choose, threshold
@@ -216,8 +216,7 @@ def probe_model(model: nn.Module) -> list[Probe]:
             probes.append(module.probe)
         elif type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "lora_variant"):
             probes.append(_probe_peft(path, module))
-    if not probes:
-        raise ParameterError("skip", type(model).__name__, "the model has no LoRA adapter")
+    require(probes != [], "skip", type(model).__name__, "the model has no LoRA adapter")
     return probes
 
 

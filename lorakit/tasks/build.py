@@ -36,6 +36,7 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
     if options.kind == "masked":
         collator = collate.MaskCollator(pad.pad_id, collate.Masker(tokenizer, options.seed))
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
+    parts["classes"] = corpus.classes
     for split in SPLITS:
         rows = getattr(corpus, split)
         rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)

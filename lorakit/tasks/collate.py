@@ -58,13 +58,8 @@ class PadCollator:
 def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int) -> Columns:
     """Rows of at most `max_length` tokens by best fit, the longest first; a conversation is never divided.
 
-    The first token of a conversation has no label: it would be predicted from the one before.
-
-    Raises:
-        ParameterError: a conversation is longer than `max_length`.
+    The first token of a conversation, none of which is longer, has no label: it would be predicted from the one before.
     """
-    longest = max(map(len, ids), default=0)
-    require(longest <= max_length, "max_length", max_length, f"a conversation has {longest} tokens; cut it first")
     columns: Columns = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
     rooms: list[tuple[int, int]] = []  # (tokens left, row), in this order
     for tokens, targets in sorted(zip(ids, labels, strict=True), key=lambda pair: -len(pair[0])):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lorakit.assets import hub
 from lorakit.errors import DataError
-from lorakit.tasks import chat, readers
+from lorakit.tasks import chat, own, readers
 from lorakit.tasks.corpus import Corpus, Recipe, apart, content, cut, fingerprints, required
 
 INSTRUCT_LAYOUT = (
@@ -16,7 +16,7 @@ TULU_LAYOUT = "tulu/*.jsonl or tulu/*.parquet with a column `messages`"
 def instruct_from_folder(folder: Path) -> Corpus:
     paths = [required(folder, name, INSTRUCT_LAYOUT) for name in ("train.jsonl", "validation.jsonl")]
     paths += folder.glob("test.jsonl")
-    train, validation, *given = map(_checked, paths)
+    train, validation, *given = map(own.chats, paths)
     if given:
         return apart(train, validation, *given, paths)
     validation, test = cut(validation, content, 1, share=0.5)  # equal questions on one side
@@ -27,7 +27,7 @@ def tulu_from_folder(folder: Path) -> Corpus:
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])
     if not paths:
         raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU_LAYOUT}")
-    return _tulu([messages for path in paths for messages in _checked(path)], paths)
+    return _tulu([messages for path in paths for messages in own.chats(path)], paths)
 
 
 def tulu_from_hub(folder: Path | None = None) -> Corpus:
@@ -42,17 +42,6 @@ def tulu_from_hub(folder: Path | None = None) -> Corpus:
 def _tulu(chats: list[chat.Chat], paths: list[Path], *notes: str) -> Corpus:
     validation, test, train = cut(chats, content, 2)
     return Corpus(train, validation, test, fingerprints(paths), ["validation and test: cut from train", *notes])
-
-
-def _checked(path: Path) -> list[chat.Chat]:
-    """The conversation in each row."""
-    parquet, chats = path.suffix == ".parquet", []
-    for number, row in readers.parquet(path, ("messages",)) if parquet else readers.jsonl(path):
-        messages = row[0] if parquet else row.get("messages") if isinstance(row, dict) else row
-        if not chat.valid(messages):
-            raise readers.bad_row(path, number, chat.EXPECTED, messages)
-        chats.append(messages)
-    return chats
 
 
 RECIPES = {

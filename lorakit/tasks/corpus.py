@@ -37,6 +37,7 @@ class Corpus:
     test: list[Any]
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    classes: Sequence[str] = ()  # their names, where the data say them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
             None: there are only the files of `data_dir`.
         layout: the files `data_dir` must hold; empty for a task that is generated.
         from_folder: reads them.
-        f1: is F1 reported, and the main metric.
+        f1: is F1 reported.
     """
 
     form: Literal["labelled", "documents", "chats"]

@@ -3,13 +3,10 @@
 import re
 from collections.abc import Sequence
 from decimal import Context, Decimal
-from functools import partial
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lorakit.errors import require
 from lorakit.modules import evaluating
 
 EXACT = Context(prec=1000)  # digits
@@ -37,12 +34,8 @@ def exact_match(
     """Share of rows whose generated answer has the reference's number.
 
     Args:
-        rows: (prompt text up to the model's turn, reference answer with `#### N`), from `Task.answer_rows`.
-
-    Raises:
-        ParameterError: there are no rows.
+        rows: (prompt text up to the model's turn, reference answer with `#### N`), from `Task.answer_rows`; not none.
     """
-    require(len(rows) > 0, "exact_match_rows", len(rows), "the task has no test rows with a GSM8K-style answer; set 0")
     right = 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -58,15 +51,14 @@ def generate(
     """Greedy continuations of prompts of any lengths, one batch, padded on the left; each ends before <end_of_turn>."""
     encoded = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [torch.tensor(start + ids, device=model.device) for ids in encoded]
-    padded = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids, mask = padded(rows, padding_value=tokenizer.pad_token_id), padded([torch.ones_like(row) for row in rows])
+    rows = {"input_ids": [start + ids for ids in encoded]}
+    padded = tokenizer.pad(rows, padding_side="left", return_attention_mask=True, return_tensors="pt").to(model.device)
     turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
     ends = ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []) + (turn if len(turn) == 1 else [])
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True, "eos_token_id": ends or None}
     with evaluating(model):
-        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
-    new = output[:, ids.shape[1] :].cpu()
+        output = model.generate(**padded, pad_token_id=tokenizer.pad_token_id, **options)
+    new = output[:, padded["input_ids"].shape[1] :].cpu()
     texts = tokenizer.batch_decode(new, skip_special_tokens=False)
     for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):
         texts = [text.split(end)[0] for text in texts]

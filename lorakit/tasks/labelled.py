@@ -113,7 +113,8 @@ def imdb_from_folder(folder: Path) -> Corpus:
     paths = sorted(folder.glob("*.csv")) or [required(folder, "*.csv", IMDB_LAYOUT)]
     rows: dict[bool, list[Labelled]] = {True: [], False: []}
     for path in paths:
-        rows[path.name == "test.csv"] += _rows(path, readers.csv_rows(path, ("text", "label")), strip=False)
+        told = ((line, (row["text"], row["label"])) for line, row in readers.csv_rows(path, columns=("text", "label")))
+        rows[path.name == "test.csv"] += _rows(path, told, strip=False)
     return _divided(rows[False], rows[True], paths)
 
 

@@ -43,18 +43,30 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
     return _table(path, rows, columns, f"{len(columns)} tab-separated columns {', '.join(columns)}", header)
 
 
-def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a comma-separated file with quoting whose header line is `columns`; the number is the row's last line.
+def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a file with quoting and a header line, value by column; the number is the row's last line.
 
-    A line's end inside quotes is read as LF, CRLF too.
+    A line's end inside quotes is read as LF, CRLF too. Blank lines are skipped.
+
+    Args:
+        columns: what the header must have; it may have others.
     """
-    shape = f"{len(columns)} comma-separated columns {', '.join(columns)}"
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-    rows = csv.reader((line + "\n" for _, line in lines(path)), strict=True)
+    rows = csv.reader((line + "\n" for _, line in lines(path)), delimiter=delimiter, strict=True)
+    shape, header, found = f"a header line of different columns {', '.join(columns)}".rstrip(), [], False
     try:
-        yield from _table(path, ((rows.line_num, values) for values in rows), columns, shape)
+        for values in filter(None, rows):
+            if header and len(values) != len(header):
+                raise bad_row(path, rows.line_num, f"{len(header)} columns {', '.join(header)}", values)
+            if header:
+                yield rows.line_num, dict(zip(header, values, strict=True))
+            elif not all(values) or len({*values}) < len(values) or not {*columns} <= {*values}:
+                raise bad_row(path, rows.line_num, shape, values)
+            header, found = header or values, bool(header)
     except csv.Error as error:
         raise bad_row(path, rows.line_num, shape, str(error)) from None
+    if not found:
+        raise bad_row(path, rows.line_num + 1, shape, "no rows" if header else "an empty file")
 
 
 def _table(
@@ -90,8 +102,8 @@ def jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise bad_row(path, number + 1, "one JSON value", "no rows")
 
 
-def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
-    """The values of `columns` in each row of a Parquet file, numbered from 1.
+def parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
+    """The values of `columns` in each row of a Parquet file, numbered from 1; of none, whole rows, value by column.
 
     Raises:
         DataError: not a Parquet file, or a column is missing.
@@ -104,7 +116,7 @@ def parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]
         names = file.schema_arrow.names
         if missing := {*columns} - {*names}:
             raise DataError(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
-        rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
-        yield from enumerate(([row[name] for name in columns] for row in rows), start=1)
+        rows = (row for batch in file.iter_batches(columns=list(columns) or None) for row in batch.to_pylist())
+        yield from enumerate(([row[name] for name in columns] if columns else row for row in rows), start=1)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None

@@ -14,7 +14,7 @@ from datasets import Dataset
 from lorakit.errors import require
 from lorakit.head import IGNORED
 
-KINDS = ("repeat", "near", "cluster")
+DROP = 0.1  # share of a near-duplicate's ordinary tokens that it lacks; at least one stays
 WIDTH = 256  # of a row's sketched bag of tokens
 ROUNDS = 5  # of k-means
 CHUNK = 4096  # rows compared with all centres at once
@@ -28,7 +28,6 @@ def redundant_stream(
     batch_size: int,
     pool: int,
     seed: int,
-    drop: float = 0.1,
     special: Set[int] = frozenset(),
 ) -> tuple[Dataset, np.ndarray]:
     """Training rows as a stream to be read in order, `batch_size` at a time, of which a known share is redundant.
@@ -37,7 +36,7 @@ def redundant_stream(
     it is used up. The redundant ones are
 
     "repeat": drawn from a pool of `pool` rows, without replacement inside a batch where the pool is large enough;
-    "near": the same draws, but every copy has a share `drop` of its ordinary tokens dropped at random;
+    "near": the same draws, but every copy has a share `DROP` of its ordinary tokens dropped at random;
     "cluster": rows of any kind in clustered instead of shuffled order, `pool` of them to a cluster on average, in runs
         of batches as long as a cluster. No row occurs twice.
 
@@ -46,18 +45,17 @@ def redundant_stream(
     Args:
         rows: with `input_ids` and whatever a training row has; every list as long as `input_ids` is taken to be per
             token ("near").
-        share: of the batches to be redundant.
+        share: of the batches to be redundant; kind, pool: for their ranges see `lorakit.settings.DataSettings`.
         seed: of everything random, at least 0.
-        drop: share of the ordinary tokens a near-duplicate lacks; at least one of a row's stays.
         special: token ids never dropped, beside a row's first, its last and the last it predicts.
 
     Returns:
         The stream, `batch_size · N` rows with N = rows // batch_size, and for each batch whether it is redundant, (N,).
 
     Raises:
-        ParameterError: naming the run's parameter: `redundancy`, `redundancy_kind`, `redundancy_pool`, `batch_size`.
+        ParameterError: naming the run's parameter: `redundancy_kind`, `redundancy_pool`, `batch_size`.
     """
-    _check(rows, share, kind, batch_size, pool, drop)
+    _check(rows, kind, batch_size, pool)
     for_rows, for_places, for_fresh, for_redundant = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(4))
     batches = len(rows) // batch_size
     count = round(share * batches)
@@ -80,17 +78,14 @@ def redundant_stream(
     ordered_rows = rows.select(stream.ravel())
     if kind == "near":
         copied = zip(ordered_rows, redundant.repeat(batch_size), strict=True)
-        made = [thinned(row, drop, special, for_redundant) if it else row for row, it in copied]
+        made = [thinned(row, DROP, special, for_redundant) if it else row for row, it in copied]
         ordered_rows = Dataset.from_list(made, features=rows.features)
     return ordered_rows, redundant
 
 
-def _check(rows: Dataset, share: float, kind: str, batch_size: int, pool: int, drop: float) -> None:
-    require(0 <= share < 1, "redundancy", share, "must be a share of the batches in [0, 1)")
-    require(kind in KINDS, "redundancy_kind", kind, f"must be one of {', '.join(KINDS)}")
+def _check(rows: Dataset, kind: str, batch_size: int, pool: int) -> None:
     require(1 <= batch_size <= len(rows), "batch_size", batch_size, f"must be in 1 to {len(rows)}, the training rows")
     require(1 <= pool < len(rows), "redundancy_pool", pool, f"must be at least 1 and less than the {len(rows)} rows")
-    require(0 < drop < 1, "drop", drop, "must be a share of a row's tokens in (0, 1)")
     packed = "position_ids" in rows.column_names
     require(kind != "near" or not packed, "redundancy_kind", kind, "drops tokens, which packed rows cannot spare")
 

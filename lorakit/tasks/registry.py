@@ -2,18 +2,21 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.assets import hub
 from lorakit.errors import DataError, ParameterError, require
-from lorakit.tasks import build, conversations, labelled, wikitext
+from lorakit.settings import DataSettings
+from lorakit.tasks import build, conversations, labelled, own, wikitext
 from lorakit.tasks.corpus import Corpus, Recipe
 from lorakit.tasks.task import JUDGED, SPLITS, Kind, Task, classification_f1
 from lorakit.tasks.toy import grammar
 
-RECIPES = labelled.RECIPES | wikitext.RECIPES | conversations.RECIPES | grammar.RECIPES
+RECIPES = labelled.RECIPES | wikitext.RECIPES | conversations.RECIPES | grammar.RECIPES | own.RECIPES
 NAMES = tuple(RECIPES)
 SHORTEST = 8  # tokens of a row: special tokens and something to learn from
 
@@ -85,14 +88,25 @@ def load(
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
         raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
-    metrics, main_metric = (classification_f1, "f1") if known.f1 else JUDGED[task_kind]
-    return Task(name, task_kind, metrics=metrics, main_metric=main_metric, files=corpus.files, source=source, **parts)
+    metrics = classification_f1 if known.f1 else JUDGED[task_kind]
+    return Task(name, task_kind, metrics=metrics, files=corpus.files, source=source, **parts)
 
 
-def read(name: str, data_dir: str = "") -> tuple[Corpus, str]:
-    """The task's text, and in words where it came from; a folder may also be a snapshot of the hub's data set."""
+def read(
+    name: str, data_dir: str = "", asked: DataSettings | None = None, dataset: Mapping[str, Any] | None = None
+) -> tuple[Corpus, str]:
+    """The task's text, and in words where it came from; a folder may also be a snapshot of the hub's data set.
+
+    Args:
+        asked: of own data, which columns; dataset: split -> rows, in place of its files.
+    """
     known, mirror = recipe(name), os.environ.get("LORAKIT_DATA", "")
     base = Path(os.path.expanduser(data_dir or mirror))
+    require(dataset is None or name in own.RECIPES, "task", name, f"of a dataset must be {', '.join(own.RECIPES)}")
+    if name in own.RECIPES:
+        alone = bool(data_dir) != (dataset is not None)
+        require(alone, "data_dir", data_dir, f"with task {name} must be {own.LAYOUT}; or empty, with a dataset")
+        return own.read(name, base, asked or DataSettings(), dataset), "own data"
     if known.from_folder is None:
         require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
     elif data_dir and not os.path.isdir(base):

@@ -30,6 +30,7 @@ class Task:
         files: sha256 by name of every file read.
         source: where the rows came from.
         notes: what a reader of the results must know.
+        classes: their names, where the data say them.
         answers: split -> (prompt text, answer) of chat rows whose answer ends in `#### N`.
     """
 
@@ -41,11 +42,11 @@ class Task:
     collator: Callable[[list[dict[str, Any]]], Batch]
     eval_collator: Callable[[list[dict[str, Any]]], Batch]
     metrics: Callable[[np.ndarray], dict[str, float]]
-    main_metric: str
     files: Mapping[str, str]
     source: str
     notes: Sequence[str] = ()
     answers: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def answer_rows(self, split: str = "test", count: int = 0) -> list[tuple[str, str]]:
         """The first `count` (0: all) GSM8K-style rows of `split`, each (prompt text, answer); there may be none."""
@@ -86,8 +87,4 @@ def masked(stats: np.ndarray) -> dict[str, float]:
     return language_model(stats, "masked_perplexity")
 
 
-JUDGED: dict[Kind, tuple[Callable[[np.ndarray], dict[str, float]], str]] = {  # kind -> metrics, main metric
-    "classify": (classification, "accuracy"),
-    "masked": (masked, "masked_perplexity"),
-    "causal": (language_model, "perplexity"),
-}
+JUDGED = {"classify": classification, "masked": masked, "causal": language_model}  # kind -> metrics

@@ -137,7 +137,7 @@ class Chosen:
     predictions: N, of which these were chosen.
     index: (k,) which of these they are.
     weights: (k,) float32, 1 / π, or None for plain sums.
-    loss_sum, chosen_sum: Σ of all losses and the (weighted) sum of the chosen, detached, where they were scored.
+    loss_sum: Σ of all losses, detached, where they were scored.
     held: what was kept of their logits while those were looked at.
     """
 
@@ -147,7 +147,6 @@ class Chosen:
     index: Tensor
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
-    chosen_sum: Tensor | None = None
     held: BestLogits | SeenLogits | None = None
 
     def total(self, losses: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.modules import set_until
 from lorakit.tokens.positions import Places
 
 
@@ -49,13 +50,7 @@ class Cut:
             return
         chosen, self.states = self.states[at.batch[:, None], at.columns], None
         given = (chosen,) if self.tuples else chosen
-        before = [vars(block).get("forward") for block in self.blocks[: self.count]]
-        try:
+        with contextlib.ExitStack() as stack:
             for block in self.blocks[: self.count]:
-                block.forward = lambda *_, **__: given
+                set_until(stack, block, forward=lambda *_, **__: given)
             yield
-        finally:
-            for block, own in zip(self.blocks[: self.count], before, strict=True):
-                del block.forward
-                if own is not None:
-                    block.forward = own

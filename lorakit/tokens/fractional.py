@@ -75,7 +75,7 @@ class FractionalGate(TokenGate):
     def __init__(self, settings: Gating, model: nn.Module, kind: str, **options: Any):
         super().__init__(settings, model, kind, **options)
         require(kind == "causal", "gating.mode", "fractional", "needs a causal language model; encoders: 'gather'")
-        self.model, self.blocks = model, blocks(model)
+        self.blocks = blocks(model)
         self.config = model.config.get_text_config()
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.adapters.switch import disabled
 from lorakit.errors import require
 from lorakit.head import Head
 from lorakit.modules import blocks
@@ -41,7 +40,7 @@ class TokenScore:
 
     def __init__(self, settings: Gating, head: Head, model: nn.Module, seed: int = 0):
         self.name = settings.score if settings.method == "flora" else "none"
-        self.head, self.softcap, self.model = head, head.softcap, model
+        self.head, self.softcap = head, head.softcap
         self.seen, self.excess = self.name not in ("none", *OF_LAYERS), self.name == "excess_loss"
         self.overwrites = self.name in ("entropy", "gradient_norm", "hidden_gradient")
         self.words, self.width = head.outputs, head.d_hidden
@@ -73,12 +72,6 @@ class TokenScore:
         before, after = args[0] if args else kwargs["hidden_states"], out if torch.is_tensor(out) else out[0]
         change = torch.linalg.vector_norm(after - before, dim=-1, dtype=torch.float32)
         self.updates = change if self.updates is None else self.updates + change
-
-    @contextlib.contextmanager
-    def base_model(self) -> Iterator[None]:
-        """While inside, the adapter is switched off, and nothing makes a graph."""
-        with disabled(self.model), torch.no_grad():
-            yield
 
     @torch.no_grad()
     def __call__(

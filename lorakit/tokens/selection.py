@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
 from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
 from lorakit.modules import evaluating
@@ -53,7 +54,7 @@ class TokenGate:
         smoothing: float = 0.0,
     ):
         require(kind in ("causal", "masked"), "gating.method", settings.method, refused(kind))
-        self.settings, self.kind, self.selective = settings, kind, settings.selective
+        self.settings, self.kind, self.selective, self.model = settings, kind, settings.selective, model
         self.shares = Shares(settings, kind, seed=seed, rank=rank)
         self.head: Head = find_head(model, kind)
         self.smoothing, self.loss = smoothing, HeadLoss(self.head, loss, smoothing)
@@ -97,7 +98,8 @@ class TokenGate:
         """While inside, the model's forward leaves what the score is made of."""
         with self.score.watching():
             if self.score.excess:  # the base's own losses first
-                with self.score.base_model(), replaced_input(self.head, lambda hidden: self._base(hidden, labels)):
+                base = replaced_input(self.head, lambda hidden: self._base(hidden, labels))
+                with disabled(self.model), torch.no_grad(), base:
                     model(**inputs)
             yield
 
@@ -209,9 +211,7 @@ class TokenGate:
             scores = words(self.score.updates, labels)[where]
         index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
         chosen = _chosen(where, targets, index, weights)
-        losses = self.loss.weighed(losses)
-        chosen_sum = chosen.total(losses[chosen.index]).double()
-        return replace(chosen, held=held, loss_sum=losses.double().sum(), chosen_sum=chosen_sum)
+        return replace(chosen, held=held, loss_sum=self.loss.weighed(losses).double().sum())
 
     def _plan_of(self, looked: int, used: int, look: Look | None) -> str:
         """How the gradient of those used comes about, see `cheapest`; the head must be a formula for any but "again".
@@ -284,7 +284,6 @@ class TokenGate:
             ran=ran,
             head=(kept, self._chunks(kept)),
             loss_sum=chosen.loss_sum,
-            chosen_sum=chosen.chosen_sum,
             flops=self.score.flops(predictions, chosen.loss_sum is not None),
         )
 

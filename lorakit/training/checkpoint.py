@@ -17,7 +17,7 @@ from transformers import TrainerState
 
 from lorakit.errors import CheckpointError, require
 from lorakit.files import put_away, settle, sha256
-from lorakit.training.state import RunState, require_processes
+from lorakit.training.state import RunState
 
 WEIGHTS = "trainable.safetensors"
 BEST = "best.safetensors"
@@ -150,11 +150,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
         raise CheckpointError(f"{path}: trains other parameters than this run: {', '.join(difference[:4])}")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            if parameter.shape != stored[name].shape:
-                raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, here {tuple(parameter.shape)}")
-            parameter.copy_(stored[name])
+    for name, parameter in trained.items():
+        if parameter.shape != stored[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(stored[name].shape)}, here {tuple(parameter.shape)}")
+    model.load_state_dict(stored, strict=False)
 
 
 def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
@@ -259,7 +258,10 @@ class Resuming:
 
     def require_resumable(self, path: str | Path) -> None:
         """Raise `CheckpointError` where another number of processes wrote it, or a file is missing or damaged."""
-        require_processes(path, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        written = len(list(Path(path).glob("rng_state*.pth")))  # the Trainer's, one of each process
+        if written not in (0, processes):  # whose batches were others
+            raise CheckpointError(f"{path}: written by {written} process(es), which cannot be resumed by {processes}")
         if problem := damage(path, self.checkpoint_files):
             raise CheckpointError(f"{path}: {problem}; {self.remedy}")
 

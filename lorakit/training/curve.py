@@ -35,10 +35,7 @@ class Curve:
 
     def restore_best(self, model: torch.nn.Module) -> None:
         """Put the best weights back into `model`."""
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, value in self.best.items():
-                parameters[name].copy_(value)
+        model.load_state_dict(self.best, strict=False)
 
     def chosen(self) -> Point | None:
         """The point whose weights are the final model's."""

@@ -84,6 +84,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         try:
             return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
         finally:
+            self.run.end()
             if self._head:
                 self._head.remove()
 

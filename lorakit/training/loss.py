@@ -1,5 +1,6 @@
 """One loss for every model: the mean over all labels of an optimizer step, however many batches it was split into."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import Trainer
 
 from lorakit.errors import require
 from lorakit.head import IGNORED, by_sequence, fullest_row, rows, same_loss, shifted, takes_labels
-from lorakit.modules import evaluating, require_own_names
+from lorakit.modules import evaluating, require_own_names, set_until
 from lorakit.sketches.head_gradient import chunk_of
 
 
@@ -103,16 +104,11 @@ class LossTrainer(Trainer):
         model = trainer_arguments["model"]
         if attached := hasattr(model, "lorakit_attachment"):
             require_own_names(model)
-        # the Trainer refuses what transformers packed unless it has adapters; and who trains its head: see `attach`
-        hidden = not getattr(model, "_hf_peft_config_loaded", False)
-        shown = attached and hidden and getattr(model, "is_quantized", False)
-        if shown:
-            model._hf_peft_config_loaded = True
-        try:
+        with contextlib.ExitStack() as stack:
+            # the Trainer refuses what transformers packed unless it has adapters; and who trains its head: see `attach`
+            if attached and getattr(model, "is_quantized", False):
+                set_until(stack, model, _hf_peft_config_loaded=True)
             super().__init__(**trainer_arguments)
-        finally:
-            if shown:
-                del model._hf_peft_config_loaded
         self.kind = kind
         self.overridden = type(self).compute_loss is not LossTrainer.compute_loss
         self._loss_found = self.compute_loss_func is not None  # whether the model's own is to be asked no more

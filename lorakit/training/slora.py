@@ -1,5 +1,6 @@
 """SLoRA on the Hugging Face Trainer's own terms: epochs or max_steps, its schedule, its logs, its checkpoints."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import TrainingArguments, set_seed
 
 from lorakit.errors import LorakitError, require
 from lorakit.gates.novelty import HeadGradientGate
-from lorakit.head import find_head, kind_of
+from lorakit.head import kind_of
 from lorakit.seams import AlwaysOpen, Gate
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens import build_tokens
@@ -18,10 +19,8 @@ from lorakit.training import checkpoint
 from lorakit.training.callback import StepCallback
 from lorakit.training.gated import GatedTrainer
 
-KEYS = (
-    *("m", "k", "target_novelty", "target_novelty_scaler", "novelty_ema_rate", "burn_in", "seed", "reorth_every"),
-    *("k_topk", "rows", "decay", "leverage"),
-)
+OF_MODEL = ("d_hidden", "vocab_size", "kind", "softcap", "device")  # what a gate is told of its model
+KEYS = tuple(name for name in inspect.signature(HeadGradientGate).parameters if name not in OF_MODEL)
 
 
 class SLoRATrainer(GatedTrainer):
@@ -72,9 +71,7 @@ class SLoRATrainer(GatedTrainer):
         if gate_config is not None:
             unknown = sorted(set(gate_config) - set(KEYS))
             require(not unknown, "gate_config", unknown, f"unknown keys; known are {', '.join(KEYS)}")
-            head = find_head(model, kind)
-            of_model = {"kind": kind, "softcap": head.softcap, "device": head.module.weight.device}
-            gate = HeadGradientGate(head.d_hidden, head.outputs, **of_model, **gate_config)
+            gate = HeadGradientGate.of_model(model, kind, **gate_config)
         gate = gate or AlwaysOpen()
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
         if loss != "nll" and "tokens" not in options:
@@ -91,10 +88,7 @@ class SLoRATrainer(GatedTrainer):
             resume_from_checkpoint = next(whole, found[-1])
         if isinstance(resume_from_checkpoint, (str, Path)):
             self.require_resumable(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
-        finally:
-            self.run.end()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     @property
     def checkpoint_files(self) -> list[str]:

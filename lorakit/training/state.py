@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lorakit.errors import CheckpointError
 from lorakit.gates.log import GateLog
 from lorakit.seams import Controller, Gate, TokenSelection
 from lorakit.training.costs import FlopMeter, Ledger
@@ -44,14 +42,3 @@ class RunState:
         """Training is over, for whatever reason: the model is left ready for inference."""
         for controller in self.controllers:
             controller.end()
-
-
-def require_processes(folder: str | Path, processes: int) -> None:
-    """Refuse a checkpoint of another number of processes, whose batches were others.
-
-    Raises:
-        CheckpointError: naming both numbers.
-    """
-    written = len(list(Path(folder).glob("rng_state*.pth")))  # the Trainer's, one of each process
-    if written not in (0, processes):
-        raise CheckpointError(f"{folder}: written by {written} process(es), which cannot be resumed by {processes}")

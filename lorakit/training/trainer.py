@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with a budget instead of epochs, a curve, and checkpoints that resume bitwise."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from lorakit.errors import CheckpointError, require
 from lorakit.files import aside, clear_left
+from lorakit.modules import set_until
 from lorakit.training import checkpoint
 from lorakit.training.callback import Progress, RunCallback
 from lorakit.training.costs import Budget, Schedule
@@ -87,20 +89,17 @@ class BudgetTrainer(GatedTrainer):
                 raise CheckpointError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         if self.save_steps or self.args.save_strategy != "no":
             checkpoint.require_room(self.args.output_dir)
-        try:
-            if resume_from_checkpoint:
-                self.require_resumable(resume_from_checkpoint)
-                checkpoint.load_run(self.run, resume_from_checkpoint)
-                if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
-                    checkpoint.load_weights(self.model, resume_from_checkpoint)
-                    if self.is_world_process_zero():  # nothing more will be saved, which would do it
-                        clear_left(self.args.output_dir, checkpoint.SAVING)
-                    return None
-            if self.is_world_process_zero():
-                checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
-        finally:
-            self.run.end()
+        if resume_from_checkpoint:
+            self.require_resumable(resume_from_checkpoint)
+            checkpoint.load_run(self.run, resume_from_checkpoint)
+            if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
+                checkpoint.load_weights(self.model, resume_from_checkpoint)
+                if self.is_world_process_zero():  # nothing more will be saved, which would do it
+                    clear_left(self.args.output_dir, checkpoint.SAVING)
+                return None
+        if self.is_world_process_zero():
+            checkpoint.begin(self.args.output_dir, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     # schedule and data ---------------------------------------------------------------------------------
 
@@ -113,7 +112,8 @@ class BudgetTrainer(GatedTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _ResumableLengthGroups(sampler, self.args.data_seed or self.args.seed)
+            sampler.set_epoch = functools.partial(_reseed, sampler, self.args.data_seed or self.args.seed)
+            sampler.set_epoch(0)
         return sampler
 
     def _find_loss(self, inputs) -> None:
@@ -124,11 +124,9 @@ class BudgetTrainer(GatedTrainer):
     # evaluation ----------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
+        with contextlib.ExitStack() as stack:
+            set_until(stack, self, data_collator=self.eval_collator)
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """As the Trainer's, without touching the random numbers training will draw."""
@@ -179,18 +177,6 @@ def mean_loss(prediction: Any) -> dict[str, float]:
     return {"loss": float(prediction.predictions[:, 0].sum() / prediction.predictions[:, 1].sum())}
 
 
-class _ResumableLengthGroups(torch.utils.data.Sampler):
-    """Length-grouped order drawn from (seed, epoch), so that a resumed epoch has the order it had."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        self.sampler, self.seed = sampler, seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-
-    def __iter__(self):
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
+def _reseed(sampler: LengthGroupedSampler, seed: int, epoch: int) -> None:
+    """Draw length-grouped order from (seed, epoch), so that a resumed epoch has the order it had."""
+    sampler.generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lorakit.errors import ParameterError
+from lorakit.errors import require
 from lorakit.gates.log import GateLog
 from lorakit.modules import adapter_parameters
 from lorakit.seams import Candidate
@@ -124,8 +124,7 @@ class Watch:
             if self.windows == by and 0 < len(self.layers) < self.count:
                 told = f"no gradient reached {len(self.layers)} adapters by step {by}: the loss does not depend on "
                 told += f"{', '.join([*self.layers][:8])}; name the layers it depends on"
-                if self.refuses:
-                    raise ParameterError("target_modules", next(iter(self.layers)), told)
+                require(not self.refuses, "target_modules", next(iter(self.layers)), told)
                 self.log.warn(f"target_modules: {told}")
         if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
             self.adapted = []  # they get one: never look again

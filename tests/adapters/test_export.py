@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from small_models import trained_tensors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from lorakit import cli, records
 from lorakit.adapters import attach, detach, export, load_adapter, merge, merged, quantize_nf4, save_adapter, unmerge
-from lorakit.adapters.state import trained_tensors
 from lorakit.adapters.storage import described
 from lorakit.analysis import figures, style
 from lorakit.errors import LorakitError, ParameterError

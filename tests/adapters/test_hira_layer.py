@@ -229,7 +229,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
 @pytest.mark.parametrize(("option", "named"), [({"alpha": 8}, "alpha=8.0"), ({"rslora": True}, "rslora=True")])
 def test_alpha_is_refused(build, option, named):
     model = build("bert")
-    with pytest.raises(ParameterError, match=f"^{named}: method 'hira' has no alpha"):
+    with pytest.raises(ParameterError, match=f"^{named}: HiRA has no alpha"):
         attach(model, "hira", **option)
     assert not hasattr(model, "lorakit_attachment") and not adapter_layers(model)
     settings = {"alpha": None, "rslora": False} | option

@@ -19,7 +19,6 @@ from lorakit.adapters.attachment import adapter_layers, can_merge, check_state
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.peft import files
 from lorakit.adapters.peft.schedule import PeftSchedule
-from lorakit.adapters.saving import Saving
 from lorakit.adapters.sparsify import Sparsifier
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 
@@ -64,7 +63,7 @@ def test_a_run_asks_for_an_alpha_only_where_it_is_not_the_default():
 
 
 def test_only_the_main_process_saves_and_nobody_pushes(tiny_bert, tmp_path):
-    saving = Saving(attach(tiny_bert()))
+    saving = attach(tiny_bert()).save_pretrained
     saving(tmp_path / "other", is_main_process=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ParameterError, match="push_to_hub=True"):

@@ -6,13 +6,12 @@ import json
 
 import pytest
 import torch
-from small_models import HEADS, KINDS, LINEARS, backward, logits, peft_model, perturb
+from small_models import HEADS, KINDS, LINEARS, backward, logits, peft_model, perturb, trained_tensors
 
 from lorakit.adapters import AdapterSettings, adapter_layers, adapter_state, attach, load_adapter, save_adapter
 from lorakit.adapters.attach import attach_to
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.peft_format import name_in_file
-from lorakit.adapters.state import trained_tensors
 from lorakit.base.quantize import quantize_nf4
 from lorakit.errors import CheckpointError
 

@@ -22,7 +22,7 @@ from lorakit.adapters import (
     save_adapter,
 )
 from lorakit.adapters.peft_format import adapts_more
-from lorakit.adapters.saving import Saving
+from lorakit.adapters.saving import save_pretrained
 from lorakit.adapters.storage import described
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 
@@ -277,7 +277,7 @@ def test_names_beyond_ascii_and_weights_that_lie_across_are_stored(tmp_path, met
         return model
 
     model = perturb(attach(build(1), method, trainable=(), seed=0))
-    Saving(model)(tmp_path)
+    save_pretrained(model, tmp_path)
     loaded = load_adapter(build(2 if method == "full" else 1), tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import sparse_models
 import torch
-from small_models import bits, logits, same_bits
+from small_models import bits, logits, same_bits, trained_tensors
 from sparse_models import bare, batch, pruned
 from torch import nn
 
@@ -25,7 +25,6 @@ from lorakit.adapters import (
     sparsity_report,
 )
 from lorakit.adapters.packed import PACKED_FILE, pack, unpack
-from lorakit.adapters.state import trained_tensors
 from lorakit.adapters.zeros import compact, effective_rank, singular_values
 from lorakit.errors import CheckpointError, LorakitError, ParameterError
 

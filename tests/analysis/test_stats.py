@@ -24,7 +24,6 @@ def final(method: str, seed: int, loss: float, **changes):
 def test_few_seeds_give_scipys_t_interval(count):
     found = stats.estimate(SAMPLE[:count])
     exact = scipy_stats.ttest_1samp(SAMPLE[:count], 0).confidence_interval(0.95)
-    assert found.how == "t"
     assert found.mean == pytest.approx(np.mean(SAMPLE[:count]))
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high), rel=1e-12)
 
@@ -32,7 +31,7 @@ def test_few_seeds_give_scipys_t_interval(count):
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_seeds_give_no_interval(count):
     found = stats.estimate(SAMPLE[:count])
-    assert (found.low, found.high, found.count, found.how) == (None, None, count, "too few seeds")
+    assert (found.low, found.high, found.count) == (None, None, count)
 
 
 def bca_by_hand(sample: np.ndarray, draws: int = 100_000) -> tuple[float, float]:
@@ -45,18 +44,23 @@ def bca_by_hand(sample: np.ndarray, draws: int = 100_000) -> tuple[float, float]
     return tuple(np.quantile(means, norm.cdf(shifted)))
 
 
+def test_students_interval_may_be_asked_of_any_number():
+    exact = scipy_stats.ttest_1samp(SAMPLE, 0).confidence_interval(0.95)
+    found = stats.estimate(SAMPLE, student=True)
+    assert len(SAMPLE) == 8 and (found.low, found.high) == pytest.approx((exact.low, exact.high), rel=1e-12)
+
+
 def test_from_8_seeds_on_the_interval_is_a_bca_bootstrap():
     skewed = np.exp(np.array(SAMPLE) * 2)
     found = stats.estimate(skewed)
-    assert found.how == "BCa" and found.mean == pytest.approx(skewed.mean())
+    assert found.mean == pytest.approx(skewed.mean())
     assert (found.low, found.high) == pytest.approx(bca_by_hand(skewed), rel=0.02)
     assert found.high - found.mean > 1.1 * (found.mean - found.low)  # skewed as the sample, as no t-interval is
 
 
-def test_where_bca_is_undefined_it_is_a_percentile_bootstrap_and_the_seed_draws():
-    assert stats.estimate([0.25] * 8) == stats.Estimate(0.25, 0.25, 0.25, 8, "percentile")
+def test_where_bca_is_undefined_it_is_a_percentile_bootstrap():
+    assert stats.estimate([0.25] * 8) == stats.Estimate(0.25, 0.25, 0.25, 8)
     assert stats.estimate(SAMPLE) == stats.estimate(list(SAMPLE))
-    assert stats.estimate(SAMPLE, seed=1).low != stats.estimate(SAMPLE, seed=2).low
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_verdicts(gaps, verdict):
     a = [final("lora", seed, 1 + gap) for seed, gap in enumerate(gaps)] or [diverged("lora")]
     b = [final("full", seed, 1.0) for seed in range(max(1, len(gaps)))]
     gap = stats.paired_differences(a, b, "test loss")
-    assert gap.verdict == verdict and gap.better is {"above": False, "below": True}.get(verdict)
+    assert gap.verdict == verdict
 
 
 def test_unfinished_runs_and_nan_are_left_out():

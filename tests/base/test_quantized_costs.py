@@ -272,8 +272,6 @@ def test_packed_weights_are_not_trained_in_full(build, options, message):
 def test_bad_table_options(build):
     with pytest.raises(ParameterError, match="quantize='int8'"):
         weight_table(build("bert"), quantize="int8")
-    with pytest.raises(ParameterError, match="compute_dtype='fp16'"):
-        weight_table(build("bert"), quantize="nf4", compute_dtype="fp16")
 
 
 def test_bitsandbytes_says_nothing_when_imported():

@@ -18,10 +18,10 @@ from faults import mutations, toy_run
 from faults.campaign import WRONG, ended, fault_unless, forked, marks, one_error, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import trained_tensors
 
 from lorakit.adapters import adapter_state, attach, load_adapter, save_adapter
 from lorakit.adapters.packed import unpack
-from lorakit.adapters.state import trained_tensors
 from lorakit.errors import LorakitError
 
 pytestmark = marks

@@ -292,7 +292,7 @@ def test_a_look_adds_up_what_is_measured_of_chunks():
     assert torch.equal(first.token_losses, losses[:3]) and len(gate.seen) == 2
     assert not look.grouped and first.maxima is None
     gate.needs_hidden = True
-    assert look.grouped
+    assert GateLook(gate, 0.5, head).grouped
     look(hidden, logits, labels, losses, maxima := logits.amax(1, keepdim=True))
     assert gate.seen.pop().maxima is maxima
     empty = GateLook(gate, 0.5, head)

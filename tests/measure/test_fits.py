@@ -50,7 +50,7 @@ def whole(asked: plan.Plan, monkeypatch) -> plan.Prediction:
     ],
 )  # fmt: skip
 def test_a_deep_model_from_two_shallow_ones_is_within_a_percent(model, options, deep, monkeypatch):
-    asked = plan.Plan(model or deep(14), **{"batch": 2, "seq": 64} | options)
+    asked = plan.Plan(model=model or deep(14), **{"batch": 2, "seq": 64} | options)
     line, all_of_it = plan.predict(asked), whole(asked, monkeypatch)
     assert line.memory["peak"] == pytest.approx(all_of_it.memory["peak"], rel=0.01)
     assert line.flops == pytest.approx(all_of_it.flops, rel=0.01)
@@ -61,7 +61,7 @@ def test_a_deep_model_from_two_shallow_ones_is_within_a_percent(model, options, 
     {"method": "full"}, {"targets": r".*layers\.\d\..*q_proj"}, {"targets": ["layers.7.self_attn.q_proj"]}
 ])  # fmt: skip
 def test_what_depth_decides_is_run_whole(deep, options, monkeypatch):
-    asked = plan.Plan(deep(14), seq=16, **options)
+    asked = plan.Plan(model=deep(14), seq=16, **options)
     line = plan.predict(asked)
     assert line == whole(asked, monkeypatch)
     sites = {"full": 0}.get(options.get("method"), 10 if isinstance(options.get("targets"), str) else 1)
@@ -70,7 +70,7 @@ def test_what_depth_decides_is_run_whole(deep, options, monkeypatch):
 
 def test_blocks_that_differ_are_run_whole(deep, monkeypatch):
     folder = deep(14)
-    asked = plan.Plan(folder, seq=16)
+    asked = plan.Plan(model=folder, seq=16)
     assert plan.predict(asked).total == whole(asked, monkeypatch).total
     real = plan.build
 
@@ -94,7 +94,7 @@ def test_a_plans_flops_are_those_of_a_real_step(deep):
         parameter.requires_grad_(True)
     with FlopCount() as count:
         model(**batch).loss.backward()
-    asked = plan.Plan(folder, method="full", batch=2, seq=16, dtype="fp32", loss="nll")
+    asked = plan.Plan(model=folder, method="full", batch=2, seq=16, dtype="fp32", loss="nll")
     assert plan.predict(asked).flops == count.total > 0
 
 
@@ -120,7 +120,7 @@ def formula(asked: plan.Plan) -> plan.Prediction:
 
 def test_what_fits_a_card_fits_and_what_is_larger_does_not(monkeypatch):
     monkeypatch.setattr(fits, "predict", formula)
-    asked = plan.Plan("gemma-3-270m", batch=2, seq=128)
+    asked = plan.Plan(model="gemma-3-270m", batch=2, seq=128)
     found = fits.fit(asked, 12)
     assert found.plan == asked and found.batch > 2 and found.seq > 128 and found.seq % fits.PIECE == 0
 
@@ -135,7 +135,7 @@ def test_what_fits_a_card_fits_and_what_is_larger_does_not(monkeypatch):
 
 def test_the_quickest_way_that_fits_is_taken(monkeypatch):
     monkeypatch.setattr(fits, "predict", formula)
-    asked = plan.Plan("gemma-3-270m", batch=32, seq=512)
+    asked = plan.Plan(model="gemma-3-270m", batch=32, seq=512)
     needs = [formula(asked.but(**way)).need for way in fits.WAYS]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == 4
     for way, need in zip(fits.WAYS, needs, strict=True):
@@ -169,7 +169,7 @@ def test_the_command_says_what_fits_in_words_and_in_json(deep, capsys, monkeypat
     assert told["gpu"] is told["fit"] is None
     monkeypatch.setattr(fits, "predict", formula)
     assert fits.main([*command, "--gpu", "12"]) == 0
-    text, found = capsys.readouterr().out, fits.fit(plan.Plan(command[0], seq=128, batch=1), 12)
+    text, found = capsys.readouterr().out, fits.fit(plan.Plan(model=command[0], seq=128, batch=1), 12)
     assert f"12 GB: fits as it is; at 128 tokens up to batch {found.batch:,}, at batch 1 up to {found.seq:,}" in text
     assert fits.main([*command, "--gpu", "3", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["fit"]

@@ -59,11 +59,6 @@ def test_latency_runs_in_evaluation_and_restores_the_modes(fails):
     assert model.training and not model.inner.training
 
 
-def test_latency_needs_a_repeat():
-    with pytest.raises(ParameterError, match="repeats"):
-        inference_latency(Slow(), {}, repeats=0)
-
-
 def test_environment_says_what_and_not_who():
     found = environment.environment()
     assert found["versions"]["torch"] == torch.__version__
@@ -136,7 +131,7 @@ def folder(tiny_gpt2, tmp_path):
 def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
     assert fits.main([folder, "--batch", "2", "--seq", "16", "--rank", "4", "--targets", "c_attn,c_proj"]) == 0
     out = capsys.readouterr().out
-    predicted = plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, targets=["c_attn", "c_proj"]))
+    predicted = plan.predict(plan.Plan(model=folder, batch=2, seq=16, rank=4, targets=["c_attn", "c_proj"]))
     assert "predicted" in out and "assumed" in out and "measured" not in out
     assert f"{predicted.trainable:,} of {predicted.total:,} parameters" in out
     for kind, size in predicted.memory.items():
@@ -149,7 +144,7 @@ def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
 def test_plan_margins():
     def printed(peak):
         memory = dict.fromkeys(KINDS, 0) | {"peak": peak * plan.GIB}
-        return fits.report(plan.Plan("gpt2"), plan.Prediction(memory, 1, 2, 3, "packaged dimensions", 512))
+        return fits.report(plan.Plan(model="gpt2"), plan.Prediction(memory, 1, 2, 3, "packaged dimensions", 512))
 
     assert "predicted need 12.0 GiB" in printed(10)
     table = printed(20).splitlines()[-len(fits.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB
@@ -159,13 +154,13 @@ def test_plan_margins():
 @pytest.mark.parametrize("kind", ["causal", "classify"])
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
 def test_plan_builds_every_kind_and_method(folder, kind, method):
-    predicted = plan.predict(plan.Plan(folder, method=method, batch=2, seq=16, kind=kind))
+    predicted = plan.predict(plan.Plan(model=folder, method=method, batch=2, seq=16, kind=kind))
     assert predicted.memory["parameters"] > 0 and predicted.trainable > 0
 
 
 def test_plan_options_change_what_they_should(folder):
     def memory(**options):
-        return plan.predict(plan.Plan(folder, batch=4, seq=64, **options)).memory
+        return plan.predict(plan.Plan(model=folder, batch=4, seq=64, **options)).memory
 
     base, wide = memory(), memory(dtype="fp32", method="full")
     assert memory(gradient_checkpointing=True)["peak"] < base["peak"]
@@ -179,7 +174,7 @@ def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder,
     """Weights by the formula of `weight_table`, and the whole peak as of the real packed layers."""
 
     def planned(quantize):
-        return plan.predict(plan.Plan(folder, batch=2, seq=16, rank=4, quantize=quantize, kind=kind, loss="nll"))
+        return plan.predict(plan.Plan(model=folder, batch=2, seq=16, rank=4, quantize=quantize, kind=kind, loss="nll"))
 
     config = models.describe(folder).config
     dense, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
@@ -220,7 +215,7 @@ def test_plan_in_4_bits_on_the_command_line(folder, capsys):
 
 def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
     def planned(**options):
-        return plan.predict(plan.Plan("gemma-3-270m", batch=4, seq=128, **options)).memory
+        return plan.predict(plan.Plan(model="gemma-3-270m", batch=4, seq=128, **options)).memory
 
     plain, exact = planned(loss="nll"), planned()
     gather, fractional = planned(tokens=0.2), planned(tokens=0.2, mode="fractional")
@@ -246,7 +241,7 @@ def test_a_plan_with_chosen_tokens_keeps_less_in_memory(folder, capsys):
 )
 def test_plan_refuses_what_a_run_would(folder, options, named):
     with pytest.raises(ParameterError, match=named):
-        plan.Plan(folder, **options)
+        plan.Plan(model=folder, **options)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from light_notebook import errors, printed
 
+from lorakit import cli
 from lorakit.errors import ParameterError
 from lorakit.runs import notebooks
 
@@ -25,7 +26,7 @@ def notebook(tmp_path) -> Path:
 
 
 def run(*arguments: str | Path) -> int:
-    return notebooks.main([str(argument) for argument in arguments])
+    return cli.main(["run", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_run_that_did_not_finish_is_no_success(notebook, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_finishes_its_record(notebook, tmp_path, number):
-    command = [sys.executable, "-m", "lorakit.runs.notebooks", notebook, "-p", "report_to=wait"]
+    command = [sys.executable, "-m", "lorakit", "run", notebook, "-p", "report_to=wait"]
     command += ["-p", f"record={tmp_path}/s0.json", "--output", tmp_path / "out.ipynb"]
     command = [str(argument) for argument in command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -122,7 +123,7 @@ def test_an_interrupted_run_finishes_its_record(notebook, tmp_path, number):
 def test_kernels_talk_over_private_sockets_even_five_at_once(tmp_path):
     path = light_notebook.write(tmp_path / "light.ipynb", body=light_notebook.CONNECTION)
     outputs = [tmp_path / f"{number}.ipynb" for number in range(5)]
-    command = [sys.executable, "-m", "lorakit.runs.notebooks", str(path), "--output"]
+    command = [sys.executable, "-m", "lorakit", "run", str(path), "--output"]
     processes = [subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL) for output in outputs]
     assert [process.wait(120) for process in processes] == [0] * 5
     connections = [json.loads(printed(output)) for output in outputs]

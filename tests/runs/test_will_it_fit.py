@@ -37,7 +37,7 @@ def test_a_line_made_again_is_the_same(model, way):
 def test_layers_that_rest_take_nothing_where_none_does():
     """What the script puts together for SkipLoRA is the planner's prediction, but for what rests."""
     model, sizes = "distilbert-base-uncased", {"batch": 2, "seq": 16}
-    found = plan.predict(plan.Plan(model, **sizes))
+    found = plan.predict(plan.Plan(model=model, **sizes))
     none, half = (script.resting(model, **sizes, skip_share=share) for share in (0, 0.5))
     assert none == found.memory | {name: getattr(found, name) for name in ("flops", "trainable", "total")} | sizes
     assert half["trainable"] == none["trainable"] and half["parameters"] == none["parameters"]

@@ -197,13 +197,13 @@ def test_neighbours_are_taken_as_they_lie_while_gaps_are_few(where, parts):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_chunks_change_nothing(chunk):
+def test_chunks_change_nothing(chunk, monkeypatch):
     _, hidden, logits, labels = batch("causal")
-    norms = gradient_norms(hidden, logits, labels, "causal", chunk=chunk)
-    torch.testing.assert_close(norms, gradient_norms(hidden, logits, labels, "causal"), rtol=1e-12, atol=0)
-    found = sketch_batch(sketch(), hidden, logits, labels, "causal", 5, chunk=chunk)
+    norms = gradient_norms(hidden, logits, labels, "causal")
     whole = sketch_batch(sketch(), hidden, logits, labels, "causal", 5)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("lorakit.sketches.head_gradient.chunk_of", lambda words: chunk)
+    torch.testing.assert_close(norms, gradient_norms(hidden, logits, labels, "causal"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sketch_batch(sketch(), hidden, logits, labels, "causal", 5), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_maxima_and_losses_that_are_at_hand_change_nothing_and_are_not_looked_for_again(monkeypatch):
@@ -217,9 +217,9 @@ def test_maxima_and_losses_that_are_at_hand_change_nothing_and_are_not_looked_fo
     plain, maxima = sketch_batch(*given), group_maxima(logits.flatten(0, 1))
     assert maxima.shape == (10, 13) and torch.equal(maxima[:, 12], logits.flatten(0, 1)[:, -5:].amax(1))
     monkeypatch.setattr("lorakit.sketches.head_gradient.group_maxima", None)
-    for chunk in (None, 3):
-        found = sketch_batch(*given, chunk=chunk, losses=losses, maxima=maxima)
-        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sketch_batch(*given, losses=losses, maxima=maxima), plain, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("lorakit.sketches.head_gradient.chunk_of", lambda words: 3)
+    torch.testing.assert_close(sketch_batch(*given, losses=losses, maxima=maxima), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -297,7 +297,6 @@ def test_logits_without_a_softmax_are_an_error(bad):
         ("^labels=", lambda h, z, y: gradient_norms(h, z, y.clone().fill_(V), "causal")),
         ("^labels=", lambda h, z, y: gradient_norms(h, z, y.clone().fill_(-7), "causal")),
         ("^topk=", lambda h, z, y: sketch_batch(sketch(), h, z, y, "causal", 0)),
-        ("^chunk=", lambda h, z, y: gradient_norms(h, z, y, "causal", chunk=0)),
         ("^softcap=", lambda h, z, y: gradient_norms(h, z, y, "causal", softcap=0.0)),
         ("last dimension must be 8", lambda h, z, y: sketch_batch(sketch(), h[..., 1:], z, y, "causal", 5)),
     ],

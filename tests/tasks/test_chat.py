@@ -155,8 +155,6 @@ def test_packing_is_best_fit_decreasing():
     ids = [[3] * length for length in lengths]
     assert sorted(map(len, collate.pack(ids, ids, 64)["input_ids"])) == sorted(filled)
     assert len(filled) <= 1.02 * -(-sum(lengths) // 64)
-    with pytest.raises(ParameterError, match="max_length=63: a conversation has 64 tokens"):
-        collate.pack(ids, ids, 63)
 
 
 def looking_elsewhere(name, **options):
@@ -274,5 +272,3 @@ def test_exact_match_is_the_share_of_right_numbers(decoder):
     assert exact_match(Parrot(decoder, "no idea"), decoder, rows, max_new_tokens=64, batch_size=3) == 0.0
     assert exact_match(Parrot(decoder, "so #### 7.0"), decoder, rows[:1]) == 1.0
     assert exact_match(Parrot(decoder, "no number"), decoder, [("x", "no number")]) == 0.0  # no number matches nothing
-    with pytest.raises(ParameterError, match="exact_match_rows"):
-        exact_match(Parrot(decoder, "7"), decoder, [], max_new_tokens=64, batch_size=3)

@@ -122,7 +122,8 @@ def test_mrpc_keeps_quotes_and_pairs_that_share_a_sentence_together(tmp_path, en
     pairs = [(f'"{pool[i]} "', pool[i // 3]) for i in range(60)]
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", pairs)
     task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
-    assert task.main_metric == "f1" and len(task.train) + len(task.validation) + len(task.test) == 60
+    assert task.metrics is tasks.task.classification_f1
+    assert len(task.train) + len(task.validation) + len(task.test) == 60
     seconds = [{text.split('"')[-1].strip() for text in texts(task, encoder, s)} for s in tasks.task.SPLITS]
     assert not seconds[0] & seconds[1] and not seconds[0] & seconds[2] and not seconds[1] & seconds[2]
     assert all(text.startswith('"') for text in texts(task, encoder, "train"))

@@ -40,7 +40,7 @@ def test_blocks_fill_max_length_inside_one_article(wikitext, decoder):
     assert text.count("= Title ") == 20 and text.count("= = Section = =") == 20
     for row in rows:  # a title only ever opens a block
         assert "= Title " not in decoder.decode(row[1:])[1:]
-    assert task.kind == "causal" and task.main_metric == "perplexity"
+    assert task.kind == "causal" and task.metrics is tasks.task.language_model
 
 
 def test_encoder_blocks_stand_between_their_special_tokens(encoder):
@@ -123,4 +123,4 @@ def test_evaluation_masks_are_fixed_for_every_run_and_subset(wikitext, encoder):
     batch = task.eval_collator(list(task.test))
     share = (batch["labels"] != IGNORED).sum() / batch["attention_mask"].sum()
     assert 0.10 < share < 0.20 and (batch["input_ids"] == encoder.mask_token_id).any()
-    assert task.main_metric == "masked_perplexity" and "labels" not in task.train.column_names
+    assert task.metrics is tasks.task.masked and "labels" not in task.train.column_names

@@ -9,11 +9,13 @@ import pytest
 from datasets import Dataset
 
 from lorakit.errors import ParameterError
-from lorakit.tasks.redundancy import KINDS, redundant_stream, thinned, token_bags
+from lorakit.params import Params
+from lorakit.tasks.redundancy import redundant_stream, thinned, token_bags
 
 FIRST, LAST, MARK = 1, 2, 3  # special tokens
 ROWS, SIZE, POOL = 203, 8, 12  # 25 batches, 3 rows over
 TOPICS = 6
+KINDS = ("repeat", "near", "cluster")
 
 
 def classified(rows: int = ROWS) -> Dataset:
@@ -186,15 +188,23 @@ def test_bags_are_unit_vectors_whose_products_are_those_of_tf_idf():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"share": 1.0}, r"redundancy=1\.0"), ({"share": -0.1}, r"redundancy=-0\.1"),
-     ({"share": float("nan")}, "redundancy=nan"), ({"pool": 0}, "redundancy_pool=0"),
-     ({"kind": "far"}, "redundancy_kind='far': must be one of repeat, near, cluster"),
-     ({"pool": ROWS}, f"redundancy_pool={ROWS}"), ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"),
-     ({"batch_size": 0}, "batch_size=0"), ({"kind": "near", "drop": 1.0}, r"drop=1\.0")],
+    [({"pool": 0}, "redundancy_pool=0"), ({"pool": ROWS}, f"redundancy_pool={ROWS}"),
+     ({"batch_size": ROWS + 1}, f"batch_size={ROWS + 1}"), ({"batch_size": 0}, "batch_size=0")],
 )  # fmt: skip
 def test_bad_input(options, named):
     with pytest.raises(ParameterError, match=named):
         stream(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"redundancy": 1.0}, r"redundancy=1\.0"), ({"redundancy": -0.1}, r"redundancy=-0\.1"),
+     ({"redundancy": float("nan")}, "redundancy=nan"), ({"redundancy_pool": 0}, "redundancy_pool=0"),
+     ({"redundancy_kind": "far"}, "redundancy_kind='far': .*'repeat', 'near' or 'cluster'")],
+)  # fmt: skip
+def test_a_run_cannot_ask_for_it(given, named):
+    with pytest.raises(ParameterError, match=named):
+        Params(**given)
 
 
 def test_packed_rows_cannot_be_thinned():

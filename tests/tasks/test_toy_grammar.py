@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 
-from lorakit.errors import ParameterError
 from lorakit.tasks.toy.grammar import SPLITS, chats, reviews, split_seed, stories
 
 COUNT = 1500
@@ -149,10 +148,6 @@ def test_answers_are_right():
 def test_splits_have_seeds_of_their_own():
     seeds = [split_seed(split, seed) for split in SPLITS for seed in range(20)]
     assert len(set(seeds)) == len(seeds)
-    with pytest.raises(ParameterError, match="split='dev'.*validation"):
-        split_seed("dev")
-    with pytest.raises(ParameterError, match="seed=-1"):
-        split_seed("test", -1)
 
 
 GOLDEN_REVIEWS = [

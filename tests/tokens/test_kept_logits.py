@@ -133,7 +133,6 @@ def taken(model: nn.Module, given: dict[str, Tensor], keeps: bool, autocast: boo
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         made = tokens.select(model, *split(given))
         loss = made.finish()
-    torch.testing.assert_close(loss, made.chosen_sum.float(), rtol=2e-2 if autocast else 1e-5, atol=0)
     return loss.detach(), gradients(model, loss), made
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.errors import ParameterError
 from lorakit.training import Budget, Ledger, Schedule
 from lorakit.training.curve import Curve
 
@@ -68,9 +67,6 @@ def test_a_ledger_adds_up_what_all_processes_did(clock):
 def test_shares_and_factors():
     assert Budget(1).share(Ledger(accepted_steps=3, steps=4)) == 3.0
     assert Budget(8, "flops").share(Ledger(flops_forward=1.0, flops_gate=3.0)) == 0.5
-    for build in (lambda: Budget(0.5), lambda: Schedule(warmup=-0.1), lambda: Schedule(warmup=1.0)):
-        with pytest.raises(ParameterError, match="^(budget=0.5|warmup=-0.1|warmup=1.0): must be "):
-            build()
     shares = (0.0, 0.1, 0.2, 0.6, 1.0, 1.2)
     ways = {
         "linear": [0.1, 0.55, 1, 0.5, 0, 0],

@@ -174,9 +174,9 @@ def test_a_budgets_trainer(tmp_path):
     for seed, first, third in ((None, 4_000_012, 4_000_014), (5, 5_000_015, 5_000_017)):
         run.args.data_seed = seed  # it is the Trainer's own where there is none
         sampler = run._get_train_sampler()
-        assert sampler.sampler.generator.initial_seed() == first
+        assert sampler.generator.initial_seed() == first
         sampler.set_epoch(2)
-        assert sampler.sampler.generator.initial_seed() == third
+        assert sampler.generator.initial_seed() == third
     statistics = torch.tensor([[1.0, 2.0, 0.0, 0.0], [4.0, 2.0, 0.0, 0.0]])
     assert mean_loss(SimpleNamespace(predictions=statistics)) == {"loss": 1.25}
 

@@ -13,9 +13,9 @@ from torch import nn
 from lorakit.errors import CheckpointError
 from lorakit.seams import Candidate
 from lorakit.training import checkpoint
+from lorakit.training.checkpoint import Resuming
 from lorakit.training.costs import count_tokens
 from lorakit.training.loss import MeanLoss, OwnLoss, has_labels, is_mean_loss
-from lorakit.training.state import require_processes
 from lorakit.training.window import blank
 
 IDS = torch.tensor([[5, 6, 0], [7, 0, 0]])
@@ -92,12 +92,16 @@ def test_a_blank_candidate_has_the_shapes_and_no_nan():
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
-    require_processes(tmp_path, 3)  # it says nothing
+    def require(processes: int) -> None:
+        run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=processes), checkpoint_files=[])
+        Resuming.require_resumable(run, tmp_path)
+
+    require(3)  # it says nothing
     for rank in range(2):
         (tmp_path / f"rng_state_{rank}.pth").touch()
-    require_processes(tmp_path, 2)
+    require(2)
     with pytest.raises(CheckpointError, match=r"written by 2 process\(es\), which cannot be resumed by 1"):
-        require_processes(tmp_path, 1)
+        require(1)
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):

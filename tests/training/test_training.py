@@ -315,13 +315,13 @@ def test_tf32_falls_back_with_a_note(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
-    [(lambda: Budget(0, "steps"), "budget=0"), (lambda: Budget(5, "hours"), "budget_unit='hours'.*accepted_steps"),
-     (lambda: Schedule("step"), "schedule='step'.*linear"), (lambda: Schedule(warmup=1.0), "warmup=1.0")],
+    ("given", "message"),
+    [({"budget": 0}, "^budget=0: "), ({"budget_unit": "hours"}, "budget_unit='hours'.*accepted_steps"),
+     ({"schedule": "step"}, "schedule='step'.*linear"), ({"warmup": 1.0}, "warmup=1.0"), ({"warmup": -0.1}, "warmup=")],
 )  # fmt: skip
-def test_bad_budgets_and_schedules(build, message):
+def test_bad_budgets_and_schedules(given, message):
     with pytest.raises(ParameterError, match=message):
-        build()
+        Params(**given)
 
 
 def test_cosine_schedule_is_the_closed_form():

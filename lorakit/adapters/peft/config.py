@@ -96,12 +96,10 @@ def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> 
         fits = f"unknown option {name!r} of {kind}; known are {', '.join(sorted(allowed))}"
         require(name in allowed, "peft_options", options, fits)
     require_frozen_base(options, "peft_options")
-    if options.get("use_asa"):
-        wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
-        raise ParameterError("peft_options", options, wrong)
-    if options.get("auxiliary_loss_weight"):  # SHADOW's
-        wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
-        raise ParameterError("peft_options", options, wrong)
+    wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
+    require(not options.get("use_asa"), "peft_options", options, wrong)
+    wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
+    require(not options.get("auxiliary_loss_weight"), "peft_options", options, wrong)  # SHADOW's
 
 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:

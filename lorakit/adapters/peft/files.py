@@ -1,11 +1,12 @@
 """Files of any PEFT method: PEFT's own, written and read by PEFT, checked by what is in the model afterwards."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from lorakit.adapters.attachment import check_state
@@ -13,6 +14,7 @@ from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, config_of
 from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import CheckpointError
+from lorakit.modules import set_until
 from lorakit.quiet import quiet
 
 _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
@@ -20,8 +22,6 @@ _SIZES_OF_THE_BASE = ("token_dim", "num_attention_heads", "num_layers", "num_tra
 
 def stored_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
     """What PEFT writes for the adapter, by the names in its file."""
-    from peft import get_peft_model_state_dict
-
     with quiet(*NOISE), _exact_ranks(wrapper):
         return get_peft_model_state_dict(wrapper, save_embedding_layers=False)
 
@@ -51,11 +51,9 @@ def _exact_ranks(wrapper: nn.Module) -> Iterator[None]:
         if len(exact[name]) == len(p):  # else loaded from a file that left some out already
             kept = zip(exact[name], p.detach().flatten() != 0, strict=True)
             exact[name] = [keep or bool(value) for keep, value in kept]
-    config.rank_pattern = exact
-    try:
+    with ExitStack() as stack:
+        set_until(stack, config, rank_pattern=exact)
         yield
-    finally:
-        config.rank_pattern = before
 
 
 def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -81,8 +79,6 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
 
 
 def read_config(folder: Path) -> Any:
-    from peft import PeftConfig
-
     try:
         with quiet(*NOISE):
             return PeftConfig.from_pretrained(folder)
@@ -101,8 +97,6 @@ def _plain(value: Any) -> Any:
 
 def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give PEFT the tensors, and look whether they are what the model then has."""
-    from peft import set_peft_model_state_dict
-
     if config_of(wrapper).peft_type != "ADALORA":  # it takes up the ranks of its file first
         check_state(stored_tensors(wrapper), tensors)
     try:

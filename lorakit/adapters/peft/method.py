@@ -1,7 +1,5 @@
 """Any PEFT method: y = PEFT's model (x), wrapped around ours, and taken off again bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

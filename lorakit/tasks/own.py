@@ -1,0 +1,151 @@
+"""The reader's own data: labelled texts, pairs, plain text or chats, of files or of a `datasets.DatasetDict`.
+
+CSV and TSV with a header line, JSONL, Parquet; plain text also as .txt, its documents parted by blank lines. A file is
+of the test or the validation split by its name; where a split has none it is cut from train.
+"""
+
+import glob
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DataError
+from lorakit.settings import DataSettings
+from lorakit.tasks import chat, corpus, readers
+from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, content
+from lorakit.tasks.task import SPLITS
+
+LAYOUT = "a folder, file or glob of .csv, .tsv, .jsonl, .parquet or, for text, .txt"
+NAMED = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}  # split -> words in its files' names
+Row = tuple[Path, int, dict[str, Any]]  # file, line, values by column
+
+
+def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str, Any] | None = None) -> Corpus:
+    """The corpus of task `name`.
+
+    Args:
+        place: where its files are: a folder, a file or a glob.
+        asked: says which columns; dataset: split -> rows, in place of files.
+
+    Raises:
+        DataError: no such files, a row that is none (with file and line), a column that is not there (with those that
+            are), a class that training rows lack, or one class alone.
+    """
+    if dataset is not None:
+        if unknown := {*dataset} - {*SPLITS}:
+            raise DataError(f"dataset: splits must be among {', '.join(SPLITS)}, not {', '.join(sorted(unknown))}")
+        whole = {split: Path(f"dataset[{split!r}]") for split in dataset}
+        given = {split: [(at, n, row) for n, row in enumerate(dataset[split], 1)] for split, at in whole.items()}
+        files = {str(at): getattr(dataset[split], "_fingerprint", "") for split, at in whole.items()}
+    else:
+        paths = _files(place, name)
+        given = {split: [row for path in paths if _split(path) == split for row in _rows(path)] for split in SPLITS}
+        files = corpus.fingerprints(paths)
+    made = {split: [(row, MADE[name](row, asked)) for row in given.get(split, ())] for split in SPLITS}
+    classes = _classes(made) if FORMS[name] == "labelled" else []
+    number = {label: place for place, label in enumerate(classes)}
+    rows = {split: [row._replace(label=number[row.label]) if classes else row for _, row in found]
+            for split, found in made.items()}  # fmt: skip
+    lacking = [split for split in SPLITS[1:] if not rows[split]]
+    *parts, rows["train"] = corpus.cut(rows["train"], content, len(lacking)) if lacking else [rows["train"]]
+    rows |= zip(lacking, parts, strict=True)
+    found = apart(*rows.values(), (), *[f"{' and '.join(lacking)}: cut from train"] * bool(lacking))
+    return replace(found, files=files, classes=classes)
+
+
+def _files(place: str | Path, name: str) -> list[Path]:
+    known = {*FORMATS} - ({".txt"} if name != "text" else set())
+    here = Path(place)
+    paths = here.iterdir() if here.is_dir() else map(Path, glob.glob(str(place), recursive=True))
+    found = sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
+    if not found:
+        raise DataError(f"data_dir={str(place)!r}: no file for task {name}; must be {LAYOUT}")
+    return found
+
+
+def _split(path: Path) -> str:
+    words = re.split(r"[^a-z]+", path.stem.lower())
+    return next((split for split, names in NAMED.items() if {*names} & {*words}), "train")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    return ((path, line, row) for line, row in FORMATS[path.suffix.lower()](path))
+
+
+def _documents(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    parts = re.split(r"\n\s*\n", "\n".join(line for _, line in readers.lines(path)))
+    return enumerate(({"text": part.strip("\n")} for part in parts if part.strip()), 1)
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".csv": readers.csv_rows, ".tsv": partial(readers.csv_rows, delimiter="\t"), ".jsonl": readers.jsonl,
+    ".parquet": readers.parquet, ".txt": _documents,
+}  # fmt: skip
+
+
+def _value(row: Row, column: str, parameter: str = "") -> Any:
+    path, line, values = row
+    if not isinstance(values, dict):
+        raise readers.bad_row(path, line, "an object with a value for each column", values)
+    if column not in values:
+        told = f"{parameter}={column!r}: no such column" if parameter else f"no column {column!r}"
+        raise DataError(f"{told} in {path}, line {line}; it has {', '.join(map(str, values)) or 'none'}")
+    return values[column]
+
+
+def _text(row: Row, column: str, parameter: str = "") -> str:
+    text = _value(row, column, parameter)
+    if not isinstance(text, str) or not text.strip():
+        raise readers.bad_row(*row[:2], f"text in column {column!r}", text)
+    return text
+
+
+def _document(row: Row, asked: DataSettings) -> str:
+    return _text(row, asked.text_column, "text_column")
+
+
+def _labelled(row: Row, asked: DataSettings, pair: bool = False) -> Labelled:
+    label = _value(row, asked.label_column, "label_column")
+    if label is None or isinstance(label, float | list | dict) or not str(label).strip():
+        raise readers.bad_row(*row[:2], f"a class (a name or a whole number) in column {asked.label_column!r}", label)
+    other = _text(row, asked.pair_column, "pair_column") if pair else None
+    return Labelled(_document(row, asked), other, str(label).strip())
+
+
+def chats(path: Path) -> list[chat.Chat]:
+    """The conversation in each row of a file: of a column `messages`, or of `prompt` and `completion`."""
+    return [_chat(row) for row in _rows(path)]
+
+
+def _chat(row: Row, asked: Any = None) -> chat.Chat:
+    messages = row[2]
+    if isinstance(messages, dict) and "prompt" in messages:
+        texts = {"user": _text(row, "prompt"), "assistant": _text(row, "completion")}
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
+    elif isinstance(messages, dict):
+        messages = messages.get("messages")
+    if not chat.valid(messages):
+        raise readers.bad_row(*row[:2], chat.EXPECTED, messages)
+    return messages
+
+
+def _classes(made: Mapping[str, list[tuple[Row, Labelled]]]) -> list[str]:
+    """The training rows' classes, numbers by size, names by the alphabet."""
+    found = {row.label for _, row in made["train"]}
+    names = sorted(found, key=int) if all(re.fullmatch(r"-?\d+", label) for label in found) else sorted(found)
+    if len(names) < 2:
+        raise DataError(f"training rows have {len(names)} classes, must be at least 2: {', '.join(names) or 'no rows'}")
+    for (path, line, _), row in made["validation"] + made["test"]:
+        if row.label not in found:
+            raise readers.bad_row(path, line, f"a class of the training rows ({', '.join(names)})", row.label)
+    return names
+
+
+MADE: dict[str, Callable[[Row, DataSettings], Any]] = {
+    "labelled": _labelled, "pairs": partial(_labelled, pair=True), "chat": _chat, "text": _document,
+}  # fmt: skip
+FORMS = {"labelled": "labelled", "pairs": "labelled", "text": "documents", "chat": "chats"}
+RECIPES = {name: Recipe(form, "", None, LAYOUT) for name, form in FORMS.items()}

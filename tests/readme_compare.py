@@ -1,0 +1,55 @@
+"""README's tables of the comparison that is being run, from its records: `verdicts()`, `table()`, `said()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from readme_records import WORDS, line
+
+import lorakit
+from lorakit.analysis import claims, fronts, stats
+from lorakit.files import PROJECT, RESULTS
+from lorakit.params import params_of
+
+SETTING = "sst2-minilm-compare"
+WHAT = {"trainable": "trained parameters", "flops": "FLOPs", "flops_backward": "the backward's FLOPs"}
+
+
+def complete() -> list[lorakit.Record]:
+    """The runs of rows that have all planned seeds."""
+    runs = stats.by_row(lorakit.read_all(RESULTS / SETTING))
+    (planned,) = {len(claim.seeds) for claim in claims.read_claims(setting=SETTING)}
+    return [run for group in runs.values() for run in group if len(group) == planned]
+
+
+def judged():
+    found = claims.claims_table(claims.read_claims(setting=SETTING), complete())
+    return found[~found["verdict"].str.startswith(("no run", "too few"))]
+
+
+def verdicts() -> Iterator[str]:
+    columns = ["claim", "held against", "what", "seen", "limit", "verdict"]
+    for source, pair, what, *cells in judged()[columns].itertuples(index=False):
+        what = WHAT.get(what, what.replace("_", " "))
+        yield line(source, f"`{pair}`", what, *(cell.replace("-0", "−0") for cell in cells))
+
+
+def table() -> Iterator[str]:
+    told, loss = (fronts.standings_table(complete(), value) for value in ("test accuracy", "test loss"))
+    for row in told.index:
+        name, seeds, accuracy, standing, *costs = told.loc[row]
+        yield line(name, accuracy, standing, loss.loc[row, "test loss"], *(cost.rstrip(" *") for cost in costs))
+
+
+def said() -> Iterator[str]:
+    yield from verdicts()
+    yield from table()
+    rows = {run.row for run in complete()}
+    all_rows = [path.stem for path in (PROJECT / "params" / SETTING).glob("*.yaml") if not path.stem.startswith("_")]
+    given = params_of(SETTING, "lora")
+    yield f"{given['budget']} steps of {given['batch_size']} sentences"
+    yield f"the best of {WORDS[len(given['search_rates'])]} rates"
+    yield f"{WORDS[len(rows)]} of {WORDS[len(all_rows)] if len(all_rows) < len(WORDS) else len(all_rows)} rows"
+    seeds = {len(group) for group in stats.by_row(complete()).values()}
+    yield f"{WORDS[seeds.pop()]} seeds"
+    yield "means with 95 % intervals"
