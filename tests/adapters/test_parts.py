@@ -135,7 +135,7 @@ def test_what_peft_does_not_take_from_a_file_is_told(tiny_bert, tmp_path, monkey
     tensors = {name: tensor + 1 for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     for stub, message in ((refuses, "does not fit this model: size mismatch"), (lambda *_: None, "PEFT did not take")):
-        monkeypatch.setattr("peft.set_peft_model_state_dict", stub)
+        monkeypatch.setattr("lorakit.adapters.peft.files.set_peft_model_state_dict", stub)
         with pytest.raises(CheckpointError, match=message):
             load_adapter(attached(tiny_bert(), "IA3"), tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}')
