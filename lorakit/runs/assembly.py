@@ -14,6 +14,7 @@ from lorakit.measure import environment
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
+from lorakit.settings import OWN
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
@@ -85,7 +86,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     require(answered, "exact_match_rows", rows, lacking)
     elsewhere = None
     if params.forgetting:
-        causal = [name for name in tasks.NAMES if tasks.kind(name, "decoder") == "causal"]
+        causal = [name for name in tasks.NAMES if name not in OWN and tasks.kind(name, "decoder") == "causal"]
         told = f"must be, in a causal language model's run, one of {', '.join(causal)}"
         require(kind == "causal" and params.forgetting in causal, "forgetting", params.forgetting, told)
         asked |= {"data_dir": "", "packing": False}
@@ -108,7 +109,8 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
     """What data, model and code the run is about."""
     task, loaded, elsewhere = assembled.task, assembled.loaded, assembled.elsewhere
-    data = {"data": dict(task.files) | dict(elsewhere.files if elsewhere else {}), "data_source": task.source}
+    data = {"data": dict(task.files), "data_source": task.source}
+    data |= {"forgetting": dict(elsewhere.files)} if elsewhere else {}
     model = {"model": loaded.fingerprint, "model_source": loaded.source}
     return data | model | {"code": environment.code_fingerprint()}
 

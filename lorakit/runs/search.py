@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lorakit import records
+from lorakit import records, tasks
 from lorakit.errors import require
 from lorakit.fields import UNTRIED, flagged
 from lorakit.params import Params, resolve
 from lorakit.records import Record, SearchPoint
 from lorakit.runs.experiment import attempt, new_record, train
+from lorakit.settings import OWN
 
 
 def search(given: dict[str, Any]) -> Record:
@@ -49,6 +50,10 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
     asked = {name: value for name, value in earlier.resolved.items() if name not in flagged(Params, UNTRIED)}
     if earlier.kind != "lr_search" or not asked.items() <= record.resolved.items():
         return {}
+    if params.task in OWN:  # whose files may be others
+        files = tasks.read(params.task, params.data_dir, params)[0].files
+        if not files.items() <= earlier.fingerprints["data"].items():
+            return {}
     record.fingerprints = earlier.fingerprints
     known = {point.learning_rate: point for point in earlier.search if point.status != "failed"}
     taken = [f"{rate:g}" for rate in params.search_rates if rate in known]

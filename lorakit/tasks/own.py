@@ -19,7 +19,10 @@ from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, content
 from lorakit.tasks.task import SPLITS
 
 LAYOUT = "a folder, file or glob of .csv, .tsv, .jsonl, .parquet or, for text, .txt"
-NAMED = {"test": ("test",), "validation": ("validation", "valid", "val", "dev")}  # split -> words in its files' names
+NAMED = {
+    "test": ("test", "testing", "holdout"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+}  # split -> words in its files' names
 Row = tuple[Path, int, dict[str, Any]]  # file, line, values by column
 
 
@@ -38,12 +41,15 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
         if unknown := {*dataset} - {*SPLITS}:
             raise DataError(f"dataset: splits must be among {', '.join(SPLITS)}, not {', '.join(sorted(unknown))}")
         whole = {split: Path(f"dataset[{split!r}]") for split in dataset}
-        given = {split: [(at, n, row) for n, row in enumerate(dataset[split], 1)] for split, at in whole.items()}
+        given = {split: [(at, n, row) for n, row in enumerate(_named(dataset[split], asked), 1)]
+                 for split, at in whole.items()}  # fmt: skip
         files = {str(at): getattr(dataset[split], "_fingerprint", "") for split, at in whole.items()}
     else:
         paths = _files(place, name)
         given = {split: [row for path in paths if _split(path) == split for row in _rows(path)] for split in SPLITS}
-        files = corpus.fingerprints(paths)
+        files = corpus.fingerprints(path.resolve() for path in paths)
+    if not given.get("train"):
+        raise DataError(f"no training rows: {', '.join(files)}; a file named after another split is none of train")
     made = {split: [(row, MADE[name](row, asked)) for row in given.get(split, ())] for split in SPLITS}
     classes = _classes(made) if FORMS[name] == "labelled" else []
     number = {label: place for place, label in enumerate(classes)}
@@ -53,13 +59,24 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
     *parts, rows["train"] = corpus.cut(rows["train"], content, len(lacking)) if lacking else [rows["train"]]
     rows |= zip(lacking, parts, strict=True)
     found = apart(*rows.values(), (), *[f"{' and '.join(lacking)}: cut from train"] * bool(lacking))
+    taught = {row.label for row in found.train} if classes else set()
+    if untaught := [name for name, label in number.items() if label not in taught]:
+        found.notes.append(f"no training row is left of class {', '.join(untaught)}")
     return replace(found, files=files, classes=classes)
+
+
+def _named(rows: Any, asked: DataSettings) -> Iterator[Any]:
+    """Rows, with the names of their classes where a `datasets.ClassLabel` says them."""
+    names = getattr(getattr(rows, "features", {}).get(asked.label_column), "names", None)
+    for row in rows:
+        yield row | {asked.label_column: names[row[asked.label_column]]} if names else row
 
 
 def _files(place: str | Path, name: str) -> list[Path]:
     known = {*FORMATS} - ({".txt"} if name != "text" else set())
     here = Path(place)
-    paths = here.iterdir() if here.is_dir() else map(Path, glob.glob(str(place), recursive=True))
+    paths = [here] if here.is_file() else map(Path, glob.glob(str(place), recursive=True))
+    paths = here.iterdir() if here.is_dir() else paths
     found = sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
     if not found:
         raise DataError(f"data_dir={str(place)!r}: no file for task {name}; must be {LAYOUT}")
@@ -109,7 +126,8 @@ def _document(row: Row, asked: DataSettings) -> str:
 
 def _labelled(row: Row, asked: DataSettings, pair: bool = False) -> Labelled:
     label = _value(row, asked.label_column, "label_column")
-    if label is None or isinstance(label, float | list | dict) or not str(label).strip():
+    number = isinstance(label, str) and re.fullmatch(r"\s*-?\d*\.\d+(e-?\d+)?\s*", label, re.I)
+    if number or not isinstance(label, str | int) or not str(label).strip():
         raise readers.bad_row(*row[:2], f"a class (a name or a whole number) in column {asked.label_column!r}", label)
     other = _text(row, asked.pair_column, "pair_column") if pair else None
     return Labelled(_document(row, asked), other, str(label).strip())
@@ -122,20 +140,24 @@ def chats(path: Path) -> list[chat.Chat]:
 
 def _chat(row: Row, asked: Any = None) -> chat.Chat:
     messages = row[2]
-    if isinstance(messages, dict) and "prompt" in messages:
+    if isinstance(messages, dict) and messages.get("messages") is None and "prompt" in messages:
         texts = {"user": _text(row, "prompt"), "assistant": _text(row, "completion")}
         messages = [{"role": role, "content": text} for role, text in texts.items()]
     elif isinstance(messages, dict):
         messages = messages.get("messages")
     if not chat.valid(messages):
         raise readers.bad_row(*row[:2], chat.EXPECTED, messages)
-    return messages
+    return [{"role": told["role"], "content": told["content"]} for told in messages] if asked else messages
 
 
 def _classes(made: Mapping[str, list[tuple[Row, Labelled]]]) -> list[str]:
     """The training rows' classes, numbers by size, names by the alphabet."""
     found = {row.label for _, row in made["train"]}
-    names = sorted(found, key=int) if all(re.fullmatch(r"-?\d+", label) for label in found) else sorted(found)
+    names = (
+        sorted(found, key=lambda name: (int(name), name))
+        if all(re.fullmatch(r"-?\d+", label) for label in found)
+        else sorted(found)
+    )
     if len(names) < 2:
         raise DataError(f"training rows have {len(names)} classes, must be at least 2: {', '.join(names) or 'no rows'}")
     for (path, line, _), row in made["validation"] + made["test"]:

@@ -118,5 +118,5 @@ def parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]
             raise DataError(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
         rows = (row for batch in file.iter_batches(columns=list(columns) or None) for row in batch.to_pylist())
         yield from enumerate(([row[name] for name in columns] if columns else row for row in rows), start=1)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a Parquet file, or one that cannot be read: {error}") from None

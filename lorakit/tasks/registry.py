@@ -104,6 +104,8 @@ def read(
     base = Path(os.path.expanduser(data_dir or mirror))
     require(dataset is None or name in own.RECIPES, "task", name, f"of a dataset must be {', '.join(own.RECIPES)}")
     if name in own.RECIPES:
+        mapped = dataset is None or isinstance(dataset, Mapping)
+        require(mapped, "dataset", type(dataset).__name__, "must be split -> rows, as a DatasetDict")
         alone = bool(data_dir) != (dataset is not None)
         require(alone, "data_dir", data_dir, f"with task {name} must be {own.LAYOUT}; or empty, with a dataset")
         return own.read(name, base, asked or DataSettings(), dataset), "own data"

@@ -9,7 +9,7 @@ import re
 import shlex
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import lorakit
 from lorakit import params, records, tasks
@@ -158,6 +158,40 @@ def test_what_readme_says_of_own_data_is_done_as_it_stands(tmp_path, monkeypatch
     exec(snippet, {})
     label, score = capsys.readouterr().out.split()
     assert label in TOPICS and 1 / 3 <= float(score) <= 1
+
+
+def test_what_would_change_classes_or_splits_unseen_does_not(tmp_path):
+    """Equal numbers written otherwise, names of a ClassLabel, chats with other keys, a name that is also a glob."""
+    rows = [{"text": f"row {n}", "label": ["1", "01", "0"][n % 3]} for n in range(30)]
+    written(tmp_path / "n", "rows.csv", rows)
+    assert corpus("labelled", tmp_path / "n").classes == ["0", "01", "1"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    told = Dataset.from_list([{"text": f"row {n}", "label": n % 2} for n in range(30)], features=features)
+    assert tasks.read("labelled", dataset=DatasetDict(train=told))[0].classes == ["neg", "pos"]
+    chats = [[{"content": f"Is it {n}?", "role": "user", "id": n}, CHAT[1]] for n in range(30)]
+    again = [[{"role": "user", "content": f"Is it {n}?"}, CHAT[1]] for n in range(10)]
+    written(tmp_path / "c", "train.jsonl", [{"prompt": "p", "messages": chat} for chat in chats])
+    written(tmp_path / "c", "test.jsonl", [{"messages": chat} for chat in again])
+    found = corpus("chat", tmp_path / "c")
+    assert len(found.test) == 10 and len(found.train) + len(found.validation) == 20
+    written(tmp_path / "g", "t1.csv", rows)
+    written(tmp_path / "g", "t[1].csv", [row | {"text": f"other {row['text']}"} for row in rows])
+    assert all(row.text.startswith("other") for row in corpus("labelled", tmp_path / "g" / "t[1].csv").train)
+    written(tmp_path / "t", "ab-test.csv", rows)
+    with pytest.raises(DataError, match="no training rows: t/ab-test.csv; a file named after another split"):
+        corpus("labelled", tmp_path / "t")
+    rare = [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(60)] + [
+        {"text": f"x {n}", "label": f"c{n}"} for n in range(30)
+    ]
+    written(tmp_path / "r", "rows.csv", rare)
+    assert any(
+        note.startswith("no training row is left of class c") for note in corpus("labelled", tmp_path / "r").notes
+    )
+    with pytest.raises(ParameterError, match="dataset='Dataset': must be split -> rows"):
+        tasks.read("labelled", dataset=told)
+    written(tmp_path / "f", "rows.csv", [row | {"label": "0.5"} for row in rows])
+    with pytest.raises(DataError, match="line 2: expected a class .*found '0.5'"):
+        corpus("labelled", tmp_path / "f")
 
 
 BROKEN = {
