@@ -188,10 +188,11 @@ def export(argv: Sequence[str]) -> int:
     base, kind = options.base or base, options.kind or kind
     for name, value in (("--base", base), ("--kind", kind)):
         require(bool(value), name, value, f"{options.adapter} does not say it: give {name}")
-    loaded = models.load(base, kind, num_labels=labels or 2, dtype="auto")
-    if labels and (Path(options.adapter) / "config.json").is_file():  # of a run on own data, with its classes' names
-        named = AutoConfig.from_pretrained(options.adapter)
-        loaded.model.config.id2label, loaded.model.config.label2id = named.id2label, named.label2id
+    named = (
+        labels and (Path(options.adapter) / "config.json").is_file()
+    )  # of a run on own data, with its classes' names
+    classes = [*AutoConfig.from_pretrained(options.adapter).id2label.values()] if named else []
+    loaded = models.load(base, kind, num_labels=labels or 2, classes=classes, dtype="auto")
     model = adapters.load_adapter(loaded.model, options.adapter)
     folder = adapters.export(model, options.output or f"{options.adapter.rstrip('/')}-merged")
     loaded.tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Name -> weights with a head for the task; a new head depends on the seed alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +42,20 @@ class LoadedModel:
 
 
 def load(
-    name: str, kind: str, *, num_labels: int = 2, dtype: str = "fp32", attention: str = "sdpa", seed: int = 0
+    name: str,
+    kind: str,
+    *,
+    num_labels: int = 2,
+    classes: Sequence[str] = (),
+    dtype: str = "fp32",
+    attention: str = "sdpa",
+    seed: int = 0,
 ) -> LoadedModel:
     """Load a model by name (offline asset, toy, local folder, hub id) with the head that `kind` needs.
 
     Args:
         kind: classify | masked | causal.
-        num_labels: classes, for classify.
+        num_labels: classes, for classify; classes: their names, where they have some, in place of their number.
         dtype: of the weights: fp32 | bf16 | auto (the checkpoint's own).
         attention: sdpa | eager.
         seed: of parameters the checkpoint does not have; torch's global generators stay as they are.
@@ -69,6 +77,8 @@ def load(
     source = sources.download(source)
     tokens = read_tokenizer(source)
     labels = {"num_labels": num_labels} if kind == "classify" else {}
+    if classes:
+        labels = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
     model, new = _read_weights(source, kind, seed, dtype=DTYPES[dtype], attn_implementation=attention, **labels)
     for configuration in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if configuration is not None:

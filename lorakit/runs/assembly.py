@@ -68,16 +68,12 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     kind = tasks.kind(params.task, models.family(params.model))
     penalised = kind != "classify" and params.peft_type.upper() == "ADALORA" and params.loss != "nll"
     require(not penalised, "loss", params.loss, "AdaLoRA adds its penalty to the model's own loss: 'nll'")
-    text = tasks.read(
-        params.task, params.data_dir, params, dataset
-    )  # before a model is fetched that nothing could be done with
-    classes, asked = text[0].classes, {name: getattr(params, name) for name in ("dtype", "attention", "seed")}
-    loaded = models.load(params.model, kind, num_labels=len(classes) or 2, **asked)
+    # before a model is fetched that nothing could be done with
+    text = tasks.read(params.task, params.data_dir, params, dataset)
+    asked = {name: getattr(params, name) for name in ("dtype", "attention", "seed")}
+    loaded = models.load(params.model, kind, classes=text[0].classes, **asked)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
         loaded.model.config.problem_type = "single_label_classification"
-    if classes:
-        loaded.model.config.id2label = dict(enumerate(classes))
-        loaded.model.config.label2id = {name: number for number, name in enumerate(classes)}
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), text=text, **asked)
