@@ -11,7 +11,9 @@ from pathlib import Path
 from benchmarks._common import Claim, seconds
 from lorakit.files import PROJECT
 
-DESCRIPTION = "`lorakit plan` of deep models and `20_compare` from committed records, whole processes; megabytes of records"
+DESCRIPTION = (
+    "`lorakit plan` of deep models and `20_compare` from committed records, whole processes; megabytes of records"
+)
 TARGET = "plan of Gemma 3 12B <= 5 s; the notebook <= 20 s; results/ <= 30 MB"
 
 ROUNDS = 5

@@ -26,6 +26,7 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     ),
     "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
     "plan": ("lorakit.runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
+    "init": ("lorakit.runs.layout", "a working folder of one's own: notebooks, params, records: lorakit init FOLDER"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
     "export": ("", "an adapter merged into its base, as a plain model: lorakit export ADAPTER --merge --output FOLDER"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
@@ -113,7 +114,7 @@ def demo(argv: Sequence[str]) -> int:
     """Every method on a real encoder and real sentences: run what is not finished; a table, a page, a verdict."""
     from lorakit import assets
     from lorakit.analysis import fronts, tables
-    from lorakit.files import PROJECT
+    from lorakit.files import HOME, PROJECT, RESULTS
     from lorakit.records import read_all
     from lorakit.runs import notebooks, sweep
 
@@ -122,11 +123,11 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=cores, help="runs at once, on shared cores (default: %(default)s)")
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
     asked = parser.parse_args(argv)
-    runs = sweep.plan(PROJECT, DEMO["setting"], seeds=asked.seeds)
+    runs = sweep.plan(HOME, DEMO["setting"], seeds=asked.seeds)
     for name in DEMO["assets"]:
         assets.fetch(name)
     status = sweep.sweep(runs, asked.jobs)
-    folder = os.path.relpath(PROJECT / "results" / DEMO["setting"])
+    folder = os.path.relpath(RESULTS / DEMO["setting"])
     if any(run.status() == "done" for run in runs):
         tables.main([folder, "--figure", f"{folder}/overview.png"])
         print(f"\nrecords and executed notebooks: {folder}/*/s*.*\nfigure: {folder}/overview.png", flush=True)

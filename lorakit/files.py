@@ -15,11 +15,21 @@ from filelock import FileLock, Timeout
 
 from lorakit.errors import ParameterError, require
 
-# the folder around a checkout's package; of one installed elsewhere it is the folder one is in
-_AROUND = Path(__file__).resolve().parents[1]
-PROJECT = _AROUND if (_AROUND / "Snakefile").is_file() else Path.cwd()
+_AROUND, _PACKED = Path(__file__).resolve().parents[1], Path(__file__).with_name("project")
+_PARTS = ("Snakefile", "params", "notebooks")
+
+
+def _home() -> Path:
+    """The working folder one is in, or the clone around the package; else the folder one is in, for results alone."""
+    places = (Path.cwd(), *Path.cwd().parents, _AROUND)
+    found = (place for place in places if all((place / part).exists() for part in _PARTS))
+    return Path(os.environ.get("LORAKIT_HOME") or next(found, Path.cwd())).resolve()
+
+
+HOME = _home()
+PROJECT = HOME if (HOME / "params").is_dir() or not _PACKED.is_dir() else _PACKED  # what is read: params, notebooks …
 PARAMS = PROJECT / "params"
-RESULTS = PROJECT / "results"
+RESULTS = HOME / "results"
 MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives
 LOCK = ".lock"
 

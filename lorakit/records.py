@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import from_json
 
 from lorakit.errors import DataError
-from lorakit.files import write_text
+from lorakit.files import PROJECT, RESULTS, write_text
 
 SCHEMA_VERSION = 1
 # files beside which no record lies: a checkpoint's, an adapter's, a model's
@@ -274,12 +274,15 @@ def read(path: str | Path) -> Record:
 def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> list[Record]:
     """Records of one kind in files and, recursively, folders; ordered by path.
 
-    What lies in the folder of a checkpoint, an adapter or a model is none.
+    What lies in the folder of a checkpoint, an adapter or a model is none. What `RESULTS` lacks is read from what the
+    package brings.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
     files: list[Path] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
+        if not path.exists() and path.is_relative_to(RESULTS):
+            path = PROJECT / "results" / path.relative_to(RESULTS)
         found = sorted(path.rglob("*.json")) if os.path.isdir(path) else [path]
         others = {file.parent for file in found if file.name in TRAINED and file != path}
         files += [file for file in found if others.isdisjoint(file.parents)]

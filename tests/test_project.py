@@ -80,13 +80,31 @@ def test_every_dependency_says_why_it_is_here():
     assert [name for name in requirements() if not re.search(rf"(?<![\w-]){name}(?![\w-])", reasons)] == []
 
 
-def test_conda_environment_installs_the_same_package_and_pins():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python, pip, packages = environment["dependencies"]
-    assert environment["name"] == PROJECT["name"]
+STACK = [
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "jupyterlab",
+    "papermill",
+    "matplotlib",
+    "seaborn",
+    "nbval",
+]
+
+
+@pytest.mark.parametrize(("name", "extras"), [("environment.yml", "dev"), ("environment-cuda.yml", "dev,cuda")])
+def test_conda_environments_name_the_stack_and_install_the_same_package_and_pins(name, extras):
+    environment = yaml.safe_load((ROOT / name).read_text())
+    python, pip, *torch, packages = environment["dependencies"]
+    assert environment["name"] == PROJECT["name"] and pip == "pip"
     assert python.startswith("python" + PROJECT["requires-python"])
-    assert pip == "pip"
-    assert packages == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    assert torch == ([] if "cuda" in name else [f"pytorch-cpu=={pins()['torch']}"])  # of conda-forge, without CUDA
+    stack = STACK[len(torch) :]
+    assert packages == {"pip": ["-c constraints.txt", *stack, f"-e .[{extras}]"]}
+    assert {*STACK} <= requirements().keys()  # nothing that the package does not ask for
 
 
 def test_one_version_and_a_citation_with_what_its_format_requires():

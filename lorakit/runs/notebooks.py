@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.files import aside, require_place, write_text
+from lorakit.files import HOME, aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
 from lorakit.quiet import answering
@@ -164,7 +164,7 @@ def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[Any]:
 
     places = {"ip": str(folder / "ipc"), "connection_file": str(folder / "kernel.json")}
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", **places)
-    environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "LORAKIT_HOME": str(HOME)}
     if progress:
         environment["LORAKIT_PROGRESS"] = "plain"  # lines reach the terminal, a notebook's widgets would not
     run_sync(kernel.start_kernel)(cwd=str(cwd), env=environment)

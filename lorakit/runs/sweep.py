@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.fields import APART, flagged
-from lorakit.files import PROJECT, alone
+from lorakit.files import HOME, PROJECT, alone
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
 from lorakit.quiet import answering
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def notebook(self) -> Path:
-        return self.root / "notebooks" / notebook_of(self.params)
+        return _source(self.root) / "notebooks" / notebook_of(self.params)
 
     @property
     def files(self) -> list[Path]:
         """The params files, later ones winning."""
-        folder = self.root / "params" / self.setting
+        folder = _source(self.root) / "params" / self.setting
         return [folder / "_setting.yaml", folder / f"{self.method}.yaml"]
 
     @property
@@ -83,11 +83,16 @@ class Run:
         return {name: pair for name, pair in pairs.items() if name not in apart and pair[0] != pair[1]}
 
 
+def _source(root: Path) -> Path:
+    """Where params and notebooks are read: a working folder's own, anywhere else those that the package brings."""
+    return root if (root / "params").is_dir() else PROJECT
+
+
 def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> list[Run]:
     """Every run asked for, finished or not.
 
     Args:
-        root: has `params/`, `notebooks/` and `results/`.
+        root: gets `results/`; has `params/` and `notebooks/`, else those of the package are read.
         methods: separated by spaces; empty: every method of the setting.
         seeds: separated by spaces; empty: 0.
 
@@ -95,10 +100,11 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
         ParameterError: an unknown setting or method, a seed that is no number, a params file that is not valid.
     """
     root = Path(root).resolve()
-    settings = sorted(path.parent.name for path in root.glob("params/*/_setting.yaml"))
-    there = ", ".join(settings) or f"none: {root} has no params/; go to the project's folder (a clone of it)"
+    params = _source(root) / "params"
+    settings = sorted(path.parent.name for path in params.glob("*/_setting.yaml"))
+    there = ", ".join(settings) or f"none: {root} has no params/; `lorakit init FOLDER` makes a folder that has"
     require(setting in settings, "SETTING", setting, f"must be one of {there}")
-    known = sorted(path.stem for path in root.glob(f"params/{setting}/[!_]*.yaml"))
+    known = sorted(path.stem for path in params.glob(f"{setting}/[!_]*.yaml"))
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
@@ -173,4 +179,4 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
     arguments = parser.parse_args(argv)
-    return sweep(plan(PROJECT, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
+    return sweep(plan(HOME, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)

@@ -17,7 +17,7 @@ import torch
 from lorakit import adapters, records
 from lorakit.analysis.tables import Table, timing_table
 from lorakit.errors import LorakitError, require
-from lorakit.files import PROJECT, require_place
+from lorakit.files import HOME, RESULTS, require_place
 from lorakit.measure.latency import inference_latency
 from lorakit.measure.lockstep import lockstep
 from lorakit.records import Record
@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of each row's trainer (default: %(default)s)")
     parser.add_argument("--output", metavar="FOLDER", help="for ROW/timing.json (default: results/SETTING)")
     args = parser.parse_args(argv)
-    runs = {run.method: run for run in sweep.plan(PROJECT, args.setting, args.rows)}
-    output = Path(args.output or PROJECT / "results" / args.setting)
+    runs = {run.method: run for run in sweep.plan(HOME, args.setting, args.rows)}
+    output = Path(args.output or RESULTS / args.setting)
     require_place(output, "--output", folder=True)
     torch.set_num_threads(args.threads)  # several trainers' pools would spin against each other
     found = timed(runs, args.steps, args.reference)
