@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lorakit import __version__
 from lorakit.errors import AssetError, LorakitError, require
 
 COMMANDS = {  # name -> the module whose `main` it is (empty: the function of this name below), what it does
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(["usage: lorakit COMMAND …", "", *lines]))
         return 0 if argv else 2
     name, *rest = argv
+    if name == "--version":
+        print(f"lorakit {__version__}")
+        return 0
     if name not in COMMANDS:
         print(f"lorakit: {name!r} is not a command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -17,6 +18,10 @@ def test_usage_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in cli.COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"lorakit {version('lorakit')}\n"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

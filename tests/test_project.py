@@ -131,6 +131,8 @@ def test_makefile_has_its_targets_and_ci_calls_one():
     script = (ROOT / ".ci" / "run").read_text()
     assert "set -euo pipefail" in script and script.endswith("\nmake test\n")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    forge = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert forge["jobs"]["test"]["steps"][-1] == {"run": "make test"}
 
     # notebooks' metadata is stripped alike by the hook and by make
     assert RUN_METADATA in (ROOT / ".pre-commit-config.yaml").read_text()
