@@ -36,6 +36,7 @@ class SkipLoRA(Controller):
     """
 
     name = "skip"
+    kept = ("metric", "steps", "skipped", "history", "since_point", "generator")
 
     def __init__(self, model: nn.Module, settings: SkipSettings, seed: int = 0):
         self.model, self.settings = model, settings
@@ -50,7 +51,7 @@ class SkipLoRA(Controller):
         self.steps = 0
         self.skipped = [0] * most  # steps each adapter was skipped
         self.history: dict[str, list[Any]] = {"step": [], "metric": [], "active": []}
-        self._since_point = (0, [0] * most)  # steps and skips at the last point of the curve
+        self.since_point = (0, [0] * most)  # steps and skips at the last point of the curve
         self._handle: Any = None
         self._sum: Callable[[Tensor], Tensor] = lambda vector: vector
         self._forced: list[bool] = []
@@ -107,10 +108,10 @@ class SkipLoRA(Controller):
             self.metric = known if any(m is not None for m in known) else None
 
     def at_point(self, step: int) -> None:
-        since, skips = self._since_point
+        since, skips = self.since_point
         steps = max(1, self.steps - since)
         active = [1 - (now - before) / steps for now, before in zip(self.skipped, skips, strict=True)]
-        self._since_point = (self.steps, list(self.skipped))
+        self.since_point = (self.steps, list(self.skipped))
         self.history["step"].append(step)
         self.history["metric"].append([round(m or 0.0, 6) for m in self.metric or []])
         self.history["active"].append([round(a, 4) for a in active])
@@ -137,22 +138,6 @@ class SkipLoRA(Controller):
             "share_skipped_per_adapter": [round(value, 4) for value in per_adapter],
             "history": self.history,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "history": self.history,
-            "since_point": self._since_point,
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.metric, self.steps = state["metric"], state["steps"]
-        self.skipped, self.history = list(state["skipped"]), state["history"]
-        self._since_point = tuple(state["since_point"])
-        self.generator.set_state(state["generator"])
 
     # inside a step -------------------------------------------------------------------------------------
 
