@@ -43,7 +43,7 @@ def _all_but_prefix(metric: Sequence[float], blocks: Sequence[int], settings: Sk
     else:
         large = [block for m, block in zip(metric, blocks, strict=True) if m >= settings.skip_threshold]
         skipped = min(large, default=max(blocks) + 1)
-    while sum(block >= skipped for block in blocks) < settings.skip_min_active:
+    while skipped and sum(block >= skipped for block in blocks) < settings.skip_min_active:
         skipped -= 1
     return [block >= skipped for block in blocks]
 

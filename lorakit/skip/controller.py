@@ -167,9 +167,7 @@ class SkipLoRA(Controller):
         seen = [place for place, m in enumerate(metric) if m is not None]
         names = sorted({self.blocks[place] for place in seen})
         given = [metric[place] for place in seen], [names.index(self.blocks[place]) for place in seen]
-        few = self.settings.skip_min_active > len(seen)
-        settings = self.settings.but(skip_min_active=len(seen)) if few else self.settings
-        active = choose(*given, settings, self.generator)
+        active = choose(*given, self.settings, self.generator)
         chosen = dict(zip(seen, active, strict=True))
         return [chosen.get(place, True) for place in range(len(metric))]
 
