@@ -204,7 +204,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         if self.accelerator.num_processes == 1:
             self.watch.finite(not finite, self.ledger.steps + 1, value)
         self.ledger.add(loss=value)
-        part.backpropagated, part.options = loss, options
+        part.finish, part.options = part.finish or (lambda: loss), options
         targets = torch.tensor([float(part.targets), float(not finite)], dtype=torch.float64)
         if not self.gate.selective:
             part.candidate = None  # frees the logits' storage as early as the plain Trainer would
@@ -254,7 +254,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         return accept
 
     def _backward(self, backward: Callable[..., None], part: Part) -> None:
-        loss = part.backpropagated if part.finish is None else part.finish()
+        loss = part.finish()
         flops = 0
         if loss.requires_grad:
             _, flops = self.meter.measure(*part.cost, lambda: backward(loss, **part.options))

@@ -25,7 +25,7 @@ class Part:
     tokens: how many a backward passes through; targets: labels it has.
     candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
     loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
-    finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
+    finish: runs what is left of the forward, if anything, and gives the loss to backpropagate.
     """
 
     cost: tuple[Hashable, tuple[int, ...]]
@@ -36,7 +36,6 @@ class Part:
     gate_flops: float = 0.0
     loss: float | None = None
     finish: Callable[[], Tensor] | None = None
-    backpropagated: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
