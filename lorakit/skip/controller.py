@@ -130,12 +130,11 @@ class SkipLoRA(Controller):
 
     def report(self) -> dict[str, Any]:
         share = sum(self.skipped) / max(1, self.steps * len(self.probes))
-        per_adapter = [count / max(1, self.steps) for count in self.skipped]
         return {
             "adapters": self.paths,
             "blocks": self.blocks,
             "share_skipped": share,
-            "share_skipped_per_adapter": [round(value, 4) for value in per_adapter],
+            "share_skipped_per_adapter": [round(count / max(1, self.steps), 4) for count in self.skipped],
             "history": self.history,
         }
 
@@ -155,9 +154,7 @@ class SkipLoRA(Controller):
         place = self.probes.index(probe)
         before = [other.active for other in self.probes[:place] if other.squares is not None]  # visited before
         (m,) = self._measured([probe])
-        adaptive = self.settings.skip_share and self.metric
-        known = [metric for metric in self.metric or [] if metric is not None]
-        tau = threshold(known, self.settings) if adaptive else self.settings.skip_threshold
+        tau = threshold([metric for metric in self.metric or [] if metric is not None], self.settings)
         needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
         cut_ended = self.settings.skip == "prefix" and any(before)
         return m is None or m >= tau or needed or cut_ended or self._forced[place]
