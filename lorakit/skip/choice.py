@@ -49,7 +49,10 @@ def _all_but_prefix(metric: Sequence[float], blocks: Sequence[int], settings: Sk
 
 
 def threshold(metric: Sequence[float], settings: SkipSettings) -> float:
-    """τ: the fixed one, or the value that `settings.skip_share` of `metric`, where there is any, lie below."""
+    """τ: the fixed one, or the value that `settings.skip_share` of `metric`, rounded down, lie below.
+
+    While nothing is measured it is the fixed one.
+    """
     if not settings.skip_share or not metric:
         return settings.skip_threshold
     return sorted(metric)[int(settings.skip_share * len(metric) + 1e-9)]
