@@ -7,6 +7,7 @@ whether its backward is worth running; a **token selection** calls the model and
 a **controller** acts between the steps: it prunes, skips layers, or follows a PEFT method's own schedule.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -19,19 +20,50 @@ from lorakit.head import IGNORED, shifted
 from lorakit.settings import GateSettings
 
 
-class Seam(Protocol):
+class Stateful(Protocol):
+    """What has a part in a checkpoint: the attributes named in `kept`, or what a class makes of it.
+
+    They may be plain values, tensors, random generators, what has a `state_dict` of its own, and dicts of these.
+    """
+
+    kept: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
+        return {name: _state(getattr(self, name)) for name in self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for name in self.kept:
+            setattr(self, name, _restored(getattr(self, name), state[name]))
+
+
+def _state(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _state(item) for name, item in value.items()}
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.state_dict() if hasattr(value, "state_dict") else value
+
+
+def _restored(value: Any, state: Any) -> Any:
+    """`value` as it was when `_state` of it was `state`."""
+    if isinstance(value, dict):
+        return {name: _restored(value.get(name), item) for name, item in state.items()}
+    if isinstance(value, torch.Generator):
+        return value.set_state(state)
+    if hasattr(value, "load_state_dict"):
+        value.load_state_dict(state)
+        return value
+    return state.to(value.device) if torch.is_tensor(state) else copy.copy(state)
+
+
+class Seam(Stateful, Protocol):
     """What everything here can be asked for: its part of the record and of a checkpoint; nothing, where it has none."""
 
     def report(self) -> dict[str, Any]:
         """What the record is to know, as JSON values."""
         return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, readable with `torch.load(weights_only=True)`; resuming with it is bitwise."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
 
 
 # which batches -----------------------------------------------------------------------------------------
@@ -117,6 +149,16 @@ class Gate(Seam):
     def report(self) -> dict[str, Any]:
         """What the record is to know of this gate."""
         return {"name": self.name, "target_rate": self.target_rate, "burn_in": self.burn_in}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the base class.
+
+        Raises:
+            CheckpointError: the state is another gate's.
+        """
+        if self.kept:
+            check_state(state, self.state_dict(), self.name)
+        super().load_state_dict(state)
 
 
 def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:

@@ -88,9 +88,8 @@ class Finding:
     @property
     def limit(self) -> float:
         """What the mean is held against."""
-        if self.claim.test in ("superiority", "ratio"):
-            return self.claim.margin if self.claim.test == "ratio" else -self.claim.worse * self.claim.margin
-        return self.claim.worse * self.claim.margin
+        sign = {"superiority": -self.claim.worse, "ratio": 1}.get(self.claim.test, self.claim.worse)
+        return sign * self.claim.margin
 
     def distance(self) -> float:
         """From the mean to the limit, or to the nearer of two."""

@@ -1,17 +1,14 @@
 """What flows where in each method, drawn from `configs/dataflow.json`: boxes, arrows forward and of the gradient."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from lorakit.analysis import style
 from lorakit.errors import require
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FLOWS = json.loads((Path(__file__).parents[1] / "configs" / "dataflow.json").read_text(encoding="utf-8"))
 FILLS = {"data": "white", "frozen": "0.88", "trained": "#BFE3F7", "choice": "#F6DFB0", "step": "white"}
@@ -25,8 +22,6 @@ def dataflow(method: str) -> Figure:
     Raises:
         ParameterError: there is none of this method.
     """
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
-
     require(method in FLOWS, "method", method, f"must be one of {', '.join(FLOWS)}")
     flow, boxes = FLOWS[method], {}
     low, high = (bound(y for _, y, *_ in flow["boxes"].values()) for bound in (min, max))

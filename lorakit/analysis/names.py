@@ -15,8 +15,7 @@ LOOKS = {row: told["look"].split() for row, told in ROWS.items()}
 
 def order(rows: Iterable[str]) -> list[str]:
     """Distinct rows, known ones first in the order of `LABELS`, then by name."""
-    known = [*LABELS]
-    return sorted(set(rows), key=lambda row: (known.index(row) if row in LABELS else len(known), row))
+    return sorted(set(rows), key=lambda row: ([*LABELS, row].index(row), row))
 
 
 def label(row: str, records: Sequence[Record] = ()) -> str:

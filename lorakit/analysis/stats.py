@@ -78,9 +78,8 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
     require(len(records) > 0, "records", [], "at least one record")
     settings = sorted({record.setting for record in records})
     require(len(settings) == 1, "records", settings, "must be of one setting; others are not comparable")
-    groups: dict[str, list[Record]] = {row: [] for row in names.order(record.row for record in records)}
-    for record in sorted(records, key=lambda record: record.seed):
-        groups[record.row].append(record)
+    ordered = sorted(records, key=lambda record: record.seed)
+    groups = {row: [r for r in ordered if r.row == row] for row in names.order(r.row for r in records)}
     for row, group in groups.items():
         seeds = [record.seed for record in group]
         require(len(set(seeds)) == len(seeds), "records", f"{row}, seeds {seeds}", "one record per row and seed")

@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from lorakit.seams import Gate
+from lorakit.seams import Gate, Stateful
 
 PATIENCE = 50  # decisions after the burn-in before a rate counts as stuck
 FALLING = 0.98  # of the novelty at the start; a basis that takes anything in brings it below
@@ -13,7 +13,7 @@ class GateWarning(UserWarning):
     """The gate runs, but not as it should."""
 
 
-class GateLog:
+class GateLog(Stateful):
     """Collects decisions; a `point` sums up those since the last one. Each warning is given once.
 
     Attributes:
@@ -22,6 +22,8 @@ class GateLog:
             `gate/accepted_steps`, `gate/total_steps`.
         decisions: accepted or not, of every window so far; warnings: those given so far.
     """
+
+    kept = ("points", "warnings", "decisions", "_scores", "_accepted", "_early", "_kept", "_row", "_last")
 
     def __init__(self, gate: Gate):
         self.gate, self.points, self.warnings = gate, [], []
@@ -115,10 +117,3 @@ class GateLog:
             "warnings": list(self.warnings),
             "log": list(self.points),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "gate"}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)

@@ -60,6 +60,7 @@ class HeadGradientGate(ScoredGate):
 
     name = "novelty"
     needs_hidden = scores_novelty = True
+    kept = (*ScoredGate.kept, "sketch", "directions", "basis", "updates")
 
     def __init__(
         self,
@@ -227,20 +228,6 @@ class HeadGradientGate(ScoredGate):
     def report(self) -> dict[str, Any]:
         settings = {"m": self.m, "k": self.k, "rows": self.directions.rows, "k_topk": self.k_topk}
         return super().report() | settings | {"state_bytes": self.state_bytes()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "sketch": self.sketch.state_dict(),
-            "directions": self.directions.state_dict(),
-            "basis": self.basis,
-            "updates": self.updates,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.sketch.load_state_dict(state["sketch"])
-        self.directions.load_state_dict(state["directions"])
-        self.basis, self.updates = state["basis"].to(self.device), state["updates"]
 
 
 GATES[HeadGradientGate.name] = HeadGradientGate

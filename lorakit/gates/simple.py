@@ -1,13 +1,13 @@
 """Gates that need no sketch: accept at random, or by a score thresholded to a rate; the loss is such a score."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from lorakit.errors import require
 from lorakit.gates.threshold import ThresholdController
-from lorakit.seams import GATES, Candidate, Decision, Gate, check_state
+from lorakit.seams import GATES, Candidate, Decision, Gate
 from lorakit.settings import GateSettings
 
 
@@ -20,6 +20,7 @@ class RandomGate(Gate):
     """
 
     name, selective = "random", True
+    kept = ("steps", "accepted", "generator")
 
     def __init__(self, target_rate: float, *, burn_in: int = 0, seed: int = 0):
         require(0 < target_rate < 1, "target rate", target_rate, "must be inside (0, 1)")
@@ -44,19 +45,12 @@ class RandomGate(Gate):
         counted = self.steps - self.burn_in
         return self.accepted / counted if counted > 0 else 1.0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "accepted": self.accepted, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, self.state_dict(), self.name)
-        self.steps, self.accepted = state["steps"], state["accepted"]
-        self.generator.set_state(state["generator"])
-
 
 class ScoredGate(Gate, ABC):
     """Accepts by a score of the window, at a rate its controller keeps. A subclass says what the score is."""
 
     selective = True
+    kept = ("controller", "generator")
 
     def __init__(self, controller: ThresholdController, seed: int = 0):
         self.controller, self.target_rate, self.burn_in = controller, controller.target_rate, controller.burn_in
@@ -91,14 +85,6 @@ class ScoredGate(Gate, ABC):
 
     def acceptance_rate(self) -> float:
         return self.controller.acceptance_rate()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"controller": self.controller.state_dict(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, self.state_dict(), self.name)
-        self.controller.load_state_dict(state["controller"])
-        self.generator.set_state(state["generator"])
 
 
 class LossFloor(ScoredGate):

@@ -7,12 +7,11 @@ inside its limits; an average in the loop would only delay it. The rate that is 
 """
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 from lorakit.errors import require
+from lorakit.seams import Stateful
 
 LIMIT = 6.0  # τ stays within ±LIMIT spreads of the mean: beyond it a stuck score would wind it up for ever
 GAIN = 5.0  # g = GAIN · ema_rate, in spreads of the score
@@ -20,9 +19,10 @@ REMEMBERED = 256  # burn-in scores that place the first τ
 
 
 @dataclass
-class RunningScale:
+class RunningScale(Stateful):
     """Running mean and spread of a score; plain averages at first, exponential ones once 1/n falls below `rate`."""
 
+    kept = ("count", "mean", "variance")
     rate: float
     count: int = 0
     mean: float = 0.0
@@ -40,14 +40,8 @@ class RunningScale:
         spread = math.sqrt(self.variance)
         return (value - self.mean) / spread if spread > 1e-12 * max(1.0, abs(self.mean)) else 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "variance": self.variance}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]
-
-
-class ThresholdController:
+class ThresholdController(Stateful):
     """Turns scores into acceptance probabilities whose average is `target_rate`.
 
     Args:
@@ -60,6 +54,8 @@ class ThresholdController:
         ParameterError: a value outside its range.
     """
 
+    kept = ("steps", "deviation", "threshold", "scale", "recent")
+
     def __init__(self, target_rate: float, *, steepness: float = 10.0, ema_rate: float = 0.02, burn_in: int = 0):
         require(0 < target_rate < 1, "target rate", target_rate, "must be inside (0, 1)")
         require(steepness > 0, "beta", steepness, "must be above 0")
@@ -69,7 +65,7 @@ class ThresholdController:
         self.scale = RunningScale(ema_rate)
         self.threshold = NormalDist().inv_cdf(1 - target_rate)  # in spreads
         self.steps, self.deviation = 0, 0.0
-        self._recent: deque[float] = deque(maxlen=REMEMBERED)
+        self.recent: list[float] = []  # scores of the burn-in, the latest of them
 
     def probability(self, score: float) -> float:
         """Chance of accepting a batch with this score."""
@@ -85,13 +81,13 @@ class ThresholdController:
         if 2 * self.steps >= self.burn_in:  # the first half of a burn-in shows a sketch still filling up
             self.scale.add(score)
         if self.steps < self.burn_in:
-            self._recent.append(score)
+            self.recent = [*self.recent, score][-REMEMBERED:]
             if self.steps + 1 == self.burn_in:
                 # the target share of the later burn-in scores lies above the first τ
-                latest = sorted(list(self._recent)[len(self._recent) // 2 :])
+                latest = sorted(self.recent[len(self.recent) // 2 :])
                 place = min(len(latest) - 1, int((1 - self.target_rate) * len(latest)))
                 self.threshold = min(LIMIT, max(-LIMIT, self.scale.standardised(latest[place])))
-                self._recent.clear()
+                self.recent = []
         else:
             self.deviation += self.ema_rate * (accepted - self.target_rate - self.deviation)
             moved = self.threshold + GAIN * self.ema_rate * (accepted - self.target_rate)
@@ -104,17 +100,3 @@ class ThresholdController:
         if counted <= 0:
             return 1.0
         return self.target_rate + self.deviation / (1 - (1 - self.ema_rate) ** counted)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "deviation": self.deviation,
-            "threshold": self.threshold,
-            "scale": self.scale.state_dict(),
-            "recent": list(self._recent),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.deviation, self.threshold = state["steps"], state["deviation"], state["threshold"]
-        self.scale.load_state_dict(state["scale"])
-        self._recent = deque(state["recent"], maxlen=REMEMBERED)

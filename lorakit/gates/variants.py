@@ -38,6 +38,7 @@ class NoveltyAndLoss(HeadGradientGate):
     """Accepts batches that are novel *and* have a high loss: the lower of both scores, standardised, is thresholded."""
 
     name = "novelty_loss"
+    kept = (*HeadGradientGate.kept, "scales")
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -52,14 +53,6 @@ class NoveltyAndLoss(HeadGradientGate):
         for name, value in values.items():
             self.scales[name].add(value)
         return lower
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"scales": {name: scale.state_dict() for name, scale in self.scales.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for name, scale in self.scales.items():
-            scale.load_state_dict(state["scales"][name])
 
 
 GATES.update({gate.name: gate for gate in (LeastNovel, GradientNorm, NoveltyAndLoss)})

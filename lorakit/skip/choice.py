@@ -43,14 +43,17 @@ def _all_but_prefix(metric: Sequence[float], blocks: Sequence[int], settings: Sk
     else:
         large = [block for m, block in zip(metric, blocks, strict=True) if m >= settings.skip_threshold]
         skipped = min(large, default=max(blocks) + 1)
-    while sum(block >= skipped for block in blocks) < settings.skip_min_active:
+    while skipped and sum(block >= skipped for block in blocks) < settings.skip_min_active:
         skipped -= 1
     return [block >= skipped for block in blocks]
 
 
 def threshold(metric: Sequence[float], settings: SkipSettings) -> float:
-    """τ: the fixed one, or the value that `settings.skip_share` of `metric`, rounded down, lie below."""
-    if not settings.skip_share:
+    """τ: the fixed one, or the value that `settings.skip_share` of `metric`, rounded down, lie below.
+
+    While nothing is measured it is the fixed one.
+    """
+    if not settings.skip_share or not metric:
         return settings.skip_threshold
     return sorted(metric)[int(settings.skip_share * len(metric) + 1e-9)]
 

@@ -36,6 +36,7 @@ class SkipLoRA(Controller):
     """
 
     name = "skip"
+    kept = ("metric", "steps", "skipped", "history", "since_point", "generator")
 
     def __init__(self, model: nn.Module, settings: SkipSettings, seed: int = 0):
         self.model, self.settings = model, settings
@@ -50,7 +51,7 @@ class SkipLoRA(Controller):
         self.steps = 0
         self.skipped = [0] * most  # steps each adapter was skipped
         self.history: dict[str, list[Any]] = {"step": [], "metric": [], "active": []}
-        self._since_point = (0, [0] * most)  # steps and skips at the last point of the curve
+        self.since_point = (0, [0] * most)  # steps and skips at the last point of the curve
         self._handle: Any = None
         self._sum: Callable[[Tensor], Tensor] = lambda vector: vector
         self._forced: list[bool] = []
@@ -107,10 +108,10 @@ class SkipLoRA(Controller):
             self.metric = known if any(m is not None for m in known) else None
 
     def at_point(self, step: int) -> None:
-        since, skips = self._since_point
+        since, skips = self.since_point
         steps = max(1, self.steps - since)
         active = [1 - (now - before) / steps for now, before in zip(self.skipped, skips, strict=True)]
-        self._since_point = (self.steps, list(self.skipped))
+        self.since_point = (self.steps, list(self.skipped))
         self.history["step"].append(step)
         self.history["metric"].append([round(m or 0.0, 6) for m in self.metric or []])
         self.history["active"].append([round(a, 4) for a in active])
@@ -129,30 +130,13 @@ class SkipLoRA(Controller):
 
     def report(self) -> dict[str, Any]:
         share = sum(self.skipped) / max(1, self.steps * len(self.probes))
-        per_adapter = [count / max(1, self.steps) for count in self.skipped]
         return {
             "adapters": self.paths,
             "blocks": self.blocks,
             "share_skipped": share,
-            "share_skipped_per_adapter": [round(value, 4) for value in per_adapter],
+            "share_skipped_per_adapter": [round(count / max(1, self.steps), 4) for count in self.skipped],
             "history": self.history,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "history": self.history,
-            "since_point": self._since_point,
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.metric, self.steps = state["metric"], state["steps"]
-        self.skipped, self.history = list(state["skipped"]), state["history"]
-        self._since_point = tuple(state["since_point"])
-        self.generator.set_state(state["generator"])
 
     # inside a step -------------------------------------------------------------------------------------
 
@@ -170,9 +154,7 @@ class SkipLoRA(Controller):
         place = self.probes.index(probe)
         before = [other.active for other in self.probes[:place] if other.squares is not None]  # visited before
         (m,) = self._measured([probe])
-        adaptive = self.settings.skip_share and self.metric
-        known = [metric for metric in self.metric or [] if metric is not None]
-        tau = threshold(known, self.settings) if adaptive else self.settings.skip_threshold
+        tau = threshold([metric for metric in self.metric or [] if metric is not None], self.settings)
         needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
         cut_ended = self.settings.skip == "prefix" and any(before)
         return m is None or m >= tau or needed or cut_ended or self._forced[place]
@@ -182,9 +164,7 @@ class SkipLoRA(Controller):
         seen = [place for place, m in enumerate(metric) if m is not None]
         names = sorted({self.blocks[place] for place in seen})
         given = [metric[place] for place in seen], [names.index(self.blocks[place]) for place in seen]
-        few = self.settings.skip_min_active > len(seen)
-        settings = self.settings.but(skip_min_active=len(seen)) if few else self.settings
-        active = choose(*given, settings, self.generator)
+        active = choose(*given, self.settings, self.generator)
         chosen = dict(zip(seen, active, strict=True))
         return [chosen.get(place, True) for place in range(len(metric))]
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import normalize
+from torch.utils.data import BatchSampler, RandomSampler
 
 from lorakit.analysis import names, stats, style, tables
 from lorakit.errors import require
@@ -82,10 +83,8 @@ def _sketch_and_gradient(
 
 def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """`count` batches of `size` training rows each, shuffled, and shuffled again when they are used up."""
-    generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < size * count:
-        order += torch.randperm(len(task.train), generator=generator).tolist()
-    return [task.collator([task.train[row] for row in order[size * i : size * (i + 1)]]) for i in range(count)]
+    order = RandomSampler(task.train, num_samples=size * count, generator=torch.Generator().manual_seed(seed))
+    return [task.collator([task.train[row] for row in rows]) for rows in BatchSampler(order, size, drop_last=False)]
 
 
 def agreement(found: Mapping[str, pd.DataFrame]) -> Figure:

@@ -34,7 +34,7 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
     tokenizer, pad = options.tokenizer, collate.PadCollator(options.tokenizer.pad_token_id)
     collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
     if options.kind == "masked":
-        collator = collate.MaskCollator(pad.pad_id, collate.Masker(tokenizer, options.seed))
+        collator = collate.PadCollator(pad.pad_id, collate.Masker(tokenizer, options.seed))
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
     parts["classes"] = corpus.classes
     for split in SPLITS:

@@ -38,13 +38,45 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Masker:
+    """Hides tokens of a batch.
+
+    Attributes:
+        tokenizer: its special tokens (padding among them) are never chosen; a random token is any of its ids.
+        seed: of the draw, together with the ids.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    seed: int
+
+    def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (B, T) -> (ids with tokens hidden, labels); a row with any ordinary token has at least one label."""
+        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        chance = torch.rand(ids.shape, generator=generator)
+        ordinary = ~torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        chance = chance.masked_fill(~ordinary, 2.0)
+        least = chance == chance.amin(1, keepdim=True)
+        chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
+        action = torch.rand(ids.shape, generator=generator)
+        others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
+        hidden = ids.masked_fill(chosen & (action < HIDDEN), self.tokenizer.mask_token_id)
+        hidden = torch.where(chosen & (action >= HIDDEN) & (action < HIDDEN + RANDOM), others, hidden)
+        return hidden, ids.masked_fill(~chosen, IGNORED)
+
+
+@dataclass(frozen=True)
 class PadCollator:
     """Model inputs of rows with `input_ids`, `attention_mask`, perhaps `token_type_ids`, and perhaps `labels`.
 
     A row's label is a class, giving labels (B,), or token ids, giving labels (B, T) padded with -100.
+
+    Attributes:
+        masker: hides tokens of the padded batch: its labels are a function of its ids and the seed.
     """
 
     pad_id: int
+    masker: Masker | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         values = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
@@ -52,6 +84,8 @@ class PadCollator:
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]
             batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else padded(labels, IGNORED)
+        if self.masker:
+            batch["input_ids"], batch["labels"] = self.masker(batch["input_ids"])
         return batch
 
 
@@ -118,46 +152,6 @@ def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collat
     allowed = f"{type(model).__name__} lets the documents of a row see each other (logits off by {off:.2g}); use false"
     limit = max(4 * first.item(), ROUNDING, torch.finfo(model.dtype).eps)
     require(max(others).item() <= limit, "packing", True, allowed)
-
-
-@dataclass(frozen=True)
-class Masker:
-    """Hides tokens of a batch.
-
-    Attributes:
-        tokenizer: its special tokens (padding among them) are never chosen; a random token is any of its ids.
-        seed: of the draw, together with the ids.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    seed: int
-
-    def __call__(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, T) -> (ids with tokens hidden, labels); a row with any ordinary token has at least one label."""
-        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8, key=str(self.seed).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        chance = torch.rand(ids.shape, generator=generator)
-        ordinary = ~torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        chance = chance.masked_fill(~ordinary, 2.0)
-        least = chance == chance.amin(1, keepdim=True)
-        chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
-        action = torch.rand(ids.shape, generator=generator)
-        others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
-        hidden = ids.masked_fill(chosen & (action < HIDDEN), self.tokenizer.mask_token_id)
-        hidden = torch.where(chosen & (action >= HIDDEN) & (action < HIDDEN + RANDOM), others, hidden)
-        return hidden, ids.masked_fill(~chosen, IGNORED)
-
-
-@dataclass(frozen=True)
-class MaskCollator(PadCollator):
-    """Pads, then masks: the labels of a batch are a function of its ids and the seed."""
-
-    masker: Masker
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(rows)
-        batch["input_ids"], batch["labels"] = self.masker(batch["input_ids"])
-        return batch
 
 
 def masked_once(rows: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[list[int]], list[list[int]]]:

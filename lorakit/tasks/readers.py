@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,17 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
     table = list(lines(path))
     while table and not table[-1][1].strip():
         table.pop()
-    rows = ((number, text.split("\t")) for number, text in table)
-    return _table(path, rows, columns, f"{len(columns)} tab-separated columns {', '.join(columns)}", header)
+    shape, index, line = f"{len(columns)} tab-separated columns {', '.join(columns)}", 0, 0
+    for index, (line, text) in enumerate(table, start=0 if header else 1):
+        values = text.split("\t")
+        if index == 0 and values != list(columns):
+            raise bad_row(path, line, f"a header line with {shape}", values)
+        if len(values) != len(columns):
+            raise bad_row(path, line, shape, values)
+        if index:
+            yield line, values
+    if not index:
+        raise bad_row(path, line + 1, shape, "no rows" if line else "an empty file")
 
 
 def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
@@ -67,22 +76,6 @@ def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> I
         raise bad_row(path, rows.line_num, shape, str(error)) from None
     if not found:
         raise bad_row(path, rows.line_num + 1, shape, "no rows" if header else "an empty file")
-
-
-def _table(
-    path: Path, rows: Iterable[tuple[int, list[str]]], columns: Sequence[str], shape: str, header: bool = True
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows below the header, where there is one, each of as many values as there are columns; at least one."""
-    index = line = 0
-    for index, (line, values) in enumerate(rows, start=0 if header else 1):
-        if index == 0 and values != list(columns):
-            raise bad_row(path, line, f"a header line with {shape}", values)
-        if len(values) != len(columns):
-            raise bad_row(path, line, shape, values)
-        if index:
-            yield line, values
-    if not index:
-        raise bad_row(path, line + 1, shape, "no rows" if line else "an empty file")
 
 
 def jsonl(path: Path) -> Iterator[tuple[int, Any]]:

@@ -55,7 +55,10 @@ def redundant_stream(
     Raises:
         ParameterError: naming the run's parameter: `redundancy_kind`, `redundancy_pool`, `batch_size`.
     """
-    _check(rows, kind, batch_size, pool)
+    require(1 <= batch_size <= len(rows), "batch_size", batch_size, f"must be in 1 to {len(rows)}, the training rows")
+    require(1 <= pool < len(rows), "redundancy_pool", pool, f"must be at least 1 and less than the {len(rows)} rows")
+    packed = "position_ids" in rows.column_names
+    require(kind != "near" or not packed, "redundancy_kind", kind, "drops tokens, which packed rows cannot spare")
     for_rows, for_places, for_fresh, for_redundant = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(4))
     batches = len(rows) // batch_size
     count = round(share * batches)
@@ -81,13 +84,6 @@ def redundant_stream(
         made = [thinned(row, DROP, special, for_redundant) if it else row for row, it in copied]
         ordered_rows = Dataset.from_list(made, features=rows.features)
     return ordered_rows, redundant
-
-
-def _check(rows: Dataset, kind: str, batch_size: int, pool: int) -> None:
-    require(1 <= batch_size <= len(rows), "batch_size", batch_size, f"must be in 1 to {len(rows)}, the training rows")
-    require(1 <= pool < len(rows), "redundancy_pool", pool, f"must be at least 1 and less than the {len(rows)} rows")
-    packed = "position_ids" in rows.column_names
-    require(kind != "near" or not packed, "redundancy_kind", kind, "drops tokens, which packed rows cannot spare")
 
 
 # which row where ------------------------------------------------------------------------------------

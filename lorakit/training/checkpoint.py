@@ -215,11 +215,9 @@ def load_run(run: RunState, path: str | Path) -> None:
     path = Path(path)
     with reading(path / RUN):
         state = about(path)
-        differences = _differences(run, state["identity"])
-    if differences:
-        told = "choose another run_dir, or pass resume=false to start over"
-        raise CheckpointError(f"{path}: checkpoint of another run: {differences[0]}; {told}")
-    with reading(path / RUN):
+        if differences := _differences(run, state["identity"]):
+            told = "choose another run_dir, or pass resume=false to start over"
+            raise CheckpointError(f"{path}: checkpoint of another run: {differences[0]}; {told}")
         run.ledger.load_state_dict(state["ledger"])
         run.curve.load_state_dict(state["curve"])
         run.meter.load_state_dict(state["flops"])

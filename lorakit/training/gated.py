@@ -204,39 +204,21 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         if self.accelerator.num_processes == 1:
             self.watch.finite(not finite, self.ledger.steps + 1, value)
         self.ledger.add(loss=value)
-        part.backpropagated, part.options = loss, options
+        part.finish, part.options = part.finish or (lambda: loss), options
         targets = torch.tensor([float(part.targets), float(not finite)], dtype=torch.float64)
         if not self.gate.selective:
             part.candidate = None  # frees the logits' storage as early as the plain Trainer would
-            self._open(backward, part, targets)
-            return
         if part.candidate is not None:
             candidate = dataclasses.replace(part.candidate, loss=loss.detach())  # divided, where the Trainer does that
             candidate = candidate if finite else blank(candidate)
             part.measured, part.gate_flops = self.gate.measure(candidate), self.gate.flops(candidate)
             part.candidate = None
         self.ledger.add(flops_gate=part.gate_flops)
-        measured = torch.cat([targets, part.measured])
+        measured = torch.cat([targets, part.measured]) if self.gate.selective else targets
         self._measured = measured if self._measured is None else self._measured + measured
         self._window.append(part)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients or not self.gate.selective:  # without a gate the backward comes at once
             self._close_window(backward)
-
-    def _open(self, backward: Callable[..., None], part: Part, targets: torch.Tensor) -> None:
-        """Without a gate: the backward at once, unless no rank has a label to learn from."""
-        labels, broken = self.total_over_ranks(targets).tolist()
-        self.watch.finite(broken, self.ledger.steps + 1)
-        learns = labels > 0
-        if learns:
-            self._backward(backward, part)
-        else:
-            self.ledger.add(without_labels=1)
-        if self.accelerator.sync_gradients:
-            if self.tokens.makes_loss:
-                average_gradients(self.model, self.accelerator)
-            if learns:
-                self.watch.gradients()
-        self.watch.window(learns)
 
     # one window ----------------------------------------------------------------------------------------
 
@@ -246,11 +228,22 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         targets, broken, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
         self._measured = None
         self.watch.finite(broken, self.ledger.steps + 1)
-        if targets.item() == 0:  # nothing to learn from; the gate does not count it
+        learns = targets.item() > 0
+        if not learns:  # from no rank's; the gate does not count it
             self.ledger.add(without_labels=1)
-            self.watch.window(False)
-            return
-        decision = self.gate.decide(total[2:])
+        accept = learns and (not self.gate.selective or self._accepts(total[2:]))
+        if accept:
+            for part in window:
+                self._backward(backward, part)
+        if self.accelerator.sync_gradients:
+            if accept if self.gate.selective else self.tokens.makes_loss:
+                average_gradients(self.model, self.accelerator)
+            if accept:
+                self.watch.gradients()
+        self.watch.window(accept)
+
+    def _accepts(self, measured: torch.Tensor) -> bool:
+        decision = self.gate.decide(measured)
         accept = decision.accept
         if self.accelerator.num_processes > 1:  # equal sums should decide alike, but one rank must be right: the first
             own = float(accept and self.accelerator.is_main_process)
@@ -258,15 +251,10 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self.gate_log.decided(accept, decision.score)
         if decision.score is not None:
             self.ledger.add(score=decision.score, scored=1)
-        if accept:
-            for part in window:
-                self._backward(backward, part)
-            average_gradients(self.model, self.accelerator)
-            self.watch.gradients()
-        self.watch.window(accept)
+        return accept
 
     def _backward(self, backward: Callable[..., None], part: Part) -> None:
-        loss = part.backpropagated if part.finish is None else part.finish()
+        loss = part.finish()
         flops = 0
         if loss.requires_grad:
             _, flops = self.meter.measure(*part.cost, lambda: backward(loss, **part.options))

@@ -25,7 +25,7 @@ class Part:
     tokens: how many a backward passes through; targets: labels it has.
     candidate: what the gate will look at; or measured, gate_flops: what it found while the tokens were chosen.
     loss: mean over all labels where the one to backpropagate is of chosen tokens only, else None.
-    finish: runs what is left of the forward and gives the loss to backpropagate; None: nothing is left.
+    finish: runs what is left of the forward, if anything, and gives the loss to backpropagate.
     """
 
     cost: tuple[Hashable, tuple[int, ...]]
@@ -36,7 +36,6 @@ class Part:
     gate_flops: float = 0.0
     loss: float | None = None
     finish: Callable[[], Tensor] | None = None
-    backpropagated: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,7 +82,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, log: GateLog):
         self.log, self.adapted = log, adapter_parameters(model)
-        self.without_backward = self.without_gradient = self.windows = 0
+        self.without_backward = self.windows = 0
         self.layers = {path: module for path, module in model.named_modules() if hasattr(module, "adapter_parameters")}
         self.count = len(self.layers)  # of which those that a gradient reached leave
         self.refuses = False  # what the loss does not reach: a model of one's own may leave layers out now and then
@@ -114,8 +113,8 @@ class Watch:
             ParameterError: if `refuses`, in the first: of some adapters no parameter has one, of others some has.
         """
         by = 1 if self.refuses else GRADIENTS_BY
-        if self.windows < by:
-            self.windows += 1
+        self.windows += 1
+        if self.windows <= by:
             for path, layer in [*self.layers.items()]:
                 trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
                 skipped = (probe := getattr(layer, "probe", None)) is not None and not probe.active
@@ -128,10 +127,7 @@ class Watch:
                 self.log.warn(f"target_modules: {told}")
         if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
             self.adapted = []  # they get one: never look again
-        if not self.adapted:
-            return
-        self.without_gradient += 1
-        if self.without_gradient == GRADIENTS_BY:
+        if self.adapted and self.windows == GRADIENTS_BY:
             self.log.warn(
                 f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: is it attached to "
                 "layers that take part in the forward, and does it require gradients?"

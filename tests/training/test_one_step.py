@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -122,17 +123,18 @@ def test_the_first_of_two_processes_decides_on_the_mean_of_what_both_measured(fi
     decide = lambda measured: told["measured"].append(measured.tolist()) or Decision(accept=True, score=0.5)  # noqa: E731
     whole = SimpleNamespace(
         _window=[], _measured=torch.tensor([4.0, 1.0, 6.0, 8.0]), model=nn.Module(), ledger=Ledger(steps=2),
-        gate=SimpleNamespace(decide=decide),
+        gate=SimpleNamespace(selective=True, decide=decide),
         gate_log=SimpleNamespace(decided=lambda *given: told["decided"].append(given)),
         watch=SimpleNamespace(
             finite=lambda *given: told["broken"].append(given), window=told["windows"].append,
             gradients=lambda: told["gradients"].append(True),
         ),
         accelerator=SimpleNamespace(
-            num_processes=2, is_main_process=first, device="cpu", reduce=lambda flat, how: flat
+            num_processes=2, is_main_process=first, device="cpu", reduce=lambda flat, how: flat, sync_gradients=True
         ),
         total_over_ranks=lambda vector: vector if len(vector) == 1 else 2 * vector,
     )  # fmt: skip
+    whole._accepts = partial(GatedTrainer._accepts, whole)
     GatedTrainer._close_window(whole, None)
     assert told["measured"] == [[6.0, 8.0]] and told["broken"] == [(1.0, 3)]
     assert told["decided"] == [(accepted, 0.5)] and told["windows"] == [accepted]
