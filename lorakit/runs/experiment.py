@@ -59,8 +59,11 @@ def run(given: dict[str, Any], dataset: Mapping[str, Any] | None = None) -> Reco
         if tried.trainer:
             with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
                 _describe(record, tried.assembled, tried.trainer)
-        if params.record and (tried.trainer is None or tried.trainer.is_world_process_zero()):
-            _write(record, Path(params.record))
+        if tried.trainer is None or tried.trainer.is_world_process_zero():
+            made = [Path(params.run_dir) / name for name in MADE] if params.run_dir and record.status == "done" else []
+            beside = [folder / records.BESIDE for folder in made if folder.is_dir()]
+            for path in [*[params.record] * bool(params.record), *beside]:
+                _write(record, Path(path))
     if tried.stopped:
         raise tried.stopped
     return record
@@ -282,9 +285,6 @@ def _write(record: Record, path: Path) -> None:
     except (OSError, ParameterError) as error:
         kept = records.write(record, Path(tempfile.mkdtemp(prefix="record-")) / path.name)
         raise DataError(f"record={str(path)!r}: cannot be written: {error}; it is in {kept}") from None
-
-
-# surroundings --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
