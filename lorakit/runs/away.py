@@ -5,33 +5,35 @@ import json
 import sys
 from collections import namedtuple
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from pandas import DataFrame
+from scipy.stats import binomtest
 from transformers import pipeline
 
 from lorakit import adapters, models, records, tasks
 from lorakit.adapters.peft_format import CONFIG_FILE
 from lorakit.adapters.saving import OWN_CONFIG_FILE
 from lorakit.adapters.storage import described
+from lorakit.assets import ASSETS
 from lorakit.errors import require
 from lorakit.files import require_place, written
 from lorakit.head import NAMED
+from lorakit.params.overview import ALWAYS, KNOBS
 from lorakit.quiet import quiet
-from lorakit.runs.card import card, hub_name
 from lorakit.tasks import chat, own, registry
+from lorakit.tasks.toy import grammar
+from lorakit.tasks.toy import models as toys
 from lorakit.tasks.toy.tokenizer import CHAT_TEMPLATE
 
-SHOWN = 60  # characters of a text in a table here
-ASKED = {
-    "classify": "`lorakit predict` asks it",
-    "causal": "`lorakit generate` asks it",
-    "masked": "nobody asks it here",
-}
-# base: name of what was adapted or trained whole, or ""; record: of its run, or None; notes: what a reader must know
-Opened = namedtuple("Opened", "model tokenizer kind base adapted record notes")
+CARD = CHAT_TEMPLATE.parent / "model_card.md.jinja"
+OURS = dict.fromkeys((*toys.NAMES, grammar.TOY), "MIT: lorakit's own")
+# kind -> who asks it; what transformers and the hub call that
+ASKED = {"classify": "`lorakit predict` asks it", "causal": "`lorakit generate` asks it", "masked": "nobody asks it"}
+TAGS = {"classify": "text-classification", "causal": "text-generation", "masked": "fill-mask"}
+Opened = namedtuple("Opened", "model tokenizer kind base source adapted record notes")
 
 
 def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
@@ -40,47 +42,52 @@ def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
     Args:
         wanted: the kind it must be; empty: any.
 
+    Returns:
+        Beside model, tokenizer and kind: the base's name and where it is from ("" where nothing says it), whether there
+        is an adapter, the run's record (or None), and notes that a reader needs.
+
     Raises:
         LorakitError: there is none, it is of another kind, or nothing says its base or its kind.
     """
-    folder, notes, labels, dtype = Path(asked.model).expanduser(), [], None, "auto"
+    folder, notes = Path(asked.model).expanduser(), []
     adapted = any((folder / name).is_file() for name in (CONFIG_FILE, OWN_CONFIG_FILE))
-    record = records.read(folder / records.BESIDE) if (folder / records.BESIDE).is_file() else None
-    run, print_of_base = (record.resolved, record.fingerprints.get("model")) if record else ({}, None)
-    name, base, named = asked.model, run.get("model", ""), (folder / "config.json").is_file()
+    record = next(map(records.read, folder.glob(records.BESIDE)), None)
+    run, prints = (record.resolved, record.fingerprints) if record else ({}, {})
+    base, kind, labels = described(folder) if adapted else ("", "", None)
+    base = asked.base or run.get("model") or base
     if adapted:
-        said, kind, labels = described(folder)
-        name = base = asked.base or base or said
-        kind = asked.kind or kind or (run.get("task") and tasks.kind(run["task"], models.family(base)))
-        dtype = run.get("dtype", dtype)
+        require(bool(base), "--base", base, f"{asked.model} does not say it: give --base")
+        kind = asked.kind or kind or ("task" in run and tasks.kind(run["task"], models.family(base)))
+        require(bool(kind), "--kind", kind, f"{asked.model} does not say it: give --kind")
     else:
-        heads, told = str(models.config(name).architectures), "is no adapter, which --base and --kind are of"
-        require(not (asked.base or asked.kind), "MODEL", name, told)
-        kind, named = next((kind for part, kind in NAMED.items() if part in heads), None), True
-    for option, value in (("--base", name), ("--kind", kind)):
-        require(bool(value), option, value, f"{asked.model} does not say it: give {option}")
+        require(not (asked.base or asked.kind), "--base", asked.base or asked.kind, f"{asked.model} has no adapter")
+        heads = str(models.config(asked.model).architectures)
+        kind = next((kind for part, kind in NAMED.items() if part in heads), "")
+        require(bool(kind), "MODEL", asked.model, f"is no adapter, and none of {', '.join(ASKED)}: {heads}")
     require(wanted in ("", kind), "MODEL", asked.model, f"is of kind {kind!r}: {ASKED[kind]}")
-    classes = [*models.config(asked.model).id2label.values()] if kind == "classify" and named else []
-    loaded = models.load(name, kind, num_labels=labels or 2, classes=classes, dtype=dtype)
+    named = kind == "classify" and (not adapted or (folder / "config.json").is_file())
+    classes = [*models.config(asked.model).id2label.values()] if named else []
+    options = {"num_labels": labels or 2, "classes": classes, "dtype": run.get("dtype", "auto")}
+    loaded = models.load(base if adapted else asked.model, kind, **options)
     model, tokenizer = loaded.model, loaded.tokenizer
-    if adapted:
-        if print_of_base not in (None, loaded.fingerprint):
-            notes.append(f"{base} is not the very model that the adapter was trained over: another fingerprint")
-        if not record:
-            notes.append("nothing says how the base was kept in training; here it is as it is, not in NF4")
-        elif run.get("quantize") == "nf4":
-            adapters.quantize_nf4(model, double_quant=run.get("double_quant", True))
-            notes.append(f"trained over {base} in NF4: that, dequantised, is what the adapter is merged into")
-        model = adapters.load_adapter(model, folder)
-    if run.get("task") and registry.recipe(run["task"]).form == "chats":  # as it was trained, whatever the base has
+    if adapted and prints.get("model", loaded.fingerprint) != loaded.fingerprint:
+        notes.append(f"{base} is not the very model that the adapter was trained over: another fingerprint")
+    if adapted and not record:
+        notes.append("nothing says how the base was kept in training; here it is as it is, not in NF4")
+    if adapted and run.get("quantize") == "nf4":
+        adapters.quantize_nf4(model, double_quant=run.get("double_quant", True))
+        notes.append(f"trained over {base} in NF4: that, dequantised, is what the adapter is merged into")
+    model = adapters.load_adapter(model, folder) if adapted else model
+    if "task" in run and registry.recipe(run["task"]).form == "chats":  # as it was trained, whatever the base has
         tokenizer.chat_template, turn = CHAT_TEMPLATE.read_text(encoding="utf-8"), tokenizer.vocab.get(chat.END)
         model.generation_config.eos_token_id = [n for n in (tokenizer.eos_token_id, turn) if n is not None]
-    return Opened(model, tokenizer, kind, base, adapted, record, notes)
+    source = loaded.source if adapted else prints.get("model_source", "")
+    return Opened(model, tokenizer, kind, base, source, adapted, record, notes)
 
 
 def export(argv: Sequence[str]) -> int:
     """Write an adapter as PEFT does or, merged or trained whole, a plain model; with its tokenizer and a model card."""
-    parser = _parser("export", export.__doc__)
+    parser = _parser("export")
     parser.add_argument("--merge", action="store_true", help="the adapter into its base")
     parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: MODEL-merged or MODEL-exported)")
     asked = parser.parse_args(argv)
@@ -88,102 +95,114 @@ def export(argv: Sequence[str]) -> int:
     require_place(output := Path(output).expanduser(), "--output", folder=True)
     require(not any(output.glob("*")), "--output", str(output), "not empty")
     found = opened(asked)
+    apart = found.adapted and not asked.merge and found.model.lorakit_attachment.method not in ("head", "full")
     with written(output, folder=True) as folder, quiet():
-        apart = found.adapted and not asked.merge and found.model.lorakit_attachment.method not in ("head", "full")
         if apart:
             path = adapters.save_adapter(found.model, folder) / CONFIG_FILE
-            config = json.loads(path.read_text("utf-8")) | {
-                "base_model_name_or_path": hub_name(found.base) or found.base
-            }
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            named = {"base_model_name_or_path": getattr(ASSETS.get(found.base), "hub", "") or found.base}
+            path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | named, indent=2) + "\n", "utf-8")
             found.model.config.save_pretrained(folder)  # it names classes
         else:
             adapters.export(found.model, folder) if found.adapted else found.model.save_pretrained(folder)
         found.tokenizer.save_pretrained(folder)
         if found.record:
             records.write(found.record, folder / records.BESIDE)
-        text = card(found.record, found.base, found.kind, "peft" if apart else "transformers", found.notes)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    what = "an adapter as PEFT reads it" if apart else "a plain model"
-    print(f"{output}: {what}, its tokenizer, its card (README.md)", *found.notes, sep="\n")
+        (folder / "README.md").write_text(card(found, "peft" if apart else "transformers"), "utf-8")
+    print(f"{output}: {'an adapter' if apart else 'a plain model'}, its tokenizer and its card", *found.notes, sep="\n")
     return 0
 
 
-def _answer(command: str, argv: Sequence[str]) -> int:
-    kind, word, ask, about = COMMANDS[command]
-    parser = _parser(command, about)
-    parser.add_argument(f"--{word}", dest="texts", metavar=word.upper(), action="append", default=[], help="repeatable")
+def card(found: Opened, library: str) -> str:
+    """A model card in Markdown, with the hub's front matter: what the record says, and what nobody said by name.
+
+    Args:
+        library: "peft" of an adapter, "transformers" of a whole model.
+    """
+    record, base, asset = found.record, found.base, ASSETS.get(found.base)
+    run, prints = (record.resolved, record.fingerprints) if record else ({}, {})
+    source = str(prints.get("data_source", ""))  # "hub owner/name", with more after a comma; "asset name"; words
+    place, _, data = source.split(",")[0].partition(" ")
+    told = {"library_name": library, "pipeline_tag": TAGS[found.kind], "tags": ["lorakit", run.get("method", library)]}
+    told |= {"license": asset.licence if asset else "mit" if base in OURS else None}
+    told |= {"base_model": (asset.hub or None) if asset else base if found.source.startswith("hub") else None}
+    given = {"record": record, "prints": prints, "base": base, "source": found.source, "interval": _interval}
+    given |= {"data": data if place == "asset" else source, "terms": OURS | {n: a.terms for n, a in ASSETS.items()}}
+    given["shown"] = (*ALWAYS[1:], *KNOBS.get(run.get("method", ""), ()), "quantize", "skip", "gate", "seed")
+    given["notes"] = dict.fromkeys([*(record.notes if record else ()), *found.notes])
+    front = ModelCardData(**told, datasets=[data] if place == "hub" else None)
+    return str(ModelCard.from_template(front, template_path=str(CARD), **given))
+
+
+def _interval(score: str, value: float, rows: int | None) -> str:
+    """Wilson's, of a share of rows that are right or wrong each."""
+    share = score == "accuracy" and rows and binomtest(round(value * rows), rows).proportion_ci(method="wilson")
+    return f"[{share.low:.4f}, {share.high:.4f}]" if share else "none"
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Say of each text its class and that class's probability, by a classifier or its adapter."""
+    return _answer("predict", argv, "text", "--pair-column", help="of FILE: a pair's second text")
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Answer each prompt, greedily, in the tokenizer's chat form where it has one, by a causal model or its adapter."""
+    return _answer("generate", argv, "prompt", "--max-new-tokens", type=int, default=128, help="(default: 128)")
+
+
+def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: Any) -> int:
+    parser = _parser(command)
+    parser.add_argument(f"--{word}", dest="texts", metavar="TEXT", action="append", default=[], help="repeatable")
     parser.add_argument("--file", help=".csv, .tsv, .jsonl or .parquet, or .txt: documents between blank lines")
     parser.add_argument("--text-column", default="text", help="of FILE (default: text)")
-    if kind == "classify":
-        parser.add_argument("--pair-column", help="of FILE: a pair's second text")
-    else:
-        parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument(option, **more)
     parser.add_argument("--compare", action="store_true", help="also with the adapter off; a trained head stays")
     parser.add_argument("--output", metavar="FILE", help="a new .csv or .jsonl (default: shown here)")
-    asked = vars(options := parser.parse_args(argv))
-    require(bool(options.texts) != bool(options.file), f"--{word}", options.texts, f"give either --{word} or --file")
-    require(all(map(str.strip, options.texts)), f"--{word}", options.texts, "must not be empty")
-    most, output = asked.get("max_new_tokens", 1), Path(options.output or "").expanduser()
+    asked = parser.parse_args(argv)
+    require(bool(asked.texts) != bool(asked.file), f"--{word}", asked.texts, f"give either --{word} or --file")
+    require(all(map(str.strip, asked.texts)), f"--{word}", asked.texts, "must not be empty")
+    most, output = vars(asked).get("max_new_tokens", 1), Path(asked.output or "table").expanduser()
     require(most > 0, "--max-new-tokens", most, "must be 1 or more")
-    if options.output:
-        fine = output.suffix in (".csv", ".jsonl") and not output.exists()
-        require(fine, "--output", options.output, "must be a new file that ends in .csv or .jsonl")
-        require_place(output, "--output")
-    columns = {name: asked[name] for name in ("text_column", "pair_column") if asked.get(name)}
-    rows = own.texts(Path(options.file).expanduser(), columns) if options.file else [(text,) for text in options.texts]
-    found = opened(options, kind)
+    fine = not asked.output or output.suffix in (".csv", ".jsonl") and not output.exists()
+    require(fine, "--output", asked.output, "must be a new file that ends in .csv or .jsonl")
+    require_place(output, "--output")
+    columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
+    rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
+    found = opened(asked, "classify" if command == "predict" else "causal")
     with quiet():
-        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join(DataFrame(ask(found, rows, most)))
-        if options.compare:
+        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join(_ask(found, rows, most))
+        if asked.compare:
             with adapters.disabled(found.model):
-                table = table.join(DataFrame(ask(found, rows, most)), rsuffix="_adapter_off")
-    if options.output:
-        forms = {
-            ".csv": partial(table.to_csv, index=False),
-            ".jsonl": partial(table.to_json, orient="records", lines=True),
-        }
+                table = table.join(_ask(found, rows, most), rsuffix="_adapter_off")
+    if asked.output:
         with written(output) as path:
-            forms[output.suffix](path)
-    elif kind == "classify":
-        print(table.to_string(index=False, max_colwidth=SHOWN))
+            text = table.to_csv(index=False) if output.suffix == ".csv" else table.to_json(orient="records", lines=True)
+            path.write_text(text, "utf-8")
+    elif command == "predict":
+        print(table.to_string(index=False, max_colwidth=60))
     else:
         print("\n\n".join("\n".join(map(": ".join, row.items())) for row in table.to_dict("records")))
     print(*found.notes, sep="\n", end="\n" * bool(found.notes), file=sys.stderr)
     return 0
 
 
-def _classes(found: Opened, rows: Sequence[tuple[str, ...]], most: int) -> list[dict[str, Any]]:
+def _ask(found: Opened, rows: Sequence[tuple[str, ...]], most: int) -> DataFrame:
+    """One answer a row: class and probability, or a text of at most so many tokens."""
     model, tokenizer = found.model, found.tokenizer
+    pipe = pipeline(TAGS[found.kind], model=model, tokenizer=tokenizer)
+    if found.kind == "causal":
+        inputs = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for (text,) in rows]
+        said = pipe(inputs, max_new_tokens=most, do_sample=False, return_full_text=False)
+        return DataFrame({"answer": [told["generated_text"] for [told] in said]})
     if tokenizer.sep_token_id is None:  # as in training: a decoder's template would run a pair's texts together
         rows = [("\n".join(row),) for row in rows]
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
     inputs = [dict(zip(("text", "text_pair"), row, strict=False)) for row in rows]
-    pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, truncation=True, max_length=longest)
-    return [{"class": answer["label"], "probability": answer["score"]} for answer in pipe(inputs)]
+    return DataFrame(pipe(inputs, truncation=True, max_length=longest)).set_axis(["class", "probability"], axis=1)
 
 
-def _texts(found: Opened, rows: Sequence[tuple[str, ...]], most: int) -> list[dict[str, Any]]:
-    pipe = pipeline("text-generation", model=found.model, tokenizer=found.tokenizer, return_full_text=False)
-    inputs = [[{"role": "user", "content": text}] if found.tokenizer.chat_template else text for (text,) in rows]
-    return [{"answer": told["generated_text"]} for [told] in pipe(inputs, max_new_tokens=most, do_sample=False)]
-
-
-def _parser(command: str, about: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=about)
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"lorakit {command}", description=globals()[command].__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of an adapter (a run's, lorakit's, PEFT's), or a model")
     for name, choices in (("base", None), ("kind", [*ASKED])):
         parser.add_argument(f"--{name}", choices=choices, help="of an adapter; else as its record or its config says")
     return parser
-
-
-COMMANDS = {  # name -> kind of its model, what it is given, who asks it, what that does
-    "predict": ("classify", "text", _classes, "Of each text its class and that class's probability, by a classifier."),
-    "generate": (
-        "causal",
-        "prompt",
-        _texts,
-        "Answer prompts, greedily, in the tokenizer's chat form where it has one.",
-    ),
-}
-predict, generate = (partial(_answer, command) for command in COMMANDS)
