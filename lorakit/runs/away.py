@@ -52,7 +52,7 @@ def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
     folder, notes = Path(asked.model).expanduser(), []
     adapted = any((folder / name).is_file() for name in (CONFIG_FILE, OWN_CONFIG_FILE))
     record = next(map(records.read, folder.glob(records.BESIDE)), None)
-    run, prints = (record.resolved, record.fingerprints) if record else ({}, {})
+    run, prints, made = (record.resolved, record.fingerprints, record.details) if record else ({}, {}, {})
     base, kind, labels = described(folder) if adapted else ("", "", None)
     base = asked.base or run.get("model") or base
     if adapted:
@@ -66,7 +66,7 @@ def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
         require(bool(kind), "MODEL", asked.model, f"is no adapter, and none of {', '.join(ASKED)}: {heads}")
     require(wanted in ("", kind), "MODEL", asked.model, f"is of kind {kind!r}: {ASKED[kind]}")
     named = kind == "classify" and (not adapted or (folder / "config.json").is_file())
-    classes = [*models.config(asked.model).id2label.values()] if named else []
+    classes = [*models.config(asked.model).id2label.values()] if named else made.get("classes", [])
     options = {"num_labels": labels or 2, "classes": classes, "dtype": run.get("dtype", "auto")}
     loaded = models.load(base if adapted else asked.model, kind, **options)
     model, tokenizer = loaded.model, loaded.tokenizer
