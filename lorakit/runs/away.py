@@ -6,7 +6,6 @@ import sys
 from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from pandas import DataFrame
@@ -14,22 +13,17 @@ from scipy.stats import binomtest
 from transformers import pipeline
 
 from lorakit import adapters, models, records, tasks
-from lorakit.adapters.peft_format import CONFIG_FILE
-from lorakit.adapters.saving import OWN_CONFIG_FILE
-from lorakit.adapters.storage import described
+from lorakit.adapters import peft_format, saving, storage
 from lorakit.assets import ASSETS
 from lorakit.errors import require
 from lorakit.files import require_place, written
 from lorakit.head import NAMED
 from lorakit.params.overview import ALWAYS, KNOBS
 from lorakit.quiet import quiet
-from lorakit.tasks import chat, own, registry
-from lorakit.tasks.toy import grammar
-from lorakit.tasks.toy import models as toys
-from lorakit.tasks.toy.tokenizer import CHAT_TEMPLATE
+from lorakit.tasks import chat, own, registry, toy
 
-CARD = CHAT_TEMPLATE.parent / "model_card.md.jinja"
-OURS = dict.fromkeys((*toys.NAMES, grammar.TOY), "MIT: lorakit's own")
+CARD = toy.tokenizer.CHAT_TEMPLATE.parent / "model_card.md.jinja"
+OURS = dict.fromkeys((*toy.models.NAMES, toy.grammar.TOY), "MIT: lorakit's own")
 # kind -> who asks it; what transformers and the hub call that
 ASKED = {"classify": "`lorakit predict` asks it", "causal": "`lorakit generate` asks it", "masked": "nobody asks it"}
 TAGS = {"classify": "text-classification", "causal": "text-generation", "masked": "fill-mask"}
@@ -50,39 +44,38 @@ def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
         LorakitError: there is none, it is of another kind, or nothing says its base or its kind.
     """
     folder, notes = Path(asked.model).expanduser(), []
-    adapted = any((folder / name).is_file() for name in (CONFIG_FILE, OWN_CONFIG_FILE))
+    adapted = any((folder / name).is_file() for name in (peft_format.CONFIG_FILE, saving.OWN_CONFIG_FILE))
     record = next(map(records.read, folder.glob(records.BESIDE)), None)
     run, prints, made = (record.resolved, record.fingerprints, record.details) if record else ({}, {}, {})
-    base, kind, labels = described(folder) if adapted else ("", "", None)
+    base, kind, labels = storage.described(folder) if adapted else ("", "", None)
     base = asked.base or run.get("model") or base
     if adapted:
         require(bool(base), "--base", base, f"{asked.model} does not say it: give --base")
         kind = asked.kind or kind or ("task" in run and tasks.kind(run["task"], models.family(base)))
         require(bool(kind), "--kind", kind, f"{asked.model} does not say it: give --kind")
     else:
-        require(not (asked.base or asked.kind), "--base", asked.base or asked.kind, f"{asked.model} has no adapter")
-        heads = str(models.config(asked.model).architectures)
+        configuration = models.config(asked.model)
+        heads, made = str(configuration.architectures), {"classes": [*configuration.id2label.values()]}
         kind = next((kind for part, kind in NAMED.items() if part in heads), "")
-        require(bool(kind), "MODEL", asked.model, f"is no adapter, and none of {', '.join(ASKED)}: {heads}")
+        told = f"is no adapter, and of kind {kind or 'none'}: {heads}"
+        require(kind != "" and asked.kind in (None, kind), "MODEL", asked.model, told)
     require(wanted in ("", kind), "MODEL", asked.model, f"is of kind {kind!r}: {ASKED[kind]}")
-    named = kind == "classify" and (not adapted or (folder / "config.json").is_file())
-    classes = [*models.config(asked.model).id2label.values()] if named else made.get("classes", [])
-    options = {"num_labels": labels or 2, "classes": classes, "dtype": run.get("dtype", "auto")}
-    loaded = models.load(base if adapted else asked.model, kind, **options)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    options = {"num_labels": labels or 2, "classes": made.get("classes", []) if kind == "classify" else []}
+    loaded = models.load(base if adapted else asked.model, kind, dtype=run.get("dtype", "auto"), **options)
     if adapted and prints.get("model", loaded.fingerprint) != loaded.fingerprint:
         notes.append(f"{base} is not the very model that the adapter was trained over: another fingerprint")
     if adapted and not record:
         notes.append("nothing says how the base was kept in training; here it is as it is, not in NF4")
     if adapted and run.get("quantize") == "nf4":
-        adapters.quantize_nf4(model, double_quant=run.get("double_quant", True))
+        adapters.quantize_nf4(loaded.model, double_quant=run.get("double_quant", True))
         notes.append(f"trained over {base} in NF4: that, dequantised, is what the adapter is merged into")
-    model = adapters.load_adapter(model, folder) if adapted else model
+    model = adapters.load_adapter(loaded.model, folder) if adapted else loaded.model
     if "task" in run and registry.recipe(run["task"]).form == "chats":  # as it was trained, whatever the base has
-        tokenizer.chat_template, turn = CHAT_TEMPLATE.read_text(encoding="utf-8"), tokenizer.vocab.get(chat.END)
-        model.generation_config.eos_token_id = [n for n in (tokenizer.eos_token_id, turn) if n is not None]
+        loaded.tokenizer.chat_template = toy.tokenizer.CHAT_TEMPLATE.read_text(encoding="utf-8")
+        ends = loaded.tokenizer.eos_token_id, loaded.tokenizer.vocab.get(chat.END)
+        model.generation_config.eos_token_id = [end for end in ends if end is not None]
     source = loaded.source if adapted else prints.get("model_source", "")
-    return Opened(model, tokenizer, kind, base, source, adapted, record, notes)
+    return Opened(model, loaded.tokenizer, kind, base, source, adapted, record, notes)
 
 
 def export(argv: Sequence[str]) -> int:
@@ -98,10 +91,9 @@ def export(argv: Sequence[str]) -> int:
     apart = found.adapted and not asked.merge and found.model.lorakit_attachment.method not in ("head", "full")
     with written(output, folder=True) as folder, quiet():
         if apart:
-            path = adapters.save_adapter(found.model, folder) / CONFIG_FILE
+            path = adapters.save_adapter(found.model, folder) / peft_format.CONFIG_FILE
             named = {"base_model_name_or_path": getattr(ASSETS.get(found.base), "hub", "") or found.base}
             path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | named, indent=2) + "\n", "utf-8")
-            found.model.config.save_pretrained(folder)  # it names classes
         else:
             adapters.export(found.model, folder) if found.adapted else found.model.save_pretrained(folder)
         found.tokenizer.save_pretrained(folder)
@@ -149,7 +141,7 @@ def generate(argv: Sequence[str]) -> int:
     return _answer("generate", argv, "prompt", "--max-new-tokens", type=int, default=128, help="(default: 128)")
 
 
-def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: Any) -> int:
+def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: object) -> int:
     parser = _parser(command)
     parser.add_argument(f"--{word}", dest="texts", metavar="TEXT", action="append", default=[], help="repeatable")
     parser.add_argument("--file", help=".csv, .tsv, .jsonl or .parquet, or .txt: documents between blank lines")

@@ -62,7 +62,7 @@ def run(given: dict[str, Any], dataset: Mapping[str, Any] | None = None) -> Reco
         if tried.trainer is None or tried.trainer.is_world_process_zero():
             made = [Path(params.run_dir) / name for name in MADE] if params.run_dir and record.status == "done" else []
             beside = [folder / records.BESIDE for folder in made if folder.is_dir()]
-            for path in [*[params.record] * bool(params.record), *beside]:
+            for path in filter(None, [params.record, *beside]):
                 _write(record, Path(path))
     if tried.stopped:
         raise tried.stopped
@@ -186,8 +186,6 @@ def _keep(assembled: Assembled, run_dir: Path) -> None:
         if whole:
             model.save_pretrained(folder)
         assembled.tokenizer.save_pretrained(folder)
-        if assembled.task.classes and not whole:  # whose names an adapter's own files do not say
-            model.config.save_pretrained(folder)
 
 
 def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
