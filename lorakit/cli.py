@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
-from lorakit.errors import AssetError, LorakitError, require
+from lorakit.errors import AssetError, LorakitError
 
-COMMANDS = {  # name -> the module whose `main` it is (empty: the function of this name below), what it does
+COMMANDS = {  # name -> the module whose `main`, or `:function`, it is (empty: of this name below), what it does
     "demo": ("", "the README's run: every method on a real encoder; a table, a figure, a page, a verdict"),
     "run": ("lorakit.runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
     "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
@@ -29,7 +29,12 @@ COMMANDS = {  # name -> the module whose `main` it is (empty: the function of th
     "plan": ("lorakit.runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
     "init": ("lorakit.runs.layout", "a working folder of one's own: notebooks, params, records: lorakit init FOLDER"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
-    "export": ("", "an adapter merged into its base, as a plain model: lorakit export ADAPTER --merge --output FOLDER"),
+    "export": (
+        "lorakit.runs.away:export",
+        "an adapter, or merged a model, with its card: lorakit export ADAPTER --merge",
+    ),
+    "predict": ("lorakit.runs.away:predict", "the classes of texts: lorakit predict MODEL --text … --compare"),
+    "generate": ("lorakit.runs.away:generate", "answers to prompts: lorakit generate MODEL --prompt … --compare"),
     "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
 }
 DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sentences")}
@@ -52,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"lorakit: {name!r} is not a command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = COMMANDS[name][0]
+    module, _, function = COMMANDS[name][0].partition(":")
     try:
-        status = (import_module(module).main if module else globals()[name])(rest)
+        status = (getattr(import_module(module), function or "main") if module else globals()[name])(rest)
         sys.stdout.flush()
         return status
     except LorakitError as error:
@@ -172,34 +177,4 @@ def fetch(argv: Sequence[str]) -> int:
     else:
         for name in options.names:
             print(f"{name}: {assets.fetch(name)}")
-    return 0
-
-
-def export(argv: Sequence[str]) -> int:
-    """Merge an adapter into its base and write a plain model, with its tokenizer, that `from_pretrained` reads."""
-    from transformers import AutoConfig
-
-    from lorakit import adapters, models
-    from lorakit.adapters.storage import described
-
-    parser = argparse.ArgumentParser(prog="lorakit export", description=export.__doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder that save_adapter, a run or PEFT wrote")
-    parser.add_argument("--merge", action="store_true", required=True, help="an adapter alone is as PEFT reads it")
-    parser.add_argument("--base", help="the base model; else as the adapter's config says")
-    parser.add_argument("--kind", choices=["classify", "masked", "causal"], help="else as the adapter's config says")
-    parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: ADAPTER-merged)")
-    options = parser.parse_args(argv)
-    base, kind, labels = described(options.adapter)
-    base, kind = options.base or base, options.kind or kind
-    for name, value in (("--base", base), ("--kind", kind)):
-        require(bool(value), name, value, f"{options.adapter} does not say it: give {name}")
-    named = (
-        labels and (Path(options.adapter) / "config.json").is_file()
-    )  # of a run on own data, with its classes' names
-    classes = [*AutoConfig.from_pretrained(options.adapter).id2label.values()] if named else []
-    loaded = models.load(base, kind, num_labels=labels or 2, classes=classes, dtype="auto")
-    model = adapters.load_adapter(loaded.model, options.adapter)
-    folder = adapters.export(model, options.output or f"{options.adapter.rstrip('/')}-merged")
-    loaded.tokenizer.save_pretrained(folder)
-    print(f"{folder}: {base} with {options.adapter} merged in")
     return 0

@@ -16,7 +16,7 @@ from lorakit.errors import LorakitError, require
 IGNORED = -100  # of a label: nothing is predicted there
 KINDS = ("causal", "masked", "classify")
 # which class of transformers is of which kind
-_NAMED = {"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
+NAMED = {"ForSequenceClassification": "classify", "ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHead": "causal"}
 HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector)")
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of logits, in configs (Cohere, Falcon-H1, …)
 ROWS_CHECKED = 4
@@ -29,7 +29,7 @@ TOLERANCE = 0.03  # relative; a head that runs in bfloat16 under autocast is off
 def kind_of(model: nn.Module) -> str:
     """ "classify", "masked" or "causal", from the class of `model` (under PEFT's wrapper); empty: none of them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return next((kind for part, kind in _NAMED.items() if part in type(base).__name__), "")
+    return next((kind for part, kind in NAMED.items() if part in type(base).__name__), "")
 
 
 def takes_labels(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from lorakit.files import PROJECT, RESULTS, write_text
 
 SCHEMA_VERSION = 1
 # files beside which no record lies: a checkpoint's, an adapter's, a model's
+BESIDE = "record.json"  # a run's own, in the folder of what it trained
 TRAINED = ("trainer_state.json", "run.json", "adapter_config.json", "lorakit_config.json", "config.json")
 Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted", "failed"]
 
@@ -173,6 +174,7 @@ class _Fingerprints(_Shape):
     data: dict[str, str] = {}
     model: str | None = None
     code: str | None = None
+    rows: dict[str, Count] = {}
 
 
 class _Environment(_Shape):
@@ -222,7 +224,9 @@ class Record(_Strict):
     parameters: Parameters | None = None
     adapter_bytes: Count | None = None
     latency: Latency | None = None
-    fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = {}  # data: file -> sha256; model; code
+    fingerprints: Annotated[
+        dict[str, Any], _shaped(_Fingerprints)
+    ] = {}  # data: file -> sha256; rows by split; model; code
     environment: Annotated[dict[str, Any], _shaped(_Environment)] = {}
     search: list[SearchPoint] = []
     details: Annotated[dict[str, Any], _shaped(_Details)] = {}  # what only this method has

@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 
 NOT_OF_A_RUN = (
     *("analysis/", "studies/", "scratch/", "cli.py", "__main__.py"),
-    *("runs/notebooks.py", "runs/fits.py", "runs/plan.py", "runs/sweep.py"),
+    *("runs/notebooks.py", "runs/fits.py", "runs/plan.py", "runs/sweep.py", "runs/away.py"),
 )
 
 

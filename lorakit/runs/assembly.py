@@ -18,6 +18,7 @@ from lorakit.settings import OWN
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
+from lorakit.tasks.task import SPLITS
 from lorakit.tokens import build_tokens
 from lorakit.training import Budget, BudgetTrainer, Schedule
 from lorakit.training.arguments import training_arguments
@@ -106,6 +107,7 @@ def fingerprints(assembled: Assembled) -> dict[str, Any]:
     """What data, model and code the run is about."""
     task, loaded, elsewhere = assembled.task, assembled.loaded, assembled.elsewhere
     data = {"data": dict(task.files), "data_source": task.source}
+    data |= {"rows": {split: len(getattr(task, split)) for split in SPLITS}}
     data |= {"forgetting": dict(elsewhere.files)} if elsewhere else {}
     model = {"model": loaded.fingerprint, "model_source": loaded.source}
     return data | model | {"code": environment.code_fingerprint()}

@@ -59,8 +59,11 @@ def run(given: dict[str, Any], dataset: Mapping[str, Any] | None = None) -> Reco
         if tried.trainer:
             with contextlib.nullcontext() if record.status == "done" else contextlib.suppress(Exception):
                 _describe(record, tried.assembled, tried.trainer)
-        if params.record and (tried.trainer is None or tried.trainer.is_world_process_zero()):
-            _write(record, Path(params.record))
+        if tried.trainer is None or tried.trainer.is_world_process_zero():
+            made = [Path(params.run_dir) / name for name in MADE] if params.run_dir and record.status == "done" else []
+            beside = [folder / records.BESIDE for folder in made if folder.is_dir()]
+            for path in filter(None, [params.record, *beside]):
+                _write(record, Path(path))
     if tried.stopped:
         raise tried.stopped
     return record
@@ -183,8 +186,6 @@ def _keep(assembled: Assembled, run_dir: Path) -> None:
         if whole:
             model.save_pretrained(folder)
         assembled.tokenizer.save_pretrained(folder)
-        if assembled.task.classes and not whole:  # whose names an adapter's own files do not say
-            model.config.save_pretrained(folder)
 
 
 def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> None:
@@ -282,9 +283,6 @@ def _write(record: Record, path: Path) -> None:
     except (OSError, ParameterError) as error:
         kept = records.write(record, Path(tempfile.mkdtemp(prefix="record-")) / path.name)
         raise DataError(f"record={str(path)!r}: cannot be written: {error}; it is in {kept}") from None
-
-
-# surroundings --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

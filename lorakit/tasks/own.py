@@ -103,6 +103,17 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 }  # fmt: skip
 
 
+def texts(path: Path, columns: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The texts of each row of one file, in columns by the parameter that names them; of `.txt` the column is "text".
+
+    Raises:
+        DataError: no such file, one of another kind, a column that is not there, or no text in it (with file and line).
+    """
+    if not path.is_file() or path.suffix.lower() not in FORMATS:
+        raise DataError(f"{path}: no file, or of another kind than {', '.join(FORMATS)}")
+    return [tuple(_text(row, column, parameter) for parameter, column in columns.items()) for row in _rows(path)]
+
+
 def _value(row: Row, column: str, parameter: str = "") -> Any:
     path, line, values = row
     if not isinstance(values, dict):

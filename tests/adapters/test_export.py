@@ -185,7 +185,7 @@ def test_the_command_line_merges(tmp_path, capsys):
     capsys.readouterr()
     for argv, message in (
         ([adapter], "give --base"),
-        ([str(tmp_path / "absent")], "no adapter here"),
+        ([str(tmp_path / "absent")], "no such folder"),
         ([adapter, "--base", "toy-encoder", "--output", adapter], "not empty"),
     ):
         assert cli.main(["export", *argv, "--merge"]) == 2
