@@ -38,6 +38,11 @@ def takes_labels(model: nn.Module) -> bool:
     return "labels" in inspect.signature(type(base).forward).parameters
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether a method of PEFT puts tokens of its own before those that `model` is given."""
+    return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
+
+
 def same_loss(own: Tensor, mean: Tensor) -> bool:
     """Whether a model's own loss is the mean cross-entropy of its labels, but for rounding in the own one's dtype."""
     tolerance = 2e-5 if own.dtype in (torch.float32, torch.float64) else 2e-2
@@ -179,6 +184,18 @@ class Head:
             f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
             f"gradient would be another (head: {self.d_hidden} to {self.outputs}){remedy}"
         )
+
+    def reached(self, model: Callable[..., Any], inputs: Mapping[str, Any], take: Callable[[Tensor], Any]) -> Any:
+        """What `take` makes of the head's input in a forward of `model`, whose head is then given nothing."""
+        made: list[Any] = []
+
+        def none_left(hidden: Tensor) -> Tensor:
+            made.append(take(hidden))
+            return hidden[:, :0]
+
+        with replaced_input(self, none_left):
+            model(**inputs)
+        return made[0]
 
 
 def find_head(model: nn.Module, kind: str) -> Head:

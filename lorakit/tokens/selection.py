@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
-from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
+from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
@@ -73,16 +73,14 @@ class TokenGate:
         Raises:
             ParameterError: labels outside the vocabulary, or logits that are not finite.
         """
-        made: list[tuple[Chosen, Tensor, torch.autocast]] = []
 
-        def none_left(hidden: Tensor) -> Tensor:
+        def take(hidden: Tensor) -> tuple[Chosen, Tensor, torch.autocast]:
             states = words(hidden, labels)
             chosen = self.choose(states, labels, look)
-            made.append((chosen, states[chosen.where], ambient_autocast(hidden.device)))
-            return hidden[:, :0]
+            return chosen, states[chosen.where], ambient_autocast(hidden.device)
 
-        with self._scoring(model, inputs, labels), replaced_input(self.head, none_left):
-            model(**inputs)
+        with self._scoring(model, inputs, labels):
+            made = [self.head.reached(model, inputs, take)]
         return self._selected(made[0][0], lambda: self._loss_of(*made.pop()), None)
 
     def _loss_of(self, chosen: Chosen, states: Tensor, autocast: torch.autocast) -> Tensor:
@@ -98,29 +96,21 @@ class TokenGate:
         """While inside, the model's forward leaves what the score is made of."""
         with self.score.watching():
             if self.score.excess:  # the base's own losses first
-                base = replaced_input(self.head, lambda hidden: self._base(hidden, labels))
-                with disabled(self.model), torch.no_grad(), base:
-                    model(**inputs)
+                where, targets = self._rows(labels)
+                with disabled(self.model), torch.no_grad():
+                    self.score.base = self.head.reached(
+                        model, inputs, lambda h: self.loss.nll(words(h, labels)[where], targets)
+                    )
             yield
-
-    def _base(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        where, targets = self._rows(labels)
-        found = self.loss.losses(words(hidden, labels)[where], targets)
-        self.score.base = torch.cat([losses for losses, _ in found] or [hidden.new_zeros(0)])
-        return hidden[:, :0]
 
     @torch.no_grad()
     def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        made: list[Tensor] = []
+        where, targets = rows(labels, self.kind)
 
-        def measured(hidden: Tensor) -> Tensor:
-            where, targets = rows(labels, self.kind)
-            made.append(by_sequence(self.loss.losses(words(hidden, labels)[where], targets), where, labels.shape))
-            return hidden[:, :0]
+        def take(hidden: Tensor) -> Tensor:
+            return by_sequence(self.loss.losses(words(hidden, labels)[where], targets), where, labels.shape)
 
-        with replaced_input(self.head, measured):
-            model(**inputs)
-        return made[0]
+        return self.head.reached(model, inputs, take)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
