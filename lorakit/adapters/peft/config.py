@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
 from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import ParameterError, require
@@ -26,7 +27,6 @@ _ALPHA = {
 }
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-_SAFE_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
 # What only the user can say: the option, and what it must be.
 _NEEDS = {
     "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
@@ -105,7 +105,7 @@ def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
     """Refuse fields of a config of PEFT that change the base."""
     for name, value in options.items():
-        unsafe = value not in _SAFE_INITS if name == "init_lora_weights" else name in CHANGE_THE_BASE
+        unsafe = value not in LoRALayer.peft_inits if name == "init_lora_weights" else name in CHANGE_THE_BASE
         if unsafe and value and value != "none":
             raise ParameterError(parameter, options, f"{name}={value!r} changes the base, which stays frozen here")
 
