@@ -124,26 +124,23 @@ def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
 
 def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: Sequence[str]) -> dict[str, Any]:
     """Where the adapters go: linear layers, except for the types that act on something else."""
+    every = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    others = {
+        "LN_TUNING": lambda m: type(m).__name__.endswith("Norm"),
+        "TRAINABLE_TOKENS": lambda m: m is model.get_input_embeddings(),
+        "SHADOW": blocks(model).__contains__,
+    }
     if kind in ("ADAPTION_PROMPT", "XLORA"):
         return {}
-    if not (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
-        if kind in ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW"):
-            return {"target_modules": wanted}
-        found = {"target_modules": resolve_targets(model, wanted, trained)}
-        return found | ({"feedforward_modules": []} if kind == "IA3" else {})
-    if kind == "IA3":
+    if kind == "IA3" and every:
         return _IA3_DISTILBERT if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
-    if kind == "LN_TUNING":
-        return {"target_modules": [path for path, m in model.named_modules() if type(m).__name__.endswith("Norm")]}
-    if kind == "TRAINABLE_TOKENS":
-        return {"target_modules": [path for path, m in model.named_modules() if m is model.get_input_embeddings()]}
-    if kind == "SHADOW":
-        inner = blocks(model)
-        return {"target_modules": [path for path, m in model.named_modules() if m in inner]}
-    found = resolve_targets(model, ALL_LINEAR, trained)
-    if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
+    if kind in others:
+        found = [path for path, m in model.named_modules() if others[kind](m)] if every else wanted
+    else:
+        found = resolve_targets(model, wanted, trained)
+    if kind == "POLY" and every:  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
         found = [path for path in found if "pooler" not in path]
-    return {"target_modules": found}
+    return {"target_modules": found} | ({"feedforward_modules": []} if kind == "IA3" else {})
 
 
 def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[str, Any]:
