@@ -22,7 +22,6 @@ from lorakit.seams import Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
 from lorakit.tokens.cut import Cut
-from lorakit.tokens.kept_logits import with_gradient
 from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places
 from lorakit.tokens.selection import TokenGate
 
@@ -88,7 +87,7 @@ class FractionalGate(TokenGate):
         if not len(chosen.where):
             return self._selected(chosen, lambda: torch.zeros((), device=labels.device, requires_grad=True), 0)
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
-        finish = lambda: self._finish(model, inputs, chosen, at, *recorded)  # noqa: E731
+        finish = lambda: self._loss_of(chosen, lambda: self._run(model, inputs, at, *recorded))  # noqa: E731
         ran = at.columns.numel()
         return self._selected(chosen, finish, len(chosen.where), (ran, ran * labels.shape[1]))
 
@@ -121,13 +120,6 @@ class FractionalGate(TokenGate):
         plan.masks = attention_masks(self.config, inputs, self.dtype)
         plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
         return plan
-
-    def _finish(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
-        """Σ of the chosen losses; where their logits were kept, without the head."""
-        if chosen.held is None:
-            return self._loss_of(chosen, *self._run(model, inputs, *recorded))
-        losses, gradient = chosen.held.take(chosen, self.loss)  # before the second pass: its memory is freed
-        return with_gradient(losses, self._run(model, inputs, *recorded)[0], gradient)
 
     def _run(
         self,

@@ -74,22 +74,23 @@ class TokenGate:
             ParameterError: labels outside the vocabulary, or logits that are not finite.
         """
 
-        def take(hidden: Tensor) -> tuple[Chosen, Tensor, torch.autocast]:
+        def take(hidden: Tensor) -> tuple[Chosen, tuple[Tensor, torch.autocast]]:
             states = words(hidden, labels)
             chosen = self.choose(states, labels, look)
-            return chosen, states[chosen.where], ambient_autocast(hidden.device)
+            return chosen, (states[chosen.where], ambient_autocast(hidden.device))
 
         with self._scoring(model, inputs, labels):
-            made = [self.head.reached(model, inputs, take)]
-        return self._selected(made[0][0], lambda: self._loss_of(*made.pop()), None)
+            chosen, *made = self.head.reached(model, inputs, take)
+        return self._selected(chosen, lambda: self._loss_of(chosen, made.pop), None)
 
-    def _loss_of(self, chosen: Chosen, states: Tensor, autocast: torch.autocast) -> Tensor:
-        """Σ of the chosen losses, of what the head would be given (k, H)."""
+    def _loss_of(self, chosen: Chosen, run: Callable[[], tuple[Tensor, torch.autocast]]) -> Tensor:
+        """Σ of the chosen losses; `run` gives what the head would be given (k, H), and under which autocast."""
         if chosen.held is None:
+            states, autocast = run()
             with autocast:
                 return self.loss(states, chosen.targets, chosen.weights)
-        losses, gradient = chosen.held.take(chosen, self.loss)
-        return with_gradient(losses, states, gradient)
+        losses, gradient = chosen.held.take(chosen, self.loss)  # before a second pass: its memory is freed
+        return with_gradient(losses, run()[0], gradient)
 
     @contextlib.contextmanager
     def _scoring(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
