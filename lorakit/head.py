@@ -72,6 +72,13 @@ def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return positions, flat[positions]
 
 
+def require_words(targets: Tensor, words: int) -> None:
+    """Refuse labels (N,) of predictions that are none of `words`."""
+    if len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        require(low >= 0 and high < words, "labels", (low, high), f"must be from 0 to {words - 1}, or {IGNORED}")
+
+
 def fullest_row(inputs: Mapping[str, Any], labels: Tensor, kind: str) -> tuple[dict[str, Any], Tensor]:
     """Of a batch the row in which most is predicted: its inputs, and its labels (1, T) or (1,)."""
     counts = (shifted(labels, kind).reshape(len(labels), -1) != IGNORED).sum(1)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
-from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, rows
+from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, require_words, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
@@ -188,19 +188,15 @@ class TokenGate:
             return replace(chosen, held=held)
         groups = self.shares.groups(labels)
         pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
-        if len(where):
-            low, high = (int(bound) for bound in targets.aminmax())
-            allowed = f"must be from 0 to {self.head.outputs - 1}, or {IGNORED}"
-            require(low >= 0 and high < self.head.outputs, "labels", (low, high), allowed)
+        require_words(targets, self.head.outputs)
+        of_layers = None if self.score.updates is None else words(self.score.updates, labels)[where].cpu()
         if not len(where) or not self.scores(look):
-            seen = self.score.updates
-            return _chosen(where, targets, *pick(None if seen is None else words(seen, labels)[where].cpu()))
+            return _chosen(where, targets, *pick(of_layers))
         held = self._held(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
         scores, losses = self.scored(hidden, where, targets, look, held)
         require_finite(bool(torch.isfinite(losses).all()), "logits", "non-finite loss")
-        if self.score.updates is not None:
-            scores = words(self.score.updates, labels)[where]
-        index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
+        scores = scores.cpu() if of_layers is None else of_layers
+        index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores)
         chosen = _chosen(where, targets, index, weights)
         return replace(chosen, held=held, loss_sum=self.loss.weighed(losses).double().sum())
 
