@@ -87,6 +87,11 @@ def fullest_row(inputs: Mapping[str, Any], labels: Tensor, kind: str) -> tuple[d
     return {name: value[row] if name in batched else value for name, value in inputs.items()}, labels[row]
 
 
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values (n,) or (n, H) times weights (n,), where there are some."""
+    return values if weights is None else values * weights.view(-1, *[1] * (values.ndim - 1))
+
+
 def by_sequence(parts: Iterable[tuple[Tensor, Tensor]], where: Tensor, shape: torch.Size) -> Tensor:
     """(B, 4) float64 of each sequence: Σ of losses, predictions, how many were right, predictions.
 

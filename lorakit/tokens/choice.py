@@ -145,10 +145,6 @@ class Chosen:
     loss_sum: Tensor | None = None
     held: BestLogits | SeenLogits | None = None
 
-    def total(self, losses: Tensor) -> Tensor:
-        """Σ of losses (k,), weighted where they were sampled."""
-        return losses.sum() if self.weights is None else (losses * self.weights).sum()
-
 
 @dataclass
 class Plan:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.head import ROWS_CHECKED, Head, has_virtual_tokens, replaced_input, rows, same_loss, takes_labels
+from lorakit.head import ROWS_CHECKED, Head, has_virtual_tokens, replaced_input, rows, same_loss, takes_labels, weighted
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place, group_maxima
 
@@ -107,7 +107,7 @@ class HeadLoss:
         trained = [p for p in self.head.module.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and (states.requires_grad or trained)):
             losses = self.weighed(self.nll(states, targets, self.smoothing))
-            return (losses if weights is None else losses * weights).sum().float()
+            return weighted(losses, weights).sum().float()
         return _Sum.apply(self, states, targets, weights, *trained)
 
     def weighed(self, losses: Tensor) -> Tensor:
@@ -175,9 +175,7 @@ class HeadLoss:
 
         def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
             losses, found = self.gradient(run(h), targets, weight)
-            if weights is None:
-                return losses.sum(), [found]
-            return (losses * weights).sum(), [found * weights[:, None]]
+            return weighted(losses, weights).sum(), [weighted(found, weights)]
 
         return made, self.wide(weight)
 
@@ -191,8 +189,7 @@ class HeadLoss:
             losses = F.cross_entropy(
                 self.head.capped(raw.float()), targets, reduction="none", label_smoothing=self.smoothing
             )
-            losses = self.weighed(losses)
-            total = (losses if weights is None else losses * weights).sum()
+            total = weighted(self.weighed(losses), weights).sum()
             up = HALF if raw.dtype == torch.float16 else 1.0
             del raw, losses
             found = torch.autograd.grad(total * up, [h, *trained], allow_unused=True)
