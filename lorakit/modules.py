@@ -16,24 +16,22 @@ ALL_LINEAR = "all-linear"
 MATCHING_SECONDS = 0.5  # a pattern of names takes microseconds
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; each of its modules gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def set_until(stack: contextlib.ExitStack, owner: Any, **values: Any) -> None:
     """Give `owner` these attributes of its own until `stack` ends."""
     own = vars(owner)
     for name, value in values.items():
         stack.callback(*(own.__setitem__, name, own[name]) if name in own else (own.pop, name, None))
         own[name] = value
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; each of its modules gets its own mode back."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            set_until(stack, module, training=module.training)
+        model.eval()
+        yield
 
 
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
