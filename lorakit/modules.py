@@ -75,8 +75,8 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' GPT-2 Conv1D: a linear map that stores W transposed, (in, out)."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+    # a model that has one has imported it
+    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
 
 
 def is_linear(module: nn.Module) -> bool:

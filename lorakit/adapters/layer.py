@@ -45,10 +45,10 @@ class AdapterLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.settings = settings
         self.transposed = is_conv1d(base_layer)
-        shape = base_layer.weight.shape
-        if isinstance(base_layer, nn.Linear):  # a 4-bit weight's own shape is a packed one
-            shape = (base_layer.out_features, base_layer.in_features)
-        self.out_features, self.in_features = reversed(shape) if self.transposed else shape
+        named = (
+            ("nf", "nx") if self.transposed else ("out_features", "in_features")
+        )  # a 4-bit weight's shape is another
+        self.out_features, self.in_features = (getattr(base_layer, name) for name in named)
         # what merging replaced: W0, or the 4-bit layer; in a tuple, so that it is no parameter or module of ours
         self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
         self.register_state_dict_pre_hook(_require_unmerged)
