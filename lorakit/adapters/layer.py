@@ -45,9 +45,8 @@ class AdapterLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.settings = settings
         self.transposed = is_conv1d(base_layer)
-        named = (
-            ("nf", "nx") if self.transposed else ("out_features", "in_features")
-        )  # a 4-bit weight's shape is another
+        # a 4-bit weight's own shape is a packed one
+        named = ("nf", "nx") if self.transposed else ("out_features", "in_features")
         self.out_features, self.in_features = (getattr(base_layer, name) for name in named)
         # what merging replaced: W0, or the 4-bit layer; in a tuple, so that it is no parameter or module of ours
         self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
