@@ -71,8 +71,7 @@ def attach(
         from lorakit.adapters.peft.config import build_config
         from lorakit.adapters.peft.method import wrap
 
-        targets, options = whole.target_modules, whole.peft_options
-        config = build_config(model, whole.peft_type, options, settings, targets, trained, total_steps)
+        config = build_config(model, whole, settings, trained, total_steps)
         return wrap(model, config, settings, trained, seed)
     targets = resolve_targets(model, whole.target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)

@@ -13,7 +13,7 @@ from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, blocks, resolve_targets
 from lorakit.quiet import quiet
-from lorakit.settings import AdapterSettings
+from lorakit.settings import AdapterSettings, AttachSettings
 
 VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
@@ -52,33 +52,27 @@ NOISE = (
 
 
 def build_config(
-    model: nn.Module,
-    peft_type: str,
-    options: Mapping[str, Any],
-    settings: AdapterSettings,
-    target_modules: str | Sequence[str],
-    trained: Sequence[str],
-    total_steps: int | None,
+    model: nn.Module, asked: AttachSettings, settings: AdapterSettings, trained: Sequence[str], total_steps: int | None
 ) -> Any:
-    """The config of PEFT for `peft_type`; `options` win over everything that lorakit would choose.
+    """The config of PEFT for `peft_type`; `peft_options` win over everything that lorakit would choose.
 
     Raises:
         ParameterError: an unknown type or option, a parameter the type does not have, or a type that cannot run here.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind, flags = resolve_type(peft_type)
+    kind, flags = resolve_type(asked.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     allowed = {field.name for field in fields(config_class) if field.name not in BOOKKEEPING}
-    _check_options(kind, options, allowed)
+    _check_options(kind, asked.peft_options, allowed)
     values = {"task_type": _task_type(model, trained)} | flags
     if "target_modules" in allowed:
-        values |= _targets(model, kind, target_modules, trained)
+        values |= _targets(model, kind, asked.target_modules, trained)
     if "modules_to_save" in allowed:
         values["modules_to_save"] = list(trained) or None
     values |= _settings(kind, allowed, settings)
     values |= _own_defaults(model, kind, allowed, settings, total_steps)
-    values |= options
+    values |= asked.peft_options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
     if kind in _NEEDS:
@@ -88,7 +82,7 @@ def build_config(
         with quiet(*NOISE):
             return config_class(**values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ParameterError("peft_options", options, f"PEFT's {kind}: {error}") from error
+        raise ParameterError("peft_options", asked.peft_options, f"PEFT's {kind}: {error}") from error
 
 
 def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
