@@ -39,7 +39,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
     counts = {path: _counts(layer) for path, layer in layers.items()}
     ranks = {path: _ranks(layer) for path, layer in layers.items()}
     factors = [factor for layer in layers.values() for factor in layer.adapter_parameters().values()]
-    left = sum(len(living_ranks(la)) * (la.lora_A[0].nbytes + la.lora_B[:, 0].nbytes) for la in layers.values())
+    compacted = sum(len(living_ranks(la)) * (la.lora_A[0].nbytes + la.lora_B[:, 0].nbytes) for la in layers.values())
     nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
     return {
         "entries": entries,
@@ -49,7 +49,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
         "bytes": {
             "dense": sum(factor.nbytes for factor in factors),
             "packed": sum(stored_bytes(factor) for factor in factors),
-            "compacted": left,
+            "compacted": compacted,
         },
         "layers": {
             path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]
