@@ -38,6 +38,11 @@ def takes_labels(model: nn.Module) -> bool:
     return "labels" in inspect.signature(type(base).forward).parameters
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether a method of PEFT puts tokens of its own before those that `model` is given."""
+    return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
+
+
 def same_loss(own: Tensor, mean: Tensor) -> bool:
     """Whether a model's own loss is the mean cross-entropy of its labels, but for rounding in the own one's dtype."""
     tolerance = 2e-5 if own.dtype in (torch.float32, torch.float64) else 2e-2
@@ -67,12 +72,24 @@ def rows(labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return positions, flat[positions]
 
 
+def require_words(targets: Tensor, words: int) -> None:
+    """Refuse labels (N,) of predictions that are none of `words`."""
+    if len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        require(low >= 0 and high < words, "labels", (low, high), f"must be from 0 to {words - 1}, or {IGNORED}")
+
+
 def fullest_row(inputs: Mapping[str, Any], labels: Tensor, kind: str) -> tuple[dict[str, Any], Tensor]:
     """Of a batch the row in which most is predicted: its inputs, and its labels (1, T) or (1,)."""
     counts = (shifted(labels, kind).reshape(len(labels), -1) != IGNORED).sum(1)
     row = slice(first := int(counts.argmax()), first + 1)
     batched = {name for name, value in inputs.items() if torch.is_tensor(value) and len(value) == len(labels)}
     return {name: value[row] if name in batched else value for name, value in inputs.items()}, labels[row]
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values (n,) or (n, H) times weights (n,), where there are some."""
+    return values if weights is None else values * weights.view(-1, *[1] * (values.ndim - 1))
 
 
 def by_sequence(parts: Iterable[tuple[Tensor, Tensor]], where: Tensor, shape: torch.Size) -> Tensor:
@@ -179,6 +196,18 @@ class Head:
             f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
             f"gradient would be another (head: {self.d_hidden} to {self.outputs}){remedy}"
         )
+
+    def reached(self, model: Callable[..., Any], inputs: Mapping[str, Any], take: Callable[[Tensor], Any]) -> Any:
+        """What `take` makes of the head's input in a forward of `model`, whose head is then given nothing."""
+        made: list[Any] = []
+
+        def none_left(hidden: Tensor) -> Tensor:
+            made.append(take(hidden))
+            return hidden[:, :0]
+
+        with replaced_input(self, none_left):
+            model(**inputs)
+        return made[0]
 
 
 def find_head(model: nn.Module, kind: str) -> Head:

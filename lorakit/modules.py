@@ -16,24 +16,22 @@ ALL_LINEAR = "all-linear"
 MATCHING_SECONDS = 0.5  # a pattern of names takes microseconds
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; each of its modules gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def set_until(stack: contextlib.ExitStack, owner: Any, **values: Any) -> None:
     """Give `owner` these attributes of its own until `stack` ends."""
     own = vars(owner)
     for name, value in values.items():
         stack.callback(*(own.__setitem__, name, own[name]) if name in own else (own.pop, name, None))
         own[name] = value
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; each of its modules gets its own mode back."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            set_until(stack, module, training=module.training)
+        model.eval()
+        yield
 
 
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +75,8 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' GPT-2 Conv1D: a linear map that stores W transposed, (in, out)."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # a model that has one has imported it
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+    # a model that has one has imported it
+    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from lorakit.adapters.attachment import TRAINED, Attachment, batches_seen, require_bare
+from lorakit.adapters.attachment import TRAINED, Attachment, batches_seen, require_bare, tied_names
 from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.saving import save_pretrained
 from lorakit.base.mending import prepare_four_bit
@@ -71,8 +71,7 @@ def attach(
         from lorakit.adapters.peft.config import build_config
         from lorakit.adapters.peft.method import wrap
 
-        targets, options = whole.target_modules, whole.peft_options
-        config = build_config(model, whole.peft_type, options, settings, targets, trained, total_steps)
+        config = build_config(model, whole, settings, trained, total_steps)
         return wrap(model, config, settings, trained, seed)
     targets = resolve_targets(model, whole.target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
@@ -128,11 +127,7 @@ def _trained_modules(model: nn.Module, method: str, trainable: str | Sequence[st
 
 def _require_untied(model: nn.Module, trained: Sequence[str]) -> None:
     """Refuse to train a weight shared with a frozen module: PEFT's format stores it as if it were not shared."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    for names in owners.values():
-        inner = [name for name in names if inside(name, trained)]
-        outer = [name for name in names if name not in inner]
-        if inner and outer:
-            raise ParameterError("trainable", inner[0], f"shares its weight with the frozen {outer[0]}: name neither")
+    for names in tied_names(model).items():
+        inner, outer = sorted(names, key=lambda name: not inside(name, trained))
+        if inside(inner, trained) and not inside(outer, trained):
+            raise ParameterError("trainable", inner, f"shares its weight with the frozen {outer}: name neither")

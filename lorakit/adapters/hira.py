@@ -1,6 +1,5 @@
 """HiRA: W' = W0 ⊙ (1 + BA), elementwise, so the update may have full rank; no α, B = 0 at the start (ICLR 2025)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ from torch.autograd.function import once_differentiable
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.adapters.lora import initial_A
 from lorakit.base.nf4 import is_four_bit
-from lorakit.errors import CheckpointError, LorakitError, require
+from lorakit.errors import LorakitError, require
 from lorakit.settings import AdapterSettings
-
-_INITS = (True, False, None, "gaussian")  # none of PEFT's changes the base
 
 
 class HiRALayer(AdapterLayer):
@@ -29,7 +26,11 @@ class HiRALayer(AdapterLayer):
     has_alpha = False
     peft_type = "HIRA"
     parameter_names = ("hira_A", "hira_B")
-    peft_fields = {"r", "hira_dropout", "init_weights"}
+    peft_names = {"rank": "r", "dropout": "hira_dropout", "init": "init_weights"}
+    peft_fields = frozenset(peft_names.values())
+    peft_defaults = {"rank": 32, "alpha": None}
+    peft_inits = (True, False, None, "gaussian")  # none of PEFT's changes the base
+    no_other_init = f"must be one of {', '.join(map(repr, peft_inits))}"
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         require(settings.alpha is None, "alpha", settings.alpha, "HiRA has no alpha: its update is not scaled")
@@ -63,23 +64,6 @@ class HiRALayer(AdapterLayer):
         out, inner = self.base_layer(x), F.dropout(rows, dropout)
         delta = _Modulated.apply(inner, self.hira_A, self.hira_B, None, self, False)
         return delta.to(out.dtype).view_as(out).add_(out)
-
-    @staticmethod
-    def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
-        init = "gaussian" if settings.init == "gaussian" else True
-        return {"r": settings.rank, "hira_dropout": settings.dropout, "init_weights": init}
-
-    @staticmethod
-    def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
-        init = config.get("init_weights")
-        if init not in _INITS:
-            raise CheckpointError(f"init_weights={init!r}: must be one of {', '.join(map(repr, _INITS))}")
-        return AdapterSettings(
-            rank=config.get("r", 32),  # absent: PEFT's default
-            alpha=None,
-            dropout=config.get("hira_dropout", 0.0),
-            init="gaussian" if init == "gaussian" else "kaiming",
-        )
 
 
 class _Modulated(torch.autograd.Function):

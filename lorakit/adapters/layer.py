@@ -10,7 +10,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lorakit.base.nf4 import dense, dequantise, is_four_bit
-from lorakit.errors import LorakitError
+from lorakit.errors import CheckpointError, LorakitError
 from lorakit.fields import Settings
 from lorakit.modules import is_conv1d
 from lorakit.seams import Controller
@@ -34,6 +34,10 @@ class AdapterLayer(nn.Module, ABC):
     peft_type: ClassVar[str]  # the method's name in PEFT's file format
     parameter_names: ClassVar[tuple[str, ...]]  # trainable attributes, named as in PEFT's file format
     peft_fields: ClassVar[Set[str]]  # the fields of the method's PEFT config that are understood
+    peft_names: ClassVar[Mapping[str, str]]  # of settings, those fields that hold them
+    peft_defaults: ClassVar[Mapping[str, Any]]  # what PEFT takes where its config does not say
+    peft_inits: ClassVar[tuple[Any, ...]]  # that it may hold
+    no_other_init: ClassVar[str]  # why
     is_off: bool = False  # see `lorakit.disabled`
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
@@ -41,10 +45,9 @@ class AdapterLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.settings = settings
         self.transposed = is_conv1d(base_layer)
-        shape = base_layer.weight.shape
-        if isinstance(base_layer, nn.Linear):  # a 4-bit weight's own shape is a packed one
-            shape = (base_layer.out_features, base_layer.in_features)
-        self.out_features, self.in_features = reversed(shape) if self.transposed else shape
+        # a 4-bit weight's own shape is a packed one
+        named = ("nf", "nx") if self.transposed else ("out_features", "in_features")
+        self.out_features, self.in_features = (getattr(base_layer, name) for name in named)
         # what merging replaced: W0, or the 4-bit layer; in a tuple, so that it is no parameter or module of ours
         self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
         self.register_state_dict_pre_hook(_require_unmerged)
@@ -67,15 +70,23 @@ class AdapterLayer(nn.Module, ABC):
         """What the method needs between the steps of a run with these parameters."""
         return []
 
-    @staticmethod
-    @abstractmethod
-    def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
+    @classmethod
+    def settings_to_peft(cls, settings: AdapterSettings) -> dict[str, Any]:
         """`settings` under the names of the method's PEFT config."""
+        alpha = settings.alpha
+        told = dict(settings) | {"init": "gaussian" if settings.init == "gaussian" else True}
+        told["alpha"] = int(alpha) if alpha is not None and alpha.is_integer() else alpha
+        return {theirs: told[name] for name, theirs in cls.peft_names.items()}
 
-    @staticmethod
-    @abstractmethod
-    def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
+    @classmethod
+    def settings_from_peft(cls, config: Mapping[str, Any]) -> AdapterSettings:
         """The settings in a PEFT config; raises `CheckpointError` on what lorakit cannot reproduce."""
+        told = {name: config[theirs] for name, theirs in cls.peft_names.items() if theirs in config}
+        init, rslora = told.pop("init", None), told.pop("rslora", None) or False
+        if init not in cls.peft_inits:
+            raise CheckpointError(f"{cls.peft_names['init']}={init!r}: {cls.no_other_init}")
+        init = "gaussian" if init == "gaussian" else "kaiming"
+        return AdapterSettings(**cls.peft_defaults | told, init=init, rslora=rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features).

@@ -1,8 +1,6 @@
 """LoRA: h = W0 x + s B A x with s = α/r (rsLoRA: α/√r), B = 0 at the start (Hu et al. 2021; Kalajdzievski 2023)."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +8,10 @@ from torch import Generator, Tensor, nn
 
 from lorakit.adapters.layer import ADAPTERS, AdapterLayer
 from lorakit.adapters.probe import Probe
-from lorakit.errors import CheckpointError, require
+from lorakit.errors import require
 from lorakit.settings import AdapterSettings
 
 _INERT_FIELDS = {"loftq_config", "eva_config", "megatron_core", "qalora_group_size"}  # unused without what is refused
-_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoRALayer(AdapterLayer):
@@ -22,7 +19,16 @@ class LoRALayer(AdapterLayer):
 
     peft_type = "LORA"
     parameter_names = ("lora_A", "lora_B")
-    peft_fields = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"} | _INERT_FIELDS
+    peft_names = {
+        **{"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
+        "init": "init_lora_weights",
+    }
+    peft_fields = {*peft_names.values()} | _INERT_FIELDS
+    peft_defaults = {"rank": 8, "alpha": 8.0}
+    peft_inits = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+    no_other_init = (
+        "training began by changing the base weights; let PEFT convert it (path_initial_model_for_weight_conversion)"
+    )
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         told = "LoRA needs one: its update's scale is alpha / rank"
@@ -55,32 +61,6 @@ class LoRALayer(AdapterLayer):
         else:  # scale and sum inside the product: no second (N, out) temporary
             total = (out.addmm_ if plain else out.addmm)(inner, B.to(out.dtype).T, alpha=self.scaling)
         return total.view(*given.shape[:-1], self.out_features)
-
-    @staticmethod
-    def settings_to_peft(settings: AdapterSettings) -> dict[str, Any]:
-        return {
-            "r": settings.rank,
-            "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
-            "lora_dropout": settings.dropout,
-            "use_rslora": settings.rslora,
-            "init_lora_weights": "gaussian" if settings.init == "gaussian" else True,
-        }
-
-    @staticmethod
-    def settings_from_peft(config: Mapping[str, Any]) -> AdapterSettings:
-        init = config.get("init_lora_weights")
-        if init not in _INITS_THAT_KEEP_THE_BASE:
-            raise CheckpointError(
-                f"init_lora_weights={init!r}: training began by changing the base weights; "
-                "let PEFT convert it (path_initial_model_for_weight_conversion)"
-            )
-        return AdapterSettings(
-            rank=config.get("r", 8),  # absent: PEFT's default
-            alpha=config.get("lora_alpha", 8),
-            dropout=config.get("lora_dropout", 0.0),
-            init="gaussian" if init == "gaussian" else "kaiming",
-            rslora=config.get("use_rslora") or False,
-        )
 
 
 def initial_A(settings: AdapterSettings, in_features: int, generator: Generator | None) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapters import peft_format
 from lorakit.adapters.attachment import Attachment, attachment_of, is_merged, merged, require_unmerged, tied_names
@@ -64,7 +64,9 @@ def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool 
         else:
             _write(model, attachment, temporary, packed)
         if resumable:
-            save_file(_by_own_names(model, attachment), temporary / RESUMED_FILE)
+            trained = {*attachment.tensors(model).values()}  # each once, by its name in the model's `state_dict`
+            named = once(model.state_dict(keep_vars=True)).items()
+            save_file({name: t.contiguous() for name, t in named if t in trained}, temporary / RESUMED_FILE)
         # what stood there goes before the new files come: a crash never leaves a mixed pair
         for name in (peft_format.CONFIG_FILE, OWN_CONFIG_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE, PACKED_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -98,12 +100,6 @@ def header_and_digest(file: BinaryIO) -> tuple[dict[str, Any], str]:
     """The header of a safetensors file, and the sha256 of its data, which lorakit's own say and PEFT passes over."""
     header = file.read(int.from_bytes(file.read(8), "little"))
     return json.loads(header), hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _by_own_names(model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
-    """What was trained, each tensor once, by its name in the model's `state_dict`."""
-    trained = {*attachment.tensors(model).values()}
-    return {name: t.contiguous() for name, t in once(model.state_dict(keep_vars=True)).items() if t in trained}
 
 
 @unwrapping

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Sparsifier(Controller):
         self.pruned: dict[str, Tensor] = {}  # masks by parameter, True where pruned; empty before the first pruning
         self.share = self.due = self.penalty = 0.0
         self.history: list[list[float | None]] = []
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
 
     # between the steps ---------------------------------------------------------------------------------
 
@@ -57,11 +58,10 @@ class Sparsifier(Controller):
         self.pruned = {name: self.pruned[name].to(p.device) for name, p in self._factors() if name in self.pruned}
         for name, parameter in self._factors():
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(functools.partial(self._masked, name)))
+                self._hooks.enter_context(parameter.register_hook(functools.partial(self._masked, name)))
 
     def end(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._hooks.close()
 
     @torch.no_grad()
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
@@ -99,9 +99,8 @@ class Sparsifier(Controller):
             parameter.masked_fill_(self.pruned[name], 0)
 
     def _mask(self, path: str, layer: LoRALayer, factor: str) -> Tensor:
-        parameter = getattr(layer, factor)
-        known = self.pruned.get(f"{path}.{factor}")
-        return torch.zeros_like(parameter, dtype=torch.bool) if known is None else known
+        none = torch.zeros_like(getattr(layer, factor), dtype=torch.bool)
+        return self.pruned.get(f"{path}.{factor}", none)
 
     def _entries_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
         masks = {factor: self._mask(path, layer, factor) for factor in FACTORS["both"]}

@@ -59,8 +59,7 @@ def parameter_stats(model: nn.Module) -> Parameters:
 
 def adapter_bytes(model: nn.Module) -> int:
     """Bytes of the tensors `save_adapter` stores (the file's header, a few kilobytes, not counted)."""
-    stored = attachment_of(model).stored(model).values()
-    return sum(tensor.nbytes for tensor in stored)
+    return sum(tensor.nbytes for tensor in attachment_of(model).stored(model).values())
 
 
 @torch.no_grad()

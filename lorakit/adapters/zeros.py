@@ -39,7 +39,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
     counts = {path: _counts(layer) for path, layer in layers.items()}
     ranks = {path: _ranks(layer) for path, layer in layers.items()}
     factors = [factor for layer in layers.values() for factor in layer.adapter_parameters().values()]
-    living = {path: len(living_ranks(layer)) for path, layer in layers.items()}
+    compacted = sum(len(living_ranks(la)) * (la.lora_A[0].nbytes + la.lora_B[:, 0].nbytes) for la in layers.values())
     nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
     return {
         "entries": entries,
@@ -49,10 +49,7 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
         "bytes": {
             "dense": sum(factor.nbytes for factor in factors),
             "packed": sum(stored_bytes(factor) for factor in factors),
-            "compacted": sum(
-                living[path] * (layer.in_features + layer.out_features) * layer.lora_A.element_size()
-                for path, layer in layers.items()
-            ),
+            "compacted": compacted,
         },
         "layers": {
             path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]

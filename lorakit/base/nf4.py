@@ -31,8 +31,8 @@ def bitsandbytes() -> ModuleType:
 
 def is_four_bit(module: nn.Module) -> bool:
     """Whether `module` is bitsandbytes' 4-bit linear layer."""
-    modules = sys.modules.get("bitsandbytes.nn")  # a model that has one has imported it
-    return modules is not None and isinstance(module, modules.Linear4bit)
+    # a model that has one has imported it
+    return isinstance(module, getattr(sys.modules.get("bitsandbytes.nn"), "Linear4bit", ()))
 
 
 def dequantise(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,8 +59,8 @@ def unpack(packed: Tensor, state: Any, dtype: torch.dtype | None = None) -> Tens
 def dense(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
     """The plain linear layer of a 4-bit one, frozen, with its unpacked weight or `weight`."""
     weight = dequantise(layer) if weight is None else weight
-    with torch.device("meta"):  # no values are drawn
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    # on meta: no values are drawn
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)

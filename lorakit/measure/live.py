@@ -45,8 +45,13 @@ class LiveBytes(Onlooker):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.name() == "bitsandbytes::gemm_4bit":
+            # As the library's CPU kernel takes it, with the unpacked weight in sight. So it does on CUDA for more than
+            # 1,536 rows; for fewer a fused kernel may need none of this memory. Under autocast the real kernel casts an
+            # fp32 weight (`compute_dtype="fp32"`) once more, which is not seen here.
+            from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
             with self:
-                return _unpacked_product(*args)
+                return _gemm_4bit_default_impl(*args)
         out = func(*args, **(kwargs or {}))
         sums = func is torch.ops.aten.add.Tensor and not args[0]._is_view()
         if sums and torch._C._current_autograd_node() is not None and not torch.is_grad_enabled():  # in the backward
@@ -103,19 +108,3 @@ class LiveBytes(Onlooker):
             if total.born < first.died and (later == len(births) or first.died < births[later]):
                 total.born = first.died
         self._sums.clear()
-
-
-def _unpacked_product(
-    x: torch.Tensor, packed: torch.Tensor, shape: Any, absmax: torch.Tensor, blocksize: int, quant_type: str, *rest: Any
-) -> torch.Tensor:
-    """bitsandbytes' 4-bit product as its CPU kernel takes it, with the unpacked weight in sight.
-
-    So it does on CUDA for more than 1,536 rows; for fewer a fused kernel may need none of this memory. Under autocast
-    the real kernel casts an fp32 weight (`compute_dtype="fp32"`) once more, which is not seen here.
-    """
-    ops = torch.ops.bitsandbytes
-    bias, absmax_8bit, absmax_code, absmax_offset = (*rest, None, None, None, None)[:4]  # as many as were given
-    if absmax_8bit is not None:
-        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)

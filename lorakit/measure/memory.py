@@ -122,10 +122,7 @@ def _watch_head(live: LiveBytes, model: nn.Module, hooks: contextlib.ExitStack) 
     def entered(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         live.logit_width = heads[-1].weight.shape[0]
         if args[0].requires_grad:
-            args[0].register_hook(left)
-
-    def left(_: torch.Tensor) -> None:
-        live.logit_width = None
+            args[0].register_hook(lambda _: setattr(live, "logit_width", None))
 
     hooks.enter_context(heads[-1].register_forward_pre_hook(entered))
 

@@ -64,10 +64,9 @@ def load(
         ParameterError: a parameter out of range, or a kind this architecture does not have.
         AssetError: the model cannot be had, or its files are damaged or lack layers.
     """
-    require(kind in KINDS, "kind", kind, f"must be one of {', '.join(KINDS)}")
     require(num_labels >= 2, "num_labels", num_labels, "must be at least 2")
-    require(dtype in DTYPES, "dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-    require(attention in ATTENTIONS, "attention", attention, f"must be one of {', '.join(ATTENTIONS)}")
+    for given, value, known in (("kind", kind, KINDS), ("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
+        require(value in known, given, value, f"must be one of {', '.join(known)}")
     source = sources.resolve(name)
     wanted, found = {"masked": "encoder", "causal": "decoder"}.get(kind), family_of(read_config(source))
     if wanted and found != wanted:

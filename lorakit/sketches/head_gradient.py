@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import require, require_finite
-from lorakit.head import IGNORED, rows
+from lorakit.head import require_words, rows
 from lorakit.sketches.tensor_sketch import TensorSketch, as_float
 
 BLOCK = 2**25  # logits in a chunk, 128 MiB in fp32: fewer would read a large head's weights too often
@@ -220,10 +220,7 @@ def _checked(hidden: Tensor, logits: Tensor, labels: Tensor, kind: str) -> tuple
     for name, tensor in (("hidden", hidden), ("logits", logits)):
         fits = tensor.shape[:-1] == labels.shape
         require(fits, name, tuple(tensor.shape), f"must be {tuple(labels.shape)} and one dimension more")
-    if len(targets):
-        low, high = (int(bound) for bound in targets.aminmax())
-        words = logits.shape[-1]
-        require(low >= 0 and high < words, "labels", (low, high), f"must be from 0 to {words - 1}, or {IGNORED}")
+    require_words(targets, logits.shape[-1])
     return positions, targets
 
 

@@ -108,25 +108,21 @@ class Shares:
 
     def pick(self, scores: Tensor | None, groups: Sequence[int], generator: Generator) -> tuple[Tensor, Tensor | None]:
         """Places (k,) among the batch's predictions, whose scores (N,) are given; and weights of sampled ones."""
-        places, weights, first = [], [], 0
+        places, weights, first = [torch.zeros(0, dtype=torch.long)], [], 0
         for count, k in zip(groups, self.quotas(groups), strict=True):
-            if k:
-                mine = None if scores is None else scores[first : first + count]
-                weight = None
-                if k == count and not self.settings.weighted:
-                    index = torch.arange(count)
-                elif self.settings.method == "random":
-                    index = uniform(count, k, generator)
-                elif self.settings.weighted:
-                    index, probabilities = proportional(mine, k, generator)
-                    weight = (1 / probabilities).float()
-                else:
-                    index = largest(mine, k)
-                places.append(first + index)
-                weights.append(weight)
+            mine = None if scores is None else scores[first : first + count]
+            if k == count and not (k and self.settings.weighted):
+                index = torch.arange(count)
+            elif self.settings.method == "random":
+                index = uniform(count, k, generator)
+            elif self.settings.weighted:
+                index, probabilities = proportional(mine, k, generator)
+                weights.append((1 / probabilities).float())
+            else:
+                index = largest(mine, k)
+            places.append(first + index)
             first += count
-        index = torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
-        return index, torch.cat(weights) if places and self.settings.weighted else None
+        return torch.cat(places), torch.cat(weights) if weights else None
 
 
 @dataclass
@@ -148,10 +144,6 @@ class Chosen:
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
     held: BestLogits | SeenLogits | None = None
-
-    def total(self, losses: Tensor) -> Tensor:
-        """Σ of losses (k,), weighted where they were sampled."""
-        return losses.sum() if self.weights is None else (losses * self.weights).sum()
 
 
 @dataclass

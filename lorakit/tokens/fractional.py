@@ -16,13 +16,12 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
-from lorakit.head import ambient_autocast, replaced_input
+from lorakit.head import ambient_autocast, has_virtual_tokens
 from lorakit.modules import blocks
 from lorakit.seams import Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
 from lorakit.tokens.cut import Cut
-from lorakit.tokens.kept_logits import with_gradient
 from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places
 from lorakit.tokens.selection import TokenGate
 
@@ -88,7 +87,7 @@ class FractionalGate(TokenGate):
         if not len(chosen.where):
             return self._selected(chosen, lambda: torch.zeros((), device=labels.device, requires_grad=True), 0)
         at = self._dry.places if self._dry is not None else places(chosen.where, labels.shape[1])
-        finish = lambda: self._finish(model, inputs, chosen, at, *recorded)  # noqa: E731
+        finish = lambda: self._loss_of(chosen, lambda: self._run(model, inputs, at, *recorded))  # noqa: E731
         ran = at.columns.numel()
         return self._selected(chosen, finish, len(chosen.where), (ran, ran * labels.shape[1]))
 
@@ -99,18 +98,14 @@ class FractionalGate(TokenGate):
         require("input_ids" in inputs, "inputs_embeds", "given", "mode 'fractional' needs input_ids; use 'gather'")
         require("past_key_values" not in inputs, "past_key_values", "given", "must be left to mode 'fractional'")
         masks = self._dry.masks if self._dry is not None else attention_masks(self.config, inputs, self.dtype)
-        recorded, kept, cut = DynamicCache(), [], Cut(self.model, self.blocks)
+        recorded, cut = DynamicCache(), Cut(self.model, self.blocks)
         packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
-
-        def replace(hidden: Tensor) -> Tensor:
-            kept.append(self.choose(hidden, labels, look))
-            return hidden[:, :0]
-
+        given = {**inputs, **packed, "past_key_values": recorded, "use_cache": True}
         before = None if self._dry is not None else _random_state(inputs)
-        with torch.no_grad(), self._scoring(model, inputs, labels), replaced_input(self.head, replace), cut.recorded():
-            model(**{**inputs, **packed, "past_key_values": recorded, "use_cache": True})
+        with torch.no_grad(), self._scoring(model, inputs, labels), cut.recorded():
+            chosen = self.head.reached(model, given, lambda hidden: self.choose(hidden, labels, look))
         if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
-            kept[0].held = None
+            chosen.held = None
         if len(recorded.layers) != self.config.num_hidden_layers:
             raise LorakitError(
                 f"{type(model).__name__} recorded keys of {len(recorded.layers)} of its "
@@ -118,20 +113,13 @@ class FractionalGate(TokenGate):
             )
         for layer in recorded.layers[: cut.count]:  # not needed any more
             layer.keys = layer.values = None
-        return kept[0], recorded, masks, cut
+        return chosen, recorded, masks, cut
 
     def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
         plan = super()._plan(inputs, labels)
         plan.masks = attention_masks(self.config, inputs, self.dtype)
         plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
         return plan
-
-    def _finish(self, model: Callable[..., Any], inputs: Mapping[str, Any], chosen: Chosen, *recorded: Any) -> Tensor:
-        """Σ of the chosen losses; where their logits were kept, without the head."""
-        if chosen.held is None:
-            return self._loss_of(chosen, *self._run(model, inputs, *recorded))
-        losses, gradient = chosen.held.take(chosen, self.loss)  # before the second pass: its memory is freed
-        return with_gradient(losses, self._run(model, inputs, *recorded)[0], gradient)
 
     def _run(
         self,
@@ -143,20 +131,18 @@ class FractionalGate(TokenGate):
         cut: Cut,
     ) -> tuple[Tensor, torch.autocast]:
         """Pass 2: what the head would be given (k, H), in the order of `Chosen.where`, and under which autocast."""
-        flat, made = at.row * at.columns.shape[1] + at.slot, []
+        flat = at.row * at.columns.shape[1] + at.slot
+        given = {
+            "attention_mask": chosen_masks(masks, at),
+            "past_key_values": FreshKeys(recorded, at),
+            "use_cache": True,
+        }
 
-        def none_left(hidden: Tensor) -> Tensor:
-            made.append((hidden.flatten(0, 1)[flat], ambient_autocast(hidden.device)))
-            return hidden[:, :0]
+        def take(hidden: Tensor) -> tuple[Tensor, torch.autocast]:
+            return hidden.flatten(0, 1)[flat], ambient_autocast(hidden.device)
 
-        with replaced_input(self.head, none_left), cut.started(at):
-            model(
-                **chosen_inputs(inputs, at),
-                attention_mask=chosen_masks(masks, at),
-                past_key_values=FreshKeys(recorded, at),
-                use_cache=True,
-            )
-        return made[0]
+        with cut.started(at):
+            return self.head.reached(model, chosen_inputs(inputs, at) | given, take)
 
     def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Both passes must give the chosen predictions the same losses."""
@@ -173,13 +159,8 @@ class FractionalGate(TokenGate):
                 f"{type(model).__name__}: mode 'fractional' cannot serve this model, it fails on recorded keys or "
                 f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
             ) from error
-        hidden: list[Tensor] = []
-        with replaced_input(self.head, lambda given: hidden.append(given) or given[:, :0]):
-            model(**inputs)
-        first, again = (
-            torch.cat([losses for losses, _ in self.loss.losses(given, chosen.targets)])
-            for given in (hidden[0].flatten(0, 1)[chosen.where], states)
-        )
+        whole = self.head.reached(model, inputs, lambda hidden: hidden.flatten(0, 1)[chosen.where])
+        first, again = (self.loss.nll(given, chosen.targets) for given in (whole, states))
         error = (again - first).norm() / first.norm()
         if not error < TOLERANCE and bool(torch.isfinite(first).all()):
             raise LorakitError(
@@ -207,8 +188,7 @@ def check_model(model: nn.Module) -> None:
         raise LorakitError(
             f"{name} needs attention 'sdpa' or 'eager', not {config._attn_implementation!r}; set `attention`"
         )
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+    if has_virtual_tokens(model):
         raise LorakitError(f"{name} does not go with prompt learning, whose virtual tokens have no place of their own")
     if getattr(model, "is_activation_checkpointing", False):
         raise LorakitError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.errors import LorakitError, ParameterError, require
-from lorakit.head import ROWS_CHECKED, Head, replaced_input, rows, same_loss, takes_labels
+from lorakit.head import ROWS_CHECKED, Head, has_virtual_tokens, replaced_input, rows, same_loss, takes_labels, weighted
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place, group_maxima
 
@@ -106,14 +106,17 @@ class HeadLoss:
             return liger(self.head, self.smoothing)(self.head.module.weight, states, targets, self.head.module.bias)
         trained = [p for p in self.head.module.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and (states.requires_grad or trained)):
-            found = [losses for losses, _ in self.losses(states, targets, self.smoothing)]
-            losses = self.weighed(torch.cat(found or [states[:0, 0].detach()]))
-            return (losses if weights is None else losses * weights).sum().float()
+            losses = self.weighed(self.nll(states, targets, self.smoothing))
+            return weighted(losses, weights).sum().float()
         return _Sum.apply(self, states, targets, weights, *trained)
 
     def weighed(self, losses: Tensor) -> Tensor:
         """Negative log-likelihoods (n,) as they count."""
         return losses * torch.exp(-losses.detach()) if self.settings.loss == "dft" else losses
+
+    def nll(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Negative log-likelihoods (N,) of states (N, H) and targets (N,), without a graph."""
+        return torch.cat([losses for losses, _ in self.losses(states, targets, smoothing)] or [states[:0, 0].detach()])
 
     @torch.no_grad()
     def losses(self, states: Tensor, targets: Tensor, smoothing: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -172,9 +175,7 @@ class HeadLoss:
 
         def made(h: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
             losses, found = self.gradient(run(h), targets, weight)
-            if weights is None:
-                return losses.sum(), [found]
-            return (losses * weights).sum(), [found * weights[:, None]]
+            return weighted(losses, weights).sum(), [weighted(found, weights)]
 
         return made, self.wide(weight)
 
@@ -188,8 +189,7 @@ class HeadLoss:
             losses = F.cross_entropy(
                 self.head.capped(raw.float()), targets, reduction="none", label_smoothing=self.smoothing
             )
-            losses = self.weighed(losses)
-            total = (losses if weights is None else losses * weights).sum()
+            total = weighted(self.weighed(losses), weights).sum()
             up = HALF if raw.dtype == torch.float16 else 1.0
             del raw, losses
             found = torch.autograd.grad(total * up, [h, *trained], allow_unused=True)
@@ -256,11 +256,9 @@ def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, An
         LorakitError: its logits are not its head's linear map, its own loss not their cross-entropy.
     """
     remedy = "; where no tokens are chosen, loss 'nll' takes what the model makes"
-    prompted = any(
-        getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values()
-    )
-    few = min(ROWS_CHECKED, length := labels.shape[1])  # a model with virtual tokens makes labels of them too
-    own = {"labels": torch.arange(few, device=labels.device)[None]} if takes_labels(model) and not prompted else {}
+    few = min(ROWS_CHECKED, length := labels.shape[1])
+    labelled = takes_labels(model) and not has_virtual_tokens(model)  # which makes labels of those too
+    own = {"labels": torch.arange(few, device=labels.device)[None]} if labelled else {}
     try:
         with replaced_input(loss.head, lambda hidden: hidden[:, : hidden.shape[1] - length + few]) as given:
             outputs = model(**inputs, **own)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.head import weighted
 from lorakit.tokens.head_loss import HeadLoss
 
 
@@ -23,7 +24,8 @@ class BestLogits:
     def __init__(self, pick: Callable[[Tensor], Tensor] | None, count: int, kept: int):
         self.pick, self.seen = pick, 0
         self.scores = torch.full((count,), -torch.inf)
-        self.held = torch.full((kept,), -1)  # which prediction each row of `raw` belongs to; −1: none yet
+        # which prediction each row of `raw` belongs to; −1: none yet
+        self.held = torch.arange(kept) if pick is None else torch.full((kept,), -1)
         self.raw: Tensor | None = None  # (k, V)
 
     def add(self, scores: Tensor, raw: Tensor, *_: object) -> None:
@@ -32,7 +34,6 @@ class BestLogits:
         if self.raw is None:
             self.raw = raw if len(raw) == len(self.held) else raw.new_empty((len(self.held), raw.shape[1]))
         if self.pick is None:
-            self.held = torch.arange(len(self.held))
             return
         self.scores[start : self.seen] = scores.cpu()
         best = self.pick(self.scores)
@@ -80,9 +81,7 @@ class SeenLogits:
         else:
             losses, gradient = (torch.cat(part)[chosen.index] for part in zip(*self.parts, strict=True))
         self.parts = []
-        if chosen.weights is not None:
-            gradient = gradient * chosen.weights[:, None]
-        return chosen.total(losses), gradient
+        return weighted(losses, chosen.weights).sum(), weighted(gradient, chosen.weights)
 
 
 def _gradients(parts: list[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,10 @@ class TokenScore:
 
     def __init__(self, settings: Gating, head: Head, model: nn.Module, seed: int = 0):
         self.name = settings.score if settings.method == "flora" else "none"
-        self.head, self.softcap = head, head.softcap
+        self.head = head
         self.seen, self.excess = self.name not in ("none", *OF_LAYERS), self.name == "excess_loss"
         self.overwrites = self.name in ("entropy", "gradient_norm", "hidden_gradient")
-        self.words, self.width = head.outputs, head.d_hidden
-        self.kept = min(settings.topk_logits or self.words, self.words)
+        self.kept = min(settings.topk_logits or head.outputs, head.outputs)
         self.base: Tensor | None = None
         self.updates: Tensor | None = None
         self.sketch = None
@@ -56,7 +55,7 @@ class TokenScore:
             device = head.module.weight.device
             device = "cpu" if device.type == "meta" else device  # a dry run's model has no data
             generator, size = torch.Generator().manual_seed(seed), settings.sketch_dim
-            self.sketch = TensorSketch(self.width, self.words, size, generator=generator, device=device)
+            self.sketch = TensorSketch(head.d_hidden, head.outputs, size, generator=generator, device=device)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -90,7 +89,7 @@ class TokenScore:
             losses = -logs.gather(1, labels[:, None]).squeeze(1)
             return -(logs * torch.exp(logs, out=logits)).sum(1), losses
         if self.name in ("gradient_norm", "hidden_gradient"):
-            error, scale, losses = error_in_place(logits, labels, self.softcap)
+            error, scale, losses = error_in_place(logits, labels, self.head.softcap)
             if self.name == "gradient_norm":
                 return hidden.float().norm(dim=1) * error.norm(dim=1) / scale, losses
             weight = self.head.module.weight  # W_U (V, H)
@@ -100,7 +99,7 @@ class TokenScore:
             losses, *maxima = likelihoods(logits, labels, grouped=self.name == "sketch")
         if self.name == "sketch":
             normaliser = losses + logits.gather(1, labels[:, None]).squeeze(1)
-            error = sparse_error(logits, labels, self.kept, self.softcap, normaliser, *maxima)
+            error = sparse_error(logits, labels, self.kept, self.head.softcap, normaliser, *maxima)
             return self.sketch.sparse(hidden.float(), *error).norm(dim=1), losses
         if self.excess and self.base is not None:  # a dry run has none
             return self.base[first : first + len(losses)] - losses, losses
@@ -112,6 +111,6 @@ class TokenScore:
         Args:
             seen: whether their logits were looked at.
         """
-        of_layers = 3.0 * self.width * len(self.watched)
-        of_head = self.sketch.flops(self.kept + 1) if self.name == "sketch" else 5.0 * self.words
+        of_layers = 3.0 * self.head.d_hidden * len(self.watched)
+        of_head = self.sketch.flops(self.kept + 1) if self.name == "sketch" else 5.0 * self.head.outputs
         return count * (of_layers + of_head * seen * (2 if self.excess else 1))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
-from lorakit.head import IGNORED, Head, ambient_autocast, by_sequence, find_head, fullest_row, replaced_input, rows
+from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, require_words, rows
 from lorakit.modules import evaluating
 from lorakit.seams import Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
@@ -73,54 +73,45 @@ class TokenGate:
         Raises:
             ParameterError: labels outside the vocabulary, or logits that are not finite.
         """
-        made: list[tuple[Chosen, Tensor, torch.autocast]] = []
 
-        def none_left(hidden: Tensor) -> Tensor:
+        def take(hidden: Tensor) -> tuple[Chosen, tuple[Tensor, torch.autocast]]:
             states = words(hidden, labels)
             chosen = self.choose(states, labels, look)
-            made.append((chosen, states[chosen.where], ambient_autocast(hidden.device)))
-            return hidden[:, :0]
+            return chosen, (states[chosen.where], ambient_autocast(hidden.device))
 
-        with self._scoring(model, inputs, labels), replaced_input(self.head, none_left):
-            model(**inputs)
-        return self._selected(made[0][0], lambda: self._loss_of(*made.pop()), None)
+        with self._scoring(model, inputs, labels):
+            chosen, *made = self.head.reached(model, inputs, take)
+        return self._selected(chosen, lambda: self._loss_of(chosen, made.pop), None)
 
-    def _loss_of(self, chosen: Chosen, states: Tensor, autocast: torch.autocast) -> Tensor:
-        """Σ of the chosen losses, of what the head would be given (k, H)."""
+    def _loss_of(self, chosen: Chosen, run: Callable[[], tuple[Tensor, torch.autocast]]) -> Tensor:
+        """Σ of the chosen losses; `run` gives what the head would be given (k, H), and under which autocast."""
         if chosen.held is None:
+            states, autocast = run()
             with autocast:
                 return self.loss(states, chosen.targets, chosen.weights)
-        losses, gradient = chosen.held.take(chosen, self.loss)
-        return with_gradient(losses, states, gradient)
+        losses, gradient = chosen.held.take(chosen, self.loss)  # before a second pass: its memory is freed
+        return with_gradient(losses, run()[0], gradient)
 
     @contextlib.contextmanager
     def _scoring(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
         """While inside, the model's forward leaves what the score is made of."""
         with self.score.watching():
             if self.score.excess:  # the base's own losses first
-                base = replaced_input(self.head, lambda hidden: self._base(hidden, labels))
-                with disabled(self.model), torch.no_grad(), base:
-                    model(**inputs)
+                where, targets = self._rows(labels)
+                with disabled(self.model), torch.no_grad():
+                    self.score.base = self.head.reached(
+                        model, inputs, lambda h: self.loss.nll(words(h, labels)[where], targets)
+                    )
             yield
-
-    def _base(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        where, targets = self._rows(labels)
-        found = self.loss.losses(words(hidden, labels)[where], targets)
-        self.score.base = torch.cat([losses for losses, _ in found] or [hidden.new_zeros(0)])
-        return hidden[:, :0]
 
     @torch.no_grad()
     def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        made: list[Tensor] = []
+        where, targets = rows(labels, self.kind)
 
-        def measured(hidden: Tensor) -> Tensor:
-            where, targets = rows(labels, self.kind)
-            made.append(by_sequence(self.loss.losses(words(hidden, labels)[where], targets), where, labels.shape))
-            return hidden[:, :0]
+        def take(hidden: Tensor) -> Tensor:
+            return by_sequence(self.loss.losses(words(hidden, labels)[where], targets), where, labels.shape)
 
-        with replaced_input(self.head, measured):
-            model(**inputs)
-        return made[0]
+        return self.head.reached(model, inputs, take)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
@@ -197,19 +188,15 @@ class TokenGate:
             return replace(chosen, held=held)
         groups = self.shares.groups(labels)
         pick = functools.partial(self.shares.pick, groups=groups, generator=self.shares.generator())
-        if len(where):
-            low, high = (int(bound) for bound in targets.aminmax())
-            allowed = f"must be from 0 to {self.head.outputs - 1}, or {IGNORED}"
-            require(low >= 0 and high < self.head.outputs, "labels", (low, high), allowed)
+        require_words(targets, self.head.outputs)
+        of_layers = None if self.score.updates is None else words(self.score.updates, labels)[where].cpu()
         if not len(where) or not self.scores(look):
-            seen = self.score.updates
-            return _chosen(where, targets, *pick(None if seen is None else words(seen, labels)[where].cpu()))
+            return _chosen(where, targets, *pick(of_layers))
         held = self._held(len(where), sum(self.shares.quotas(groups)), lambda scores: pick(scores)[0], look)
         scores, losses = self.scored(hidden, where, targets, look, held)
         require_finite(bool(torch.isfinite(losses).all()), "logits", "non-finite loss")
-        if self.score.updates is not None:
-            scores = words(self.score.updates, labels)[where]
-        index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores.cpu())
+        scores = scores.cpu() if of_layers is None else of_layers
+        index, weights = (held.places, None) if isinstance(held, BestLogits) else pick(scores)
         chosen = _chosen(where, targets, index, weights)
         return replace(chosen, held=held, loss_sum=self.loss.weighed(losses).double().sum())
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.peft.types import model_type, refusal, resolve_type
 from lorakit.adapters.peft_format import BOOKKEEPING
 from lorakit.errors import ParameterError, require
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, blocks, resolve_targets
 from lorakit.quiet import quiet
-from lorakit.settings import AdapterSettings
+from lorakit.settings import AdapterSettings, AttachSettings
 
 VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
@@ -26,7 +27,6 @@ _ALPHA = {
 }
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-_SAFE_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
 # What only the user can say: the option, and what it must be.
 _NEEDS = {
     "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
@@ -52,33 +52,27 @@ NOISE = (
 
 
 def build_config(
-    model: nn.Module,
-    peft_type: str,
-    options: Mapping[str, Any],
-    settings: AdapterSettings,
-    target_modules: str | Sequence[str],
-    trained: Sequence[str],
-    total_steps: int | None,
+    model: nn.Module, asked: AttachSettings, settings: AdapterSettings, trained: Sequence[str], total_steps: int | None
 ) -> Any:
-    """The config of PEFT for `peft_type`; `options` win over everything that lorakit would choose.
+    """The config of PEFT for `peft_type`; `peft_options` win over everything that lorakit would choose.
 
     Raises:
         ParameterError: an unknown type or option, a parameter the type does not have, or a type that cannot run here.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind, flags = resolve_type(peft_type)
+    kind, flags = resolve_type(asked.peft_type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     allowed = {field.name for field in fields(config_class) if field.name not in BOOKKEEPING}
-    _check_options(kind, options, allowed)
+    _check_options(kind, asked.peft_options, allowed)
     values = {"task_type": _task_type(model, trained)} | flags
     if "target_modules" in allowed:
-        values |= _targets(model, kind, target_modules, trained)
+        values |= _targets(model, kind, asked.target_modules, trained)
     if "modules_to_save" in allowed:
         values["modules_to_save"] = list(trained) or None
     values |= _settings(kind, allowed, settings)
     values |= _own_defaults(model, kind, allowed, settings, total_steps)
-    values |= options
+    values |= asked.peft_options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
     if kind in _NEEDS:
@@ -88,7 +82,7 @@ def build_config(
         with quiet(*NOISE):
             return config_class(**values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ParameterError("peft_options", options, f"PEFT's {kind}: {error}") from error
+        raise ParameterError("peft_options", asked.peft_options, f"PEFT's {kind}: {error}") from error
 
 
 def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
@@ -105,7 +99,7 @@ def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
     """Refuse fields of a config of PEFT that change the base."""
     for name, value in options.items():
-        unsafe = value not in _SAFE_INITS if name == "init_lora_weights" else name in CHANGE_THE_BASE
+        unsafe = value not in LoRALayer.peft_inits if name == "init_lora_weights" else name in CHANGE_THE_BASE
         if unsafe and value and value != "none":
             raise ParameterError(parameter, options, f"{name}={value!r} changes the base, which stays frozen here")
 
@@ -124,26 +118,23 @@ def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
 
 def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: Sequence[str]) -> dict[str, Any]:
     """Where the adapters go: linear layers, except for the types that act on something else."""
+    every = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    others = {
+        "LN_TUNING": lambda m: type(m).__name__.endswith("Norm"),
+        "TRAINABLE_TOKENS": lambda m: m is model.get_input_embeddings(),
+        "SHADOW": blocks(model).__contains__,
+    }
     if kind in ("ADAPTION_PROMPT", "XLORA"):
         return {}
-    if not (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
-        if kind in ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW"):
-            return {"target_modules": wanted}
-        found = {"target_modules": resolve_targets(model, wanted, trained)}
-        return found | ({"feedforward_modules": []} if kind == "IA3" else {})
-    if kind == "IA3":
+    if kind == "IA3" and every:
         return _IA3_DISTILBERT if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
-    if kind == "LN_TUNING":
-        return {"target_modules": [path for path, m in model.named_modules() if type(m).__name__.endswith("Norm")]}
-    if kind == "TRAINABLE_TOKENS":
-        return {"target_modules": [path for path, m in model.named_modules() if m is model.get_input_embeddings()]}
-    if kind == "SHADOW":
-        inner = blocks(model)
-        return {"target_modules": [path for path, m in model.named_modules() if m in inner]}
-    found = resolve_targets(model, ALL_LINEAR, trained)
-    if kind == "POLY":  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
+    if kind in others:
+        found = [path for path, m in model.named_modules() if others[kind](m)] if every else wanted
+    else:
+        found = resolve_targets(model, wanted, trained)
+    if kind == "POLY" and every:  # its layers take (B, T, in) alone, and a pooler's input is (B, in)
         found = [path for path in found if "pooler" not in path]
-    return {"target_modules": found}
+    return {"target_modules": found} | ({"feedforward_modules": []} if kind == "IA3" else {})
 
 
 def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[str, Any]:

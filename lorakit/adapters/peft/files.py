@@ -41,18 +41,16 @@ def _exact_ranks(wrapper: nn.Module) -> Iterator[None]:
     """
     config = config_of(wrapper)
     before = getattr(config, "rank_pattern", None)
-    if config.peft_type != "ADALORA" or before is None:
-        yield
-        return
-    exact: dict[str, list[bool]] = {}  # which singular values of a layer go into the file
-    values = {name: p for name, p in wrapper.base_model.model.named_parameters() if ".lora_E." in name}
-    for name, p in values.items():
-        exact[name] = before.get(name, before.get(name.replace(f".{ADAPTER}", "")))
-        if len(exact[name]) == len(p):  # else loaded from a file that left some out already
-            kept = zip(exact[name], p.detach().flatten() != 0, strict=True)
-            exact[name] = [keep or bool(value) for keep, value in kept]
     with ExitStack() as stack:
-        set_until(stack, config, rank_pattern=exact)
+        if config.peft_type == "ADALORA" and before is not None:
+            exact: dict[str, list[bool]] = {}  # which singular values of a layer go into the file
+            values = {name: p for name, p in wrapper.base_model.model.named_parameters() if ".lora_E." in name}
+            for name, p in values.items():
+                exact[name] = before.get(name, before.get(name.replace(f".{ADAPTER}", "")))
+                if len(exact[name]) == len(p):  # else loaded from a file that left some out already
+                    kept = zip(exact[name], p.detach().flatten() != 0, strict=True)
+                    exact[name] = [keep or bool(value) for keep, value in kept]
+            set_until(stack, config, rank_pattern=exact)
         yield
 
 

@@ -23,7 +23,7 @@ def _inserts_tokens(config: Any) -> bool:
 
 def before_forward(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Refuse what PEFT would compute wrongly, and put into `kwargs`, which are the call's own, what it lacks."""
-    if wrapper.lorakit_unmerged and wrapper.training and torch.is_grad_enabled():
+    if wrapper.lorakit_attachment.unmerged and wrapper.training and torch.is_grad_enabled():
         raise LorakitError("the adapter is merged into the base weights; unmerge(model) before training")
     if not wrapper.has_active_enabled_adapter:
         return

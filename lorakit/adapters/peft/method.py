@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,11 @@ CANNOT_MERGE = {
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a model was before PEFT changed it: references, no copies."""
-
-    children: Mapping[nn.Module, Mapping[str, nn.Module]]
-    required_grad: Mapping[str, bool]
-
-    def restore(self, model: nn.Module) -> None:
-        put_back(self.children)
-        vars(model).pop("peft_config", None)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.required_grad[name])
-
-
-@dataclass(frozen=True)
 class PeftAttachment(Attachment):
-    """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `lorakit_unmerged`."""
+    """PEFT's wrapper around a model. Merging is into copies: the base's own tensors wait in `unmerged`."""
 
+    children: Mapping[nn.Module, Mapping[str, nn.Module]] = field(repr=False)  # of every module before, no copies
+    unmerged: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list, repr=False)
     foreign = True
     # called with the model first, as the methods they stand for
     stored = staticmethod(files.stored_tensors)
@@ -70,16 +58,16 @@ class PeftAttachment(Attachment):
         return CANNOT_MERGE.get(kind, "")
 
     def is_merged(self, model: nn.Module) -> bool:
-        return bool(model.lorakit_unmerged)
+        return bool(self.unmerged)
 
     def merge(self, model: nn.Module, safe: bool = False) -> None:
-        if model.lorakit_unmerged:
+        if self.unmerged:
             return
         if obstacle := self.merge_obstacle(model):
             raise LorakitError(f"{config_of(model).peft_type.value} cannot be merged: {obstacle}")
         for layer in _base_layers(model):
             for name, parameter in layer.named_parameters(recurse=False):
-                model.lorakit_unmerged.append((layer, name, parameter))
+                self.unmerged.append((layer, name, parameter))
                 layer._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
         try:
             with quiet(*NOISE):
@@ -95,7 +83,7 @@ class PeftAttachment(Attachment):
         inner = model.get_base_model()
         wrapped = {module: dict(module._modules) for module in inner.modules()}
         heads = {head.original_module: head.modules_to_save[ADAPTER] for head in _heads(model)}
-        put_back(model.lorakit_base.children)
+        put_back(self.children)
         replace_modules(inner, heads)
         try:
             yield inner
@@ -103,23 +91,29 @@ class PeftAttachment(Attachment):
             put_back(wrapped)
 
     def unmerge(self, model: nn.Module) -> None:
-        if not model.lorakit_unmerged:
+        if not self.unmerged:
             return
         with quiet(*NOISE):
             model.base_model.unmerge_adapter()
-        for layer, name, parameter in model.lorakit_unmerged:
+        for layer, name, parameter in self.unmerged:
             merged = layer._parameters[name]
             parameter.data = parameter.data.to(merged.device, merged.dtype)  # the model may have moved meanwhile
             layer._parameters[name] = parameter
-        model.lorakit_unmerged = []
+        self.unmerged.clear()
 
     def detach(self, model: nn.Module) -> nn.Module:
-        base: Base = model.lorakit_base
         for head in _heads(model):
             head.original_module.load_state_dict(head.modules_to_save[ADAPTER].state_dict())
         inner = model.get_base_model()
-        base.restore(inner)
+        self.restore(inner)
         return inner
+
+    def restore(self, inner: nn.Module) -> None:
+        """Give what PEFT has changed its modules and its `requires_grad` flags back."""
+        put_back(self.children)
+        vars(inner).pop("peft_config", None)
+        for name, parameter in inner.named_parameters():
+            parameter.requires_grad_(self.required_grad[name])
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The trained parameters by their names in the model, which PEFT's file may hold in another form."""
@@ -145,7 +139,8 @@ def wrap(
 
     prepare_four_bit(model, trained)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    base = Base({module: dict(module._modules) for module in model.modules()}, flags)
+    children = {module: dict(module._modules) for module in model.modules()}
+    attachment = PeftAttachment("peft", settings, {}, tuple(trained), flags, batches_seen(model, trained), children)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with quiet(*NOISE), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -157,16 +152,13 @@ def wrap(
         if not own and not config.inference_mode:
             raise ValueError("nothing in this model would be trained")
     except Exception as error:  # PEFT raises what it happens to: whatever it is, the model must not stay half changed
-        base.restore(model)
+        attachment.restore(model)
         told = f"PEFT refuses: {' '.join(str(error).split())}"
         raise ParameterError("peft_type", config.peft_type.value, told) from error
     wrapper.train(model.training)
     wrapper.register_forward_pre_hook(before_forward, with_kwargs=True)
     wrapper.register_forward_hook(after_forward, with_kwargs=True)
-    wrapper.lorakit_base = base
-    wrapper.lorakit_unmerged = []
-    batches = batches_seen(model, trained)
-    wrapper.lorakit_attachment = PeftAttachment("peft", settings, {}, tuple(trained), flags, batches)
+    wrapper.lorakit_attachment = attachment
     return wrapper
 
 

@@ -1,6 +1,7 @@
 """A PEFT method's own schedule: AdaLoRA's ranks r_t = r_T + (r_0 - r_T)(1 - t/T)³ after step t, and its penalty."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,17 +29,15 @@ class PeftSchedule(Controller):
         self.tuner: Any = tuner if hasattr(tuner, "update_and_allocate") else None
         self.allocator: Any = getattr(self.tuner, "rankallocator", None)  # AdaLoRA's
         self.step = 0
-        self._hook: Any = None
+        self._hook = ExitStack()
 
     def begin(self) -> None:
         self.end()  # begun again, after a batch that was too large
         if self.allocator is not None:
-            self._hook = register_optimizer_step_pre_hook(self._add_penalty)
+            self._hook.enter_context(register_optimizer_step_pre_hook(self._add_penalty))
 
     def end(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._hook.close()
 
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         if self.tuner is None or any(p.grad is None for _, p in self._adapters()):
