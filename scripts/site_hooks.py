@@ -50,6 +50,9 @@ EXTERNAL = re.compile(r"""<a [^>]*?href=["']?(https?://[^"'\s>]+)""")
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=["']?(?:https?:)?//[^"'\s>]+"""
     r"""|<link\b[^>]*?\bhref=["']?(?:https?:)?//[^"'\s>]+|(?:@import|url\()\s*["']?(?:https?:)?//[^"')\s]+"""
+    # a diagram: its program would be loaded then
+    r"""|<\w+ class="[^"]*\bmermaid\b""",
+    re.I,
 )
 FOUND: dict[str, set[str]] = {}  # link out of the site -> pages
 
@@ -86,6 +89,9 @@ def on_files(files, config):
         name = f"assets/mathjax/{member.name}"
         files.append(File.generated(config, name, abs_src_path=str(mathjax() / member.name)))
     return files
+
+
+on_files.mkdocs_priority = 100  # before mkdocs-jupyter looks for notebooks
 
 
 def on_post_page(output, page, config):
