@@ -60,8 +60,14 @@ def _texts() -> list[Path]:
     return [
         *(PROJECT / name for name in MOVED),
         *sorted((PROJECT / "docs").glob("*.md")),
-        *sorted(RESULTS.glob("*/*.md")),
+        *_of_results("*/*.md"),
     ]
+
+
+def _of_results(*patterns: str) -> list[Path]:
+    """Files of `results/` without the folders that the project does not keep."""
+    found = sorted(path for pattern in patterns for path in RESULTS.glob(pattern))
+    return [path for path in found if path.relative_to(RESULTS).parts[0] not in ignored()]
 
 
 @cache
@@ -69,7 +75,7 @@ def files() -> dict[str, Path]:
     """Every file that lies on the site as it is: notebooks with their outputs, records, params files, figures."""
     found = [PROJECT / "claims.yaml", PROJECT / "LICENSE", *sorted((PROJECT / "notebooks").glob("*.ipynb"))]
     found += sorted(PARAMS.glob("*/*.yaml"))
-    found += sorted(path for kind in ("*.csv", "*/*.png", "*/*/*.png", "*/*/*.json") for path in RESULTS.glob(kind))
+    found += _of_results("*.csv", "*/*.png", "*/*/*.png", "*/*/*.json")
     return {path.relative_to(PROJECT).as_posix(): path for path in found}
 
 
@@ -85,9 +91,10 @@ def notebooks() -> dict[str, str]:
 @cache
 def settings() -> list[str]:
     """The settings that have records which were not made on this machine alone."""
-    return sorted({path.parts[-3] for path in RESULTS.glob("*/*/*.json")} - ignored())
+    return sorted({path.parts[-3] for path in _of_results("*/*/*.json")})
 
 
+@cache
 def ignored() -> set[str]:
     """Folders of `results/` that the project does not keep."""
     lines = (PROJECT / ".gitignore").read_text(encoding="utf-8").splitlines()
