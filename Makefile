@@ -10,6 +10,7 @@ CASE ?=
 N ?= 60
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SITE := .venv/.site-installed
 
 export TOKENIZERS_PARALLELISM := false
 # notebooks are compared strictly: no progress bars, the same number of threads (one: two would wait for each other),
@@ -22,7 +23,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults mutants notebooks readme lab sweep clean
+.PHONY: help demo test test-lax check faults mutants notebooks readme site lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -56,8 +57,16 @@ mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit run --regenerate
 
-readme: $(INSTALLED) ## write README's tables of results anew from records and saved benchmarks
+readme: $(INSTALLED) ## write the tables of results, in README and docs/, anew from records and saved benchmarks
 	$(BIN)/python scripts/readme.py
+
+$(SITE): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[site]'
+	@touch $@
+
+# what it needs is fetched once: the extra, and MathJax into the cache of `lorakit fetch`; warnings are errors
+site: $(SITE) ## notebooks, docs, records, parameters and docstrings as pages in build/site, to be read offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -1,10 +1,10 @@
-"""Write README's tables of results anew from the committed records and saved benchmarks.
+"""Write the tables of results, in README and `docs/`, anew from the committed records and saved benchmarks.
 
-    python scripts/readme.py            # writes README.md where a row differs
+    python scripts/readme.py            # writes a page where a row differs
     python scripts/readme.py --check    # says which tables differ, and writes nothing
 
-The rows are those that `tests/test_readme.py` holds README to. Sentences are written by hand: the test names the number
-that does not fit any more.
+The pages are those of `tests/readme_pages.py`, the rows those that `tests/test_readme.py` holds them to. Sentences are
+written by hand: the test names the number that does not fit any more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
@@ -20,6 +20,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import readme_benchmarks as benchmarks  # noqa: E402 (found by the line above)
 import readme_compare as compare  # noqa: E402
+import readme_pages  # noqa: E402
 import readme_records as records  # noqa: E402
 import readme_times as times  # noqa: E402
 
@@ -42,36 +43,38 @@ TABLES: dict[str, list[Callable[[], Iterator[str]]]] = {
 }
 
 
-def rewritten(readme: str) -> str:
-    """`readme` with the rows of every table made anew, the rest as it is.
+def rewritten(pages: Mapping[str, str]) -> dict[str, str]:
+    """`pages` (name -> text) with the rows of every table made anew, the rest as it is.
 
     Raises:
-        ValueError: a table is not there, or there twice.
+        ValueError: a table is on none of them, or there twice.
     """
+    written = dict(pages)
     for begins, sources in TABLES.items():
         rows = [text for source in sources for text in source() if text.startswith("| ") and text.endswith("|")]
-        found = [*re.finditer(rf"^{re.escape(begins)}.*\n\|[-:|]+\n((?:\|.*\n)*)", readme, re.M)]
+        table = re.compile(rf"^{re.escape(begins)}.*\n\|[-:|]+\n((?:\|.*\n)*)", re.M)
+        found = [(name, *match.span(1)) for name, text in written.items() for match in table.finditer(text)]
         if len(found) != 1:
-            raise ValueError(f"README.md has {len(found)} tables that begin with {begins!r}, must be one")
+            raise ValueError(f"{', '.join(pages)}: {len(found)} tables begin with {begins!r}, must be one")
         if not any(benchmarks.HOLE in row for row in rows):  # not all is measured
-            start, end = found[0].span(1)
-            readme = readme[:start] + "".join(f"{row}\n" for row in rows) + readme[end:]
-    return readme
+            ((name, start, end),) = found
+            written[name] = written[name][:start] + "".join(f"{row}\n" for row in rows) + written[name][end:]
+    return written
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where a table differs")
     args = parser.parse_args(argv)
-    path = PROJECT / "README.md"
-    before = path.read_text(encoding="utf-8")
+    before = readme_pages.read()
     after = rewritten(before)
-    old, new = (text.splitlines() for text in (before, after))
-    for line in old:
-        if line not in new:
-            print(f"was: {line}")
-    if before != after and not args.check:
-        write_text(after, path)
+    for name, text in before.items():
+        new = after[name].splitlines()
+        for line in text.splitlines():
+            if line not in new:
+                print(f"{name} was: {line}")
+        if text != after[name] and not args.check:
+            write_text(after[name], PROJECT / name)
     return int(args.check and before != after)
 
 

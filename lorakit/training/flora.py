@@ -25,7 +25,7 @@ class FLoRATrainer(SLoRATrainer):
         gating: the keys of `lorakit.Gating`: method ("baseline", "random", "flora"), topk_tokens, sketch_dim,
             topk_logits, score, policy, per, mode.
         gate_config, gate: SLoRA's, see there.
-        Everything else goes to `SLoRATrainer`.
+        everything else: goes to `SLoRATrainer`.
 
     Raises:
         ParameterError: an unknown key, a value out of range, a key without the one it belongs to, fp16, a classifier,

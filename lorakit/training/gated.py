@@ -34,7 +34,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         gate, tokens: which batches and which tokens get a backward; all of them by default, in which case the weights
             are bitwise those of the plain Trainer.
         controllers: what else acts between steps, in this order.
-        Everything else goes to `transformers.Trainer`.
+        everything else: goes to `transformers.Trainer`.
 
     Raises:
         Diverged: the training loss became NaN or infinite, or `window.STALLED` batches in a row got no backward.

@@ -40,7 +40,7 @@ class SLoRATrainer(GatedTrainer):
         loss: "nll", the one that was asked for, of all logits; "exact", "dft" or "liger": see `TokenSettings`; with
             `label_smoothing_factor` where there is one. Evaluation is the Trainer's, logits and all.
         model_init: makes the model, once, where none is given; the gate belongs to that one.
-        Everything else, `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
+        everything else: `train_dataset`, `eval_dataset`, `processing_class`, …, goes to `transformers.Trainer`.
 
     Raises:
         ParameterError: an unknown key or a value out of range, fp16, both gate and gate_config.

@@ -39,7 +39,7 @@ class BudgetTrainer(GatedTrainer):
         keep_best: keep a copy of the trained weights with the lowest validation loss.
         compute_metrics: of statistics per example (B, 4) instead of logits, see `example_statistics`; the loss is
             always there.
-        Everything else goes to `GatedTrainer` and `transformers.Trainer`.
+        everything else: goes to `GatedTrainer` and `transformers.Trainer`.
 
     Raises:
         Diverged: training or validation loss became NaN or infinite.
