@@ -10,6 +10,7 @@ from lorakit.errors import require
 from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
 Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
+Share = Annotated[float, Field(ge=0, le=LARGEST[float])]
 Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "epochs", "steps", "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
@@ -53,10 +54,8 @@ class DataSettings(Settings):
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
     redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
-    idle = (
-        Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
-        Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS),
-    )
+    idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
+            Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS))  # fmt: skip
 
 
 class BaseSettings(Settings):
@@ -138,7 +137,7 @@ class SparseSettings(Settings):
 class SkipSettings(Settings):
     """Which layers get a backward
 
-    "adapter": each whose M = ‖Δh‖/‖h‖ is below the threshold; "prefix": the transformer blocks from the first on while
+    "adapter": each whose M = ‖Δh‖/‖h‖ is below its threshold; "prefix": the transformer blocks from the first on while
     every adapter in them is below it, which shortens the backward pass. `skip_share` makes the threshold that quantile
     of the current M; of a prefix it is the share of blocks, whatever they measure.
     """
@@ -146,7 +145,7 @@ class SkipSettings(Settings):
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
     skip_decide: Literal["ema", "forward"] = field("ema", "from an average; or in the forward, which waits per adapter")
-    skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
+    skip_threshold: Share | dict[str, Share] = field(0.05, "of ‖Δh‖/‖h‖; or by name: others are never skipped", le=None)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
     skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
     skip_min_active: int = field(1, "adapters that stay active, those with the largest M (prefix: the last)", ge=1)

@@ -95,28 +95,28 @@ def outline(name: str, kind: str, attention: str = "sdpa") -> PreTrainedModel:
     """
     if name not in assets.ASSETS:  # which are tried, and fetched once there are data
         _found(name, kind)
-    try:
-        return build(config(name), kind, attn_implementation=attention)
-    except (ValueError, ImportError) as error:
-        if isinstance(error, ParameterError):
-            raise ParameterError("model", name, f"as a {kind} model: {error.allowed}") from None
-        told = f"not there for model={name!r}; use 'eager': {' '.join(str(error).split()):.120}"
-        raise ParameterError("attention", attention, told) from None
+    return build(config(name), kind, attention=attention)
 
 
-def build(configuration: PreTrainedConfig, kind: str, dtype: str = "fp32", **options: Any) -> PreTrainedModel:
+def build(
+    configuration: PreTrainedConfig, kind: str, dtype: str = "fp32", attention: str | None = None
+) -> PreTrainedModel:
     """The model of a configuration on the meta device.
 
     Raises:
-        ParameterError: the architecture has no head of this kind.
+        ParameterError: the architecture has no head of this kind, or not this attention.
     """
     if getattr(configuration, "pad_token_id", None) is None:
         configuration.pad_token_id = 0  # classifiers look for the last token that is not padding
     auto = getattr(transformers, KINDS[kind])
     there = type(configuration) in auto._model_mapping
     require(there, "kind", kind, f"not there for a {configuration.model_type} model")
-    with torch.device("meta"):
-        return auto.from_config(configuration, dtype=DTYPES[dtype], **options)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        told = f"not there for a {configuration.model_type} model; use 'eager': {' '.join(str(error).split()):.120}"
+        raise ParameterError("attention", attention, told) from None
 
 
 def _found(name: str, kind: str, download: bool = False) -> tuple[sources.Source, PreTrainedTokenizerFast]:

@@ -151,7 +151,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
     args = training_arguments(params, folder)
     controllers = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
-        controllers.append(SkipLoRA(model, params, seed=params.seed))
+        controllers.append(SkipLoRA(model, settings=params, seed=params.seed))
     free = flagged(Params, FREE)
     identity = {name: value for name, value in record.resolved.items() if name not in free}
     return BudgetTrainer(

@@ -78,7 +78,7 @@ NEOX = "query_key_value, dense, dense_h_to_4h, dense_4h_to_h"
 REFUSED = {  # model, what is done to its folder, what is asked, what is said
     "encoder-decoder": ("t5", None, {}, "model='{0}': t5 is an encoder-decoder; must be an encoder or a decoder"),
     "vision": ("vit", None, {}, "model='{0}': vit has neither a masked nor a causal"),
-    "no such head": ("mamba", None, {}, "model='{0}': as a classify model: not there for a mamba model"),
+    "no such head": ("mamba", None, {}, "kind='classify': not there for a mamba model"),
     "no config": ("opt", lambda f: without(f, "config.json"), {}, "model='{0}': the folder has no config.json"),
     "no weights": ("opt", lambda f: without(f, "*.safetensors"), {}, "model='{0}': the folder has no weights"),
     "no tokenizer": ("opt", lambda f: without(f, "token*"), {}, "model='{0}' .*: its tokenizer cannot be read"),
@@ -93,10 +93,10 @@ REFUSED = {  # model, what is done to its folder, what is asked, what is said
     "PEFT's target_modules": (
         "gpt_neox", None, {"method": "peft", "peft_type": "VERA", "target_modules": ["q_proj"]},
         "target_modules=.*'q_proj' matches no module"),
-    "attention": ("deberta-v2", None, {}, "attention='sdpa': not there for model='{0}'; use 'eager': DebertaV2"),
+    "attention": ("deberta-v2", None, {}, "attention='sdpa': not there for a deberta-v2 model; use 'eager': DebertaV2"),
     "flash attention": (
         "opt", None, {"attention": "flash_attention_2", "dtype": "bf16"},
-        "attention='flash_attention_2': not there for model='{0}'; use 'eager': "),
+        "attention='flash_attention_2': not there for a opt model; use 'eager': "),
     "an encoder's chats": ("bert", None, {"task": "chat"}, "task='chat': is generation, which an encoder cannot do"),
     "fractional": (
         "bert", None, {"task": "text", "gating": {"method": "flora", "mode": "fractional"}},
