@@ -188,9 +188,7 @@ def export(argv: Sequence[str]) -> int:
     base, kind = options.base or base, options.kind or kind
     for name, value in (("--base", base), ("--kind", kind)):
         require(bool(value), name, value, f"{options.adapter} does not say it: give {name}")
-    named = (
-        labels and (Path(options.adapter) / "config.json").is_file()
-    )  # of a run on own data, with its classes' names
+    named = labels and (Path(options.adapter) / "config.json").is_file()  # of a run on own data: its classes' names
     classes = [*AutoConfig.from_pretrained(options.adapter).id2label.values()] if named else []
     loaded = models.load(base, kind, num_labels=labels or 2, classes=classes, dtype="auto")
     model = adapters.load_adapter(loaded.model, options.adapter)

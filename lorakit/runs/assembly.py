@@ -116,10 +116,9 @@ def _try_outline(params: Params, kind: str) -> None:
     outline = models.outline(params.model, kind, params.attention)
     if params.quantize == "nf4":
         quantisable(outline)
-    steps = int(budget_of(params, LARGEST[int]).steps() or 0) or None
     if params.method == "peft":  # some types read weights as they are attached
         build_config(outline, params.peft_type, params.peft_options, AdapterSettings.of(params), params.target_modules,
-                     resolve_trainable(outline, "head"), steps)  # fmt: skip
+                     resolve_trainable(outline, "head"), LARGEST[int])  # fmt: skip
     else:
         outline = adapters.attach(outline, **adapters.asked_of(params))
     build_tokens(params.gating, outline, kind)

@@ -52,8 +52,8 @@ class LoRATransformer(nn.Module):
     True
     >>> trained = model(ids).detach()
     >>> model.merge()
-    >>> torch.allclose(model(ids), trained, atol=1e-4)  # merged: the same, at the base's cost
-    True
+    >>> torch.allclose(model(ids), trained, atol=1e-4), model.merged  # the same, at the base's cost
+    (True, True)
     >>> model.switch_adapter("new")
     >>> model.unmerge()
     >>> torch.equal(model(ids), new)  # the stored adapter, bit for bit

@@ -31,10 +31,8 @@ def choose(
     draws = torch.rand(len(metric), generator=generator).tolist()
     taus = [threshold(metric, settings, path) for path in paths or [""] * len(metric)]
     large = [m >= tau for m, tau in zip(metric, taus, strict=True)]
-    if settings.skip == "prefix" and draws[0] < settings.skip_explore:
-        return [True] * len(metric)
     if settings.skip == "prefix":
-        return _all_but_prefix(large, blocks, settings)
+        return [draws[0] < settings.skip_explore or on for on in _all_but_prefix(large, blocks, settings)]
     active = [is_large or draw < settings.skip_explore for is_large, draw in zip(large, draws, strict=True)]
     largest = sorted(range(len(metric)), key=lambda place: metric[place], reverse=True)
     for place in largest[: settings.skip_min_active]:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class SkipLoRA(Controller, TrainerCallback):
     def __init__(
         self,
         model: nn.Module,
-        threshold: float | Mapping[str, float] = 0.05,
+        threshold: float | dict[str, float] = 0.05,
         decide: str = "forward",
         *,
         skip: str = "adapter",
@@ -58,9 +58,8 @@ class SkipLoRA(Controller, TrainerCallback):
         **others: Any,
     ):
         if settings is None:
-            tau = threshold if isinstance(threshold, (int, float)) else dict(threshold)
             named = {f"skip_{name}": value for name, value in others.items()}
-            settings = SkipSettings(skip=skip, skip_threshold=tau, skip_decide=decide, **named)
+            settings = SkipSettings(skip=skip, skip_threshold=threshold, skip_decide=decide, **named)
         require(settings.skip != "none", "skip", settings.skip, "must be adapter or prefix")
         self.model, self.settings = model, settings
         self.probes = probe_model(model)
