@@ -39,7 +39,7 @@ def rest(model: nn.Module) -> None:
     from lorakit.settings import SkipSettings
     from lorakit.skip.controller import SkipLoRA
 
-    skip = SkipLoRA(model, SkipSettings(skip="prefix", skip_share=0.5, skip_warmup=0.0, skip_explore=0.0))
+    skip = SkipLoRA(model, settings=SkipSettings(skip="prefix", skip_share=0.5, skip_warmup=0.0, skip_explore=0.0))
     skip.bind_two_passes()
     skip.begin()
     skip.begin_step(0.5)

@@ -24,7 +24,7 @@ def skipper(model: nn.Module, mode: str, **options):
     from lorakit.skip.controller import SkipLoRA
 
     settings = SkipSettings(skip=mode, skip_share=0.5, skip_warmup=0.0, skip_explore=0.0, skip_ema=1.0, **options)
-    skip = SkipLoRA(model, settings)
+    skip = SkipLoRA(model, settings=settings)
     count = len(skip.paths)
     # every second adapter is small; for a prefix the order alone counts
     skip.metric = [0.01 if place % 2 else 0.5 for place in range(count)]

@@ -16,6 +16,7 @@ _NAMES = {
     "runs.experiment": "run",
     "runs.search": "search",
     "training": "SLoRATrainer FLoRATrainer",
+    "skip.controller": "SkipLoRA",
     "settings": "Gating",
     "gates": "HeadGradientGate",
     "records": "Record read read_all",

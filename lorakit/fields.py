@@ -73,7 +73,8 @@ class Settings(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            problem = error.errors()[0]
+            first, *_ = problems = error.errors()  # of several types that a value may have, the nearest
+            problem = max((p for p in problems if p["loc"][:1] == first["loc"][:1]), key=lambda p: len(p["loc"]))
             cause, name = problem.get("ctx", {}).get("error"), ".".join(map(str, problem["loc"][:1]))
             if isinstance(cause, ParameterError):  # of several parameters together, or of a nested group
                 raise ParameterError(f"{name}.{cause.name}".lstrip("."), cause.value, cause.allowed) from None

@@ -10,8 +10,9 @@ from lorakit.errors import require
 from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
 Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
+Share = Annotated[float, Field(ge=0, le=LARGEST[float])]
 Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
-BudgetUnit = Literal["accepted_steps", "steps", "tokens", "flops", "seconds"]
+BudgetUnit = Literal["accepted_steps", "epochs", "steps", "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
 BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
 OWN, COLUMNS = ("labelled", "pairs", "text", "chat"), ("text_column", "pair_column", "label_column")  # own data
@@ -53,10 +54,8 @@ class DataSettings(Settings):
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
     redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
-    idle = (
-        Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
-        Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS),
-    )
+    idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
+            Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS))  # fmt: skip
 
 
 class BaseSettings(Settings):
@@ -117,10 +116,8 @@ class SparseSettings(Settings):
     prune_end: float = field(0.8, "share of the budget at which all are there", gt=0, le=1)
     l1: float = field(0.0, "sparsify l1: the penalty λ; 0: found while training, from `sparsity`", ge=0)
     idle = (Idle("method 'sparse'", lambda p: p.method != "sparse"), Idle("l1 0", lambda p: p.l1 > 0, ("sparsity",)))
-    refuses = (
-        Refusal("select", "must be 'last' for a method that prunes on the way",  # the best may be from before
-                lambda p: p.method == "sparse" and p.select != "last"),
-    )  # fmt: skip
+    refuses = (Refusal("select", "must be 'last' for a method that prunes on the way",  # the best may be from before
+                       lambda p: p.method == "sparse" and p.select != "last"),)  # fmt: skip
 
     @model_validator(mode="after")
     def _sparse_together(self) -> Self:
@@ -140,7 +137,7 @@ class SparseSettings(Settings):
 class SkipSettings(Settings):
     """Which layers get a backward
 
-    "adapter": each whose M = ‖Δh‖/‖h‖ is below the threshold; "prefix": the transformer blocks from the first on while
+    "adapter": each whose M = ‖Δh‖/‖h‖ is below its threshold; "prefix": the transformer blocks from the first on while
     every adapter in them is below it, which shortens the backward pass. `skip_share` makes the threshold that quantile
     of the current M; of a prefix it is the share of blocks, whatever they measure.
     """
@@ -148,7 +145,7 @@ class SkipSettings(Settings):
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
     skip_decide: Literal["ema", "forward"] = field("ema", "from an average; or in the forward, which waits per adapter")
-    skip_threshold: float = field(0.05, "an adapter whose ‖Δh‖/‖h‖ is below it is skipped", ge=0)
+    skip_threshold: Share | dict[str, Share] = field(0.05, "of ‖Δh‖/‖h‖; or by name: others are never skipped", le=None)
     skip_share: float = field(0.0, "of adapters to skip, by an adaptive threshold; 0: the fixed one", ge=0, lt=1)
     skip_warmup: float = field(0.1, "share of the budget before the first skip: at the start every M is 0", ge=0, lt=1)
     skip_min_active: int = field(1, "adapters that stay active, those with the largest M (prefix: the last)", ge=1)
@@ -157,10 +154,8 @@ class SkipSettings(Settings):
     skip_measure_every: int = field(4, "steps between measurements, where decided from the average", ge=1)
     idle = (Idle("skip", lambda p: p.skip == "none"),
             Idle("skip_decide 'ema'", lambda p: p.skip_decide == "forward", ("skip_measure_every",)))  # fmt: skip
-    refuses = (
-        Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
-                lambda p: p.skip != "none" and p.method not in SKIPPABLE),
-    )  # fmt: skip
+    refuses = (Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
+                       lambda p: p.skip != "none" and p.method not in SKIPPABLE),)  # fmt: skip
 
 
 class GateSettings(Settings):
@@ -180,10 +175,8 @@ class GateSettings(Settings):
     gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
     gate_leverage: bool = field(False, "ridge-leverage novelty")
     idle = (Idle("gate", lambda p: p.gate == "none"),)
-    refuses = (
-        Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate leaves some out; use bf16",
-                lambda p: p.gate != "none" and p.precision == "fp16"),
-    )  # fmt: skip
+    refuses = (Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate omits some; use bf16",
+                       lambda p: p.gate != "none" and p.precision == "fp16"),)  # fmt: skip
 
     @model_validator(mode="after")
     def _gate_together(self) -> Self:
@@ -263,8 +256,8 @@ class TrainingSettings(Settings):
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
-    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, ge=1, le=LARGEST[float])
-    budget_unit: BudgetUnit = field("accepted_steps", "what is counted")
+    budget: float = field(60, "what the run may spend, in budget_unit", UNTRIED, gt=0, le=LARGEST[float])
+    budget_unit: BudgetUnit = field("accepted_steps", "what is counted; epochs: the steps of passes without a gate")
     schedule: Literal["linear", "cosine", "constant"] = field("linear", "of the rate, over the share of budget spent")
     warmup: float = field(0.05, "share of the budget", ge=0, lt=1)
     weight_decay: float = field(0.0, "AdamW's", ge=0)
@@ -272,10 +265,16 @@ class TrainingSettings(Settings):
     optimizer: str = field("adamw_torch", "a name of transformers' OptimizerNames")
     precision: Literal["fp32", "bf16", "fp16"] = field("fp32", "of autocast; weights stay as loaded")
     dtype: Literal["fp32", "bf16", "auto"] = field("fp32", "of the loaded weights")
-    attention: Literal["sdpa", "eager"] = field("sdpa", "the model's implementation")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = field("sdpa", "the model's implementation")
     gradient_checkpointing: bool = field(False, "recompute activations in the backward")
     tf32: bool = field(False, "CUDA's shorter fp32, where there is some")
+    dataloader_num_workers: int = field(0, "processes that make batches; 0: the run's own", FREE, APART, UNTRIED, ge=0)
     report_to: str = field("none", "comma-separated: tensorboard, wandb, trackio, …", FREE, APART, UNTRIED)
+    refuses = (
+        Refusal("budget", "must be at least 1, but of epochs", lambda p: p.budget < 1 and p.budget_unit != "epochs"),
+        Refusal("attention", "computes in 16 bits only: precision or dtype 'bf16'", lambda p: (
+            p.attention == "flash_attention_2" and p.precision == p.dtype == "fp32")),
+    )  # fmt: skip
 
 
 class EvaluationSettings(Settings):
@@ -297,4 +296,4 @@ class SearchSettings(Settings):
 
     question = "search"
     search_rates: list[Rate] = field([], "rates to try", FREE, APART, UNTRIED)
-    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, ge=1, le=LARGEST[float])
+    search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, gt=0, le=LARGEST[float])

@@ -123,7 +123,7 @@ def resting(model: str, batch: int, seq: int, skip_share: float) -> dict[str, in
         shallow = plan.build(plan.shortened(config, blocks), kind, asked.dtype)
         adapted = adapters.attach(shallow, asked.method, rank=asked.rank, target_modules=asked.targets)
         if skip_share:
-            skip = SkipLoRA(adapted, settings)
+            skip = SkipLoRA(adapted, settings=settings)
             skip.bind_two_passes()  # the share alone decides, nothing is measured
             skip.begin()
             skip.begin_step(1.0)

@@ -47,7 +47,7 @@ def prepared(build, tiny_bert, **options) -> tuple[nn.Module, SkipLoRA]:
     """A model in training whose adapters are at work, and its started SkipLoRA."""
     torch.manual_seed(0)
     model = at_work(build(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train())
-    skip = SkipLoRA(model, runs.skipping(**ALWAYS | options))
+    skip = SkipLoRA(model, settings=runs.skipping(**ALWAYS | options))
     skip.begin()
     return model, skip
 

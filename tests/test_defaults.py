@@ -25,7 +25,7 @@ DEFAULTS = {
     "lorakit.gates.threshold:RunningScale": {"count": 0, "mean": 0.0, "variance": 0.0},
     "lorakit.gates.threshold:ThresholdController": {"steepness": 10.0, "ema_rate": 0.02, "burn_in": 0},
     "lorakit.sketches.frequent_directions:FrequentDirections": {"decay": 1.0, "device": "cpu"},
-    "lorakit.skip.controller:SkipLoRA": {"seed": 0},
+    "lorakit.skip.controller:SkipLoRA": {"threshold": 0.05, "decide": "forward", "skip": "adapter", "seed": 0},
     "lorakit.tokens:build_tokens": {"seed": 0, "rank": 0, "smoothing": 0.0},
     "lorakit.tokens.choice:Shares": {"seed": 0, "rank": 0, "draws": 0},
     "lorakit.tokens.head_loss:HeadLoss": {"smoothing": 0.0},

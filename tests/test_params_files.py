@@ -55,14 +55,17 @@ def test_a_row_goes_together_and_a_rate_that_names_a_search_is_the_best_of_it(se
 def test_the_two_kept_lists_are_flags_of_the_fields():
     told = {"compares", "combines", "differs", "label", "learning_rate_from"}  # what is only said of a run
     places = {"record", "run_dir", "data_dir"}
-    assert flagged(Params, APART) - told == {*places, "row", "resume", "report_to", "search_rates", "search_budget"}
+    assert flagged(Params, APART) - told == {
+        *places, "row", "resume", "report_to", "search_rates", "search_budget", "dataloader_num_workers",
+    }  # fmt: skip
     assert flagged(Params, FREE) - told == {
         *places, "resume", "report_to", "latency_repeats", "predict_memory", "save_steps", "exact_match_rows",
-        "forgetting", "search_rates", "search_budget", "max_test", "setting", "row",
+        "forgetting", "search_rates", "search_budget", "max_test", "setting", "row", "dataloader_num_workers",
     }  # fmt: skip
     assert flagged(Params, UNTRIED) - told == {
         "search_rates", "learning_rate", "budget", "evaluations", "max_test", "latency_repeats", "predict_memory",
         "save_steps", "exact_match_rows", "forgetting", "resume", "report_to", "setting", "row",
+        "dataloader_num_workers",
     }  # fmt: skip
     assert told <= flagged(Params, APART) & flagged(Params, FREE) & flagged(Params, UNTRIED)
 

@@ -32,7 +32,7 @@ def family(name: str) -> str:
         AssetError: nothing is known about a model of this name.
         ParameterError: it is neither.
     """
-    return family_of(config(name))
+    return family_of(config(name), name)
 
 
 def describe(name: str) -> Described:
@@ -61,15 +61,15 @@ def read_config(source: sources.Source) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.location, **source.arguments)
 
 
-def family_of(configuration: PreTrainedConfig) -> str:
-    """`encoder` or `decoder`, by the heads transformers has for the architecture."""
+def family_of(configuration: PreTrainedConfig, name: str = "") -> str:
+    """`encoder` or `decoder`, by the heads transformers has for the architecture; `name`: what the model is called."""
     from transformers.models.auto import modeling_auto as auto
 
     kind = configuration.model_type
     if configuration.is_encoder_decoder:
-        raise ParameterError("model", kind, "is an encoder-decoder; must be an encoder or a decoder")
+        raise ParameterError("model", name or kind, f"{kind} is an encoder-decoder; must be an encoder or a decoder")
     if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
     if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
-    raise ParameterError("model", kind, "must be an architecture with a masked or a causal language-modelling head")
+    raise ParameterError("model", name or kind, f"{kind} has neither a masked nor a causal language-modelling head")

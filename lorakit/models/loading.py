@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+import transformers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from lorakit import assets
 from lorakit.errors import AssetError, ParameterError, require
 from lorakit.models import sources
-from lorakit.models.configs import family_of, read_config
+from lorakit.models.configs import config, family_of, read_config
 from lorakit.quiet import quiet
+from lorakit.settings import TrainingSettings
 from lorakit.tasks.toy import models as toys
 
 KINDS = {
@@ -19,7 +22,7 @@ KINDS = {
     "causal": "AutoModelForCausalLM",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = get_args(TrainingSettings.model_fields["attention"].annotation)
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,7 @@ def load(
     require(num_labels >= 2, "num_labels", num_labels, "must be at least 2")
     for given, value, known in (("kind", kind, KINDS), ("dtype", dtype, DTYPES), ("attention", attention, ATTENTIONS)):
         require(value in known, given, value, f"must be one of {', '.join(known)}")
-    source = sources.resolve(name)
-    wanted, found = {"masked": "encoder", "causal": "decoder"}.get(kind), family_of(read_config(source))
-    if wanted and found != wanted:
-        raise ParameterError("kind", kind, f"needs an {wanted}; model={name!r} is an {found}".replace("an d", "a d"))
-    if source.fingerprint is None:
-        raise AssetError(f"model={name!r}: the folder has no weights ({' or '.join(sources.WEIGHTS)})")
-    source = sources.download(source)
-    tokens = read_tokenizer(source)
+    source, tokens = _found(name, kind, download=True)
     labels = {"num_labels": num_labels} if kind == "classify" else {}
     if classes:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
@@ -88,6 +84,59 @@ def load(
         tied = "; its decoder is tied to the word embeddings" if kind == "masked" else ""
         notes.append(f"new, not pre-trained, initialised from seed {seed}: {heads}{tied}")
     return LoadedModel(model, tokens, source.text, source.fingerprint, notes)
+
+
+def outline(name: str, kind: str, attention: str = "sdpa") -> PreTrainedModel:
+    """The model that `load` would give, on the meta device, without reading weights: what can be refused is, here.
+
+    Raises:
+        ParameterError, AssetError: as `load`; an attention that the architecture does not have.
+    """
+    if name not in assets.ASSETS:  # which are tried, and fetched once there are data
+        _found(name, kind)
+    return build(config(name), kind, attention=attention)
+
+
+def build(
+    configuration: PreTrainedConfig, kind: str, dtype: str = "fp32", attention: str | None = None
+) -> PreTrainedModel:
+    """The model of a configuration on the meta device.
+
+    Raises:
+        ParameterError: the architecture has no head of this kind, or not this attention.
+    """
+    if getattr(configuration, "pad_token_id", None) is None:
+        configuration.pad_token_id = 0  # classifiers look for the last token that is not padding
+    auto = getattr(transformers, KINDS[kind])
+    there = type(configuration) in auto._model_mapping
+    require(there, "kind", kind, f"not there for a {configuration.model_type} model")
+    try:
+        with torch.device("meta"):
+            return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        told = f"not there for a {configuration.model_type} model; use 'eager': {' '.join(str(error).split()):.120}"
+        raise ParameterError("attention", attention, told) from None
+
+
+def _found(name: str, kind: str, download: bool = False) -> tuple[sources.Source, PreTrainedTokenizerFast]:
+    """Where the model is, and its tokenizer, once both are known to be fit for a model of `kind`."""
+    source = sources.resolve(name)
+    configuration = read_config(source)
+    wanted, found = {"masked": "encoder", "causal": "decoder"}.get(kind), family_of(configuration, name)
+    if wanted and found != wanted:
+        raise ParameterError("kind", kind, f"needs an {wanted}; model={name!r} is an {found}".replace("an d", "a d"))
+    if source.fingerprint is None:
+        raise AssetError(f"model={name!r}: the folder has no weights ({' or '.join(sources.WEIGHTS)})")
+    source = sources.download(source) if download else source
+    tokens, rows = read_tokenizer(source), configuration.get_text_config().vocab_size
+    # of special tokens those that are put into texts: Gemma's tokenizer has an image's, its text models have not
+    named = {getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep", "mask", "unk")}
+    spare = {place for place, token in tokens.added_tokens_decoder.items() if token.special} - named
+    highest = max({*tokens.get_vocab().values()} - spare)
+    if highest >= rows:
+        told = f"its tokenizer has token {tokens.convert_ids_to_tokens(highest)!r}, number {highest}"
+        raise AssetError(f"model={name!r}: {told}, its embedding {rows} rows: enlarge it (resize_token_embeddings)")
+    return source, tokens
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -118,8 +167,6 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
 
 def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
-    import transformers
-
     auto, asked = getattr(transformers, KINDS[kind]), source.arguments
     asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
     explained = sources.explained(source, f"cannot be loaded as a {kind} model")

@@ -34,6 +34,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     for name in NESTED:
         named = isinstance(inner := given.get(name, {}), dict) and all(isinstance(key, str) for key in inner)
         require(named, name, inner, "must be a mapping of names to values")
+    given = given if "setting" in given or is_toy(given) else {"setting": "own"} | given  # of no setting of ours
     setting, row = given.get("setting"), given.get("row")
     folder = PARAMS / str(setting)
     if not isinstance(setting, str) or not os.path.isfile(folder / SETTING):

@@ -5,7 +5,7 @@ import os
 import types
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from lorakit.errors import ParameterError
 from lorakit.fields import LARGEST, Settings
@@ -67,8 +67,8 @@ def _kind(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(part) or "–" for part in parts)
-    if origin in (Union, types.UnionType):
-        return " | ".join(map(_kind, parts))
+    if origin in (Union, types.UnionType, Annotated):
+        return " | ".join(map(_kind, parts[:1] if origin is Annotated else parts))
     words = {str: "text", int: "whole number", float: "number", bool: "true | false", list: "list", dict: "mapping"}
     return (words | {type(None): "none"})[origin or annotation]
 

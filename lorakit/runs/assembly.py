@@ -1,20 +1,25 @@
 """From parameters to everything a run works on: model, task, adapter, what acts between steps, trainer."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import PartialState
 from transformers.utils import is_torch_tf32_available
 
 from lorakit import adapters, models, tasks
+from lorakit.adapters.peft.config import build_config
+from lorakit.base.quantize import quantisable
 from lorakit.errors import require
-from lorakit.fields import FREE, flagged
+from lorakit.fields import FREE, LARGEST, flagged
 from lorakit.gates import GATES, build_gate
 from lorakit.measure import environment
+from lorakit.modules import resolve_trainable
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
-from lorakit.settings import OWN
+from lorakit.settings import OWN, AdapterSettings
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
@@ -43,6 +48,9 @@ class Assembled(NamedTuple):
             noted.append(f"optimizer {name!r}: nothing pages on {device}; its state stays in memory, unpaged")
         if self.params.tf32 and not is_torch_tf32_available():
             noted.append("tf32: not on this device; float32 is whole")
+        if self.params.budget_unit == "epochs":
+            steps, rows = budget_of(self.params, len(self.task.train)).steps(), len(self.task.train)
+            noted.append(f"budget: {self.params.budget:g} epochs of {rows} rows are {steps:.0f} accepted steps")
         if "loss" in self.params.model_fields_set and self.task.kind == "classify":
             noted.append(f"loss {self.params.loss!r}: a classifier's is its own, of all its logits")
         return noted
@@ -65,10 +73,11 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     from transformers import set_seed
 
     training_arguments(params, params.run_dir or ".")  # what this machine lacks is told before anything is loaded
-    set_seed(params.seed)
-    kind = tasks.kind(params.task, models.family(params.model))
+    kind = tasks.kind(params.task, family := models.family(params.model))
     penalised = kind != "classify" and params.peft_type.upper() == "ADALORA" and params.loss != "nll"
     require(not penalised, "loss", params.loss, "AdaLoRA adds its penalty to the model's own loss: 'nll'")
+    _try_outline(params, kind)
+    set_seed(params.seed)
     # before a model is fetched that nothing could be done with
     text = tasks.read(params.task, params.data_dir, params, dataset)
     asked = {name: getattr(params, name) for name in ("dtype", "attention", "seed")}
@@ -77,7 +86,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
         loaded.model.config.problem_type = "single_label_classification"
     read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
     asked = {name: getattr(params, name) for name in read}
-    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=models.family(params.model), text=text, **asked)
+    task = tasks.load(params.task, loaded.tokenizer, kind_of_model=family, text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
     answered = not rows or task.kind == "causal" and bool(task.answer_rows("test", rows))
     require(answered, "exact_match_rows", rows, lacking)
@@ -98,9 +107,33 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
         task = replace(task, train=stream)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
-    steps = int(params.budget) if params.budget_unit in ("steps", "accepted_steps") else None
+    steps = int(budget_of(params, len(task.train)).steps() or 0) or None
     model = adapters.attach(loaded.model, seed=params.seed, total_steps=steps, **adapters.asked_of(params))
     return Assembled(params, model, loaded.tokenizer, task, loaded, redundant, elsewhere)
+
+
+def _try_outline(params: Params, kind: str) -> None:
+    """What this model cannot be trained by is refused on its outline, before data are read."""
+    outline = models.outline(params.model, kind, params.attention)
+    if params.quantize == "nf4":
+        quantisable(outline)
+    if params.method == "peft":  # some types read weights as they are attached
+        build_config(outline, params.peft_type, params.peft_options, AdapterSettings.of(params), params.target_modules,
+                     resolve_trainable(outline, "head"), LARGEST[int])  # fmt: skip
+    else:
+        outline = adapters.attach(outline, **adapters.asked_of(params))
+    build_tokens(params.gating, outline, kind)
+
+
+def budget_of(params: Params, rows: int) -> Budget:
+    """What the run may spend; epochs are the accepted steps that so many passes over the training rows take, ungated.
+
+    Steps are counted as the Trainer's `num_train_epochs` does: what is left of the rows is a step of its own.
+    """
+    if params.budget_unit != "epochs":
+        return Budget(params.budget, params.budget_unit)
+    batches = math.ceil(rows / (params.batch_size * PartialState().num_processes))
+    return Budget(math.ceil(params.budget * math.ceil(batches / params.gradient_accumulation)))
 
 
 def fingerprints(assembled: Assembled) -> dict[str, Any]:
@@ -119,7 +152,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
     args = training_arguments(params, folder)
     controllers = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
-        controllers.append(SkipLoRA(model, params, seed=params.seed))
+        controllers.append(SkipLoRA(model, settings=params, seed=params.seed))
     free = flagged(Params, FREE)
     identity = {name: value for name, value in record.resolved.items() if name not in free}
     return BudgetTrainer(
@@ -132,7 +165,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         compute_metrics=lambda prediction: task.metrics(prediction.predictions),
         processing_class=assembled.tokenizer,
         kind=task.kind,
-        budget=Budget(params.budget, params.budget_unit),
+        budget=budget_of(params, len(task.train)),
         schedule=Schedule(params.schedule, params.warmup),
         gate=build_gate(params, model, task.kind, seed=params.seed),
         tokens=build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed, rank=args.process_index),

@@ -13,15 +13,14 @@ from lorakit import adapters, models
 from lorakit.base.mending import mend
 from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes
 from lorakit.base.quantize import quantisable
-from lorakit.errors import ParameterError, require
+from lorakit.errors import require
 from lorakit.fields import Settings, field
 from lorakit.head import KINDS
 from lorakit.measure import live
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
-from lorakit.models.loading import DTYPES
-from lorakit.models.loading import KINDS as AUTO_CLASSES
+from lorakit.models.loading import build
 from lorakit.modules import is_conv1d, replace_modules
 from lorakit.params import Params
 from lorakit.runs.assembly import check
@@ -148,18 +147,6 @@ def shortened(config: transformers.PreTrainedConfig, blocks: int) -> transformer
             setattr(text, name, value[:blocks])
     text.num_hidden_layers = blocks
     return config
-
-
-def build(config: transformers.PreTrainedConfig, kind: str, dtype: str) -> transformers.PreTrainedModel:
-    """The model of a configuration on the meta device."""
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = 0  # classifiers look for the last token that is not padding
-    auto = getattr(transformers, AUTO_CLASSES[kind])
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=DTYPES[dtype])
-    except ValueError:
-        raise ParameterError("kind", kind, f"not there for a {config.model_type} model") from None
 
 
 def quantize_meta(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ The target at each position is the byte that comes next; AdamW, linear warm-up a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,8 +34,8 @@ class DivergedError(LorakitError):
     status = 1
 
 
-class Loader(Sized, Iterable[tuple[Tensor, ...]], Protocol):
-    """Batches of (input_ids, labels) or (input_ids, labels, attention_mask), each (B, T).
+class Loader(Sized, Iterable[Sequence[Tensor] | Mapping[str, Tensor]], Protocol):
+    """Batches of (input_ids, labels) or (input_ids, labels, attention_mask), each (B, T), or dicts of these names.
 
     labels[b, t] is the target of the logits at t (already shifted, for a causal model); -100 is no target.
     """
@@ -80,9 +80,11 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
 
 
-def summed_loss(model: LoRATransformer, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+def summed_loss(model: LoRATransformer, batch: Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Cross-entropy summed over a batch's targets, in nats, and the number of targets."""
     device = model.embedding.weight.device
+    if isinstance(batch, Mapping):  # what else a collator put into it is not looked at
+        batch = [batch[name] for name in ("input_ids", "labels", "attention_mask") if name in batch]
     input_ids, labels, *attention_mask = (tensor.to(device) for tensor in batch)
     logits = model(input_ids, *attention_mask)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")

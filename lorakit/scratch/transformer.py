@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from lorakit.errors import CheckpointError, require
 from lorakit.scratch.attention import PROJECTIONS, Block, SelfAttention, rotary_angles, visible_keys
-from lorakit.scratch.layer import LoRALinear
+from lorakit.scratch.layer import SIGMA, LoRALinear
 
 
 class LoRATransformer(nn.Module):
@@ -19,7 +20,7 @@ class LoRATransformer(nn.Module):
 
     Args:
         vocab_size, d_model, num_heads, num_layers: its size; d_model / num_heads must be even (rotary positions).
-        lora_r, lora_alpha, lora_dropout: of every adapted projection, as `LoRALinear`'s.
+        lora_r, lora_alpha, lora_dropout, lora_sigma: of every adapted projection, as `LoRALinear`'s.
         adapt_attention: put LoRA on the attention projections named in `attention_targets`.
         adapt_feedforward: put LoRA on both feed-forward projections.
         causal: each position sees itself and earlier ones only; False: all (an encoder).
@@ -27,6 +28,36 @@ class LoRATransformer(nn.Module):
 
     Raises:
         ParameterError: a size below 1, sizes that do not divide, nothing adapted, or a bad LoRA parameter.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = LoRATransformer(vocab_size=50, d_model=32, num_heads=4, num_layers=2, adapt_feedforward=True)
+    >>> ids = torch.randint(50, (4, 16))
+    >>> later = torch.cat([ids[:, :8], ids[:, 8:].flip(1)], dim=1)
+    >>> new = model.configure_lora_training()(ids).detach()
+    >>> torch.allclose(new[:, :8], model(later)[:, :8], atol=1e-5)  # no position sees a later one
+    True
+    >>> model.store_adapter("new")
+    >>> base, optimizer = model.base_state_dict(), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    >>> losses = []
+    >>> for _ in range(20):
+    ...     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     losses.append(loss.item())
+    >>> losses[-1] < 0.5 * losses[0]  # LoRA learns
+    True
+    >>> all(torch.equal(tensor, base[name]) for name, tensor in model.base_state_dict().items())  # the base does not
+    True
+    >>> trained = model(ids).detach()
+    >>> model.merge()
+    >>> torch.allclose(model(ids), trained, atol=1e-4), model.merged  # the same, at the base's cost
+    (True, True)
+    >>> model.switch_adapter("new")
+    >>> model.unmerge()
+    >>> torch.equal(model(ids), new)  # the stored adapter, bit for bit
+    True
     """
 
     def __init__(
@@ -43,6 +74,7 @@ class LoRATransformer(nn.Module):
         causal: bool = True,
         attention_targets: str = PROJECTIONS,
         lora_dropout: float = 0.0,
+        lora_sigma: float | None = SIGMA,
     ):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, "num_layers": num_layers}
@@ -54,7 +86,8 @@ class LoRATransformer(nn.Module):
         require(known, "attention_targets", attention_targets, 'must be one or more of the letters "qkvo"')
         allowed = "must be True where adapt_feedforward is False: nothing to train"
         require(adapt_attention or adapt_feedforward, "adapt_attention", adapt_attention, allowed)
-        lora = partial(LoRALinear, r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        of = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "lora_sigma": lora_sigma}
+        lora = partial(LoRALinear, r=lora_r, **of)
         adapted = set(attention_targets) if adapt_attention else set()
         attention = {name: lora if name in adapted else nn.Linear for name in PROJECTIONS}
         feedforward = lora if adapt_feedforward else nn.Linear
@@ -172,3 +205,7 @@ class LoRATransformer(nn.Module):
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
+
+
+if __name__ == "__main__":  # tries the examples above, and says so
+    raise SystemExit(min(doctest.testmod(verbose=True).failed, 1))

@@ -8,10 +8,12 @@ prefixes, LoRA-drop (Zhou et al. 2024) ranks adapters by their outputs, LISA (Pa
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator
 
+from lorakit.modules import fullmatch, name_matches
 from lorakit.settings import SkipSettings
 
 NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.|$)")  # of a path the parts up to the first that is a number
@@ -19,43 +21,49 @@ NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.|$)")  # of a path the parts up to the f
 # which adapters -------------------------------------------------------------------------------------
 
 
-def choose(metric: Sequence[float], blocks: Sequence[int], settings: SkipSettings, generator: Generator) -> list[bool]:
-    """Which adapters are active, from M of each (L,) and the block each is in (L,), both in forward order.
+def choose(
+    metric: Sequence[float], blocks: Sequence[int], settings: SkipSettings, generator: Generator, paths: Any = ()
+) -> list[bool]:
+    """Which adapters are active, from M of each (L,), the block each is in and its path (L,), all in forward order.
 
     Always draws the same count of random numbers, so that every process that has the same generator agrees.
     """
     draws = torch.rand(len(metric), generator=generator).tolist()
-    if settings.skip == "prefix" and draws[0] < settings.skip_explore:
-        return [True] * len(metric)
+    taus = [threshold(metric, settings, path) for path in paths or [""] * len(metric)]
+    large = [m >= tau for m, tau in zip(metric, taus, strict=True)]
     if settings.skip == "prefix":
-        return _all_but_prefix(metric, blocks, settings)
-    tau = threshold(metric, settings)
-    active = [m >= tau or draw < settings.skip_explore for m, draw in zip(metric, draws, strict=True)]
+        return [draws[0] < settings.skip_explore or on for on in _all_but_prefix(large, blocks, settings)]
+    active = [is_large or draw < settings.skip_explore for is_large, draw in zip(large, draws, strict=True)]
     largest = sorted(range(len(metric)), key=lambda place: metric[place], reverse=True)
     for place in largest[: settings.skip_min_active]:
         active[place] = True
     return active
 
 
-def _all_but_prefix(metric: Sequence[float], blocks: Sequence[int], settings: SkipSettings) -> list[bool]:
+def _all_but_prefix(large: Sequence[bool], blocks: Sequence[int], settings: SkipSettings) -> list[bool]:
     if settings.skip_share:
         skipped = int(settings.skip_share * (max(blocks) + 1) + 1e-9)
     else:
-        large = [block for m, block in zip(metric, blocks, strict=True) if m >= settings.skip_threshold]
-        skipped = min(large, default=max(blocks) + 1)
+        skipped = min((block for block, m in zip(blocks, large, strict=True) if m), default=max(blocks) + 1)
     while skipped and sum(block >= skipped for block in blocks) < settings.skip_min_active:
         skipped -= 1
     return [block >= skipped for block in blocks]
 
 
-def threshold(metric: Sequence[float], settings: SkipSettings) -> float:
-    """τ: the fixed one, or the value that `settings.skip_share` of `metric`, rounded down, lie below.
+def threshold(metric: Sequence[float], settings: SkipSettings, path: str = "") -> float:
+    """τ of the adapter at `path`: the fixed one, or the value that `settings.skip_share` of `metric` lie below.
 
-    While nothing is measured it is the fixed one.
+    Of a mapping that of the first name that is the path, or its end, or a regular expression of it; else 0.
     """
-    if not settings.skip_share or not metric:
-        return settings.skip_threshold
-    return sorted(metric)[int(settings.skip_share * len(metric) + 1e-9)]
+    if settings.skip_share and metric:
+        return sorted(metric)[int(settings.skip_share * len(metric) + 1e-9)]
+    fixed = settings.skip_threshold
+    return next((fixed[name] for name in fixed if named(name, path)), 0.0) if isinstance(fixed, dict) else fixed
+
+
+def named(name: str, path: str) -> bool:
+    """Whether `name` is the path, or the end of it, or a regular expression that matches all of it."""
+    return name_matches(name, path) or fullmatch(name, path, "skip_threshold")
 
 
 def block_numbers(paths: Sequence[str]) -> list[int]:

@@ -1,50 +1,73 @@
 """SkipLoRA between the steps of a run: measure and average M of every adapter, choose which are active, keep books."""
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from lorakit.adapters.attachment import is_disabled
-from lorakit.adapters.layer import AdapterLayer
-from lorakit.adapters.lora import LoRALayer
 from lorakit.adapters.probe import Probe
-from lorakit.errors import LorakitError, require
+from lorakit.errors import require
 from lorakit.seams import Controller
 from lorakit.settings import BY_SHARE, SkipSettings
-from lorakit.skip.choice import block_numbers, choose, threshold
+from lorakit.skip import choice
+from lorakit.skip.probes import keep_the_cut, probe_model, remove_probes
 
 
-class SkipLoRA(Controller):
+class SkipLoRA(Controller, TrainerCallback):
     """Skips LoRA adapters, lorakit's or PEFT's, whose update is small; inference stays that of LoRA.
 
-    Without lorakit's trainer: `begin()`, then for each optimizer step `begin_step(share of the run done)`, forward,
-    backward, `optimizer.step()`, `after_step(share, optimizer)`, `zero_grad()`; at last `end()`. On the
-    Hugging Face Trainer: `SLoRATrainer(…, controllers=[skip])`. A decision holds for a whole optimizer step, however
+    On the Hugging Face Trainer: `Trainer(…, callbacks=[SkipLoRA(model)])`. With a gate, in several processes or where
+    a resumed run must be bitwise the same: `SLoRATrainer(…, controllers=[skip])`. In a loop of one's own: `begin()`,
+    then for each optimizer step `begin_step(share of the run done)`, forward, backward, `optimizer.step()`,
+    `after_step(share, optimizer)`, `zero_grad()`; at last `end()`. A decision holds for a whole optimizer step, however
     many batches it accumulates, and is the same in every process (under DistributedDataParallel with
     `find_unused_parameters=True`).
 
     Args:
         model: has LoRA attached.
-        settings: see `SkipSettings`; `skip` is "adapter" or "prefix".
+        threshold: an adapter whose M = ‖Δh‖/‖h‖ is below it is skipped; or thresholds by name (a path, the end of one,
+            or a regular expression of a whole one; the first that fits counts), all other adapters never being skipped.
+        decide: "forward", by M of this very batch; or "ema", by an average, before the step.
+        skip: "adapter", each by itself; "prefix": the first blocks together, which ends the backward pass early.
         seed: of the exploration, the same in every process.
+        settings: in place of all these and `others`: what a run is told, see `SkipSettings`.
+        others: `SkipSettings`' without the prefix: warmup (a tenth of the run: at its start every M is 0), explore, ….
 
     Raises:
-        ParameterError: no adapter that can be skipped, or fewer than `settings.skip_min_active`.
+        ParameterError: no adapter that can be skipped, or fewer than `skip_min_active`; a name that none has.
     """
 
     name = "skip"
     kept = ("metric", "steps", "skipped", "history", "since_point", "generator")
 
-    def __init__(self, model: nn.Module, settings: SkipSettings, seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float | dict[str, float] = 0.05,
+        decide: str = "forward",
+        *,
+        skip: str = "adapter",
+        seed: int = 0,
+        settings: SkipSettings | None = None,
+        **others: Any,
+    ):
+        if settings is None:
+            named = {f"skip_{name}": value for name, value in others.items()}
+            settings = SkipSettings(skip=skip, skip_threshold=threshold, skip_decide=decide, **named)
+        require(settings.skip != "none", "skip", settings.skip, "must be adapter or prefix")
         self.model, self.settings = model, settings
         self.probes = probe_model(model)
         self.paths = [probe.path for probe in self.probes]
-        self.blocks = block_numbers(self.paths)
+        self.blocks = choice.block_numbers(self.paths)
         least, most = settings.skip_min_active, len(self.probes)
         require(least <= most, "skip_min_active", least, f"the model has {most} adapters")
+        for name in settings.skip_threshold if isinstance(settings.skip_threshold, dict) else ():
+            found = any(choice.named(name, path) for path in self.paths)
+            require(found, "skip_threshold", name, f"no adapter is called so; there are {', '.join(self.paths)}")
         self.generator = torch.Generator().manual_seed(seed)
         # M of each adapter, averaged; None before the first measurement, and of one that no forward has visited yet
         self.metric: list[float | None] | None = None
@@ -129,14 +152,25 @@ class SkipLoRA(Controller):
         return ("".join("01"[probe.active] for probe in self.probes), self.probes[0].measuring)
 
     def report(self) -> dict[str, Any]:
-        share = sum(self.skipped) / max(1, self.steps * len(self.probes))
-        return {
-            "adapters": self.paths,
-            "blocks": self.blocks,
-            "share_skipped": share,
-            "share_skipped_per_adapter": [round(count / max(1, self.steps), 4) for count in self.skipped],
-            "history": self.history,
-        }
+        shares = [count / max(1, self.steps) for count in self.skipped]
+        told = {"share_skipped": sum(shares) / len(shares), "share_skipped_per_adapter": [round(s, 4) for s in shares]}
+        return {"adapters": self.paths, "blocks": self.blocks, **told, "history": self.history}
+
+    # the Hugging Face Trainer's ------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        told = "several processes decide together in SLoRATrainer(…, controllers=[SkipLoRA(…)])"
+        require(args.world_size == 1, "callbacks", "SkipLoRA", told)
+        self.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin_step(state.global_step / state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.after_step(state.global_step / state.max_steps, optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.end()
 
     # inside a step -------------------------------------------------------------------------------------
 
@@ -154,7 +188,8 @@ class SkipLoRA(Controller):
         place = self.probes.index(probe)
         before = [other.active for other in self.probes[:place] if other.squares is not None]  # visited before
         (m,) = self._measured([probe])
-        tau = threshold([metric for metric in self.metric or [] if metric is not None], self.settings)
+        known = [metric for metric in self.metric or [] if metric is not None]
+        tau = choice.threshold(known, self.settings, probe.path)
         needed = self.settings.skip_min_active - sum(before) >= len(self.probes) - place
         cut_ended = self.settings.skip == "prefix" and any(before)
         return m is None or m >= tau or needed or cut_ended or self._forced[place]
@@ -164,7 +199,7 @@ class SkipLoRA(Controller):
         seen = [place for place, m in enumerate(metric) if m is not None]
         names = sorted({self.blocks[place] for place in seen})
         given = [metric[place] for place in seen], [names.index(self.blocks[place]) for place in seen]
-        active = choose(*given, self.settings, self.generator)
+        active = choice.choose(*given, self.settings, self.generator, [self.paths[place] for place in seen])
         chosen = dict(zip(seen, active, strict=True))
         return [chosen.get(place, True) for place in range(len(metric))]
 
@@ -177,84 +212,3 @@ class SkipLoRA(Controller):
         update, output = self._sum(squares.flatten()).view(-1, 2).T
         means = (update / output.clamp_min(1e-30)).sqrt().tolist()
         return [mean if visited else None for mean, visited in zip(means, (output > 0).tolist(), strict=True)]
-
-
-# probes on a model -------------------------------------------------------------------------------------
-
-
-def probe_model(model: nn.Module) -> list[Probe]:
-    """Give every LoRA adapter of `model`, lorakit's or PEFT's, a probe; in the order of the model's modules.
-
-    Raises:
-        ParameterError: there is none, or one whose update is no term of its own (HiRA, DoRA, …).
-    """
-    probes = []
-    for path, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            require(isinstance(module, LoRALayer), "skip", path, f"cannot skip a {type(module).__name__}")
-            module.probe = Probe(path, (module.lora_A, module.lora_B))
-            probes.append(module.probe)
-        elif type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "lora_variant"):
-            probes.append(_probe_peft(path, module))
-    require(probes != [], "skip", type(model).__name__, "the model has no LoRA adapter")
-    return probes
-
-
-def _probe_peft(path: str, layer: nn.Module) -> Probe:
-    """Hooks on a PEFT LoRA layer: its base gives h, its A the inner values, its B's output is what is detached."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    require(len(names) == 1, "skip", path, f"needs one active PEFT LoRA adapter per layer, has {len(names)}")
-    (name,) = names
-    require(name not in layer.lora_variant, "skip", path, "cannot skip a LoRA variant (DoRA, …)")
-    A, B, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-    require(isinstance(A, nn.Linear), "skip", path, "can skip PEFT LoRA on linear layers only")
-    probe, seen = Probe(path, (A.weight, B.weight)), {}
-    layer.probe = probe  # for who asks what rests
-
-    def base(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if layer.training and torch.is_grad_enabled():
-            seen["h"], seen["x"] = out.detach().reshape(-1, out.shape[-1]), args[0]
-
-    def inner(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        if "h" not in seen:
-            return None
-        probe.see(seen.pop("h"), out.reshape(-1, out.shape[-1]), B.weight, scaling)
-        probe.require_cut(seen.pop("x"))
-        return None if probe.active else out.detach()
-
-    cut = (B, lambda _, args, out: None if probe.active else out.detach())
-    for module, hook in ((layer.base_layer, base), (A, inner), cut):
-        probe.handles.append(module.register_forward_hook(hook))
-    return probe
-
-
-def keep_the_cut(model: nn.Module) -> None:
-    """Undo what transformers does for gradient checkpointing and what would make a prefix's backward run all the same.
-
-    Enabling checkpointing makes the embeddings' output require a gradient, which only the reentrant kind needs.
-
-    Raises:
-        LorakitError: checkpointing is the reentrant kind.
-    """
-    for module in model.modules():
-        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant"):
-            raise LorakitError(
-                "skip='prefix': reentrant checkpointing undoes the cut; enable it with use_reentrant=False"
-            )
-    for module in model.modules():
-        if getattr(module, "_require_grads_hooks", None):
-            module.disable_input_require_grads()
-
-
-def remove_probes(model: nn.Module, probes: Sequence[Probe]) -> None:
-    """Take the probes off: every adapter is trained again, and inference is that of plain LoRA."""
-    for module in model.modules():
-        if isinstance(module, LoRALayer):
-            module.probe = None
-        elif getattr(module, "probe", None) in probes:
-            del module.probe
-    for probe in probes:
-        probe.active = True
-        while probe.handles:
-            probe.handles.pop().remove()

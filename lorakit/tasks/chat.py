@@ -12,7 +12,7 @@ Segment = tuple[str, bool]  # text, is it predicted
 START, END = "<start_of_turn>", "<end_of_turn>"
 EXPECTED = (
     '{"messages": [{"role": …, "content": text}, …]} with roles system (optional, first), then user and assistant '
-    "in turn, ending with assistant, no content blank; or prompt and completion"
+    "in turn, ending with assistant, no content blank; or prompt and completion, or instruction, input and output"
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import DataError
-from lorakit.settings import DataSettings
+from lorakit.settings import OWN, DataSettings
 from lorakit.tasks import chat, corpus, readers
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, content
 from lorakit.tasks.task import SPLITS
@@ -23,6 +23,7 @@ NAMED = {
     "test": ("test", "testing", "holdout"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
 }  # split -> words in its files' names
+ASKED = {"prompt": "completion", "instruction": "output"}  # question -> answer; Alpaca's may have an `input`
 Row = tuple[Path, int, dict[str, Any]]  # file, line, values by column
 
 
@@ -40,14 +41,16 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
     if dataset is not None:
         if unknown := {*dataset} - {*SPLITS}:
             raise DataError(f"dataset: splits must be among {', '.join(SPLITS)}, not {', '.join(sorted(unknown))}")
-        whole = {split: Path(f"dataset[{split!r}]") for split in dataset}
+        whole, told = {split: Path(f"dataset[{split!r}]") for split in dataset}, []
         given = {split: [(at, n, row) for n, row in enumerate(_named(dataset[split], asked), 1)]
                  for split, at in whole.items()}  # fmt: skip
         files = {str(at): getattr(dataset[split], "_fingerprint", "") for split, at in whole.items()}
     else:
         paths = _files(place, name)
-        given = {split: [row for path in paths if _split(path) == split for row in _rows(path)] for split in SPLITS}
+        whole = {split: [path for path in paths if _split(path) == split] for split in SPLITS}
+        given = {split: [row for path in parts for row in _rows(path)] for split, parts in whole.items()}
         files = corpus.fingerprints(path.resolve() for path in paths)
+        told = [f"{split}: {', '.join(path.name for path in parts)}" for split, parts in whole.items() if parts]
     if not given.get("train"):
         raise DataError(f"no training rows: {', '.join(files)}; a file named after another split is none of train")
     made = {split: [(row, MADE[name](row, asked)) for row in given.get(split, ())] for split in SPLITS}
@@ -62,7 +65,7 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
     taught = {row.label for row in found.train} if classes else set()
     if untaught := [name for name, label in number.items() if label not in taught]:
         found.notes.append(f"no training row is left of class {', '.join(untaught)}")
-    return replace(found, files=files, classes=classes)
+    return replace(found, files=files, classes=classes, notes=[*found.notes, *["; ".join(told)] * bool(told)])
 
 
 def _named(rows: Any, asked: DataSettings) -> Iterator[Any]:
@@ -145,14 +148,16 @@ def _labelled(row: Row, asked: DataSettings, pair: bool = False) -> Labelled:
 
 
 def chats(path: Path) -> list[chat.Chat]:
-    """The conversation in each row of a file: of a column `messages`, or of `prompt` and `completion`."""
+    """The conversation in each row of a file: of a column `messages`, or of those in `ASKED`."""
     return [_chat(row) for row in _rows(path)]
 
 
 def _chat(row: Row, asked: Any = None) -> chat.Chat:
     messages = row[2]
-    if isinstance(messages, dict) and messages.get("messages") is None and "prompt" in messages:
-        texts = {"user": _text(row, "prompt"), "assistant": _text(row, "completion")}
+    if isinstance(messages, dict) and messages.get("messages") is None and (first := [*ASKED.keys() & messages.keys()]):
+        question, more = _text(row, first[0]), first[0] == "instruction" and messages.get("input")
+        texts = {"user": f"{question}\n\n{_text(row, 'input')}" if more else question,
+                 "assistant": _text(row, ASKED[first[0]])}  # fmt: skip
         messages = [{"role": role, "content": text} for role, text in texts.items()]
     elif isinstance(messages, dict):
         messages = messages.get("messages")
@@ -164,11 +169,8 @@ def _chat(row: Row, asked: Any = None) -> chat.Chat:
 def _classes(made: Mapping[str, list[tuple[Row, Labelled]]]) -> list[str]:
     """The training rows' classes, numbers by size, names by the alphabet."""
     found = {row.label for _, row in made["train"]}
-    names = (
-        sorted(found, key=lambda name: (int(name), name))
-        if all(re.fullmatch(r"-?\d+", label) for label in found)
-        else sorted(found)
-    )
+    numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
+    names = sorted(found, key=lambda name: (int(name) if numbers else 0, name))
     if len(names) < 2:
         raise DataError(f"training rows have {len(names)} classes, must be at least 2: {', '.join(names) or 'no rows'}")
     for (path, line, _), row in made["validation"] + made["test"]:
@@ -177,8 +179,7 @@ def _classes(made: Mapping[str, list[tuple[Row, Labelled]]]) -> list[str]:
     return names
 
 
-MADE: dict[str, Callable[[Row, DataSettings], Any]] = {
-    "labelled": _labelled, "pairs": partial(_labelled, pair=True), "chat": _chat, "text": _document,
-}  # fmt: skip
-FORMS = {"labelled": "labelled", "pairs": "labelled", "text": "documents", "chat": "chats"}
+Make = Callable[[Row, DataSettings], Any]
+MADE: dict[str, Make] = dict(zip(OWN, (_labelled, partial(_labelled, pair=True), _document, _chat), strict=True))
+FORMS = dict(zip(OWN, ("labelled", "labelled", "documents", "chats"), strict=True))
 RECIPES = {name: Recipe(form, "", None, LAYOUT) for name, form in FORMS.items()}

@@ -66,6 +66,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
         ddp_timeout=int(waited),
         ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
         dataloader_pin_memory=on_cuda,
+        dataloader_num_workers=params.dataloader_num_workers,
     )
     if why := _lacking(arguments, params.optimizer):
         usable = [name.value for name in OptimizerNames if not _lacking(arguments, name.value)]

@@ -179,7 +179,7 @@ def test_family_needs_no_weights_and_own_files_are_preferred(no_hub, bert):
     assert models.family("gpt2") == models.family("google/gemma-3-1b-pt") == "decoder"
     with pytest.raises(AssetError, match="unreachable.*packaged dimensions: .*all-MiniLM-L6-v2, bert-base"):
         models.family("unknown-model")
-    with pytest.raises(ParameterError, match="model='t5': is an encoder-decoder"):
+    with pytest.raises(ParameterError, match="model='t5': t5 is an encoder-decoder"):
         configs.family_of(T5Config())
 
 

@@ -34,7 +34,15 @@ SETTINGS = {
     if said.get("task") in HUB_TASKS and said.get("model") not in assets.ASSETS
 }
 ROWS = [(setting, row) for setting in SETTINGS for row in params.files.rows_of(PARAMS / setting)]
-CUT = {"budget": 3, "evaluations": 1, "max_train": 48, "max_validation": 8, "max_test": 8, "max_length": 64}
+CUT = {
+    "budget": 3,
+    "budget_unit": "accepted_steps",
+    "evaluations": 1,
+    "max_train": 48,
+    "max_validation": 8,
+    "max_test": 8,
+    "max_length": 64,
+}
 CUT |= {"batch_size": 4, "eval_batch_size": 8, "latency_repeats": 1, "predict_memory": False}
 NOT_SEARCHED = "learning rate not searched"
 

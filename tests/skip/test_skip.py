@@ -152,7 +152,7 @@ def test_learns_from_b_zero(tmp_path, tiny_bert):
     frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
     for options in ({"warmup": 0.2}, {"warmup": 0.0, "explore": 0.0}, {"warmup": 0.0, "decide": "forward"}):
         twin = copy.deepcopy(model)
-        skip = SkipLoRA(twin, runs.skipping(threshold=10.0, mode="adapter", **options))
+        skip = SkipLoRA(twin, settings=runs.skipping(threshold=10.0, mode="adapter", **options))
         trainer = runs.trainer(twin, tmp_path, budget=Budget(30, "steps"), controllers=[skip])
         trainer.train()
         norms = [float(layer.lora_B.norm()) for layer in adapter_layers(twin).values()]
@@ -165,7 +165,7 @@ def test_threshold_zero_is_plain_lora_bitwise(tmp_path, tiny_bert):
     model = attach(tiny_bert(), "lora", rank=4, seed=0)
     twin = copy.deepcopy(model)
     runs.trainer(model, tmp_path / "a").train()
-    skip = SkipLoRA(twin, runs.skipping(threshold=0.0))
+    skip = SkipLoRA(twin, settings=runs.skipping(threshold=0.0))
     runs.trainer(twin, tmp_path / "b", controllers=[skip]).train()
     assert runs.equal(runs.weights(model), runs.weights(twin))
     assert skip.report()["share_skipped"] == 0
@@ -178,7 +178,7 @@ def test_resume_is_bitwise(mode, decide, tmp_path, tiny_bert):
         torch.manual_seed(0)
         model = attach(tiny_bert(), "lora", rank=4, seed=0)
         settings = runs.skipping(mode=mode, decide=decide, share=0.5, warmup=0.1, explore=0.3, measure_every=2)
-        skip = SkipLoRA(model, settings, seed=3)
+        skip = SkipLoRA(model, settings=settings, seed=3)
         return skip, runs.trainer(model, folder, budget=Budget(14, "steps"), controllers=[skip], save_steps=5)
 
     skip, whole = made(tmp_path / "whole")
@@ -247,7 +247,7 @@ def test_reentrant_checkpointing_is_refused(tiny_bert):
 
 def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
     model = plain_peft(tiny_bert())
-    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.2, explore=0.0))
+    skip = SkipLoRA(model, settings=runs.skipping(share=0.5, warmup=0.2, explore=0.0))
     plain = runs.trainer(model, tmp_path)
     plain.args.max_steps = 10
     trainer = SLoRATrainer(model, plain.args, runs.rows(), data_collator=runs.collate, controllers=[skip])
@@ -258,7 +258,7 @@ def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
 
 def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     model = attach(tiny_bert(), "lora", rank=4, seed=0)
-    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.25, explore=0.0))
+    skip = SkipLoRA(model, settings=runs.skipping(share=0.5, warmup=0.25, explore=0.0))
     trainer = runs.trainer(model, tmp_path, controllers=[skip], evaluations=2)
     trainer.train()
     history = skip.report()["history"]
@@ -335,19 +335,21 @@ def test_models_that_cannot_be_skipped(tiny_bert):
     from peft import LoraConfig, get_peft_model
 
     with pytest.raises(ParameterError, match="no LoRA adapter"):
-        SkipLoRA(attach(tiny_bert(), "head"), runs.skipping())
+        SkipLoRA(attach(tiny_bert(), "head"), settings=runs.skipping())
     with pytest.raises(ParameterError, match="cannot skip a HiRALayer"):
-        SkipLoRA(attach(tiny_bert(), "hira"), runs.skipping())
+        SkipLoRA(attach(tiny_bert(), "hira"), settings=runs.skipping())
     with pytest.raises(ParameterError, match="skip_min_active=14.*13 adapters"):
-        SkipLoRA(attach(tiny_bert(), "lora"), runs.skipping(min_active=14))
-    SkipLoRA(attach(tiny_bert(), "lora"), runs.skipping(min_active=13))
+        SkipLoRA(attach(tiny_bert(), "lora"), settings=runs.skipping(min_active=14))
+    SkipLoRA(attach(tiny_bert(), "lora"), settings=runs.skipping(min_active=13))
     with pytest.raises(ParameterError, match="LoRA variant"):
-        SkipLoRA(get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), runs.skipping())
+        SkipLoRA(
+            get_peft_model(tiny_bert(), LoraConfig(use_dora=True, target_modules=["query"])), settings=runs.skipping()
+        )
     two = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
     two.add_adapter("other", LoraConfig(target_modules=["query"]))
     two.base_model.set_adapter(["default", "other"])
     with pytest.raises(ParameterError, match="one active PEFT LoRA adapter per layer, has 2"):
-        SkipLoRA(two, runs.skipping())
+        SkipLoRA(two, settings=runs.skipping())
     image = get_peft_model(nn.Sequential(nn.Conv2d(1, 2, 3)), LoraConfig(target_modules=["0"]))
     with pytest.raises(ParameterError, match="linear layers only"):
-        SkipLoRA(image, runs.skipping())
+        SkipLoRA(image, settings=runs.skipping())

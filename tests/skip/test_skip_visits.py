@@ -41,7 +41,7 @@ class Dropped(nn.Module):
 def started(model, targets, **options):
     torch.manual_seed(0)
     model = at_work(attach(model, "lora", rank=4, target_modules=targets, trainable=(), seed=0).train())
-    skip = SkipLoRA(model, runs.skipping(**ALWAYS | options))
+    skip = SkipLoRA(model, settings=runs.skipping(**ALWAYS | options))
     skip.begin()
     return model, skip
 
@@ -74,7 +74,7 @@ def test_an_encoder_of_pytorch_skips_what_its_forward_visits(decide):
     idle = [path for path, count in zip(skip.paths, skip.skipped, strict=True) if count]
     assert idle and not any(path.endswith("out_proj") for path in idle)
     assert max(skip.skipped) == 3  # all but the first step, which measured
-    again = SkipLoRA(model, skip.settings)
+    again = SkipLoRA(model, settings=skip.settings)
     again.load_state_dict(skip.state_dict())
     assert again.metric == skip.metric
 

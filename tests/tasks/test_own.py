@@ -85,11 +85,12 @@ def test_a_file_s_name_says_its_split_and_a_glob_which_files(tmp_path):
     written(tmp_path, "my-test.jsonl", rows[100:])
     (tmp_path / "notes.md").write_text("no data")
     found = corpus("labelled", tmp_path)
-    assert list(map(len, splits(found))) == [80, 20, 20] and found.notes == []
+    assert list(map(len, splits(found))) == [80, 20, 20]
+    assert found.notes == ["train: b.csv, train_a.csv; validation: dev.csv; test: my-test.jsonl"]
     assert {row.text for row in found.test} == {row["text"] for row in rows[100:]}
     only = corpus("labelled", f"{tmp_path}/*.csv")
     assert [len(only.train) + len(only.test), len(only.validation)] == [80, 20]
-    assert only.notes == ["test: cut from train"]
+    assert only.notes == ["test: cut from train", "train: b.csv, train_a.csv; validation: dev.csv"]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,14 @@ def test_pairs_text_and_chats(tmp_path):
     assert sorted(documents) == sorted(f"first {n}\nits second line" for n in range(30))
     asked = [{"prompt": f"Is it {n}?", "completion": "Yes."} for n in range(15)]
     told = [{"messages": [CHAT[0] | {"content": f"And {n}?"}, CHAT[1]]} for n in range(15)]
+    alpaca = [{"instruction": f"Add {n}.", "input": "" if n % 2 else f"{n}", "output": "Done."} for n in range(15)]
+    written(tmp_path / "c", "alpaca.csv", alpaca)
     written(tmp_path / "c", "prompts.jsonl", asked)
     written(tmp_path / "c", "messages.parquet", told)
     chats = sum(splits(corpus("chat", tmp_path / "c")), [])
-    assert len(chats) == 30 and {chat[1]["content"] for chat in chats} == {"Yes.", "It is."}
+    assert len(chats) == 45 and {chat[1]["content"] for chat in chats} == {"Yes.", "It is.", "Done."}
+    added = {f"Add {n}." if n % 2 else f"Add {n}.\n\n{n}" for n in range(15)}
+    assert {chat[0]["content"] for chat in chats if chat[1]["content"] == "Done."} == added
 
 
 def test_from_a_csv_of_tickets_to_an_exported_model_that_names_classes(tmp_path, capsys):

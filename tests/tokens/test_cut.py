@@ -48,7 +48,7 @@ def cut_of(model: nn.Module) -> int:
 
 def skipping(model: nn.Module, share: float = 0.5, **options) -> SkipLoRA:
     """In a step in which the first `share` of the blocks rests."""
-    skip = SkipLoRA(model, runs.skipping("prefix", share=share, warmup=0.0, explore=0.0, **options))
+    skip = SkipLoRA(model, settings=runs.skipping("prefix", share=share, warmup=0.0, explore=0.0, **options))
     skip.bind_two_passes()
     skip.begin()
     skip.begin_step(0.5)
@@ -158,7 +158,7 @@ def test_pefts_own_adapters_rest_too():
 def test_everything_combined_is_one_run(tmp_path):
     """fractional + prefix by share + NF4 + exact loss: trained, resting blocks untouched, the rest moved."""
     model = four("gemma", nf4=True)
-    skip = SkipLoRA(model, runs.skipping("prefix", share=0.5, warmup=0.0, explore=0.0))
+    skip = SkipLoRA(model, settings=runs.skipping("prefix", share=0.5, warmup=0.0, explore=0.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     run = budgeted(model, tmp_path, {"mode": "fractional", "score": "update", "topk_tokens": 0.2}, controllers=[skip])
     runs.ran(run)
@@ -177,7 +177,7 @@ def test_a_measured_skip_is_refused_by_name(given, tmp_path):
     with pytest.raises(ParameterError, match="^gating.mode='fractional': measures no layers"):
         check(Params(gating=TokenSettings(gating=chosen).gating, **given))
     named = {name.removeprefix("skip_"): value for name, value in given.items() if name != "skip"}
-    skip = SkipLoRA(model := decoder(), runs.skipping(given["skip"], **named))
+    skip = SkipLoRA(model := decoder(), settings=runs.skipping(given["skip"], **named))
     with pytest.raises(ParameterError, match="^gating.mode='fractional': measures no layers"):
         budgeted(model, tmp_path, {"mode": "fractional"}, controllers=[skip])
 

@@ -118,7 +118,7 @@ def test_chunks_count_where_the_head_does_something_once_a_call(tmp_path, monkey
 
 def test_classifiers_and_controllers_signatures(tmp_path):
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
-    skip = SkipLoRA(model, runs.skipping(share=0.5, warmup=0.1, measure_every=3))
+    skip = SkipLoRA(model, settings=runs.skipping(share=0.5, warmup=0.1, measure_every=3))
     run = runs.trainer(model, tmp_path, controllers=[skip])
     run.meter = run.run.meter = Recounted()
     run.train()

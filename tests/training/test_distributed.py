@@ -36,7 +36,7 @@ def skipping(folder: str, **options) -> dict:
     """A short run that skips; what this process ended with."""
     model = attach(runs.tiny_bert(), "lora", rank=4, seed=0)
     settings = runs.skipping(warmup=0.2, explore=0.2, measure_every=2, **options)
-    skip = SkipLoRA(model, settings, seed=1)
+    skip = SkipLoRA(model, settings=settings, seed=1)
     decided = []
     after = skip.after_step
     skip.after_step = lambda *a: (decided.append(skip.signature()[0]), after(*a))

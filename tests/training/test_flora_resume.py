@@ -225,7 +225,7 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(ParameterError, match="^gating.mode='fractional': needs a causal language model"):
         FLoRATrainer(runs.tiny_masked(), arguments(tmp_path), gating={"method": "flora", "mode": "fractional"})
     model = decoder()
-    skip = SkipLoRA(model, runs.skipping(), seed=0)
+    skip = SkipLoRA(model, settings=runs.skipping(), seed=0)
     with pytest.raises(ParameterError, match="^gating.mode='fractional': measures no layers"):
         budgeted(model, tmp_path, {"mode": "fractional"}, controllers=[skip])
 
