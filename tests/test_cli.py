@@ -79,7 +79,8 @@ def test_the_demo_ends_with_a_page_and_a_verdict(tmp_path, monkeypatch, capsys):
 
     for row in ("lora", "head"):
         records.write(record(row, setting=setting), tmp_path / "results" / setting / row / "s0.json")
-    monkeypatch.setattr(files, "PROJECT", tmp_path)
+    monkeypatch.setattr(files, "HOME", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sweep, "plan", planned)
     monkeypatch.setattr(sweep, "sweep", lambda runs, jobs: 0)
     monkeypatch.setattr("lorakit.assets.fetch", lambda name: None)

@@ -118,8 +118,7 @@ def _try_outline(params: Params, kind: str) -> None:
     if params.quantize == "nf4":
         quantisable(outline)
     if params.method == "peft":  # some types read weights as they are attached
-        build_config(outline, params.peft_type, params.peft_options, AdapterSettings.of(params), params.target_modules,
-                     resolve_trainable(outline, "head"), LARGEST[int])  # fmt: skip
+        build_config(outline, params, AdapterSettings.of(params), resolve_trainable(outline, "head"), LARGEST[int])
     else:
         outline = adapters.attach(outline, **adapters.asked_of(params))
     build_tokens(params.gating, outline, kind)

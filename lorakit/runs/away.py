@@ -164,7 +164,7 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
         table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join(_ask(found, rows, most))
         if asked.compare:
             with adapters.disabled(found.model):
-                table = table.join(_ask(found, rows, most), rsuffix="_adapter_off")
+                table = table.join(_ask(found, rows, most).add_suffix("_adapter_off"))
     if asked.output:
         with written(output) as path:
             text = table.to_csv(index=False) if output.suffix == ".csv" else table.to_json(orient="records", lines=True)
