@@ -10,7 +10,6 @@ limit, with Holm's correction over all claims of a setting, those not run yet am
 import argparse
 import functools
 import subprocess
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -124,9 +123,8 @@ def find(claim: Claim, records: Sequence[Record], written: datetime | None = Non
     groups = {name: {record.seed: record for record in rows.get(name, [])} for name in (claim.row, claim.against)}
     missing = []
     for name, group in groups.items():
-        ends = {seed: group[seed].status if seed in group else "" for seed in claim.seeds}
-        others = {seed: end.replace("_", " ") for seed, end in ends.items() if end != "done"}
-        told = [f"{seed} ({end})" if end else str(seed) for seed, end in others.items()]
+        ends = {seed: f" ({group[seed].status.replace('_', ' ')})" if seed in group else "" for seed in claim.seeds}
+        told = [f"{seed}{end}" for seed, end in ends.items() if end != " (done)"]
         missing += [f"{name}: {', '.join(told)}"] if told else []
     if missing:
         return Finding(claim, missing=f"no run of {'; '.join(missing)}")
@@ -200,12 +198,10 @@ def claims_table(
     Args:
         written: when each claim was; None: not asked. A claim that it lacks is told as one without a date.
     """
-    settings, lines = defaultdict(list), {}
-    for claim in claims:
-        settings[claim.setting].append(claim)
-    for setting, group in settings.items():
+    lines = {}
+    for setting in dict.fromkeys(claim.setting for claim in claims):
         of = [record for record in records if record.setting == setting]
-        found = [find(claim, of, (written or {}).get(claim.id)) for claim in group]
+        found = [find(claim, of, (written or {}).get(claim.id)) for claim in claims if claim.setting == setting]
         if written is not None:
             found = [one if one.claim.id in written else replace(one, exploratory="without a date") for one in found]
         for one, verdict in zip(found, verdicts(found), strict=True):
