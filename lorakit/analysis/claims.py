@@ -26,7 +26,7 @@ from lorakit.analysis.frame import frame, require_comparable
 from lorakit.analysis.significance import ALPHA, below, holm, seeds_needed, smallest_effect
 from lorakit.analysis.tables import NONE, Table
 from lorakit.errors import DataError, require
-from lorakit.files import PROJECT, write_text
+from lorakit.files import PROJECT
 from lorakit.records import Record, read_all
 
 BETTER = {"lower is better": 1, "higher is better": -1}  # the sign that makes more of a metric worse
@@ -239,9 +239,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     require(args.setting in ("", *settings), "--setting", args.setting, f"must be one of {', '.join(settings)}")
     chosen = [claim for claim in claims if args.setting in ("", claim.setting)]
     records = read_all(args.results or [PROJECT / "results"])
-    table = Table(claims_table(chosen, records, written_at(args.claims, claims)), READING)
-    text = (table.markdown() if args.markdown else str(table)) + "\n"
-    print(text, end="")
-    if args.output:
-        write_text(text, args.output)
+    Table(claims_table(chosen, records, written_at(args.claims, claims)), READING).tell(args.markdown, args.output)
     return 0
