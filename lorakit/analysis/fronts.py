@@ -1,6 +1,5 @@
 """What rows bought against what they cost: which no other row beats in both, and which of them fit a case."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -60,10 +59,10 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     best = (max if higher else min)(
         (row for row, (_, values) in found.items() if len(values) == most), key=lambda row: np.mean(found[row][1])
     )
-    scale = functools.partial(_logarithm, value) if value.endswith("perplexity") else value
+    scale = f"{value.split(' ')[0]} loss" if value.endswith("perplexity") else value  # its logarithm, in every record
     gaps = {row: stats.paired_differences(group, found[best][0], scale) for row, (group, _) in found.items()}
-    tested = {row: two_sided(gap.differences) for row, gap in gaps.items() if row != best and gap.estimate}
-    tested = {row: p for row, p in tested.items() if len(gaps[row].seeds) >= stats.MINIMUM_SEEDS}
+    others = {row: gap for row, gap in gaps.items() if row != best and len(gap.seeds) >= stats.MINIMUM_SEEDS}
+    tested = {row: two_sided(gap.differences) for row, gap in others.items()}
     adjusted = dict(zip(tested, holm([*tested.values()], len(found) - 1), strict=True))
     lines = {}
     for row, (group, values) in found.items():
@@ -77,12 +76,6 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
     table = pd.DataFrame(lines).T.infer_objects().astype({"low": float, "high": float})
     return table.join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
-
-
-def _logarithm(value: str, record: Record) -> float | None:
-    split, _, metric = value.partition(" ")
-    found = record.final.get(split, {}).get(metric)
-    return math.log(found) if found else None
 
 
 def standings_table(records: Sequence[Record], value: str = "") -> pd.DataFrame:
