@@ -167,10 +167,9 @@ def policy_errors(table: pd.DataFrame) -> Figure:
     """`policy_table` by share of chosen tokens. Left: where the mean estimate points. Right: how far one is off."""
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
-    looks = dict(zip(names, style.series(len(names)), strict=True))
     with style.panel(2.7, 2) as (left, right):
-        style.lines(left, table.pivot(index="share", columns="policy", values="cosine"), looks)
-        style.lines(right, table.pivot(index="share", columns="policy", values="off"), looks)
+        style.lines(left, table.pivot(index="share", columns="policy", values="cosine")[names])
+        style.lines(right, table.pivot(index="share", columns="policy", values="off")[names])
         lowest = table["cosine"].min() - 0.05
         left.set(ylabel="cosine with the full gradient", ylim=(lowest, 1.02), title="the mean estimate")
         right.set(ylabel="rms error, full gradient = 1", ylim=(0, None), title="one estimate")
