@@ -165,8 +165,7 @@ def written_at(path: Path, claims: Sequence[Claim]) -> dict[str, datetime]:
 
 def verdicts(found: Sequence[Finding]) -> list[str]:
     """A verdict for each finding, all of one setting."""
-    run = [one for one in found if one.values and len(one.values) >= stats.MINIMUM_SEEDS]
-    sides = {one.claim.id: one.p_values() for one in run}
+    sides = {one.claim.id: one.p_values() for one in found if len(one.values) >= stats.MINIMUM_SEEDS}
     adjusted = dict(zip(sides, holm([2 * min(pair) for pair in sides.values()], len(found)), strict=True))
     told = []
     for one in found:
