@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
 from lorakit.head import HeadInput, find_head, rows
-from lorakit.settings import Gating
+from lorakit.settings import Gating, TokenSettings
 from lorakit.sketches import sparse_error
 from lorakit.sketches.head_gradient import predicted
 from lorakit.studies.sketches import SPARSE, Sketched
@@ -90,11 +90,9 @@ def label_overlap(table: pd.DataFrame) -> Figure:
 
 def gradient(model: nn.Module, batch: Batch, **settings: Any) -> Tensor:
     """Gradient (P,) of everything trained, as FLoRA's trainer would have it; `settings` are keys of `gating`."""
-    tokens, inputs = build_tokens(Gating(**settings), model, "causal"), dict(batch)
+    tokens, inputs = build_tokens(Gating(**settings), model, "causal", loss=TokenSettings()), dict(batch)
     labels = inputs.pop("labels")
-    if tokens.selective:
-        return _flat(tokens.select(model, inputs, labels).finish() / tokens.divisor(labels), model)
-    return _flat(token_losses(model, batch).mean(), model)
+    return _flat(tokens.select(model, inputs, labels).finish() / tokens.divisor(labels), model)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
