@@ -10,7 +10,6 @@ limit, with Holm's correction over all claims of a setting, those not run yet am
 import argparse
 import functools
 import subprocess
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from lorakit.analysis.frame import frame, require_comparable
 from lorakit.analysis.significance import ALPHA, below, holm, seeds_needed, smallest_effect
 from lorakit.analysis.tables import NONE, Table
 from lorakit.errors import DataError, require
-from lorakit.files import PROJECT, write_text
+from lorakit.files import PROJECT
 from lorakit.records import Record, read_all
 
 BETTER = {"lower is better": 1, "higher is better": -1}  # the sign that makes more of a metric worse
@@ -124,9 +123,8 @@ def find(claim: Claim, records: Sequence[Record], written: datetime | None = Non
     groups = {name: {record.seed: record for record in rows.get(name, [])} for name in (claim.row, claim.against)}
     missing = []
     for name, group in groups.items():
-        ends = {seed: group[seed].status if seed in group else "" for seed in claim.seeds}
-        others = {seed: end.replace("_", " ") for seed, end in ends.items() if end != "done"}
-        told = [f"{seed} ({end})" if end else str(seed) for seed, end in others.items()]
+        ends = {seed: f" ({group[seed].status.replace('_', ' ')})" if seed in group else "" for seed in claim.seeds}
+        told = [f"{seed}{end}" for seed, end in ends.items() if end != " (done)"]
         missing += [f"{name}: {', '.join(told)}"] if told else []
     if missing:
         return Finding(claim, missing=f"no run of {'; '.join(missing)}")
@@ -167,8 +165,7 @@ def written_at(path: Path, claims: Sequence[Claim]) -> dict[str, datetime]:
 
 def verdicts(found: Sequence[Finding]) -> list[str]:
     """A verdict for each finding, all of one setting."""
-    run = [one for one in found if one.values and len(one.values) >= stats.MINIMUM_SEEDS]
-    sides = {one.claim.id: one.p_values() for one in run}
+    sides = {one.claim.id: one.p_values() for one in found if len(one.values) >= stats.MINIMUM_SEEDS}
     adjusted = dict(zip(sides, holm([2 * min(pair) for pair in sides.values()], len(found)), strict=True))
     told = []
     for one in found:
@@ -200,12 +197,10 @@ def claims_table(
     Args:
         written: when each claim was; None: not asked. A claim that it lacks is told as one without a date.
     """
-    settings, lines = defaultdict(list), {}
-    for claim in claims:
-        settings[claim.setting].append(claim)
-    for setting, group in settings.items():
+    lines = {}
+    for setting in dict.fromkeys(claim.setting for claim in claims):
         of = [record for record in records if record.setting == setting]
-        found = [find(claim, of, (written or {}).get(claim.id)) for claim in group]
+        found = [find(claim, of, (written or {}).get(claim.id)) for claim in claims if claim.setting == setting]
         if written is not None:
             found = [one if one.claim.id in written else replace(one, exploratory="without a date") for one in found]
         for one, verdict in zip(found, verdicts(found), strict=True):
@@ -243,9 +238,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     require(args.setting in ("", *settings), "--setting", args.setting, f"must be one of {', '.join(settings)}")
     chosen = [claim for claim in claims if args.setting in ("", claim.setting)]
     records = read_all(args.results or [PROJECT / "results"])
-    table = Table(claims_table(chosen, records, written_at(args.claims, claims)), READING)
-    text = (table.markdown() if args.markdown else str(table)) + "\n"
-    print(text, end="")
-    if args.output:
-        write_text(text, args.output)
+    Table(claims_table(chosen, records, written_at(args.claims, claims)), READING).tell(args.markdown, args.output)
     return 0

@@ -1,6 +1,5 @@
 """What rows bought against what they cost: which no other row beats in both, and which of them fit a case."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -53,36 +52,29 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     value = stats.named(value or stats.main_value(records))
     higher = METRICS.get(value.split(" ")[-1])
     require(higher is not None, "value", value, f"must be a split and one of {', '.join(METRICS)}")
-    groups = {row: (group, stats.finished(group, value)) for row, group in stats.by_row(records).items()}
-    found = {row: (group, [*told.values()]) for row, (group, told) in groups.items() if told}
+    groups = stats.by_row(records)
+    found = {row: [*told.values()] for row, group in groups.items() if (told := stats.finished(group, value))}
     require(bool(found), "value", value, "is in no finished run")
-    most = max(len(values) for _, values in found.values())
-    best = (max if higher else min)(
-        (row for row, (_, values) in found.items() if len(values) == most), key=lambda row: np.mean(found[row][1])
-    )
-    scale = functools.partial(_logarithm, value) if value.endswith("perplexity") else value
-    gaps = {row: stats.paired_differences(group, found[best][0], scale) for row, (group, _) in found.items()}
-    tested = {row: two_sided(gap.differences) for row, gap in gaps.items() if row != best and gap.estimate}
-    tested = {row: p for row, p in tested.items() if len(gaps[row].seeds) >= stats.MINIMUM_SEEDS}
+    most = max(map(len, found.values()))
+    leaders = [row for row, values in found.items() if len(values) == most]
+    best = (max if higher else min)(leaders, key=lambda row: np.mean(found[row]))
+    scale = f"{value.split(' ')[0]} loss" if value.endswith("perplexity") else value  # its logarithm, in every record
+    gaps = {row: stats.paired_differences(groups[row], groups[best], scale) for row in found}
+    others = {row: gap for row, gap in gaps.items() if row != best and len(gap.seeds) >= stats.MINIMUM_SEEDS}
+    tested = {row: two_sided(gap.differences) for row, gap in others.items()}
     adjusted = dict(zip(tested, holm([*tested.values()], len(found) - 1), strict=True))
     lines = {}
-    for row, (group, values) in found.items():
+    for row, values in found.items():
         mean, gap = stats.estimate(values), gaps[row]
         told = "best" if row == best else "too few seeds" if row not in tested else "within noise"
         if adjusted.get(row, 1) < ALPHA:
             told = "better" if (gap.estimate.mean > 0) == higher else "worse"
-        lines[row] = {"label": names.label(row, group), "seeds": mean.count, "common": len(gap.seeds),
+        lines[row] = {"label": names.label(row, groups[row]), "seeds": mean.count, "common": len(gap.seeds),
                       "mean": mean.mean, "low": mean.low, "high": mean.high, "standing": told}  # fmt: skip
     runs = frame(records).runs
     means = runs[runs["status"] == "done"].groupby("row").mean(numeric_only=True)
     table = pd.DataFrame(lines).T.infer_objects().astype({"low": float, "high": float})
     return table.join(means[[*(name for name, *_ in COSTS.values()), "seconds"]])
-
-
-def _logarithm(value: str, record: Record) -> float | None:
-    split, _, metric = value.partition(" ")
-    found = record.final.get(split, {}).get(metric)
-    return math.log(found) if found else None
 
 
 def standings_table(records: Sequence[Record], value: str = "") -> pd.DataFrame:

@@ -142,11 +142,9 @@ def redundancy_table(
     table = {}
     for share in shares:
         here = [record for record in records if record.resolved.get("redundancy", 0.0) == share]
-        groups = stats.by_row([record for record in here if record.row in (row, against)] or here)
-        if row in groups and against in groups:
-            gap = stats.at_equal(groups[row], groups[against], "accepted_steps").gap
-            if gap.estimate is not None:
-                table[share] = gap
+        sides = [[record for record in here if record.row == name] for name in (row, against)]
+        if all(sides) and (gap := stats.at_equal(*sides, "accepted_steps").gap).estimate:
+            table[share] = gap
     require(len(table) > 0, "records", shares, f"have no pair of finished runs of {row!r} and {against!r}")
     return table
 

@@ -47,9 +47,6 @@ def seeds_needed(spread: float, distance: float, alpha: float = ALPHA) -> float:
 
 def holm(p_values: Sequence[float], of: int) -> list[float]:
     """Holm's (1979) adjusted p-values, of which there are `of`, some perhaps not known yet and counted as large."""
-    order, largest = np.argsort(p_values), 0.0
-    adjusted = [1.0] * len(p_values)
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (of - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted
+    ascending, order = np.sort(p_values), np.argsort(p_values)
+    adjusted = np.maximum.accumulate((of - np.arange(len(order))) * ascending).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()

@@ -1,6 +1,6 @@
 """Compare rows over seeds: mean of paired differences with a 95 % interval; a gap whose interval holds 0 is noise.
 
-Pairs share a seed. From `BOOTSTRAP_SEEDS` pairs on the interval is a BCa bootstrap of the mean (a percentile bootstrap
+Pairs share a seed. From `BOOTSTRAP_SEEDS` pairs on the interval is a BCa bootstrap of the mean (Student's t
 where BCa is undefined: equal values). Below that it is Student's t: three resampled seeds lie all on one side of the
 truth a quarter of the time, so a bootstrap of them, which never leaves their range, covers at most 75 %. Under
 `MINIMUM_SEEDS` pairs no interval is given. The formulas are scipy's.
@@ -116,19 +116,17 @@ def estimate(values: Sequence[float], student: bool = False) -> Estimate:
     count, mean = len(sample), float(np.mean(sample))
     if count < MINIMUM_SEEDS:
         return Estimate(mean, None, None, count)
-    if count < BOOTSTRAP_SEEDS or student:
-        from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
+    if count >= BOOTSTRAP_SEEDS and not student:
+        from scipy.stats import bootstrap
 
-        half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / math.sqrt(count)
-        return Estimate(mean, mean - half, mean + half, count)
-    from scipy.stats import bootstrap
-
-    for how in ("BCa", "percentile"):
         with warnings.catch_warnings(action="ignore"):  # BCa of equal values warns and gives NaN
-            low, high = bootstrap((sample,), np.mean, method=how, rng=np.random.default_rng(0)).confidence_interval
+            low, high = bootstrap((sample,), np.mean, rng=np.random.default_rng(0)).confidence_interval
         if math.isfinite(low) and math.isfinite(high):
-            break
-    return Estimate(mean, float(low), float(high), count)
+            return Estimate(mean, float(low), float(high), count)
+    from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
+
+    half = float(stdtrit(count - 1, 0.975)) * float(np.std(sample, ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -213,7 +211,6 @@ class Comparison:
     Attributes:
         places: seed -> the x of that pair.
         shares: row -> how much of its own run it had behind it there, the least of the pairs.
-        over: the same of the row that was less far.
         fair: both runs of every pair were at the end of their own learning-rate schedule, or have none (`constant`).
     """
 
@@ -221,12 +218,11 @@ class Comparison:
     gap: Difference
     places: dict[int, float]
     shares: dict[str, float]
-    over: float
     constant: bool
 
     @property
     def fair(self) -> bool:
-        return bool(self.places) and (self.constant or self.over >= DECAYED)
+        return bool(self.places) and (self.constant or min(self.shares.values()) >= DECAYED)
 
 
 def at_equal(a: Sequence[Record], b: Sequence[Record], x: str) -> Comparison:
@@ -242,4 +238,4 @@ def at_equal(a: Sequence[Record], b: Sequence[Record], x: str) -> Comparison:
     shares = [min((place / end[seed] for seed, place in places.items()), default=0.0) for end in ends]
     told = dict(zip((gap.method, gap.baseline), shares, strict=True))
     constant = all(run.resolved.get("schedule") == "constant" for run in (*a, *b))
-    return Comparison(x, replace(gap, value=f"{LOSS} at equal {x}"), places, told, min(shares), constant)
+    return Comparison(x, replace(gap, value=f"{LOSS} at equal {x}"), places, told, constant)

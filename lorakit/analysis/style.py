@@ -76,8 +76,7 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
         count = len(SPARE_MARKERS) * len(DASHES)
         place, every = zlib.crc32(row.encode()) % count, series(count, 0, SPARE_MARKERS)
         every = every[place:] + every[:place]
-        free = [look for look in every if look[1:] not in pairs] or every
-        chosen[row] = next((look for look in free if look.color not in colors), free[0])
+        chosen[row] = min(every, key=lambda look: (look[1:] in pairs, look.color in colors))
     return {row: chosen[row] for row in rows}
 
 

@@ -48,6 +48,13 @@ class Table:
 
     __str__ = __repr__ = text
 
+    def tell(self, markdown: bool, output: str | None) -> None:
+        """Print it, as aligned text or Markdown, and write it to the file `output` as well, where one is named."""
+        text = (self.markdown() if markdown else str(self)) + "\n"
+        print(text, end="")
+        if output:
+            write_text(text, output)
+
     def _repr_html_(self) -> str:
         shown = []
         for place, part in enumerate(self.parts):
@@ -268,12 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = [record for record in found if record.setting == name]
         parts += [f"## {name}" if args.markdown else name, *results_table(records, mixed=args.mixed).parts]
         parts += gaps(records, args.baseline, mixed=args.mixed).parts
-    text = (Table(*parts).markdown() if args.markdown else str(Table(*parts))) + "\n"
-    print(text, end="")
     if args.figure:
         from lorakit.analysis import figures, style
 
         style.save(figures.overview(found, mixed=args.mixed), args.figure)
-    if args.output:
-        write_text(text, args.output)
+    Table(*parts).tell(args.markdown, args.output)
     return 0

@@ -70,8 +70,7 @@ def save(result: Comparison, folder: Path) -> None:
     save_file(model.base_state_dict(), folder / "base.safetensors")
     save_file(model.lora_state_dict(), folder / "adapter.safetensors")
     history = {"settings": result.settings.model_dump(), "pretrain_loss": result.pretrain_loss}
-    for name in ("pretrained", "random"):
-        trainer = getattr(result, name)
+    for name, trainer in {"pretrained": result.pretrained, "random": result.random}.items():
         stats = {"initial_val_loss": trainer.initial_val_loss, "parameters": trainer.model.get_parameter_stats()}
         history[name] = stats | trainer.history
     for name, content in {"config": result.settings.model_arguments(), "history": history}.items():

@@ -222,18 +222,23 @@ def redundant_shares(records: Sequence[Record]) -> pd.DataFrame:
     return table.reindex(names.order(table.index))
 
 
+def ended(records: Sequence[Record], row: str) -> float | None:
+    """Mean final validation loss of a row's finished runs; None where it has none."""
+    losses = stats.finished([record for record in records if record.row == row], stats.LOSS).values()
+    return statistics.fmean(losses) if losses else None
+
+
 def verdict(records: Sequence[Record], row: str, others: Sequence[str]) -> str:
     """One sentence, all of it from the records: the loss `row` ended at, and how that compares with `others`."""
-    groups, label = stats.by_row(records), names.label(row, records)
-    losses = stats.finished(groups.get(row, []), stats.LOSS)
-    if not losses:
+    groups, label, loss = stats.by_row(records), names.label(row, records), ended(records, row)
+    if loss is None:
         return f"On {records[0].setting}, no run of {label} has finished."
     gaps = [stats.paired_differences(groups[row], groups[name], stats.LOSS) for name in others if name in groups]
     gaps = [(f'"{names.label(gap.baseline, records)}"', gap) for gap in gaps if gap.estimate is not None]
     unshown = ", ".join(other for other, gap in gaps if gap.verdict != "below")
     return (
         f"On {records[0].setting}, {label}, accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of "
-        f"{statistics.fmean(losses.values()):.3f}, which differs "
+        f"{loss:.3f}, which differs "
         + "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
         + (f"; it is not shown to be better than {unshown}." if unshown else ".")
     )

@@ -1,6 +1,5 @@
 """What choosing tokens costs and saves: FLOPs and memory of a step by mode and fraction, and what records say."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.records import Record
 from lorakit.settings import Gating, TokenSettings
-from lorakit.studies.gates import in_words
+from lorakit.studies.gates import ended, in_words
 from lorakit.studies.tokens import EVERY, MODES, Batch, share_axis
 from lorakit.tokens import build_tokens
 
@@ -136,12 +135,6 @@ def first_at(record: Record, x: str, target: float) -> float | None:
     """The smallest `x` at which the validation loss was `target` or below, its points joined by lines; None: never."""
     places, losses = stats.curve(record, x)
     return stats.crossing(places, -losses, -target)
-
-
-def ended(records: Sequence[Record], row: str) -> float | None:
-    """Mean final validation loss of a row's finished runs; None where it has none."""
-    losses = [*stats.finished([r for r in records if r.row == row], stats.LOSS).values()]
-    return statistics.fmean(losses) if losses else None
 
 
 def verdict(records: Sequence[Record], against: str = "lora") -> str:

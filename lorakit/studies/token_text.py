@@ -28,12 +28,10 @@ class Piece(NamedTuple):
     chosen: bool
 
 
-def text_table(
-    model: nn.Module, tokenizer: Any, row: Batch, share: float, policy: str = "topk", seed: int = 0
-) -> list[Piece]:
+def text_table(model: nn.Module, tokenizer: Any, row: Batch, share: float, policy: str = "topk") -> list[Piece]:
     """The tokens of a batch with one row (1, T), as FLoRA scores and chooses them by the exact score."""
     gating = Gating(method="flora", score="gradient_norm", topk_tokens=share, policy=policy)
-    gate = build_tokens(gating, model, "causal", seed=seed)
+    gate = build_tokens(gating, model, "causal")
     hidden, _, labels = head_outputs(model, row)
     where, targets = rows(labels, "causal")
     scores, _ = gate.scored(hidden, where, targets)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from lorakit.analysis import stats, style
 from lorakit.head import HeadInput, find_head, rows
-from lorakit.settings import Gating
+from lorakit.settings import Gating, TokenSettings
 from lorakit.sketches import sparse_error
 from lorakit.sketches.head_gradient import predicted
 from lorakit.studies.sketches import SPARSE, Sketched
@@ -90,11 +90,9 @@ def label_overlap(table: pd.DataFrame) -> Figure:
 
 def gradient(model: nn.Module, batch: Batch, **settings: Any) -> Tensor:
     """Gradient (P,) of everything trained, as FLoRA's trainer would have it; `settings` are keys of `gating`."""
-    tokens, inputs = build_tokens(Gating(**settings), model, "causal"), dict(batch)
+    tokens, inputs = build_tokens(Gating(**settings), model, "causal", loss=TokenSettings()), dict(batch)
     labels = inputs.pop("labels")
-    if tokens.selective:
-        return _flat(tokens.select(model, inputs, labels).finish() / tokens.divisor(labels), model)
-    return _flat(token_losses(model, batch).mean(), model)
+    return _flat(tokens.select(model, inputs, labels).finish() / tokens.divisor(labels), model)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -167,10 +165,9 @@ def policy_errors(table: pd.DataFrame) -> Figure:
     """`policy_table` by share of chosen tokens. Left: where the mean estimate points. Right: how far one is off."""
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
-    looks = dict(zip(names, style.series(len(names)), strict=True))
     with style.panel(2.7, 2) as (left, right):
-        style.lines(left, table.pivot(index="share", columns="policy", values="cosine"), looks)
-        style.lines(right, table.pivot(index="share", columns="policy", values="off"), looks)
+        style.lines(left, table.pivot(index="share", columns="policy", values="cosine")[names])
+        style.lines(right, table.pivot(index="share", columns="policy", values="off")[names])
         lowest = table["cosine"].min() - 0.05
         left.set(ylabel="cosine with the full gradient", ylim=(lowest, 1.02), title="the mean estimate")
         right.set(ylabel="rms error, full gradient = 1", ylim=(0, None), title="one estimate")

@@ -170,8 +170,11 @@ def test_the_verdict_says_what_one_seed_cannot_and_what_needs_none():
 def test_perplexities_are_compared_by_their_logarithms():
     """Where one row's are ten times the other's, but spread so far that their difference tells nothing."""
     found = {"lora": [5.0, 6.0, 5.5, 6.5], "head": [20.0, 400.0, 60.0, 70.0]}
-    records = [run(row, seed, 0.5, 1, 1).model_copy(update={"final": {"test": {"perplexity": value}}})
-               for row, values in found.items() for seed, value in enumerate(values)]  # fmt: skip
+    records = [
+        run(row, seed, 0.5, 1, 1).model_copy(update={"final": {"test": {"perplexity": value, "loss": np.log(value)}}})
+        for row, values in found.items()
+        for seed, value in enumerate(values)
+    ]
     table = fronts.standings(records)
     assert table["standing"].tolist() == ["best", "worse"] and table.loc["head", "mean"] == np.mean(found["head"])
     assert fronts.two_sided(np.subtract(found["head"], found["lora"])) > 0.2

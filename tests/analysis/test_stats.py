@@ -58,7 +58,7 @@ def test_from_8_seeds_on_the_interval_is_a_bca_bootstrap():
     assert found.high - found.mean > 1.1 * (found.mean - found.low)  # skewed as the sample, as no t-interval is
 
 
-def test_where_bca_is_undefined_it_is_a_percentile_bootstrap():
+def test_where_bca_is_undefined_it_is_students_t():
     assert stats.estimate([0.25] * 8) == stats.Estimate(0.25, 0.25, 0.25, 8)
     assert stats.estimate(SAMPLE) == stats.estimate(list(SAMPLE))
 
