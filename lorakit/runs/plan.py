@@ -10,7 +10,6 @@ from pydantic import model_validator
 from torch import nn
 
 from lorakit import adapters, models
-from lorakit.base.nf4 import bitsandbytes
 from lorakit.base.quantize import four_bit, quantisable
 from lorakit.errors import ParameterError, require
 from lorakit.fields import Settings, field
@@ -164,7 +163,7 @@ def build(config: transformers.PreTrainedConfig, kind: str, dtype: str) -> trans
 def quantize_meta(model: nn.Module) -> None:
     """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
     for linear in dict.fromkeys(map(model.get_submodule, quantisable(model))):  # once each, however many paths
-        layer = four_bit(bitsandbytes(), linear, True, torch.bfloat16)
+        layer = four_bit(linear, True, torch.bfloat16)
         state = layer.weight.quant_state
         for held in map(vars, (state, state.state2)):  # its tensors real, which a dry run leaves alone
             held |= {name: torch.empty_like(t, device="cpu") for name, t in held.items() if torch.is_tensor(t)}
