@@ -115,11 +115,10 @@ class PackedCollator(PadCollator):
     """Pads packed rows; padding is one more document, so that no real token sees it. No `attention_mask`: see above."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = padded([row["input_ids"] for row in rows], self.pad_id)
-        labels = padded([row["labels"] for row in rows], IGNORED)
-        length = ids.shape[1]
+        batch = super().__call__(rows)
+        length = batch.pop("attention_mask").shape[1]
         positions = [[*row["position_ids"], *range(length - len(row["position_ids"]))] for row in rows]
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
+        return batch | {"position_ids": torch.tensor(positions)}
 
 
 @torch.no_grad()
