@@ -61,8 +61,7 @@ def inside(folder: Path, name: str) -> Path:
 def _opened(archive_name: str, file: BinaryIO, member: str) -> Iterator[BinaryIO]:
     """A readable stream of one member; only plain files are opened."""
     inside(Path("."), member)
-    with ExitStack() as opened:
-        opened.enter_context(file)
+    with file, ExitStack() as opened:
         if archive_name.endswith((".whl", ".zip")):
             archive = opened.enter_context(zipfile.ZipFile(file))
             info, extract = archive.getinfo(member), archive.open
