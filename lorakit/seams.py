@@ -55,7 +55,7 @@ def _restored(value: Any, state: Any) -> Any:
     if hasattr(value, "load_state_dict"):
         value.load_state_dict(state)
         return value
-    return state.to(value.device) if torch.is_tensor(state) else copy.copy(state)
+    return state.to(getattr(value, "device", state.device)) if torch.is_tensor(state) else copy.copy(state)
 
 
 class Seam(Stateful, Protocol):

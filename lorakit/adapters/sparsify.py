@@ -43,6 +43,7 @@ class Sparsifier(Controller):
     """
 
     name = "sparsity"
+    kept = ("share", "due", "penalty", "pruned", "history")
 
     def __init__(self, model: nn.Module, settings: SparseSettings):
         self.model, self.settings = model, settings
@@ -196,13 +197,6 @@ class Sparsifier(Controller):
             "history": self.history,
             **sparsity_report(self.model),
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("share", "due", "penalty", "pruned", "history")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 class SparseLoRALayer(LoRALayer):

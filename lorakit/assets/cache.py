@@ -12,6 +12,7 @@ from lorakit.errors import AssetError
 from lorakit.files import aside, sha256
 
 MANIFEST = "manifest.json"
+_damaged = functools.lru_cache(lambda asset, folder, stamps: damaged(asset))  # as they were at these sizes and times
 
 
 def root() -> Path:
@@ -35,11 +36,6 @@ def intact(asset: Asset) -> Path | None:
     stats = [(folder / name).stat() for name in _manifest(folder, asset)] if folder else []
     stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
     return folder if folder and not _damaged(asset, folder, stamps) else None
-
-
-@functools.lru_cache
-def _damaged(asset: Asset, folder: Path, stamps: tuple[tuple[int, int], ...]) -> bool:
-    return bool(damaged(asset))
 
 
 def damaged(asset: Asset) -> list[str]:

@@ -1,7 +1,6 @@
 """fetch = download + unpack + convert in a folder aside, then one move: an asset is there whole or not at all."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def _join(asset: Asset, folder: Path) -> None:
     joined = folder / asset.joined.name
     with joined.open("wb") as file:
         for part in sorted(folder / member.name for member in asset.members if member.name.startswith(joined.name)):
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, file)
+            file.write(part.read_bytes())
             part.unlink()
     archives.check(sha256(joined), asset.joined.sha256, f"{asset.name}: {joined.name}")
 

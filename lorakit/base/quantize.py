@@ -1,7 +1,6 @@
 """QLoRA: h = dequantise(Q(W0)) x + s B A x, W0 stored once in 4-bit NormalFloat (Dettmers et al. 2023)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,14 +42,13 @@ def quantize_nf4(
     require(isinstance(double_quant, bool), "double_quant", double_quant, "must be true or false")
     adapted = hasattr(model, "lorakit_attachment") or hasattr(model, "peft_config")
     require(not adapted, "quantize", "nf4", "the model already has an adapter; quantise before attaching one")
-    library = bitsandbytes()
     paths = quantisable(model, exclude)
     for path in paths:
         _require_storable(path, model.get_submodule(path))
     _require_own_weights(model, paths)
     for path in paths:
         linear = model.get_submodule(path)
-        packed = _four_bit(library, linear, double_quant, COMPUTE_DTYPES[compute_dtype])
+        packed = four_bit(linear, double_quant, COMPUTE_DTYPES[compute_dtype])
         replace_modules(model, {linear: packed})  # one by one: the dense weight goes before the next is packed
     model.is_loaded_in_4bit = True  # PEFT and the Trainer look for it
     if hasattr(model, "save_pretrained"):  # what is saved is loaded again as it is
@@ -117,14 +115,14 @@ def _require_own_weights(model: nn.Module, paths: Sequence[str]) -> None:
             require(path is None or other in paths, "quantize", "nf4", told)
 
 
-def _four_bit(library: Any, linear: nn.Module, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
-    """The 4-bit layer of a linear one's weight."""
+def four_bit(linear: nn.Module, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
+    """The 4-bit layer of a linear one's weight; on the meta device one without values, its scales without them too."""
     weight = (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
-    options = {"compress_statistics": double_quant, "quant_type": "nf4"}
+    layers, options = bitsandbytes().nn, {"compress_statistics": double_quant, "quant_type": "nf4"}
     # on meta: no values are drawn, and no random numbers used
-    layer = library.nn.Linear4bit(*weight.T.shape, linear.bias is not None, compute_dtype, **options, device="meta")
-    packed = library.nn.Params4bit(weight, blocksize=BLOCK, **options, module=layer)
-    layer.weight = packed.to(weight.device)  # quantises
+    layer = layers.Linear4bit(*weight.T.shape, linear.bias is not None, compute_dtype, **options, device="meta")
+    packed = layers.Params4bit(weight, blocksize=BLOCK, **options, module=layer)
+    layer.weight = packed._quantize(weight.device)  # as `to` does, but for the meta device
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.to(compute_dtype), requires_grad=False)
     mend(layer)

@@ -127,21 +127,17 @@ def collect(namespace: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: a literal there that is no parameter: a mistyped name would otherwise change nothing.
     """
+    from lorakit.params import reading
+
     found = {}
     for name, value in namespace.items():
         if name in QUESTIONS:
-            found[name] = _number(value) if "float" in str(Params.model_fields[name].annotation) else value
+            number = "float" in str(Params.model_fields[name].annotation) and isinstance(value, str)
+            # 1e-3 is text to some that run notebooks
+            found[name] = float(value) if number and reading.SCIENTIFIC.fullmatch(value) else value
         elif not name.startswith("_") and name not in IPYTHON:
             require(not _is_literal(value), name, value, unknown(name, QUESTIONS))
     return complete(found)
-
-
-def _number(value: Any) -> Any:
-    """Text that a notebook runner read 1e-3 as, as the number it was meant to be."""
-    from lorakit.params import reading
-
-    scientific = isinstance(value, str) and reading.SCIENTIFIC.fullmatch(value)
-    return float(value) if scientific else value
 
 
 def _is_literal(value: Any) -> bool:

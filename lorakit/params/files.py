@@ -53,10 +53,9 @@ def row_of_file(folder: Path, row: str) -> dict[str, Any]:
         free |= {"budget", "budget_unit"}
     named = {} if row == "lora" else method_of(row)  # LoRA is the reference
     questions = {name: QUESTIONS[name] for name in named | values if name not in free}
-    if said.combines:
-        allowed = {QUESTIONS[name] for other in said.combines for name in method_of(other) | row_of_file(folder, other)}
-    else:
-        allowed = set() if said.compares else {question for question in list(questions.values())[:1]}
+    allowed = {QUESTIONS[name] for other in said.combines for name in method_of(other) | row_of_file(folder, other)}
+    if not (said.combines or said.compares):
+        allowed = {*list(questions.values())[:1]}
     for name, question in questions.items():
         _require(question in allowed & {*ROW_QUESTIONS}, path, name, values.get(name, row), ROW_MAY)
     source = str(values.get("learning_rate_from", ""))

@@ -39,18 +39,14 @@ def check(params: Params) -> None:
     Raises:
         ParameterError: naming the parameter that would have to change.
     """
+    changed = params.model_dump(exclude_defaults=True)  # a notebook may name every default
     for group in GROUPS:
         for refusal in group.refuses:
             if refusal.when(params):
                 raise ParameterError(refusal.parameter, attrgetter(refusal.parameter)(params), refusal.why)
-        group.require_meant(params, changed(group, params))  # a notebook may name every default
+        group.require_meant(params, changed)
     for name, group in NESTED.items():
-        group.require_meant(own := getattr(params, name), changed(group, own), f"{name}.")
-
-
-def changed(group: type[Settings], values: Settings) -> set[str]:
-    """The parameters of `group` that `values` has otherwise than by default."""
-    return {name for name, info in group.model_fields.items() if getattr(values, name) != info.default}
+        group.require_meant(getattr(params, name), changed.get(name, ()), f"{name}.")
 
 
 def known(values: dict[str, Any], name: str) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,8 +116,8 @@ def attempt(record: Record, params: Params, work: Callable[..., None], dataset: 
         tried.assembled = assemble(params, dataset)
         record.notes += tried.assembled.notes
         record.fingerprints = fingerprints(tried.assembled)
-        with _place(params.run_dir) as folder:
-            tried.trainer = build_trainer(tried.assembled, record, folder)
+        with _held(params.run_dir) as temporary:
+            tried.trainer = build_trainer(tried.assembled, record, params.run_dir or temporary)
             try:
                 work(tried.assembled, tried.trainer)
             finally:
@@ -285,14 +285,9 @@ def _write(record: Record, path: Path) -> None:
         raise DataError(f"record={str(path)!r}: cannot be written: {error}; it is in {kept}") from None
 
 
-@contextlib.contextmanager
-def _place(run_dir: str) -> Iterator[str | Path]:
-    """The run's folder, with nobody else at work in it; a temporary one where none is named."""
+def _held(run_dir: str) -> contextlib.AbstractContextManager[Any]:
+    """The run's folder, with nobody else at work in it; a temporary one, which is given, where none is named."""
     if not run_dir:
-        with aside(tempfile.gettempdir(), "run") as folder:
-            yield folder
-    elif os.environ.get("RANK", "0") != "0":  # the first process keeps others out
-        yield run_dir
-    else:
-        with alone(Path(run_dir) / LOCK, "run_dir", run_dir, "another run"):
-            yield run_dir
+        return aside(tempfile.gettempdir(), "run")
+    first = os.environ.get("RANK", "0") == "0"  # which keeps others out
+    return alone(Path(run_dir) / LOCK, "run_dir", run_dir, "another run") if first else contextlib.nullcontext()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorakit import records
 from lorakit.errors import LorakitError, ParameterError, require
 from lorakit.files import HOME, aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
@@ -203,13 +204,6 @@ def main(argv: list[str] | None = None) -> int:
             regenerate(notebook)
         return 0
     require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
-    return _run(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    """1 when the notebook came to its end but the run it made did not."""
-    from lorakit import records
-
     params = given_parameters(arguments.files, arguments.pairs)
     params |= {name: str(Path(params[name]).expanduser().absolute()) for name in PATHS if params.get(name)}
     (notebook,) = arguments.notebooks

@@ -10,9 +10,7 @@ from pydantic import model_validator
 from torch import nn
 
 from lorakit import adapters, models
-from lorakit.base.mending import mend
-from lorakit.base.nf4 import BLOCK, NESTED_BLOCK, bitsandbytes
-from lorakit.base.quantize import quantisable
+from lorakit.base.quantize import four_bit, quantisable
 from lorakit.errors import require
 from lorakit.fields import Settings, field
 from lorakit.head import KINDS
@@ -21,7 +19,7 @@ from lorakit.measure.flops import FlopCount
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.models.loading import build
-from lorakit.modules import is_conv1d, replace_modules
+from lorakit.modules import replace_modules
 from lorakit.params import Params
 from lorakit.runs.assembly import check
 from lorakit.settings import Gating, TokenSettings
@@ -151,25 +149,12 @@ def shortened(config: transformers.PreTrainedConfig, blocks: int) -> transformer
 
 def quantize_meta(model: nn.Module) -> None:
     """What `quantize_nf4` makes of a model, on the meta device: packed weights of no values, scales never filled in."""
-    library, layers = bitsandbytes(), {}
     for linear in dict.fromkeys(map(model.get_submodule, quantisable(model))):  # once each, however many paths
-        weight, bias = linear.weight, linear.bias
-        shape = weight.T.shape if is_conv1d(linear) else weight.shape  # (out_features, in_features)
-        layer = library.nn.Linear4bit(*shape[::-1], bias is not None, torch.bfloat16, quant_type="nf4", device="meta")
-        packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device="meta")
-        # scales, in 8 bits, and codebooks as bitsandbytes keeps them; real tensors, which a dry run leaves alone
-        make, blocks = library.functional.QuantState, -(-weight.numel() // BLOCK)
-        scales, of_scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // NESTED_BLOCK))
-        nested = make(of_scales, code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
-        state = make(scales, shape, torch.empty(16), BLOCK, "nf4", weight.dtype, offset=torch.empty(()), state2=nested)
-        layer.weight = library.nn.Params4bit(
-            packed, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=layer
-        )
-        if bias is not None:
-            layer.bias = nn.Parameter(torch.empty_like(bias, dtype=torch.bfloat16), requires_grad=False)
-        mend(layer)
-        layers[linear] = layer
-    replace_modules(model, layers)
+        layer = four_bit(linear, True, torch.bfloat16)
+        state = layer.weight.quant_state
+        for held in map(vars, (state, state.state2)):  # its tensors real, which a dry run leaves alone
+            held |= {name: torch.empty_like(t, device="cpu") for name, t in held.items() if torch.is_tensor(t)}
+        replace_modules(model, {linear: layer})
     model.is_loaded_in_4bit = True
 
 

@@ -78,13 +78,9 @@ def timed(runs: Mapping[str, sweep.Run], steps: int = 40, reference: str = "lora
     for name, found in {"step": steps_of, **_answers(made, steps)}.items():
         for row, times in found.items():
             sizes = {"ms": times} | ({"ratio": times / found[reference]} if reference in found else {})
-            told[row].details["timing"][name] = {what: quartiles(sample) for what, sample in sizes.items()}
+            quartiles = {what: np.percentile(sample, [25, 50, 75]).tolist() for what, sample in sizes.items()}
+            told[row].details["timing"][name] = quartiles
     return [*told.values()]
-
-
-def quartiles(sample: np.ndarray) -> list[float]:
-    """Lower quartile, median and upper quartile of `sample` (n,)."""
-    return np.percentile(sample, [25, 50, 75]).tolist()
 
 
 def _answers(made: Mapping[str, Assembled], rounds: int) -> dict[str, dict[str, np.ndarray]]:

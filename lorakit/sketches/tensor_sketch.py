@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from lorakit.errors import CheckpointError, require
 from lorakit.modules import usable_device
+from lorakit.seams import Stateful
 
 PRIME = 2**31 - 1  # the product of two residues fits into int64
 DEGREE = 3  # of both polynomials; degree 3 makes them 4-wise independent, which the bounds of the variance need
@@ -109,7 +110,7 @@ def as_float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class TensorSketch:
+class TensorSketch(Stateful):
     """It equals the CountSketch of vec(x ⊗ y) with hash (h₁(i) + h₂(j)) mod m and sign s₁(i)·s₂(j).
 
     Unbiased without a factor: E⟨T(x, y), T(u, v)⟩ = ⟨x, u⟩⟨y, v⟩, variance ≤ (2 + 3²)/m·‖x‖²‖y‖²‖u‖²‖v‖². The
@@ -125,6 +126,8 @@ class TensorSketch:
     Raises:
         ParameterError: a length is below 1 or `size` below 2.
     """
+
+    kept = ("x", "y")
 
     def __init__(self, dim_x: int, dim_y: int, size: int, *, generator: Generator, device: torch.device | str = "cpu"):
         self.x = CountSketch(dim_x, size, generator=generator, device=device)
@@ -148,15 +151,3 @@ class TensorSketch:
     def flops(self, kept: int) -> float:
         """Of one h ⊗ error: softmax (4 per logit), CountSketches, of `kept` entries of the error, FFTs, product."""
         return 4 * self.y.dim + 2 * (self.x.dim + kept) + self.size * (5 * math.log2(self.size) + 3)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"x": self.x.state_dict(), "y": self.y.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become the sketch whose state this is.
-
-        Raises:
-            CheckpointError: it is of other lengths.
-        """
-        self.x.load_state_dict(state["x"])
-        self.y.load_state_dict(state["y"])

@@ -89,14 +89,10 @@ def blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_len
 
     A block has at most `max_length` tokens and never spans two documents.
     """
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    before, after = whole[:start], whole[start + len(bare) :]  # [CLS] and [SEP], or <bos> and nothing
-    room = max_length - len(before) - len(after)
-    ordered = shuffled(documents)
-    encoded = tokenizer(ordered, add_special_tokens=False, verbose=False)["input_ids"] if ordered else []
-    pieces = [ids[start : start + room] for ids in encoded for start in range(0, len(ids), room)]
-    return [[*before, *piece, *after] for piece in pieces if len(piece) >= min(SHORTEST_BLOCK, room)]
+    special = tokenizer.num_special_tokens_to_add()  # [CLS] and [SEP], or <bos>
+    ordered, divided = shuffled(documents), {"truncation": True, "return_overflowing_tokens": True}
+    made = tokenizer(ordered, max_length=max_length, verbose=False, **divided)["input_ids"] if ordered else []
+    return [ids for ids in made if len(ids) >= min(special + SHORTEST_BLOCK, max_length)]
 
 
 def conversation(rows: Sequence[chat.Chat], options: Options, train: bool) -> Made:

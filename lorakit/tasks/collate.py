@@ -56,8 +56,7 @@ class Masker:
         chance = torch.rand(ids.shape, generator=generator)
         ordinary = ~torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
         chance = chance.masked_fill(~ordinary, 2.0)
-        least = chance == chance.amin(1, keepdim=True)
-        chosen = ordinary & ((chance < PROBABILITY) | (least & ~(chance < PROBABILITY).any(1, keepdim=True)))
+        chosen = ordinary & ((chance < PROBABILITY) | (chance == chance.amin(1, keepdim=True)))
         action = torch.rand(ids.shape, generator=generator)
         others = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
         hidden = ids.masked_fill(chosen & (action < HIDDEN), self.tokenizer.mask_token_id)
@@ -115,11 +114,10 @@ class PackedCollator(PadCollator):
     """Pads packed rows; padding is one more document, so that no real token sees it. No `attention_mask`: see above."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = padded([row["input_ids"] for row in rows], self.pad_id)
-        labels = padded([row["labels"] for row in rows], IGNORED)
-        length = ids.shape[1]
+        batch = super().__call__(rows)
+        length = batch.pop("attention_mask").shape[1]
         positions = [[*row["position_ids"], *range(length - len(row["position_ids"]))] for row in rows]
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
+        return batch | {"position_ids": torch.tensor(positions)}
 
 
 @torch.no_grad()

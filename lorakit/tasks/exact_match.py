@@ -53,8 +53,7 @@ def generate(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = {"input_ids": [start + ids for ids in encoded]}
     padded = tokenizer.pad(rows, padding_side="left", return_attention_mask=True, return_tensors="pt").to(model.device)
-    turn = tokenizer("<end_of_turn>", add_special_tokens=False)["input_ids"]
-    ends = ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []) + (turn if len(turn) == 1 else [])
+    ends = [end for end in (tokenizer.eos_token_id, tokenizer.vocab.get("<end_of_turn>")) if end is not None]
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True, "eos_token_id": ends or None}
     with evaluating(model):
         output = model.generate(**padded, pad_token_id=tokenizer.pad_token_id, **options)
