@@ -52,7 +52,7 @@ class DataSettings(Settings):
     packing: bool = field(False, "chat tasks: several conversations a row, never attending across them")
     group_by_length: bool = field(False, "batches of rows of like length")
     redundancy: float = field(0.0, "share of redundant batches in the stream, for asking when a gate pays", ge=0, lt=1)
-    redundancy_kind: Literal["repeat", "near", "cluster"] = field("repeat", "what makes a batch redundant")
+    redundancy_kind: Literal["repeat", "near"] = field("repeat", "what makes a batch redundant")
     redundancy_pool: int = field(64, "rows that are repeated", ge=1)
     idle = (Idle("redundancy", lambda p: p.redundancy == 0, ("redundancy_kind", "redundancy_pool")),
             Idle(f"task one of {', '.join(OWN)}", lambda p: p.task not in OWN, COLUMNS))  # fmt: skip

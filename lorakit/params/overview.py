@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import textwrap
 import types
 from collections.abc import Iterator
 from itertools import product
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from tabulate import tabulate
 
 from lorakit.errors import ParameterError
 from lorakit.fields import LARGEST, Settings
@@ -41,13 +44,11 @@ def reference(markdown: bool = False) -> str:
     for group in GROUPS:
         title, rows = (group.__doc__ or "").split("\n")[0], [*_rows(group)]
         if markdown:
-            cells = [[f"`{name}`", *(text.replace("|", "\\|") for text in texts)] for name, *texts in rows]
-            lines = [f"| {' | '.join(line)} |" for line in (("parameter", "is", "default", "meaning"), *cells)]
-            parts.append("\n".join([f"## {title}", "", lines[0], "|---|---|---|---|", *lines[1:]]))
+            rows = [(f"`{name}`", *(text.replace("|", "\\|") for text in texts)) for name, *texts in rows]
+            rows = tabulate(rows, ("parameter", "is", "default", "meaning"), "pipe", disable_numparse=True)
         else:
-            wide = [max(len(row[column]) for row in rows) for column in range(3)]
-            lines = ["  ".join([*(text.ljust(w) for text, w in zip(row, wide, strict=False)), row[3]]) for row in rows]
-            parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
+            rows = textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
+        parts.append(f"## {title}\n\n{rows}" if markdown else f"{title}\n{rows}")
     return "\n\n".join(parts)
 
 
@@ -93,10 +94,9 @@ def capability_table() -> str:
     table = capabilities()
     reasons = [*dict.fromkeys(answer for answers in table.values() for answer in answers.values() if ": " in answer)]
     numbered = {reason: f"no ({number})" for number, reason in enumerate(reasons, 1)}
-    lines = ["| | " + " | ".join(ANSWERS) + " |", "|---" * (len(ANSWERS) + 1) + "|"]
-    for name, answers in table.items():
-        lines.append(f"| {name} | {' | '.join(numbered.get(answer, answer) for answer in answers.values())} |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+    rows = [[name, *(numbered.get(answer, answer) for answer in answers.values())] for name, answers in table.items()]
+    lines = [tabulate(rows, ["", *ANSWERS], "pipe"), ""]
+    return "\n".join([*lines, *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
 
 
 def shown(given: dict[str, Any]) -> Any:

@@ -226,9 +226,7 @@ class LoRATrainer:
 
         require(bool(self.history["val_loss"]), "history", {}, "is empty: call train() first")
         train, validation = self.history["train_loss"], [self.initial_val_loss, *self.history["val_loss"]]
-        with style.context():
-            figure = style.figure(3.2)
-            axes = figure.subplots()
+        with style.panel(3.2) as axes:
             # an epoch's training loss is its mean, so it stands in the epoch's middle
             middles, label = [n + 0.5 for n in range(len(train))], "training (mean of an epoch)"
             axes.plot(middles, train, "s--", color=style.COLORS[2], label=label)
@@ -237,4 +235,4 @@ class LoRATrainer:
             axes.set(xlabel="epochs", ylabel="loss (nats per token)")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend()
-        return figure
+            return axes.get_figure()

@@ -1,11 +1,11 @@
 """Redundancy on purpose: of the N batches of a stream, exactly R = round(share · N) say what others say already.
 
 A gate over batches can pay only where batches are redundant. Here that share is a knob, and which batches they are is
-known. The same seed gives the same pool, the same place of each batch and the same fresh rows for "repeat" and "near",
-and the same pool for every share.
+known. The same seed gives the same pool, the same place of each batch and the same fresh rows for both kinds, and the
+same pool for every share.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,6 @@ from lorakit.errors import require
 from lorakit.head import IGNORED
 
 DROP = 0.1  # share of a near-duplicate's ordinary tokens that it lacks; at least one stays
-WIDTH = 256  # of a row's sketched bag of tokens
-ROUNDS = 5  # of k-means
-CHUNK = 4096  # rows compared with all centres at once
 
 
 def redundant_stream(
@@ -36,9 +33,7 @@ def redundant_stream(
     it is used up. The redundant ones are
 
     "repeat": drawn from a pool of `pool` rows, without replacement inside a batch where the pool is large enough;
-    "near": the same draws, but every copy has a share `DROP` of its ordinary tokens dropped at random;
-    "cluster": rows of any kind in clustered instead of shuffled order, `pool` of them to a cluster on average, in runs
-        of batches as long as a cluster. No row occurs twice.
+    "near": the same draws, but every copy has a share `DROP` of its ordinary tokens dropped at random.
 
     Of the batches of a pool the first ones are news; only from then on is a redundant one redundant.
 
@@ -62,17 +57,11 @@ def redundant_stream(
     for_rows, for_places, for_fresh, for_redundant = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(4))
     batches = len(rows) // batch_size
     count = round(share * batches)
-    order, run = for_rows.permutation(len(rows)), 1
-    if kind == "cluster":
-        ordered, outside = np.split(order, [count * batch_size])
-        chosen = ordered[cluster_order(rows.select(ordered)["input_ids"], pool, for_redundant)]
-        run = max(1, round(pool / batch_size))
-    else:
-        pooled, outside = np.split(order, [pool])
-        # a row is twice in a batch only where the pool is smaller than the batch
-        drawn = [for_redundant.choice(pooled, batch_size, replace=pool < batch_size) for _ in range(count)]
-        chosen = np.array(drawn, dtype=np.int64)
-    redundant = _places(batches, count, run, for_places)
+    pooled, outside = np.split(for_rows.permutation(len(rows)), [pool])
+    # a row is twice in a batch only where the pool is smaller than the batch
+    drawn = [for_redundant.choice(pooled, batch_size, replace=pool < batch_size) for _ in range(count)]
+    chosen = np.array(drawn, dtype=np.int64)
+    redundant = for_places.permutation(batches) >= batches - count
     stream = np.empty((batches, batch_size), dtype=np.int64)
     stream[redundant] = chosen.reshape(-1, batch_size)
     fresh = (batches - count) * batch_size  # rows: a permutation of those outside, then another
@@ -84,17 +73,6 @@ def redundant_stream(
         made = [thinned(row, DROP, special, for_redundant) if it else row for row, it in copied]
         ordered_rows = Dataset.from_list(made, features=rows.features)
     return ordered_rows, redundant
-
-
-# which row where ------------------------------------------------------------------------------------
-
-
-def _places(batches: int, count: int, run: int, rng: np.random.Generator) -> np.ndarray:
-    """Which of the batches are redundant, (N,) bool: `count` of them, in runs of `run` (the last may be shorter)."""
-    runs = [run] * (count // run) + [count % run] * (count % run > 0)
-    lengths = np.array([1] * (batches - count) + runs, dtype=np.int64)
-    order = rng.permutation(len(lengths))
-    return np.repeat(order >= batches - count, lengths[order])
 
 
 # near-duplicates ------------------------------------------------------------------------------------
@@ -112,45 +90,3 @@ def thinned(row: dict[str, Any], drop: float, special: Set[int], rng: np.random.
     kept = [place for place in range(length) if place not in gone]
     per_token = {name for name, value in row.items() if isinstance(value, list) and len(value) == length}
     return {name: [value[p] for p in kept] if name in per_token else value for name, value in row.items()}
-
-
-# clustered order ------------------------------------------------------------------------------------
-
-
-def cluster_order(ids: Sequence[Sequence[int]], size: int, rng: np.random.Generator) -> np.ndarray:
-    """The rows' places, (N,), sorted by the nearest of N / `size` centres: a few rounds of k-means on the sphere."""
-    if not len(ids):
-        return np.zeros(0, dtype=np.int64)
-    bags = token_bags(ids, rng)  # (N, WIDTH)
-    centres = bags[rng.permutation(len(bags))[: max(2, len(bags) // size)]]
-    for _ in range(ROUNDS):
-        nearest = _nearest(bags, centres)
-        sums = np.zeros_like(centres)
-        np.add.at(sums, nearest, bags)
-        empty = np.bincount(nearest, minlength=len(centres)) == 0
-        centres = np.where(empty[:, None], centres, _unit(sums))
-    return np.argsort(_nearest(bags, centres), kind="stable")
-
-
-def token_bags(ids: Sequence[Sequence[int]], rng: np.random.Generator) -> np.ndarray:
-    """(N, WIDTH) unit vectors: tokens counted, weighted by log(N / rows with it), each on a random axis and sign.
-
-    A count sketch of TF-IDF: inner products are right on average, and a large vocabulary needs no more room.
-    """
-    lengths = np.array([len(row) for row in ids])
-    of_row, tokens = np.repeat(np.arange(len(ids)), lengths), np.concatenate([np.asarray(row) for row in ids])
-    vocabulary = int(tokens.max()) + 1
-    within = np.unique(of_row * vocabulary + tokens) % vocabulary  # each token once per row
-    weight = np.log(len(ids) / np.maximum(np.bincount(within, minlength=vocabulary), 1))
-    axis, sign = rng.integers(WIDTH, size=vocabulary), rng.choice([-1.0, 1.0], vocabulary)
-    bags = np.bincount(of_row * WIDTH + axis[tokens], (weight * sign)[tokens], minlength=len(ids) * WIDTH)
-    return _unit(bags.reshape(-1, WIDTH)).astype(np.float32)
-
-
-def _nearest(bags: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """(N,) number of the centre with the largest cosine."""
-    return np.concatenate([(bags[i : i + CHUNK] @ centres.T).argmax(1) for i in range(0, len(bags), CHUNK)])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

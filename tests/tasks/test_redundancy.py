@@ -10,12 +10,12 @@ from datasets import Dataset
 
 from lorakit.errors import ParameterError
 from lorakit.params import Params
-from lorakit.tasks.redundancy import redundant_stream, thinned, token_bags
+from lorakit.tasks.redundancy import redundant_stream, thinned
 
 FIRST, LAST, MARK = 1, 2, 3  # special tokens
 ROWS, SIZE, POOL = 203, 8, 12  # 25 batches, 3 rows over
 TOPICS = 6
-KINDS = ("repeat", "near", "cluster")
+KINDS = ("repeat", "near")
 
 
 def classified(rows: int = ROWS) -> Dataset:
@@ -153,39 +153,6 @@ def test_short_rows_keep_a_token_and_a_label(ids):
         assert thinned({"input_ids": ids, "labels": labels}, 0.9, {3}, rng)["labels"][1:-1][-1:] == ids[1:-1][-1:]
 
 
-def mean_cosine(ids: list[list[int]]) -> float:
-    """Of the bags of all pairs of rows, special tokens left out."""
-    bags = np.array([np.bincount(row, minlength=400)[10:] for row in ids], dtype=float)
-    bags /= np.linalg.norm(bags, axis=1, keepdims=True)
-    cosines = bags @ bags.T
-    return (cosines.sum() - len(ids)) / (len(ids) * (len(ids) - 1))
-
-
-def test_clustered_batches_are_alike_and_come_in_runs():
-    rows, redundant = stream(kind="cluster", share=0.6, pool=24)
-    batches = [rows["input_ids"][i : i + SIZE] for i in range(0, len(rows), SIZE)]
-    clustered = [mean_cosine(batch) for batch, it in zip(batches, redundant, strict=True) if it]
-    shuffled = [mean_cosine(batch) for batch, it in zip(batches, redundant, strict=True) if not it]
-    assert np.mean(clustered) > 2 * np.mean(shuffled)
-    both = [batches[i] + batches[i + 1] for i in range(24) if redundant[i] and redundant[i + 1]]
-    assert np.mean([mean_cosine(pair) for pair in both]) > 1.5 * np.mean(shuffled)  # consecutive batches too
-    starts = np.flatnonzero(np.diff(np.r_[False, redundant].astype(int)) == 1)
-    assert 1 < len(starts) <= 5  # fifteen batches in runs of three
-    everyone = numbers(rows).ravel()
-    assert len(set(everyone)) == len(everyone)  # no row twice
-
-
-def test_bags_are_unit_vectors_whose_products_are_those_of_tf_idf():
-    ids = classified(60)["input_ids"]
-    exact = np.array([np.bincount(row, minlength=400) for row in ids], dtype=float)
-    exact *= np.log(60 / np.maximum((exact > 0).sum(0), 1))
-    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
-    bags = token_bags(ids, np.random.default_rng(0))
-    assert np.linalg.norm(bags, axis=1) == pytest.approx(1)
-    error = bags @ bags.T - exact @ exact.T
-    assert np.abs(error).mean() < 0.06 and abs(error.mean()) < 0.03
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [({"pool": 0}, "redundancy_pool=0"), ({"pool": ROWS}, f"redundancy_pool={ROWS}"),
@@ -200,7 +167,7 @@ def test_bad_input(options, named):
     ("given", "named"),
     [({"redundancy": 1.0}, r"redundancy=1\.0"), ({"redundancy": -0.1}, r"redundancy=-0\.1"),
      ({"redundancy": float("nan")}, "redundancy=nan"), ({"redundancy_pool": 0}, "redundancy_pool=0"),
-     ({"redundancy_kind": "far"}, "redundancy_kind='far': .*'repeat', 'near' or 'cluster'")],
+     ({"redundancy_kind": "far"}, "redundancy_kind='far': .*'repeat' or 'near'")],
 )  # fmt: skip
 def test_a_run_cannot_ask_for_it(given, named):
     with pytest.raises(ParameterError, match=named):
