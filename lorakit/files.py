@@ -17,16 +17,10 @@ from lorakit.errors import ParameterError, require
 
 _AROUND, _PACKED = Path(__file__).resolve().parents[1], Path(__file__).with_name("project")
 _PARTS = ("Snakefile", "params", "notebooks")
-
-
-def _home() -> Path:
-    """The working folder one is in, or the clone around the package; else the folder one is in, for results alone."""
-    places = (Path.cwd(), *Path.cwd().parents, _AROUND)
-    found = (place for place in places if all((place / part).exists() for part in _PARTS))
-    return Path(os.environ.get("LORAKIT_HOME") or next(found, Path.cwd())).resolve()
-
-
-HOME = _home()
+_PLACES = (Path.cwd(), *Path.cwd().parents, _AROUND)
+_FOUND = (place for place in _PLACES if all((place / part).exists() for part in _PARTS))
+# the working folder one is in, or the clone around the package; else the folder one is in, for results alone
+HOME = Path(os.environ.get("LORAKIT_HOME") or next(_FOUND, Path.cwd())).resolve()
 PROJECT = HOME if (HOME / "params").is_dir() or not _PACKED.is_dir() else _PACKED  # what is read: params, notebooks …
 PARAMS = PROJECT / "params"
 RESULTS = HOME / "results"
