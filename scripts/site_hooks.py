@@ -54,6 +54,7 @@ LOADED = re.compile(
     r"""|<\w+ class="[^"]*\bmermaid\b""",
     re.I,
 )
+NOTEBOOK = re.compile(r"""(<a [^>]*?href="[\w./-]+)\.ipynb(?=["#])""")  # from one notebook to another, here a page
 FOUND: dict[str, set[str]] = {}  # link out of the site -> pages
 
 
@@ -99,6 +100,8 @@ def on_post_page(output, page, config):
 
     if asked := LOADED.search(output):
         raise PluginError(f"{page.file.src_uri}: opened, it would ask another machine: {asked[0][:200]}")
+    if page.file.src_uri.endswith(".ipynb"):
+        output = NOTEBOOK.sub(r"\1.html", output)
     for link in EXTERNAL.findall(output):
         FOUND.setdefault(link, set()).add(page.file.src_uri)
     return output
