@@ -60,7 +60,7 @@ def load(
         kind: classify | masked | causal.
         num_labels: classes, for classify; classes: their names, where they have some, in place of their number.
         dtype: of the weights: fp32 | bf16 | auto (the checkpoint's own).
-        attention: sdpa | eager.
+        attention: sdpa | eager | flash_attention_2 (on CUDA, in 16 bits).
         seed: of parameters the checkpoint does not have; torch's global generators stay as they are.
 
     Raises:

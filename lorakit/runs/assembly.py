@@ -51,6 +51,8 @@ class Assembled(NamedTuple):
         if self.params.budget_unit == "epochs":
             steps, rows = budget_of(self.params, len(self.task.train)).steps(), len(self.task.train)
             noted.append(f"budget: {self.params.budget:g} epochs of {rows} rows are {steps:.0f} accepted steps")
+        if self.params.attention == "flash_attention_2":
+            noted.append("FLOPs: those inside flash attention are not counted")
         if "loss" in self.params.model_fields_set and self.task.kind == "classify":
             noted.append(f"loss {self.params.loss!r}: a classifier's is its own, of all its logits")
         return noted
@@ -113,7 +115,10 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
 
 
 def _try_outline(params: Params, kind: str) -> None:
-    """What this model cannot be trained by is refused on its outline, before data are read."""
+    """What adapter, 4 bits, attention or a choice of tokens make impossible is refused before data are read."""
+    apart = params.packing or params.budget_unit == "flops"
+    told = "its FLOPs are not counted, and packed rows see each other: not with budget_unit 'flops' or packing"
+    require(params.attention != "flash_attention_2" or not apart, "attention", params.attention, told)
     outline = models.outline(params.model, kind, params.attention)
     if params.quantize == "nf4":
         quantisable(outline)

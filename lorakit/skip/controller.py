@@ -65,7 +65,9 @@ class SkipLoRA(Controller, TrainerCallback):
         self.blocks = choice.block_numbers(self.paths)
         least, most = settings.skip_min_active, len(self.probes)
         require(least <= most, "skip_min_active", least, f"the model has {most} adapters")
-        for name in settings.skip_threshold if isinstance(settings.skip_threshold, dict) else ():
+        by_name = settings.skip_threshold if isinstance(settings.skip_threshold, dict) else {}
+        require(not by_name or not settings.skip_share, "skip_threshold", by_name, "by name is for skip_share 0")
+        for name in by_name:
             found = any(choice.named(name, path) for path in self.paths)
             require(found, "skip_threshold", name, f"no adapter is called so; there are {', '.join(self.paths)}")
         self.generator = torch.Generator().manual_seed(seed)
@@ -152,15 +154,15 @@ class SkipLoRA(Controller, TrainerCallback):
         return ("".join("01"[probe.active] for probe in self.probes), self.probes[0].measuring)
 
     def report(self) -> dict[str, Any]:
-        shares = [count / max(1, self.steps) for count in self.skipped]
-        told = {"share_skipped": sum(shares) / len(shares), "share_skipped_per_adapter": [round(s, 4) for s in shares]}
+        told = {"share_skipped": sum(self.skipped) / max(1, self.steps * len(self.probes))}
+        told["share_skipped_per_adapter"] = [round(count / max(1, self.steps), 4) for count in self.skipped]
         return {"adapters": self.paths, "blocks": self.blocks, **told, "history": self.history}
 
     # the Hugging Face Trainer's ------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         told = "several processes decide together in SLoRATrainer(…, controllers=[SkipLoRA(…)])"
-        require(args.world_size == 1, "callbacks", "SkipLoRA", told)
+        require(args.world_size == 1 and args.n_gpu <= 1, "callbacks", "SkipLoRA", told)
         self.begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -154,7 +154,9 @@ def chats(path: Path) -> list[chat.Chat]:
 
 def _chat(row: Row, asked: Any = None) -> chat.Chat:
     messages = row[2]
-    if isinstance(messages, dict) and messages.get("messages") is None and (first := [*ASKED.keys() & messages.keys()]):
+    asks = [name for name in ASKED if name in messages] if isinstance(messages, dict) else []
+    first = sorted(asks, key=lambda name: ASKED[name] not in messages)  # one whose answer is there
+    if first and messages.get("messages") is None:
         question, more = _text(row, first[0]), first[0] == "instruction" and messages.get("input")
         texts = {"user": f"{question}\n\n{_text(row, 'input')}" if more else question,
                  "assistant": _text(row, ASKED[first[0]])}  # fmt: skip

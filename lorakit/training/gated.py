@@ -49,6 +49,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         controllers: Sequence[Controller] = (),
         **trainer_arguments: Any,
     ):
+        astray = [type(one).__name__ for one in trainer_arguments.get("callbacks") or () if isinstance(one, Controller)]
+        require(not astray, "callbacks", astray, "is a controller here: controllers=[…], or its FLOPs go uncounted")
         super().__init__(kind, **trainer_arguments)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
         if self.tokens.makes_loss:

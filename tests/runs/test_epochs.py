@@ -90,3 +90,8 @@ def test_two_processes_that_make_batches_give_the_same_run_bitwise(tmp_path, tas
     (curve, final, weights), (other_curve, other_final, other_weights) = found
     assert curve == other_curve and final == other_final and weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_a_trial_of_less_than_a_step_is_refused():
+    with pytest.raises(ParameterError, match="search_budget=0.5: must be at least 1, but of epochs"):
+        lorakit.search({"search_rates": [1e-3], "search_budget": 0.5})

@@ -130,6 +130,12 @@ def test_a_special_token_that_no_text_has_is_no_reason(tmp_path):
 def test_flash_attention_computes_in_16_bits():
     with pytest.raises(ParameterError, match="attention='flash_attention_2': computes in 16 bits only"):
         lorakit.run({"attention": "flash_attention_2"})
+    for asked in (
+        {"budget_unit": "flops", "budget": 1e9},
+        {"packing": True, "model": "toy-decoder", "task": "toy-instruct"},
+    ):
+        with pytest.raises(ParameterError, match="its FLOPs are not counted, and packed rows see each other"):
+            lorakit.run({"attention": "flash_attention_2", "dtype": "bf16"} | asked)
 
 
 def test_a_run_whose_memory_cannot_be_predicted_is_a_run(tmp_path, monkeypatch):

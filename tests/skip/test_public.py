@@ -133,3 +133,9 @@ def test_several_processes_are_sent_elsewhere(tiny_bert):
     callback = lorakit.SkipLoRA(model(tiny_bert))
     with pytest.raises(ParameterError, match=r"several processes decide together in SLoRATrainer\(…, controllers="):
         callback.on_train_begin(SimpleNamespace(world_size=2), None, None)
+
+
+def test_in_our_own_trainers_it_is_a_controller_and_no_callback(tmp_path, tiny_bert):
+    network = model(tiny_bert)
+    with pytest.raises(ParameterError, match=r"callbacks=\['SkipLoRA'\]: is a controller here: controllers="):
+        lorakit.SLoRATrainer(network, TrainingArguments(str(tmp_path)), callbacks=[lorakit.SkipLoRA(network)])

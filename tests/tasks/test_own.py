@@ -126,6 +126,15 @@ def test_pairs_text_and_chats(tmp_path):
     assert {chat[0]["content"] for chat in chats if chat[1]["content"] == "Done."} == added
 
 
+@pytest.mark.parametrize("answer", ["completion", "output"])
+def test_of_two_questions_the_one_with_an_answer_is_asked_in_every_process(tmp_path, answer):
+    """Sets of instructions for code have both columns; the order of a set would change from process to process."""
+    rows = [{"instruction": f"Add {n}.", "prompt": f"Below: add {n}.", answer: "Done."} for n in range(15)]
+    written(tmp_path / "a", "a.jsonl", rows)
+    first = {chat[0]["content"][:3] for chat in sum(splits(corpus("chat", tmp_path / "a")), [])}
+    assert first == {"Bel" if answer == "completion" else "Add"}
+
+
 def test_from_a_csv_of_tickets_to_an_exported_model_that_names_classes(tmp_path, capsys):
     """Three commands' work; and a `DatasetDict` of the same rows is the same run."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
