@@ -16,12 +16,11 @@ from filelock import FileLock, Timeout
 from lorakit.errors import ParameterError, require
 
 _AROUND, _PACKED = Path(__file__).resolve().parents[1], Path(__file__).with_name("project")
-_PARTS = ("Snakefile", "params", "notebooks")
 _PLACES = (Path.cwd(), *Path.cwd().parents, _AROUND)
-_FOUND = (place for place in _PLACES if all((place / part).exists() for part in _PARTS))
+_FOUND = [place for place in _PLACES if all((place / part).exists() for part in ("Snakefile", "params", "notebooks"))]
 # the working folder one is in, or the clone around the package; else the folder one is in, for results alone
-HOME = Path(os.environ.get("LORAKIT_HOME") or next(_FOUND, Path.cwd())).resolve()
-PROJECT = HOME if (HOME / "params").is_dir() or not _PACKED.is_dir() else _PACKED  # what is read: params, notebooks …
+HOME = Path(os.environ.get("LORAKIT_HOME") or [*_FOUND, Path.cwd()][0]).resolve()
+PROJECT = HOME if (HOME / "Snakefile").is_file() or not _PACKED.is_dir() else _PACKED  # what is read: params …
 PARAMS = PROJECT / "params"
 RESULTS = HOME / "results"
 MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives

@@ -285,8 +285,8 @@ def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> lis
         paths = [paths]
     files: list[Path] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
-        if not os.path.exists(path) and path.is_relative_to(RESULTS):
-            path = PROJECT / "results" / path.relative_to(RESULTS)
+        if not os.path.exists(path) and path.absolute().is_relative_to(RESULTS):
+            path = PROJECT / "results" / path.absolute().relative_to(RESULTS)
         found = sorted(path.rglob("*.json")) if os.path.isdir(path) else [path]
         others = {file.parent for file in found if file.name in TRAINED and file != path}
         files += [file for file in found if others.isdisjoint(file.parents)]

@@ -39,7 +39,7 @@ def test_an_installed_package_works_on_the_folder_one_is_in(tmp_path, command, i
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     expected = f"none: {tmp_path / 'else'} has no params/; `lorakit init FOLDER` makes a folder that has"
-    told = {"--setting no-such": "must be one of imdb", "--jobs 0": "JOBS=0", "--seeds x": "SEEDS='x'"}
+    told = {"--setting no-such": "must be one of alpaca-llama", "--jobs 0": "JOBS=0", "--seeds x": "SEEDS='x'"}
     [found] = [text for end, text in told.items() if command.endswith(end)]
     assert (found if inside else expected) in done.stderr
     assert list((tmp_path / "else").iterdir()) == []

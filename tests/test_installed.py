@@ -91,3 +91,11 @@ def test_a_sweep_in_an_empty_folder_reads_what_the_package_brings_and_writes_the
     assert f"recorded: {count} results in: {tmp_path / 'results'}" in light_notebook.printed(place / "s0.ipynb")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".runs", ".snakemake", "results"]
     assert not (project / ".runs").exists()
+
+
+def test_a_folder_called_params_is_no_working_folder(installed, tmp_path):
+    (tmp_path / "params").mkdir()
+    done = installed(tmp_path, "sweep", "--setting", "no-such")
+    assert done.returncode == 2 and "must be one of alpaca-llama" in done.stderr
+    shipped = installed(tmp_path, "table", "results/sst2-minilm")  # read from what the package brings
+    assert shipped.returncode == 0 and "QLoRA" in shipped.stdout

@@ -116,9 +116,8 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
 
 def _try_outline(params: Params, kind: str) -> None:
     """What adapter, 4 bits, attention or a choice of tokens make impossible is refused before data are read."""
-    apart = params.packing or params.budget_unit == "flops"
-    told = "its FLOPs are not counted, and packed rows see each other: not with budget_unit 'flops' or packing"
-    require(params.attention != "flash_attention_2" or not apart, "attention", params.attention, told)
+    astray = params.attention == "flash_attention_2" and (params.packing or params.budget_unit == "flops")
+    require(not astray, "attention", params.attention, "mixes packed rows, and its FLOPs are not counted")
     outline = models.outline(params.model, kind, params.attention)
     if params.quantize == "nf4":
         quantisable(outline)

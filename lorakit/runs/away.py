@@ -152,19 +152,22 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     asked = parser.parse_args(argv)
     require(bool(asked.texts) != bool(asked.file), f"--{word}", asked.texts, f"give either --{word} or --file")
     require(all(map(str.strip, asked.texts)), f"--{word}", asked.texts, "must not be empty")
-    most, output = vars(asked).get("max_new_tokens", 1), Path(asked.output or "table").expanduser()
+    most, output = vars(asked).get("max_new_tokens", 1), Path(asked.output or "").expanduser()
     require(most > 0, "--max-new-tokens", most, "must be 1 or more")
     fine = not asked.output or output.suffix in (".csv", ".jsonl") and not output.exists()
     require(fine, "--output", asked.output, "must be a new file that ends in .csv or .jsonl")
-    require_place(output, "--output")
+    if asked.output:
+        require_place(output, "--output")
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
+    require(bool(rows), "--file", asked.file, "has no rows")
     found = opened(asked, "classify" if command == "predict" else "causal")
     with quiet():
-        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join(_ask(found, rows, most))
-        if asked.compare:
+        off = []
+        if asked.compare:  # first: where there is no adapter nothing is to be asked in vain
             with adapters.disabled(found.model):
-                table = table.join(_ask(found, rows, most).add_suffix("_adapter_off"))
+                off = [_ask(found, rows, most).add_suffix("_adapter_off")]
+        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join([_ask(found, rows, most), *off])
     if asked.output:
         with written(output) as path:
             text = table.to_csv(index=False) if output.suffix == ".csv" else table.to_json(orient="records", lines=True)

@@ -150,7 +150,7 @@ def train(trainer: BudgetTrainer, record: Record, params: Params) -> None:
         record.notes.append(f"resumed at step {resumed.name.split('-')[1]}")
         if checkpoint.about(resumed)["identity"].get("code") != record.fingerprints["code"]:
             record.notes.append("resumed from a checkpoint that other code wrote")
-    elif params.run_dir and not params.resume and trainer.is_world_process_zero():
+    elif params.run_dir and trainer.is_world_process_zero():
         checkpoint.begin(params.run_dir, None, *MADE)
     memory.reset_cuda_peak()
     try:

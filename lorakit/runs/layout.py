@@ -5,7 +5,6 @@ from pathlib import Path
 
 # what a wheel holds besides the package (`setup.py` runs this file), and a working folder has
 PARTS = ("Snakefile", "claims.yaml", "notebooks", "params", "profiles", "results", "benchmarks/measured")
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "s*.ipynb", "compare.*")
 
 
 def lay_out(source: Path, target: Path) -> None:
@@ -13,7 +12,8 @@ def lay_out(source: Path, target: Path) -> None:
     for part in PARTS:
         there, to = source / part, target / part
         if there.is_dir():
-            shutil.copytree(there, to, ignore=LEFT_OUT)
+            executed = ["s*.ipynb", "compare.*"] if part == "results" else []
+            shutil.copytree(there, to, ignore=shutil.ignore_patterns(".*", "__pycache__", *executed))
         else:
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(there, to)
@@ -35,5 +35,5 @@ def main(argv: list[str] | None = None) -> int:
     require(not inside, "FOLDER", str(folder), f"is inside {PROJECT}, which is to be copied")
     with written(folder, folder=True) as made:
         lay_out(PROJECT, made)
-    print(f"{folder}: yours. `cd {folder}`, then `jupyter lab notebooks`, or `lorakit sweep --setting toy`")
+    print(f"{folder}: yours. There `jupyter lab notebooks`, `lorakit sweep --setting toy` (of lorakit[lab,sweep])")
     return 0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Run:
 
 def _source(root: Path) -> Path:
     """Where params and notebooks are read: a working folder's own, anywhere else those that the package brings."""
-    return root if (root / "params").is_dir() else PROJECT
+    return root if (root / "params").is_dir() and root != HOME else PROJECT
 
 
 def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> list[Run]:
@@ -112,6 +113,7 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
         numbers = [*dict.fromkeys(map(int, seeds.split() or ["0"]))]
     except ValueError:
         raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
+    require(find_spec("snakemake") is not None, "SETTING", setting, "needs Snakemake: pip install 'lorakit[sweep]'")
     runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:
         _ = run.params  # a bad file is told before any run starts

@@ -300,6 +300,7 @@ REFUSED = {
     "is of kind 'masked': nobody asks it": ["predict", "toy-encoder", "--text", "a"],
     "is of kind 'classify': `lorakit predict` asks it": ["generate", ADAPTER, "--prompt", "a"],
     "--max-new-tokens=0: must be 1 or more": ["generate", "toy-decoder", "--prompt", "a", "--max-new-tokens", "0"],
+    "blank.txt': has no rows": ["predict", ADAPTER, "--file", "{place}/blank.txt"],
     "needs an adapter": ["generate", "toy-decoder", "--prompt", "a", "--compare", "--max-new-tokens", "1"],
     "is no adapter, and of kind classify": ["export", "{place}/full/model", "--kind", "causal"],
     "--output='{place}': not empty": ["export", ADAPTER, "--output", "{place}"],
@@ -318,6 +319,8 @@ REFUSED = {
 @pytest.mark.parametrize("says", REFUSED)
 def test_bad_input_is_one_line_and_nothing_is_written(runs, monkeypatch, capsys, says):
     (runs.place / "blank.csv").write_text('text\na\n""\n')
+    (runs.place / "blank.txt").write_text("\n \n")
+    (runs.place / "table").mkdir(exist_ok=True)  # a name that nobody asked for is nobody's output
     if not (runs.place / "broken").exists():
         shutil.copytree(runs.lora / "adapter", runs.place / "broken")
         (runs.place / "broken" / "record.json").write_text("{}")

@@ -134,7 +134,7 @@ def test_flash_attention_computes_in_16_bits():
         {"budget_unit": "flops", "budget": 1e9},
         {"packing": True, "model": "toy-decoder", "task": "toy-instruct"},
     ):
-        with pytest.raises(ParameterError, match="its FLOPs are not counted, and packed rows see each other"):
+        with pytest.raises(ParameterError, match="mixes packed rows, and its FLOPs are not counted"):
             lorakit.run({"attention": "flash_attention_2", "dtype": "bf16"} | asked)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import lorakit
 from lorakit.errors import ParameterError
 from lorakit.measure import environment
+from lorakit.records import read
 from lorakit.training import BudgetTrainer
 
 SAVING = {
@@ -56,6 +57,14 @@ def test_a_run_that_started_over_never_ends_with_the_old_ones_weights(tmp_path, 
     assert any("resumed at step" in note for note in resumed.notes) == (killed_at >= 2)
     assert equal(adapter(tmp_path / "one" / "earlier-1"), old)  # nothing is lost
     assert {"checkpoint-4", "checkpoint-6"} < {path.name for path in (tmp_path / "one" / "earlier-1").iterdir()}
+
+
+def test_a_run_of_another_method_leaves_the_earlier_model_with_its_own_record(tmp_path):
+    given = SAVING | {"budget": 2, "save_steps": 0, "run_dir": str(tmp_path)}
+    for method in ("full", "lora"):
+        lorakit.run(given | {"method": method})
+    assert read(tmp_path / "adapter" / "record.json").method == "lora" and not (tmp_path / "model").exists()
+    assert read(tmp_path / "earlier-1" / "model" / "record.json").method == "full"
 
 
 @pytest.mark.parametrize("stored", ["another", None])  # None: a lorakit that did not say
