@@ -27,7 +27,8 @@ def run() -> list[Claim]:
         commands = {f"lorakit plan {model}": (["plan", model], PLAN) for model in MODELS}
         commands["20_compare from records"] = (read, NOTEBOOK)
         claims = [Claim(name, _median(argv), limit, 1.0, "s") for name, (argv, limit) in commands.items()]
-    return [*claims, Claim("committed records", sum(map(_size, _committed())) / 1e6, RECORDS, 1.0, "MB")]
+    size = sum(path.stat().st_size for path in _committed())
+    return [*claims, Claim("committed records", size / 1e6, RECORDS, 1.0, "MB")]
 
 
 def _median(argv: list[str]) -> float:
@@ -43,7 +44,3 @@ def _median(argv: list[str]) -> float:
 def _committed() -> list[Path]:
     listed = subprocess.run(["git", "-C", PROJECT, "ls-files", "-z", "results"], check=True, capture_output=True)
     return [PROJECT / name for name in listed.stdout.decode().split("\0") if name]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size

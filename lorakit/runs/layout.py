@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder.expanduser()
     require_place(folder, "FOLDER", folder=True)
     require(not folder.is_dir() or not any(folder.iterdir()), "FOLDER", str(folder), "must be new or empty")
-    inside = folder.resolve().is_relative_to(PROJECT.resolve())
-    require(not inside, "FOLDER", str(folder), f"is inside {PROJECT}, which is to be copied")
+    require(not folder.resolve().is_relative_to(PROJECT.resolve()), "FOLDER", str(folder), f"is inside {PROJECT}")
     with written(folder, folder=True) as made:
         lay_out(PROJECT, made)
     print(f"{folder}: yours. There `jupyter lab notebooks`, `lorakit sweep --setting toy` (of lorakit[lab,sweep])")

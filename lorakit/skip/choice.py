@@ -29,7 +29,8 @@ def choose(
     Always draws the same count of random numbers, so that every process that has the same generator agrees.
     """
     draws = torch.rand(len(metric), generator=generator).tolist()
-    taus = [threshold(metric, settings, path) for path in paths or [""] * len(metric)]
+    paths = paths if isinstance(settings.skip_threshold, dict) else ()  # else one threshold, found once a step
+    taus = [threshold(metric, settings, path) for path in paths] or [threshold(metric, settings)] * len(metric)
     large = [m >= tau for m, tau in zip(metric, taus, strict=True)]
     if settings.skip == "prefix":
         return [draws[0] < settings.skip_explore or on for on in _all_but_prefix(large, blocks, settings)]
