@@ -282,6 +282,7 @@ class EvaluationSettings(Settings):
 
     question = "evaluation"
     evaluations: int = field(6, "on validation data, spread evenly over the budget", UNTRIED, ge=1)
+    evaluate_first: bool = field(False, "one more, before the first step: the curve's point 0", FREE, UNTRIED)
     eval_batch_size: int = field(64, "rows", ge=1)
     select: Literal["last", "best"] = field("last", "the final model; best: by validation loss, never by test")
     exact_match_rows: int = field(0, "chat tasks: GSM8K-style answers generated at the end", FREE, UNTRIED, ge=0)

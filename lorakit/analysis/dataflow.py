@@ -16,8 +16,12 @@ KINDS = {"frozen": "frozen, or without a graph", "trained": "trained, or with a 
 WAYS = {"forward": {"color": "0.25"}, "backward": {"color": style.COLORS[2], "ls": "--"}}
 
 
+@style.captioned
 def dataflow(method: str) -> Figure:
-    """The picture of one method: "lora", "sparse", "hira", "qlora", "skip", "slora" or "flora".
+    """Where forward and gradient pass in one method, and what is frozen, trained or decides.
+
+    Args:
+        method: "lora", "sparse", "hira", "qlora", "skip", "slora" or "flora".
 
     Raises:
         ParameterError: there is none of this method.

@@ -1,4 +1,4 @@
-"""What a picture says in numbers, so that a test that does not look at pictures notices when it says something else."""
+"""What a picture says in words, for who does not see it, and in numbers, for a test that does not look at pictures."""
 
 import math
 import re
@@ -13,11 +13,37 @@ GOLDEN = (5**0.5 - 1) / 2  # the fractions of its multiples are all different, a
 
 
 class Drawn(Figure):
-    """A figure whose text says what is drawn, panel by panel: see `drawn_numbers`."""
+    """A figure whose text says what is drawn, panel by panel: see `drawn_numbers`.
+
+    A notebook shows it as one PNG with `alt_text`, and under it what the figure shows, where a `caption` says so.
+    """
+
+    caption = ""
 
     def __repr__(self) -> str:
         panels = ", ".join(f"{count} numbers: {total:.4g}" for count, total in map(drawn_numbers, self.axes))
         return f"{super().__repr__()[:-1]}: {panels}>"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        picture = {"image/png": self._repr_png_(), "text/plain": repr(self)}
+        display(picture, metadata={"image/png": {"alt": alt_text(self)}}, raw=True)
+        if self.caption:
+            display({"text/markdown": f"*{self.caption}*", "text/plain": self.caption}, raw=True)
+
+
+def alt_text(drawn: Figure) -> str:
+    """Title, axes and names of what is drawn, panel by panel; numbers stand in the tables beside a figure."""
+    legends = [*drawn.legends, *(ax.get_legend() for ax in drawn.axes if ax.get_legend())]
+    named = [text.get_text() for legend in legends for text in (*legend.get_texts(), legend.get_title())]
+    panels = []
+    for ax in drawn.axes:
+        axes = [label for label in (ax.get_ylabel(), ax.get_xlabel()) if label]
+        listed = [text.get_text() for text in ax.get_yticklabels() if re.search("[A-Za-z]{2}", text.get_text())]
+        panels += [ax.get_title("left"), " against ".join(axes), ", ".join(listed)]
+    said = [drawn.get_suptitle(), *panels, drawn.get_supylabel(), drawn.get_supxlabel(), ", ".join(filter(None, named))]
+    return ". ".join(dict.fromkeys(" ".join(text.split()) for text in said if text.strip()))
 
 
 def drawn_numbers(ax: Axes) -> tuple[int, float]:

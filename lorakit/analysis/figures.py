@@ -29,10 +29,11 @@ def details(record: Record, name: str) -> dict[str, Any]:
     return record.details[name]
 
 
+@style.captioned
 def loss_curve(
     records: Sequence[Record], x: str = "accepted_steps", y: str = stats.LOSS, mixed: bool = False
 ) -> Figure:
-    """`y` against `x`: a line per row, a band over its seeds, a thin line for a run that did not finish.
+    """What was reached against what was spent: a line per row, a band over its seeds; thin: a run that did not finish.
 
     Args:
         x: accepted_steps, steps, tokens, tokens_backpropagated, flops or seconds.
@@ -44,8 +45,9 @@ def loss_curve(
         return style.legend(ax, draw_loss(ax, records, x, y))
 
 
+@style.captioned
 def loss_panels(records: Sequence[Record], beside: str = "lora", x: str = "accepted_steps") -> Figure:
-    """`loss_curve` in a panel of its own for each row, the row `beside`, if there, in all: many bands would overlap."""
+    """A panel for each row, its band over seeds beside that of one row that stands in all: many bands would overlap."""
     require_comparable(records)
     groups = stats.by_row(records)
     rows = [row for row in groups if row != beside] or [beside]
@@ -83,6 +85,7 @@ def memory_table(records: Sequence[Record]) -> pd.DataFrame:
     return both.groupby(["row", "kind"])["bytes"].max().unstack().reindex(index=names.order(both["row"]), columns=kinds)
 
 
+@style.captioned
 def memory_by_kind(records: Sequence[Record], mixed: bool = False) -> Figure:
     """Predicted peak training memory of each row, stacked by kind; CUDA's measured peak as a diamond.
 
@@ -137,6 +140,7 @@ def search_table(records: Sequence[Record]) -> pd.DataFrame:
     return table.groupby(["row", "learning_rate"])["loss"].agg(lambda losses: losses.mean(skipna=False)).reset_index()
 
 
+@style.captioned
 def learning_rate_search(records: Sequence[Record], mixed: bool = False) -> Figure:
     """Validation loss against learning rate at equal budget: the best starred, failed rates at the top edge.
 
@@ -179,6 +183,7 @@ def score_table(records: Sequence[Record], metric: str) -> pd.DataFrame:
     return pd.DataFrame(every, columns=["row", "seed", "value"])
 
 
+@style.captioned
 def final_scores(records: Sequence[Record], metric: str | None = None, mixed: bool = False) -> Figure:
     """A final metric of each row: a point per seed, the mean and, from three seeds on, its 95 % interval.
 
@@ -220,6 +225,7 @@ def mean_key(look: style.Look) -> style.Key:
     return [mean, seed], ["mean, 95 % interval from three seeds on", "one seed"]
 
 
+@style.captioned
 def overview(records: Sequence[Record], mixed: bool = False) -> Figure:
     """What a set of runs bought and cost: validation loss against accepted steps and FLOPs, and memory by kind.
 

@@ -118,8 +118,9 @@ def verdict(records: Sequence[Record], reference: str = "lora") -> str:
     return "\n".join(said)
 
 
+@style.captioned
 def tradeoff(records: Sequence[Record], costs: Sequence[str] = ("flops", "predicted_peak"), value: str = "") -> Figure:
-    """`value` against what it cost, a panel for each of `costs`: a row's mean with its interval, and the front."""
+    """What was reached against what it cost: a row's mean with its interval; the grey step is the Pareto front."""
     value = stats.named(value or stats.main_value(records))
     higher, table = METRICS[value.split(" ")[-1]], standings(records, value)
     units = {name: (heading, size) for heading, (name, _, size) in COSTS.items()}

@@ -44,6 +44,7 @@ def log_points(records: Sequence[Record], key: str, after_burn_in: bool = False)
     return pd.DataFrame(points, columns=["row", "seed", "status", "x", "y"])
 
 
+@style.captioned
 def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
     """The acceptance rate each gate kept after its burn-in, over candidate steps; targets as thin lines.
 
@@ -66,6 +67,7 @@ def acceptance(records: Sequence[Record], mixed: bool = False) -> Figure:
     return ax.get_figure()
 
 
+@style.captioned
 def novelty(records: Sequence[Record], mixed: bool = False) -> Figure:
     """Raw novelty of the candidate batches, before any scaling, over steps, for the gates that score it.
 
@@ -106,6 +108,7 @@ def ledger_table(records: Sequence[Record]) -> pd.DataFrame:
     return table.reindex(names.order(table.index))
 
 
+@style.captioned
 def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     """FLOPs of each row by what they were spent on, with their total and the share of batches that was accepted.
 
@@ -149,6 +152,7 @@ def redundancy_table(
     return table
 
 
+@style.captioned
 def gain_by_redundancy(records: Sequence[Record], row: str = "slora", against: str = "random") -> Figure:
     """What novelty is worth: its loss minus that of random batches at equal accepted steps, by redundancy of the data.
 

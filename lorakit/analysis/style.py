@@ -5,8 +5,8 @@ import io
 import math
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,13 +104,24 @@ def panel(height: float, columns: int = 1, rows: int = 1, **grid: Any) -> Iterat
 def figure(height: float) -> Figure:
     """An empty figure, `WIDTH` x `height` inches, outside pyplot's global state, that a notebook shows as one PNG.
 
-    IPython draws a bare Figure only once pyplot's inline backend is active; `_repr_png_` makes it independent of that.
     Its text says what was drawn (`drawn_numbers`), which nbval compares where it does not look at pictures.
     """
     new = Drawn(figsize=(WIDTH, height), dpi=SCREEN_DPI, layout="constrained")
     FigureCanvasAgg(new)
     new._repr_png_ = partial(_drawn, new, "png", SCREEN_DPI)  # type: ignore[attr-defined]
     return new
+
+
+def captioned(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Of a function that draws: the first paragraph of its docstring stands under its figures in a notebook."""
+
+    @wraps(draw)
+    def drawing(*given: Any, **named: Any) -> Figure:
+        drawn = draw(*given, **named)
+        drawn.caption = " ".join((draw.__doc__ or "").partition("\n\n")[0].split())
+        return drawn
+
+    return drawing
 
 
 def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, labels: Mapping[str, str] = {}) -> None:

@@ -30,11 +30,12 @@ TAGS = {"classify": "text-classification", "causal": "text-generation", "masked"
 Opened = namedtuple("Opened", "model tokenizer kind base source adapted record notes")
 
 
-def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
-    """The whole model that `asked.model` names, or the adapter there on its base, kept as in training.
+def opened(place: str | Path, wanted: str = "", base: str | None = None, kind: str | None = None) -> Opened:
+    """The whole model of that name or folder, or the adapter there on its base, kept as in training.
 
     Args:
         wanted: the kind it must be; empty: any.
+        base, kind: of an adapter beside which no record and no config says them.
 
     Returns:
         Beside model, tokenizer and kind: the base's name and where it is from ("" where nothing says it), whether there
@@ -43,25 +44,26 @@ def opened(asked: argparse.Namespace, wanted: str = "") -> Opened:
     Raises:
         LorakitError: there is none, it is of another kind, or nothing says its base or its kind.
     """
-    folder, notes = Path(asked.model).expanduser(), []
+    folder, notes = Path(place).expanduser(), []
     adapted = any((folder / name).is_file() for name in (peft_format.CONFIG_FILE, saving.OWN_CONFIG_FILE))
     record = next(map(records.read, folder.glob(records.BESIDE)), None)
     run, prints, made = (record.resolved, record.fingerprints, record.details) if record else ({}, {}, {})
-    base, kind, labels = storage.described(folder) if adapted else ("", "", None)
-    base = asked.base or run.get("model") or base
+    said_base, said_kind, labels = storage.described(folder) if adapted else ("", "", None)
+    base = base or run.get("model") or said_base
     if adapted:
-        require(bool(base), "--base", base, f"{asked.model} does not say it: give --base")
-        kind = asked.kind or kind or ("task" in run and tasks.kind(run["task"], models.family(base)))
-        require(bool(kind), "--kind", kind, f"{asked.model} does not say it: give --kind")
+        require(bool(base), "--base", base, f"{place} does not say it: give --base")
+        kind = kind or said_kind or ("task" in run and tasks.kind(run["task"], models.family(base)))
+        require(bool(kind), "--kind", kind, f"{place} does not say it: give --kind")
     else:
-        configuration = models.config(asked.model)
+        configuration = models.config(str(place))
         heads, made = str(configuration.architectures), {"classes": [*configuration.id2label.values()]}
-        kind = next((kind for part, kind in NAMED.items() if part in heads), "")
-        told = f"is no adapter, and of kind {kind or 'none'}: {heads}"
-        require(kind != "" and asked.kind in (None, kind), "MODEL", asked.model, told)
-    require(wanted in ("", kind), "MODEL", asked.model, f"is of kind {kind!r}: {ASKED[kind]}")
+        found = next((kind for part, kind in NAMED.items() if part in heads), "")
+        told = f"is no adapter, and of kind {found or 'none'}: {heads}"
+        require(found != "" and kind in (None, found), "MODEL", str(place), told)
+        kind = found
+    require(wanted in ("", kind), "MODEL", str(place), f"is of kind {kind!r}: {ASKED[kind]}")
     options = {"num_labels": labels or 2, "classes": made.get("classes", []) if kind == "classify" else []}
-    loaded = models.load(base if adapted else asked.model, kind, dtype=run.get("dtype", "auto"), **options)
+    loaded = models.load(base if adapted else str(place), kind, dtype=run.get("dtype", "auto"), **options)
     if adapted and prints.get("model", loaded.fingerprint) != loaded.fingerprint:
         notes.append(f"{base} is not the very model that the adapter was trained over: another fingerprint")
     if adapted and not record:
@@ -87,7 +89,7 @@ def export(argv: Sequence[str]) -> int:
     output = asked.output or f"{asked.model.rstrip('/')}-{'merged' if asked.merge else 'exported'}"
     require_place(output := Path(output).expanduser(), "--output", folder=True)
     require(not any(output.glob("*")), "--output", str(output), "not empty")
-    found = opened(asked)
+    found = opened(asked.model, base=asked.base, kind=asked.kind)
     apart = found.adapted and not asked.merge and found.model.lorakit_attachment.method not in ("head", "full")
     with written(output, folder=True) as folder, quiet():
         if apart:
@@ -161,13 +163,14 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
     require(bool(rows), "--file", asked.file, "has no rows")
-    found = opened(asked, "classify" if command == "predict" else "causal")
+    wanted = "classify" if command == "predict" else "causal"
+    found = opened(asked.model, wanted, asked.base, asked.kind)
     with quiet():
         off = []
         if asked.compare:  # first: where there is no adapter nothing is to be asked in vain
             with adapters.disabled(found.model):
-                off = [_ask(found, rows, most).add_suffix("_adapter_off")]
-        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join([_ask(found, rows, most), *off])
+                off = [ask(found, rows, most).add_suffix("_adapter_off")]
+        table = DataFrame(rows, columns=[word, "pair"][: len(rows[0])]).join([ask(found, rows, most), *off])
     if asked.output:
         with written(output) as path:
             text = table.to_csv(index=False) if output.suffix == ".csv" else table.to_json(orient="records", lines=True)
@@ -180,8 +183,12 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     return 0
 
 
-def _ask(found: Opened, rows: Sequence[tuple[str, ...]], most: int) -> DataFrame:
-    """One answer a row: class and probability, or a text of at most so many tokens."""
+def ask(found: Opened, rows: Sequence[tuple[str, ...]], most: int = 128) -> DataFrame:
+    """Of a classifier or a causal model, one answer a row: class and probability, or a text of at most `most` tokens.
+
+    Args:
+        rows: a text each, or the two of a pair.
+    """
     model, tokenizer = found.model, found.tokenizer
     pipe = pipeline(TAGS[found.kind], model=model, tokenizer=tokenizer)
     if found.kind == "causal":

@@ -27,7 +27,7 @@ def search(given: dict[str, Any]) -> Record:
     record = new_record(params, given)
     record.kind = "lr_search"
     known = _known(params, record)
-    own = {"budget": params.search_budget, "evaluations": 1, "record": "", "run_dir": ""}
+    own = {"budget": params.search_budget, "evaluations": 1, "evaluate_first": False, "record": "", "run_dir": ""}
     try:
         for rate in params.search_rates:
             trial = params.model_copy(update=own | {"learning_rate": rate})

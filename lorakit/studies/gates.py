@@ -87,8 +87,9 @@ def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch
     return [task.collator([task.train[row] for row in rows]) for rows in BatchSampler(order, size, drop_last=False)]
 
 
+@style.captioned
 def agreement(found: Mapping[str, pd.DataFrame]) -> Figure:
-    """A panel per `novelty_table`: the novelty the gate sees against that of the true gradient, a point per batch."""
+    """The novelty that the gate sees against that of the adapters' true gradient, a point per batch."""
     with style.panel(3.0, len(found), squeeze=False) as axes:
         for ax, (name, table) in zip(axes.flat, found.items(), strict=True):
             style.points(ax, table["truth"], table["proxy"])

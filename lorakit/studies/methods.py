@@ -19,6 +19,7 @@ LOWEST = 1e-9  # what is zero but for rounding lies on the lower edge
 # Sparse LoRA: when zeros appear, how many there are in the end, and what they save on disk
 
 
+@style.captioned
 def zeros_over_time(records: Sequence[Record]) -> Figure:
     """The share of zeros that was asked for (thin) and that was reached, against optimizer steps, a line per run."""
     seeds, rows = {r.seed for r in records}, style.looks(r.row for r in records)
@@ -46,6 +47,7 @@ def zeros(record: Record) -> dict[str, float]:
 # HiRA: the spectrum of its update, which ends at no rank, next to LoRA's, which does
 
 
+@style.captioned
 def spectrum(updates: Mapping[str, Any], rank: int) -> Figure:
     """Singular values of each row's update matrix ΔW over the largest; the rank r of the factors is marked.
 
@@ -66,6 +68,7 @@ def spectrum(updates: Mapping[str, Any], rank: int) -> Figure:
 # QLoRA: NF4's 16 values under the weights they stand for, and where a quantized model's bits go
 
 
+@style.captioned
 def codebook(weights: Any, codes: Sequence[float]) -> Figure:
     """A histogram of weights over their block's largest, (N,) in [-1, 1], and the 16 values NF4 rounds them to."""
     import seaborn as sns
@@ -79,6 +82,7 @@ def codebook(weights: Any, codes: Sequence[float]) -> Figure:
         return style.legend(ax)
 
 
+@style.captioned
 def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Bits a parameter costs, over all parameters of the model, stacked by the kind of weight they go to.
 
@@ -98,10 +102,10 @@ def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
 # SkipLoRA: of every adapter, how much it changes what passes through it, and how often it was trained
 
 
+@style.captioned
 def skip_map(record: Record) -> Figure:
-    """Adapter by optimizer step as colours, the first adapter at the bottom.
-
-    Left: M = ‖Δh‖ / ‖h‖, missing before it was measured. Right: the share of steps trained.
+    """Adapters by optimizer step, the first at the bottom. Left: M = ‖Δh‖ / ‖h‖, how much each changes what passes
+    through it, missing before it was measured. Right: the share of steps it was trained in.
     """
     found = details(record, "skip")
     history, adapters, blocks = found["history"], found["adapters"], found["blocks"]

@@ -71,6 +71,7 @@ def error_table(cosines: Sketched) -> pd.DataFrame:
     return table.rename_axis("m")
 
 
+@style.captioned
 def sketch_error(cosines: Sketched) -> Figure:
     """The error of a sketched cosine against m, under its bound."""
     table = error_table(cosines)
@@ -85,6 +86,7 @@ def sketch_error(cosines: Sketched) -> Figure:
         return style.legend(ax)
 
 
+@style.captioned
 def agreement(values: Sketched, size: int, what: str = "cosine", point: str = "two batches") -> Figure:
     """Left: sketched against exact at m = `size`, first seed. Right: their rank correlation against m."""
     import seaborn as sns
@@ -139,8 +141,9 @@ def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> pd.DataFrame
     return pd.DataFrame(means, pd.Index(topks, name="topk"), [*SPARSE])
 
 
+@style.captioned
 def sparse_errors(table: pd.DataFrame) -> Figure:
-    """`sparse_table` against K."""
+    """How far a head gradient is off that keeps K words per token, see `sparse_table`."""
     with style.panel(2.8) as ax:
         style.lines(ax, table)
         ax.set(xlabel="words kept per token, K", ylabel="relative error of the gradient", xscale="log", yscale="log")
@@ -186,8 +189,9 @@ def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> pd.DataFr
     return pd.DataFrame(captured, pd.RangeIndex(1, len(stream) + 1, name="rows seen"))
 
 
+@style.captioned
 def captured_energy(table: pd.DataFrame, window: int) -> Figure:
-    """`captured_table`, each value the mean over the `window` rows before and at it."""
+    """Share of the next row's energy in the directions learned so far, a mean over rows; see `captured_table`."""
     smooth = table.rolling(window).mean().dropna()
     with style.panel(3.0) as ax:
         style.lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))
@@ -216,6 +220,7 @@ def spectrum_table(stream: Tensor, rows: int) -> Spectra:
     return Spectra(own, kept, float(torch.linalg.matrix_norm(A.T @ A - B.T @ B, ord=2) / energy.sum()), bounds)
 
 
+@style.captioned
 def spectrum(spectra: Spectra) -> Figure:
     """Left: energy by direction, of the stream and of the sketch. Right: the error and its bound for every k."""
     energies = {"stream": pd.Series(spectra.stream), "sketch": pd.Series(spectra.sketch)}

@@ -43,8 +43,9 @@ def ledger_table(model: nn.Module, batch: Batch, fractions: Sequence[float], **m
     return pd.DataFrame(lines, columns=["mode", "fraction", "FLOPs", "activations and logits", "peak"])
 
 
+@style.captioned
 def ledger(ledgers: Mapping[str, pd.DataFrame]) -> Figure:
-    """A column per entry of `ledgers`: `ledger_table`, FLOPs above, activations and logits below."""
+    """Of a step, FLOPs (above), activations and logits (below), by share of chosen tokens; 1: the plain step's."""
     parts = {"FLOPs": "step FLOPs", "activations and logits": "activations, logits"}
     highest = {part: max(table[part].max() for table in ledgers.values()) for part in parts}
     with style.panel(3.8, len(ledgers), len(parts), sharex="col", sharey="row", squeeze=False) as axes:
@@ -87,6 +88,7 @@ def mode_table(tokens: int, chosen: Sequence[int], layers: int) -> dict[str, np.
     return {"baseline": all_tokens, "gather": gather, "fractional, pass 1": first, "fractional, pass 2": second}
 
 
+@style.captioned
 def modes(tokens: int = 12, chosen: Sequence[int] = (3, 7), layers: int = 4) -> Figure:
     """What each layer does with each token: in the plain step, in mode "gather", in the two passes of "fractional"."""
     import seaborn as sns

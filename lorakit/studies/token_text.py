@@ -42,6 +42,7 @@ def text_table(model: nn.Module, tokenizer: Any, row: Batch, share: float, polic
     return [Piece(SHOWN.get(word, word), by_token.get(t), t - 1 in kept) for t, word in enumerate(words)]
 
 
+@style.captioned
 def text(pictures: Mapping[str, Sequence[Piece]]) -> Figure:
     """A text per entry of `pictures`, token by token: the darker, the larger the score; chosen tokens framed."""
     shade, frame = matplotlib.colormaps["Blues"], style.COLORS[2]

@@ -76,8 +76,9 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
     return pd.DataFrame(table, pd.Index(topks, name="topk_logits"), [*SPARSE])
 
 
+@style.captioned
 def label_overlap(table: pd.DataFrame) -> Figure:
-    """`label_table` against the words kept."""
+    """How many of the top predictions a score rightly chooses that keeps only some words, see `label_table`."""
     with style.panel(2.6) as ax:
         style.lines(ax, table)
         ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
@@ -161,8 +162,9 @@ def estimate(drawn: Tensor, inner: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
+@style.captioned
 def policy_errors(table: pd.DataFrame) -> Figure:
-    """`policy_table` by share of chosen tokens. Left: where the mean estimate points. Right: how far one is off."""
+    """Where the mean estimate points (left), how far one is off (right), by share of chosen tokens; `policy_table`."""
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
     with style.panel(2.7, 2) as (left, right):
@@ -222,8 +224,9 @@ def truncation_table(
     return pd.DataFrame(table, pd.Index(fractions, name="fraction"), ["same", *MODES])
 
 
+@style.captioned
 def truncation(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """A panel per entry of `tables`: `truncation_table`, cosines by share of chosen tokens."""
+    """How alike two gradients are, by share of chosen tokens; 1: one direction. See `truncation_table`."""
     labels = {"same": "fractional with gather, same tokens"} | {mode: f"{mode} with all tokens" for mode in MODES}
     looks = {"same": style.series(1, first=3)[0]} | MODES
     with style.panel(2.8, len(tables), sharey=True, squeeze=False) as axes:

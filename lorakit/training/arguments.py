@@ -59,6 +59,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
         data_seed=params.seed,
         logging_strategy="no",
         save_strategy="no",
+        eval_on_start=params.evaluate_first,
         logging_nan_inf_filter=False,
         report_to=reports,
         remove_unused_columns=False,

@@ -139,8 +139,10 @@ class RunCallback(StepCallback):
         self.facts["loss"] = run.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
-        if not self.training or not self.run.curve.points:  # before the first step
+        if not self.training:
             return
+        if not self.run.curve.points:  # before the first step
+            self.run.curve.add(self.run.ledger, None, None)
         validation = strip_prefix(metrics, "eval_")
         if not math.isfinite(validation["loss"]):
             raise Diverged(f"validation loss is {validation['loss']} at step {self.run.ledger.steps}")

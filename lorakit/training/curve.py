@@ -18,7 +18,7 @@ class Curve:
     best: dict[str, torch.Tensor] = field(default_factory=dict)
     best_step: int | None = None
 
-    def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float) -> None:
+    def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float | None) -> None:
         """Append where the run stands now; `acceptance_rate` is the gate's own, of late and without its burn-in."""
         loss, score = ledger.take_means()
         spent = {name: getattr(ledger, name) for name in ("accepted_steps", "tokens", "tokens_backpropagated", "flops")}

@@ -91,6 +91,7 @@ class BudgetTrainer(GatedTrainer):
             checkpoint.require_room(self.args.output_dir)
         if resume_from_checkpoint:
             self.require_resumable(resume_from_checkpoint)
+            self.args.eval_on_start = False  # it was
             checkpoint.load_run(self.run, resume_from_checkpoint)
             if self.budget.share(self.ledger) >= 1:  # stopped after its last step: the Trainer would take one more
                 checkpoint.load_weights(self.model, resume_from_checkpoint)

@@ -6,6 +6,7 @@ import datetime
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from synthetic_records import record
 
+from lorakit import files
 from lorakit.analysis import figures, names, style
 from lorakit.errors import ParameterError
 
@@ -105,16 +107,45 @@ def test_the_readers_own_settings_are_left_alone_and_do_not_reach_the_figure():
 # in a notebook and on disk
 
 
-def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active():
+def shown_by(drawn, monkeypatch):
+    """What a notebook is given to show, and what is said of it."""
+    shown = []
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, metadata=None, raw=False: shown.append((data, metadata))
+    )
+    formatter = DisplayFormatter()
+    formatter.ipython_display_formatter.enabled = True  # as in a kernel
+    # what the inline backend does once pyplot is imported; its picture would have no alternative text
+    formatter.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
+    assert formatter.format(drawn) == ({}, {})
+    return shown
+
+
+def test_a_notebook_shows_one_png_whether_or_not_pyplot_is_active(monkeypatch):
     drawn = figures.loss_curve(runs())
-    shown, _ = DisplayFormatter().format(drawn)
-    assert set(shown) == {"text/plain", "image/png"}
-    assert imread(io.BytesIO(shown["image/png"])).shape[1] == 780
+    (picture, _), _ = shown_by(drawn, monkeypatch)
+    assert set(picture) == {"text/plain", "image/png"}
+    assert imread(io.BytesIO(picture["image/png"])).shape[1] == 780
     assert repr(drawn) == repr(figures.loss_curve(runs()))
     assert repr(drawn).startswith("<Drawn size 780x")  # no address, which would differ
-    inline = DisplayFormatter()  # what the inline backend does once pyplot is imported
-    inline.formatters["image/png"].for_type(Figure, lambda figure: b"\x89PNG inline")
-    assert inline.format(drawn)[0]["image/png"] == b"\x89PNG inline"
+
+
+def test_who_does_not_see_a_figure_is_told_what_it_shows_and_its_caption_stands_under_it(monkeypatch):
+    (_, said), (caption, _) = shown_by(figures.loss_curve(runs(), x="flops"), monkeypatch)
+    alt = said["image/png"]["alt"]
+    for part in ("validation loss (nats) against training compute (FLOPs)", *names.labels(runs()).values()):
+        assert part in alt, alt
+    assert caption["text/markdown"].startswith("*What was reached against what was spent: a line per row")
+    (_, said), (caption, _) = shown_by(figures.overview(runs()), monkeypatch)
+    assert "memory at the peak of a training step, predicted" in said["image/png"]["alt"]
+    assert "\n" not in caption["text/plain"] and caption["text/plain"] in " ".join(figures.overview.__doc__.split())
+
+
+def test_every_function_that_draws_for_a_notebook_has_a_caption():
+    for path in sorted((files.PROJECT / "lorakit").glob("[as]*/*.py")):
+        drawing = r"(?m)^(.*)\ndef ([a-z]\w*)\((?:[^()]|\([^()]*\))*\) -> Figure:"
+        bare = [name for before, name in re.findall(drawing, path.read_text()) if before != "@style.captioned"]
+        assert set(bare) <= {"figure", "legend"}, path
 
 
 def test_what_draws_and_takes_long_to_load_is_loaded_when_drawing():
@@ -177,13 +208,13 @@ def test_a_figures_text_tells_what_is_drawn(change):
     assert repr(_panel(**change)) != repr(_panel())
 
 
-def test_a_figures_text_holds_after_drawing_and_for_another_processors_last_bits():
+def test_a_figures_text_holds_after_drawing_and_for_another_processors_last_bits(monkeypatch):
     figure = _panel()
     before = repr(figure)
     assert figure._repr_png_() and repr(figure) == before
     assert "nan" not in before
     assert repr(_panel(line=tuple(y * (1 + 1e-6) for y in (0.848, 0.8, 0.7)))) == before
-    assert DisplayFormatter().format(figure)[0]["text/plain"] == before
+    assert shown_by(figure, monkeypatch)[0][0]["text/plain"] == before
 
 
 def test_a_figure_of_words_and_days_has_a_text_and_may_be_pickled():

@@ -59,6 +59,15 @@ def test_figures_are_png_alone(path):
 
 
 @each_notebook
+def test_a_figure_says_in_words_what_it_shows_and_has_its_caption_under_it(path):
+    for cell in code_cells(path):
+        for place, output in enumerate(cell.outputs):
+            if "image/png" in output.get("data", {}):
+                assert len(output.metadata["image/png"]["alt"]) > 20, cell.source
+                assert re.fullmatch(r"\*[^*`]{20,}\*", cell.outputs[place + 1].data["text/markdown"]), cell.source
+
+
+@each_notebook
 def test_kernel_and_metadata_are_those_of_any_machine(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.kernelspec.name == "python3"

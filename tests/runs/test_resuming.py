@@ -84,3 +84,20 @@ def test_a_second_run_in_the_folder_is_refused_by_name(tmp_path):
         lorakit.run(SAVING | {"run_dir": str(tmp_path)})
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert lorakit.run(SAVING | {"run_dir": str(tmp_path)}).status == "done"
+
+
+def test_a_point_before_the_first_step_changes_nothing_after_it_and_stands_once(tmp_path, monkeypatch):
+    plain = lorakit.run(SAVING)
+    first = SAVING | {"evaluate_first": True, "run_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_at(patched, 5)
+        lorakit.run(first)
+    run = lorakit.run(first)
+    assert any("resumed at step 4" in note for note in run.notes)
+    zero, *others = run.curve
+    assert zero.step == zero.tokens == zero.flops == 0 and zero.train_loss is None
+    assert zero.validation["loss"] > others[-1].validation["loss"] > 0
+    assert [(p.step, p.train_loss, p.validation) for p in others] == [
+        (p.step, p.train_loss, p.validation) for p in plain.curve
+    ]
+    assert run.final == plain.final and run.costs.flops == plain.costs.flops
