@@ -12,30 +12,24 @@ from typing import Any
 from lorakit import __version__
 from lorakit.errors import AssetError, LorakitError
 
-COMMANDS = {  # name -> the module whose `main`, or `:function`, it is (empty: of this name below), what it does
+COMMANDS = {  # name -> the module whose `main`, or `:function`, it is (empty: of this name below); what it does
     "demo": ("", "the README's run: every method on a real encoder; a table, a figure, a page, a verdict"),
-    "run": ("lorakit.runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
+    "run": ("runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
     "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
-    "sweep": ("lorakit.runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
+    "sweep": ("runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
     "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
-    "table": ("lorakit.analysis.tables", "compare records: lorakit table results/… --figure out.png"),
-    "report": ("lorakit.analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
-    "time": ("lorakit.runs.timing", "seconds of a step and an answer, rows in turns: lorakit time sst2-minilm-compare"),
-    "claims": (
-        "lorakit.analysis.claims",
-        "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare",
-    ),
-    "params": ("lorakit.params.overview", "every parameter of a run: its default, its range, what it means"),
-    "plan": ("lorakit.runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
-    "init": ("lorakit.runs.layout", "a working folder of one's own: notebooks, params, records: lorakit init FOLDER"),
+    "table": ("analysis.tables", "compare records: lorakit table results/… --figure out.png"),
+    "report": ("analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
+    "time": ("runs.timing", "seconds of a step and an answer, rows in turns: lorakit time sst2-minilm-compare"),
+    "claims": ("analysis.claims", "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare"),
+    "params": ("params.overview", "every parameter of a run: its default, its range, what it means"),
+    "plan": ("runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
+    "init": ("runs.layout", "a working folder of one's own: notebooks, params, records: lorakit init FOLDER"),
     "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
-    "export": (
-        "lorakit.runs.away:export",
-        "an adapter, or merged a model, with its card: lorakit export ADAPTER --merge",
-    ),
-    "predict": ("lorakit.runs.away:predict", "the classes of texts: lorakit predict MODEL --text … --compare"),
-    "generate": ("lorakit.runs.away:generate", "answers to prompts: lorakit generate MODEL --prompt … --compare"),
-    "scratch": ("lorakit.scratch", "LoRA from scratch on a small transformer of our own"),
+    "export": ("runs.away:export", "an adapter, or merged a model, with its card: lorakit export ADAPTER --merge"),
+    "predict": ("runs.away:predict", "the classes of texts: lorakit predict MODEL --text … --compare"),
+    "generate": ("runs.away:generate", "answers to prompts: lorakit generate MODEL --prompt … --compare"),
+    "scratch": ("scratch", "LoRA from scratch on a small transformer of our own"),
 }
 DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sentences")}
 
@@ -59,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
     try:
-        status = (getattr(import_module(module), function or "main") if module else globals()[name])(rest)
+        status = (getattr(import_module(f"lorakit.{module}"), function or "main") if module else globals()[name])(rest)
         sys.stdout.flush()
         return status
     except LorakitError as error:

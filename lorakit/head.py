@@ -192,10 +192,9 @@ class Head:
             error = (self.recomputed(states) - given.float()).norm() / given.float().norm().clamp(min=1e-12)
             if error < TOLERANCE or not torch.isfinite(given).all():
                 return True
-        raise LorakitError(
-            f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}: its "
-            f"gradient would be another (head: {self.d_hidden} to {self.outputs}){remedy}"
-        )
+        told = f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}"
+        head = f"(head: {self.d_hidden} to {self.outputs})"
+        raise LorakitError(f"{told}: its gradient would be another {head}{remedy}")
 
     def reached(self, model: Callable[..., Any], inputs: Mapping[str, Any], take: Callable[[Tensor], Any]) -> Any:
         """What `take` makes of the head's input in a forward of `model`, whose head is then given nothing."""
@@ -224,10 +223,9 @@ def find_head(model: nn.Module, kind: str) -> Head:
     else:
         module = model.get_output_embeddings()
     if module is None or getattr(module, "weight", None) is None or module.weight.dim() != 2:
-        raise LorakitError(
-            f"{type(model).__name__} has no linear output head to read gradients from ({kind}): a gate that looks at "
-            "the head gradient needs one; gates 'random' and 'loss_floor' do not"
-        )
+        told = f"{type(model).__name__} has no linear output head to read gradients from ({kind})"
+        needs = "a gate that looks at the head gradient needs one; gates 'random' and 'loss_floor' do not"
+        raise LorakitError(f"{told}: {needs}")
     shape = module.weight.shape  # of a packed weight: not its features
     outputs, width = getattr(module, "out_features", shape[0]), getattr(module, "in_features", shape[1])
     told = getattr(model.config, "get_text_config", lambda: model.config)()

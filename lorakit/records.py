@@ -224,9 +224,8 @@ class Record(_Strict):
     parameters: Parameters | None = None
     adapter_bytes: Count | None = None
     latency: Latency | None = None
-    fingerprints: Annotated[
-        dict[str, Any], _shaped(_Fingerprints)
-    ] = {}  # data: file -> sha256; rows by split; model; code
+    # data: file -> sha256; rows by split; model; code
+    fingerprints: Annotated[dict[str, Any], _shaped(_Fingerprints)] = {}
     environment: Annotated[dict[str, Any], _shaped(_Environment)] = {}
     search: list[SearchPoint] = []
     details: Annotated[dict[str, Any], _shaped(_Details)] = {}  # what only this method has

@@ -168,10 +168,9 @@ def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> N
         CheckpointError: keys are missing or unknown.
     """
     if state.keys() != expected.keys():
-        raise CheckpointError(
-            f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'}): it was written "
-            "without this gate, and starting the gate afresh would silently change the run"
-        )
+        told = f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'})"
+        why = "it was written without this gate, and starting the gate afresh would silently change the run"
+        raise CheckpointError(f"{told}: {why}")
 
 
 class AlwaysOpen(Gate):
@@ -186,6 +185,7 @@ GATES: dict[str, type[Gate]] = {"none": AlwaysOpen}  # gate -> its class; each m
 # (hidden (n, H), logits (n, V), labels (n,), losses (n,)) of some predictions, before any backward; and, where it has a
 # true `grouped`, the logits' `sketches.group_maxima`, found while a processor's cache holds them
 Look = Callable[..., None]
+Inputs = Mapping[str, Any]  # of a model's forward, by name
 
 
 @dataclass
@@ -230,18 +230,16 @@ class TokenSelection(Seam, Protocol):
     two_pass: bool
     head: Any
 
-    def select(
-        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
-    ) -> Selected:
+    def select(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor, look: Look | None = None) -> Selected:
         """Run `model` on `inputs` (without labels) and choose; `look` sees every prediction, in chunks."""
 
-    def verify(self, model: torch.nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+    def verify(self, model: torch.nn.Module, inputs: Inputs, labels: Tensor) -> None:
         """Called once, before the first `select`: does the model do what the selection relies on?"""
 
     def divisor(self, labels: Tensor) -> int:
         """What the losses of a batch with these labels are divided by, to be summed over a window and all ranks."""
 
-    def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    def statistics(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> Tensor:
         """Of a batch in evaluation, (B, 4), see `training.loss.example_statistics`."""
 
     def sizes(self, labels: Tensor, look: Look | None = None) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def opened(run: Trained, folder: Path) -> torch.nn.Module:
     """The exported model, as Transformers opens it."""
     import transformers
 
-    auto, place = getattr(transformers, KINDS[run.task.kind]), folder / run.params.model
+    auto, place = getattr(transformers, f"AutoModelFor{KINDS[run.task.kind]}"), folder / run.params.model
     model, told = auto.from_pretrained(adapters.export(run.model, place), output_loading_info=True)
     require(not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), f"exported: {told}")
     return model

@@ -229,10 +229,8 @@ class AdapterLayer(nn.Module, ABC):
 def _require_unmerged(layer: AdapterLayer, *_: Any) -> None:
     """Before its state_dict is saved or loaded: who reads both names, base and adapter, adds the update twice."""
     if layer.is_merged:
-        raise LorakitError(
-            "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded; "
-            "lorakit.export(model, folder) writes the merged model"
-        )
+        told = "the adapter is merged into the base weights: unmerge(model) before its state_dict is saved or loaded"
+        raise LorakitError(f"{told}; lorakit.export(model, folder) writes the merged model")
 
 
 ADAPTERS: dict[str, type[AdapterLayer]] = {}  # method -> its layer; each module enters its own

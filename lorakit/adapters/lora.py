@@ -19,10 +19,8 @@ class LoRALayer(AdapterLayer):
 
     peft_type = "LORA"
     parameter_names = ("lora_A", "lora_B")
-    peft_names = {
-        **{"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
-        "init": "init_lora_weights",
-    }
+    peft_names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+    peft_names["init"] = "init_lora_weights"
     peft_fields = {*peft_names.values()} | _INERT_FIELDS
     peft_defaults = {"rank": 8, "alpha": 8.0}
     peft_inits = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

@@ -189,10 +189,9 @@ def _embeddings(model: nn.Module, tensors: dict[str, Tensor], trained: Sequence[
             continue
         own = module.weight
         if given.shape[1:] == own.shape[1:] and len(given) != len(own):
-            raise CheckpointError(
-                f"the adapter is for another vocabulary: {path}.weight is {tuple(given.shape)}, this model has "
-                f"{tuple(own.shape)}; model.resize_token_embeddings({len(given)}) first"
-            )
+            shapes = f"{path}.weight is {tuple(given.shape)}, this model has {tuple(own.shape)}"
+            remedy = f"model.resize_token_embeddings({len(given)}) first"
+            raise CheckpointError(f"the adapter is for another vocabulary: {shapes}; {remedy}")
         if not inside(path, trained) and torch.equal(given.to(own.device, own.dtype), own):
             del tensors[f"{path}.weight"]
         elif not inside(path, trained):

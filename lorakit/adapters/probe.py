@@ -48,11 +48,10 @@ class Probe:
 
     def require_cut(self, x: Tensor) -> None:
         if self.refuse_gradient and not self.active and x.requires_grad:
-            raise LorakitError(
-                f"skip='prefix': the input of the skipped {self.path} requires a gradient, so the backward pass would "
-                "not end there; something below is trained (trainable=…), or enable_input_require_grads() was called "
-                "(with gradient checkpointing; use_reentrant=False does without)"
-            )
+            told = f"the input of the skipped {self.path} requires a gradient, so the backward pass would not end there"
+            why = "something below is trained (trainable=…), or enable_input_require_grads() was called"
+            how = "(with gradient checkpointing; use_reentrant=False does without)"
+            raise LorakitError(f"skip='prefix': {told}; {why} {how}")
 
 
 @torch.no_grad()

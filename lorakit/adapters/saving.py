@@ -51,11 +51,9 @@ def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool 
     require_own_names(model)
     require(not folder.exists() or folder.is_dir(), "folder", str(folder), "is a file; name a folder")
     if moved := attachment.moved(model):
-        warnings.warn(
-            f"{moved[0]}: running statistics of {len(moved)} frozen layers moved in train(), and an "
-            "adapter file does not hold them: name the layers in `trainable`, keep them in eval(), or export(model)",
-            stacklevel=3,
-        )
+        told = f"{moved[0]}: running statistics of {len(moved)} frozen layers moved in train()"
+        remedy = "name the layers in `trainable`, keep them in eval(), or export(model)"
+        warnings.warn(f"{told}, and an adapter file does not hold them: {remedy}", stacklevel=3)
     adapter = attachment.method in ADAPTERS
     require(adapter or not packed, "packed", packed, f"is for adapters, not {attachment.method!r}")
     with written(folder, folder=True) as temporary:

@@ -187,16 +187,10 @@ class Sparsifier(Controller):
 
     def report(self) -> dict[str, Any]:
         """The model's zeros as they are now (before `compact`, which removes them), and how they came."""
-        settings = self.settings
-        return {
-            "kind": settings.sparsify,
-            "factors": settings.sparse_factors,
-            "target": None if settings.l1 > 0 else settings.sparsity,
-            "reached": self.reached(),
-            "l1": settings.l1 or self.penalty,
-            "history": self.history,
-            **sparsity_report(self.model),
-        }
+        settings, target = self.settings, None if self.settings.l1 > 0 else self.settings.sparsity
+        asked = {"kind": settings.sparsify, "factors": settings.sparse_factors, "target": target}
+        came = {"reached": self.reached(), "l1": settings.l1 or self.penalty, "history": self.history}
+        return asked | came | sparsity_report(self.model)
 
 
 class SparseLoRALayer(LoRALayer):

@@ -109,10 +109,9 @@ def _require_same(attachment: Attachment, stored: StoredAdapter) -> None:
     for path, own in attachment.targets.items():  # the scale, which no tensor shows
         given = stored.targets.get(path, own)
         if (given.alpha, given.rslora) != (own.alpha, own.rslora):
-            raise CheckpointError(
-                f"{path} has alpha={given.alpha}, rslora={given.rslora}; attached are alpha={own.alpha}, "
-                f"rslora={own.rslora}; detach(model) first, then load_adapter attaches as the file says"
-            )
+            file, here = (f"alpha={one.alpha}, rslora={one.rslora}" for one in (given, own))
+            remedy = "detach(model) first, then load_adapter attaches as the file says"
+            raise CheckpointError(f"{path} has {file}; attached are {here}; {remedy}")
 
 
 def _read(model: nn.Module, folder: Path) -> StoredAdapter:

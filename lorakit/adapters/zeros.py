@@ -40,22 +40,13 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
     ranks = {path: _ranks(layer) for path, layer in layers.items()}
     factors = [factor for layer in layers.values() for factor in layer.adapter_parameters().values()]
     compacted = sum(len(living_ranks(la)) * (la.lora_A[0].nbytes + la.lora_B[:, 0].nbytes) for la in layers.values())
+    sizes = {"dense": sum(f.nbytes for f in factors), "packed": sum(map(stored_bytes, factors)), "compacted": compacted}
     nonzero, entries = ({name: sum(c[name][i] for c in counts.values()) for name in COUNTED} for i in (0, 1))
-    return {
-        "entries": entries,
-        "nonzero": nonzero,
-        "zeros": {name: 1 - nonzero[name] / entries[name] for name in COUNTED},
-        **{name: sum(own[name] for own in ranks.values()) / len(ranks) for name in RANKS},
-        "bytes": {
-            "dense": sum(factor.nbytes for factor in factors),
-            "packed": sum(stored_bytes(factor) for factor in factors),
-            "compacted": compacted,
-        },
-        "layers": {
-            path: {name: 1 - left / whole for name, (left, whole) in own.items()} | ranks[path]
-            for path, own in counts.items()
-        },
-    }
+    zeros = {name: 1 - nonzero[name] / entries[name] for name in COUNTED}
+    means = {name: sum(own[name] for own in ranks.values()) / len(ranks) for name in RANKS}
+    shares = {path: {name: 1 - left / whole for name, (left, whole) in own.items()} for path, own in counts.items()}
+    told = {path: shares[path] | ranks[path] for path in layers}
+    return {"entries": entries, "nonzero": nonzero, "zeros": zeros, **means, "bytes": sizes, "layers": told}
 
 
 def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:

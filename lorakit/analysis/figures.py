@@ -131,11 +131,8 @@ def search_table(records: Sequence[Record]) -> pd.DataFrame:
     """
     kinds = sorted({record.kind for record in records})
     require(kinds == ["lr_search"], "records", kinds, "must be of kind lr_search")
-    tried = [
-        (record.row, point.learning_rate, (point.validation or {}).get("loss") if point.status == "done" else None)
-        for record in records
-        for point in record.search
-    ]
+    points = [(record.row, point, point.validation or {}) for record in records for point in record.search]
+    tried = [(row, p.learning_rate, told.get("loss") if p.status == "done" else None) for row, p, told in points]
     table = pd.DataFrame(tried, columns=["row", "learning_rate", "loss"]).astype({"loss": float})
     return table.groupby(["row", "learning_rate"])["loss"].agg(lambda losses: losses.mean(skipna=False)).reset_index()
 

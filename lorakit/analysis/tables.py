@@ -83,11 +83,8 @@ def results_table(records: Sequence[Record], *, mixed: bool = False) -> Table:
     warning = require_comparable(records, mixed)
     runs = frame([record for group in groups.values() for record in group]).runs
     scores = {name.replace("_", " "): (name, SCORE, 1) for name in (stats.main_value(records), stats.LOSS)}
-    size: dict[str, Column] = {
-        "trainable": ("trainable", "{:,.0f}", 1),
-        "total/trainable": ("reduction_factor", "{:,.1f}", 1),
-        "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20),
-    }
+    size = {"trainable": ("trainable", "{:,.0f}", 1), "total/trainable": ("reduction_factor", "{:,.1f}", 1)}
+    size["adapter MiB"] = ("adapter_bytes", "{:,.2f}", 2**20)
     quality = summary(runs, scores | size)
     quality.insert(1, "seeds", [str(len(group)) for group in groups.values()])
     quality.insert(2, "status", [statuses(group) for group in groups.values()])

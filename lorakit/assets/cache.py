@@ -59,9 +59,7 @@ def _manifest(folder: Path, asset: Asset) -> dict[str, dict]:
 def write_manifest(folder: Path, asset: Asset) -> None:
     """Describe every file in `folder`; pinned hashes were verified on unpacking."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
+    entries = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
     manifest = {"asset": asset.name, "fingerprint": asset.fingerprint, "files": entries}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

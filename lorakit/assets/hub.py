@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
 from lorakit.errors import AssetError, DataError
 
 TIMEOUT = 5.0  # seconds for the one question asked before anything is downloaded
@@ -16,11 +19,8 @@ def newest_commit(repository: str, kind: Literal["model", "dataset"]) -> str:
     Raises:
         AssetError: with the reason in words, which fit into a sentence.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
-
     try:
-        return getattr(HfApi(), f"{kind}_info")(repository, timeout=TIMEOUT).sha
+        return getattr(huggingface_hub.HfApi(), f"{kind}_info")(repository, timeout=TIMEOUT).sha
     except GatedRepoError:
         raise AssetError("on the hub it is gated (accept its terms there, then `hf auth login`)") from None
     except RepositoryNotFoundError:
@@ -33,9 +33,7 @@ def newest_commit(repository: str, kind: Literal["model", "dataset"]) -> str:
 
 def cached_commit(model: str) -> str | None:
     """The newest commit of a model in the hub's local cache; None where it has none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json")
+    found = huggingface_hub.try_to_load_from_cache(model, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
 
@@ -45,13 +43,11 @@ def download_model(model: str, commit: str, weights: Sequence[str]) -> None:
     Raises:
         AssetError: the connection was lost or the disk is full; finished files stay in the cache.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
     try:
-        files = HfApi().list_repo_files(model, revision=commit)
+        files = huggingface_hub.HfApi().list_repo_files(model, revision=commit)
         chosen = next((pattern for pattern in weights if fnmatch.filter(files, pattern)), weights[0])
         patterns = ["*.json", "*.txt", "*.model", chosen]
-        snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
+        huggingface_hub.snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:  # as above
         raise AssetError(f"model={model!r}: download from the hub failed: {_line(error)}") from None
 
@@ -72,8 +68,6 @@ def data_files(repository: str, under: str, splits: Iterable[str], folder: Path 
         NoSnapshot: `folder` has none of these files.
         DataError: it lacks some.
     """
-    from huggingface_hub import snapshot_download
-
     patterns = [f"{under}/{split}-*.parquet" for split in splits]
     if folder is not None:
         found, missing = _matching(folder, patterns)
@@ -88,7 +82,8 @@ def data_files(repository: str, under: str, splits: Iterable[str], folder: Path 
         why = error
     options = {"revision": commit, "allow_patterns": patterns, "local_files_only": commit is None}
     try:
-        found, missing = _matching(Path(snapshot_download(repository, repo_type="dataset", **options)), patterns)
+        snapshot = huggingface_hub.snapshot_download(repository, repo_type="dataset", **options)
+        found, missing = _matching(Path(snapshot), patterns)
         if not missing:
             return found
         why = f"no file {', '.join(missing)}"

@@ -22,10 +22,8 @@ def prepare_four_bit(model: nn.Module, trained: Iterable[str]) -> None:
     layers = {path: module for path, module in model.named_modules() if is_four_bit(module)}
     for path, layer in layers.items():
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise LorakitError(
-                f"{path}: an evaluation before attach packed its 4-bit weight anew, through which no gradient flows; "
-                "load the model again and attach before its first forward"
-            )
+            told = "an evaluation before attach packed its 4-bit weight anew, through which no gradient flows"
+            raise LorakitError(f"{path}: {told}; load the model again and attach before its first forward")
         for root in trained:
             if inside(path, [root]):
                 raise ParameterError("trainable", root or "the whole model", f"{path} is in 4 bits, which cannot train")

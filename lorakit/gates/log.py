@@ -50,11 +50,8 @@ class GateLog(Stateful):
         self._last = accept
         expected = 1 - self.gate.target_rate if accept else self.gate.target_rate  # share of the other decision
         if expected and self._row == int(PATIENCE + 10 / expected):
-            share = "100 %" if accept else "0 %"
-            self.warn(
-                f"acceptance is stuck at {share}: {self._row} batches in a row after the burn-in, for a target rate of "
-                f"{self.gate.target_rate}"
-            )
+            stuck = f"acceptance is stuck at {'100 %' if accept else '0 %'}: {self._row} batches in a row"
+            self.warn(f"{stuck} after the burn-in, for a target rate of {self.gate.target_rate}")
 
     def _check_novelty(self) -> None:
         if not self.gate.scores_novelty or len(self._early) < 8:
@@ -62,29 +59,23 @@ class GateLog(Stateful):
         quarter = len(self._early) // 4
         late = sum(self._early[-quarter:]) / quarter
         if late > max(FALLING, 1 - self.gate.k / self.gate.m / 4):
-            self.warn(
-                f"novelty is not falling: {late:.3f} after a burn-in of {self.gate.burn_in} batches; the basis "
-                f"(k={self.gate.k}) holds nothing that new batches share"
-            )
+            told = f"novelty is not falling: {late:.3f} after a burn-in of {self.gate.burn_in} batches"
+            self.warn(f"{told}; the basis (k={self.gate.k}) holds nothing that new batches share")
 
     def begin(self, total_steps: float | None) -> None:
         """Training starts; `total_steps` batches are planned, None where that is not known."""
         if total_steps is not None and self.gate.burn_in >= total_steps:
-            self.warn(
-                f"burn_in={self.gate.burn_in} is as long as the run ({total_steps:.0f} steps) or longer: "
-                "every batch will be accepted"
-            )
+            told = f"burn_in={self.gate.burn_in} is as long as the run ({total_steps:.0f} steps) or longer"
+            self.warn(f"{told}: every batch will be accepted")
         size, rank = (getattr(self.gate, name, None) for name in "mk")
         if size and rank and 2 * rank > size:
-            self.warn(
-                f"the sketch is small for the rank: a basis of k={rank} directions takes up {rank / size:.0%} of a "
-                f"sketch of m={size}, so that even unrelated gradients look redundant; use m of at least {2 * rank}"
-            )
+            told = f"a basis of k={rank} directions takes up {rank / size:.0%} of a sketch of m={size}"
+            then = f"so that even unrelated gradients look redundant; use m of at least {2 * rank}"
+            self.warn(f"the sketch is small for the rank: {told}, {then}")
         if self.gate.scores_novelty and self.gate.k >= (room := self.gate.d_hidden * (self.gate.vocab_size - 1)):
-            self.warn(
-                f"the basis can hold every gradient of this head: k={self.gate.k} directions of a space of {room} "
-                f"({self.gate.d_hidden} x {self.gate.vocab_size - 1}); nothing stays novel, so use a smaller k"
-            )
+            space = f"a space of {room} ({self.gate.d_hidden} x {self.gate.vocab_size - 1})"
+            told = f"k={self.gate.k} directions of {space}; nothing stays novel, so use a smaller k"
+            self.warn(f"the basis can hold every gradient of this head: {told}")
 
     def warn(self, text: str) -> None:
         """Give a warning and keep it for the record."""
@@ -99,11 +90,8 @@ class GateLog(Stateful):
             found["gate/novelty"] = sum(self._scores) / len(self._scores)
         if self._accepted:
             found["gate/accept"] = sum(self._accepted) / len(self._accepted)
-        found |= {
-            "gate/acceptance_rate": self.gate.acceptance_rate(),
-            "gate/accepted_steps": accepted_steps,
-            "gate/total_steps": step,
-        }
+        found |= {"gate/acceptance_rate": self.gate.acceptance_rate()}
+        found |= {"gate/accepted_steps": accepted_steps, "gate/total_steps": step}
         self._scores, self._accepted = [], []
         self.points.append({"step": step, **found})
         return found
@@ -111,9 +99,5 @@ class GateLog(Stateful):
     def report(self) -> dict[str, Any]:
         """What the record keeps: the gate's settings, its rate after the burn-in, warnings, all points."""
         counted = len(self.decisions) - self.gate.burn_in
-        return self.gate.report() | {
-            "acceptance_rate": self._kept / counted if counted > 0 else None,
-            "decisions": len(self.decisions),
-            "warnings": list(self.warnings),
-            "log": list(self.points),
-        }
+        rate = {"acceptance_rate": self._kept / counted if counted > 0 else None, "decisions": len(self.decisions)}
+        return self.gate.report() | rate | {"warnings": [*self.warnings], "log": [*self.points]}

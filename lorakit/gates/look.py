@@ -24,18 +24,10 @@ class GateLook:
     def __call__(
         self, hidden: Tensor, logits: Tensor, labels: Tensor, losses: Tensor, maxima: Tensor | None = None
     ) -> None:
-        measured = self.gate.measure(
-            Candidate(
-                loss=losses.double().sum() * self.per_label,
-                logits=logits[None],
-                labels=labels[None],
-                hidden=hidden[None],
-                kind="masked",  # nothing is left to shift
-                softcap=self.head.softcap,
-                token_losses=losses,
-                maxima=maxima,
-            )
-        )
+        loss = losses.double().sum() * self.per_label
+        seen = {"hidden": hidden[None], "softcap": self.head.softcap, "token_losses": losses, "maxima": maxima}
+        # nothing is left to shift
+        measured = self.gate.measure(Candidate(loss, logits[None], labels[None], kind="masked", **seen))
         self._measured = measured if self._measured is None else self._measured + measured
 
     def measured(self) -> Tensor:

@@ -17,6 +17,11 @@ from lorakit.seams import GATES, Candidate
 from lorakit.settings import GateSettings
 from lorakit.sketches import FrequentDirections, TensorSketch, head_gradient
 
+# of a gate's arguments those that a run's parameters say, and how these call them where it is not the same
+NAMED = {"target_novelty": "rate", "target_novelty_scaler": "beta", "novelty_ema_rate": "ema",
+         "reorth_every": "refresh", "k_topk": "topk"}  # fmt: skip
+TOLD = (*NAMED, "m", "k", "burn_in", "rows", "decay", "leverage")
+
 
 class HeadGradientGate(ScoredGate):
     """Gates whole batches by how far their head gradient leaves the span of those accepted before.
@@ -89,17 +94,14 @@ class HeadGradientGate(ScoredGate):
         require(k < rows <= m, "rows", rows, f"must be above k={k} and at most m={m}")
         require(reorth_every >= 1, "reorth_every", reorth_every, "must be at least 1")
         require(k_topk >= 0, "k_topk", k_topk, "must be at least 0 (0: all logits)")
-        controller = ThresholdController(
-            target_novelty, steepness=target_novelty_scaler, ema_rate=novelty_ema_rate, burn_in=burn_in
-        )
-        super().__init__(controller, seed)
+        rates = {"steepness": target_novelty_scaler, "ema_rate": novelty_ema_rate, "burn_in": burn_in}
+        super().__init__(ThresholdController(target_novelty, **rates), seed)
         self.d_hidden, self.vocab_size, self.m, self.k = d_hidden, vocab_size, m, k
         self.k_topk, self.reorth_every = min(k_topk or vocab_size, vocab_size), reorth_every
         self.kind, self.softcap, self.leverage = kind, softcap, leverage
         self.device = usable_device(device)
-        self.sketch = TensorSketch(
-            d_hidden, vocab_size, m, generator=torch.Generator().manual_seed(seed), device=self.device
-        )
+        generator = torch.Generator().manual_seed(seed)
+        self.sketch = TensorSketch(d_hidden, vocab_size, m, generator=generator, device=self.device)
         self.directions = FrequentDirections(m, rows, decay=decay, device=self.device)
         self.basis = torch.zeros(0, m, device=self.device)  # (≤ k, m), rows weighted where `leverage`
         self.updates = 0
@@ -112,22 +114,8 @@ class HeadGradientGate(ScoredGate):
         Raises:
             LorakitError: a model without a linear head.
         """
-        return cls.of_model(
-            model,
-            kind,
-            m=settings.gate_m,
-            k=settings.gate_k,
-            target_novelty=settings.gate_rate,
-            target_novelty_scaler=settings.gate_beta,
-            novelty_ema_rate=settings.gate_ema,
-            burn_in=settings.gate_burn_in,
-            seed=seed,
-            reorth_every=settings.gate_refresh,
-            k_topk=settings.gate_topk,
-            rows=settings.gate_rows,
-            decay=settings.gate_decay,
-            leverage=settings.gate_leverage,
-        )
+        told = {name: getattr(settings, f"gate_{NAMED.get(name, name)}") for name in TOLD}
+        return cls.of_model(model, kind, seed=seed, **told)
 
     @classmethod
     def of_model(cls, model: torch.nn.Module, kind: str, **told: Any) -> HeadGradientGate:

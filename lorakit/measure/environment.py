@@ -12,10 +12,8 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
-NOT_OF_A_RUN = (
-    *("analysis/", "studies/", "scratch/", "cli.py", "__main__.py"),
-    *("runs/notebooks.py", "runs/fits.py", "runs/plan.py", "runs/sweep.py", "runs/away.py"),
-)
+AROUND = ("notebooks", "fits", "plan", "sweep", "away")  # of `runs`: what starts, plans or reads runs
+NOT_OF_A_RUN = ("analysis/", "studies/", "scratch/", "cli.py", "__main__.py", *(f"runs/{name}.py" for name in AROUND))
 
 
 def environment() -> dict[str, object]:

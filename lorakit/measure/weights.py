@@ -39,13 +39,11 @@ def weight_table(model: nn.Module, quantize: str = "none", double_quant: bool = 
     planned = quantisable(model) if quantize == "nf4" else []
     counts = {kind: [0, 0] for kind in KINDS}
     for kind, name, parameter in _kinds(model):
-        if name.rpartition(".")[0] in planned:
-            if name.endswith(".weight"):
-                kind, size = FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
-            else:  # its bias is rounded to bf16
-                size = 2 * parameter.numel()
-        else:
-            size = stored_bytes(parameter)
+        size, packed = stored_bytes(parameter), name.rpartition(".")[0] in planned
+        if packed and name.endswith(".weight"):
+            kind, size = FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
+        elif packed:  # its bias is rounded to bf16
+            size = 2 * parameter.numel()
         counts[kind][0] += dense_numel(parameter)
         counts[kind][1] += size
     base = [sum(column) for column in zip(*(counts[kind] for kind in KINDS if kind != ADAPTERS), strict=True)]

@@ -16,11 +16,7 @@ from lorakit.quiet import quiet
 from lorakit.settings import TrainingSettings
 from lorakit.tasks.toy import models as toys
 
-KINDS = {
-    "classify": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-    "causal": "AutoModelForCausalLM",
-}
+KINDS = {"classify": "SequenceClassification", "masked": "MaskedLM", "causal": "CausalLM"}  # AutoModelFor…
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 ATTENTIONS = get_args(TrainingSettings.model_fields["attention"].annotation)
 
@@ -107,7 +103,7 @@ def build(
     """
     if getattr(configuration, "pad_token_id", None) is None:
         configuration.pad_token_id = 0  # classifiers look for the last token that is not padding
-    auto = getattr(transformers, KINDS[kind])
+    auto = getattr(transformers, f"AutoModelFor{KINDS[kind]}")
     there = type(configuration) in auto._model_mapping
     require(there, "kind", kind, f"not there for a {configuration.model_type} model")
     try:
@@ -167,7 +163,7 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
 
 def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
-    auto, asked = getattr(transformers, KINDS[kind]), source.arguments
+    auto, asked = getattr(transformers, f"AutoModelFor{KINDS[kind]}"), source.arguments
     asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
     explained = sources.explained(source, f"cannot be loaded as a {kind} model")
     with explained, quiet(), torch.random.fork_rng(devices=[]):

@@ -104,10 +104,8 @@ def reach(fitting: Fit, gpu: float) -> str:
         return f"{gpu:g} GB: does not fit, however it is made smaller (4 bits, gradient checkpointing)"
     ways = ["4 bits"] * (step.quantize == "nf4") + ["gradient checkpointing"] * step.gradient_checkpointing
     how = f"with {' and '.join(ways)}" if ways else "as it is"
-    return (
-        f"{gpu:g} GB: fits {how}; at {step.seq} tokens up to batch {fitting.batch:,}, at batch {step.batch} up to "
-        f"{fitting.seq:,} tokens"
-    )
+    most = f"at {step.seq} tokens up to batch {fitting.batch:,}, at batch {step.batch} up to {fitting.seq:,} tokens"
+    return f"{gpu:g} GB: fits {how}; {most}"
 
 
 def main(argv: list[str] | None = None) -> int:

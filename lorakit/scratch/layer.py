@@ -69,9 +69,8 @@ class LoRALinear(nn.Linear):
         require(isinstance(r, int) and not isinstance(r, bool) and r >= 1, "r", r, "must be an integer >= 1")
         require(0 < lora_alpha < math.inf, "lora_alpha", lora_alpha, "must be a number > 0")
         require(0 <= lora_dropout < 1, "lora_dropout", lora_dropout, "must be in [0, 1)")
-        require(
-            lora_sigma is None or 0 < lora_sigma < math.inf, "lora_sigma", lora_sigma, "must be a number > 0 or None"
-        )
+        drawn = lora_sigma is None or 0 < lora_sigma < math.inf
+        require(drawn, "lora_sigma", lora_sigma, "must be a number > 0 or None")
         super().__init__(in_features, out_features, **linear)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))

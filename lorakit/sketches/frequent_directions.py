@@ -5,7 +5,7 @@ approximation of rank k.
 """
 
 import math
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +50,7 @@ class FrequentDirections:
         fits = 1 <= x.ndim <= 2 and x.shape[-1] == self.dim
         require(fits, "x", tuple(x.shape), f"must be ({self.dim},) or (n, {self.dim})")
         require_finite(bool(torch.isfinite(x).all()), "x", "non-finite values")
-        self._append(x.detach().reshape(-1, self.dim).to(self._buffer), self.decay)
-
-    def _append(self, x: Tensor, decay: float) -> None:
+        x = x.detach().reshape(-1, self.dim).to(self._buffer)
         while len(x):
             if self._filled == len(self._buffer):
                 self.rotate()
@@ -60,10 +58,10 @@ class FrequentDirections:
             x = x[len(block) :]
             end = self._filled + len(block)
             self._buffer[self._filled : end] = block
-            if decay < 1:  # a row is scaled once for each row after it
+            if self.decay < 1:  # a row is scaled once for each row after it
                 age = torch.arange(end - 1, -1, -1, device=block.device, dtype=block.dtype)
                 age[: self._filled] = len(block)  # what these had aged before is in them already
-                self._buffer[:end] *= (math.sqrt(decay) ** age)[:, None]
+                self._buffer[:end] *= (math.sqrt(self.decay) ** age)[:, None]
             self._filled, self._rotated = end, False
 
     def rotate(self) -> None:
@@ -102,16 +100,6 @@ class FrequentDirections:
         top = self._buffer[: min(k, self._filled)]
         # dividing by the length would do, but for a small σ next to a large one the Gram matrix left some of that
         return torch.linalg.qr(top.T).Q.T.float()
-
-    def merge(self, other: Self) -> None:
-        """Take in what `other` has seen; the bound holds for both streams together. `other` is only rotated.
-
-        Raises:
-            ParameterError: its d or ℓ differs.
-        """
-        theirs = (other.dim, other.rows)
-        require(theirs == (self.dim, self.rows), "other", theirs, f"(dim, rows) must be {(self.dim, self.rows)}")
-        self._append(other.matrix()[: other._filled].to(self._buffer), decay=1.0)
 
     def state_dict(self) -> dict[str, Any]:
         rows = self._buffer[: self._filled].clone()

@@ -68,9 +68,8 @@ def keep_the_cut(model: nn.Module) -> None:
     for module in model.modules():
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant"):
-            raise LorakitError(
-                "skip='prefix': reentrant checkpointing undoes the cut; enable it with use_reentrant=False"
-            )
+            told = "reentrant checkpointing undoes the cut; enable it with use_reentrant=False"
+            raise LorakitError(f"skip='prefix': {told}")
     for module in model.modules():
         if getattr(module, "_require_grads_hooks", None):
             module.disable_input_require_grads()

@@ -237,9 +237,7 @@ def verdict(records: Sequence[Record], row: str, others: Sequence[str]) -> str:
     gaps = [stats.paired_differences(groups[row], groups[name], stats.LOSS) for name in others if name in groups]
     gaps = [(f'"{names.label(gap.baseline, records)}"', gap) for gap in gaps if gap.estimate is not None]
     unshown = ", ".join(other for other, gap in gaps if gap.verdict != "below")
-    return (
-        f"On {records[0].setting}, {label}, accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of "
-        f"{loss:.3f}, which differs "
-        + "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
-        + (f"; it is not shown to be better than {unshown}." if unshown else ".")
-    )
+    end = f"accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of {loss:.3f}"
+    differs = "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
+    but = f"; it is not shown to be better than {unshown}" if unshown else ""
+    return f"On {records[0].setting}, {label}, {end}, which differs {differs}{but}."

@@ -197,11 +197,9 @@ def noise_table(model: nn.Module, batch: Batch, noise: float, share: float, draw
     bad[wrong] = 1
     k = policies.quota(len(where), share)
     drawn = [policies.proportional(sizes, k, generator)[0] for _ in range(draws)]
-    return {
-        "all labels": float(bad.mean()),
-        "top-k": float(bad[policies.largest(sizes, k)].mean()),
-        "PPS": float(torch.stack([bad[index].mean() for index in drawn]).mean()),
-    }
+    found = {"all labels": bad.mean(), "top-k": bad[policies.largest(sizes, k)].mean()}
+    found["PPS"] = torch.stack([bad[index].mean() for index in drawn]).mean()
+    return {name: float(share) for name, share in found.items()}
 
 
 def truncation_table(

@@ -9,6 +9,7 @@ Masking: 15 % of the tokens are to be predicted; of these 80 % are hidden, 10 % 
 The draw depends on (seed, token ids) and on nothing else, so a resumed run masks as one that was never interrupted.
 """
 
+import contextlib
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit.errors import ParameterError, require
 from lorakit.head import IGNORED
-from lorakit.modules import evaluating
+from lorakit.modules import evaluating, set_until
 
 MULTIPLE = 8
 PROBABILITY, HIDDEN, RANDOM = 0.15, 0.8, 0.1  # of masking
@@ -135,15 +136,13 @@ def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collat
     batch, length = collator([row]), len(row["input_ids"])
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     lengths = [end - start for start, end in pairwise([*starts, length])]
-    cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
     try:
-        with evaluating(model):
+        with contextlib.ExitStack() as stack, evaluating(model):
+            set_until(stack, model.config, use_cache=False)
             packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :length]
             alone = [model(input_ids=ids).logits[0] for ids in batch["input_ids"][:, :length].split(lengths, dim=1)]
     except TypeError as error:
         raise ParameterError("packing", True, f"{type(model).__name__} takes no packed rows: {error}") from None
-    finally:
-        model.config.use_cache = cache
     pairs = [(found.float(), own.float()) for found, own in zip(packed.split(lengths), alone, strict=True)]
     first, *others = [((found - own).norm() / own.std().clamp(min=1e-12) / own.numel() ** 0.5) for found, own in pairs]
     off = max((found - own).abs().max() for found, own in pairs)

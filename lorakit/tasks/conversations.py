@@ -7,14 +7,13 @@ from lorakit.errors import DataError
 from lorakit.tasks import chat, own, readers
 from lorakit.tasks.corpus import Corpus, Recipe, apart, content, cut, fingerprints, required
 
-INSTRUCT_LAYOUT = (
-    "instruct/train.jsonl and instruct/validation.jsonl (and test.jsonl, where there is one), a chat a line"
-)
-TULU_LAYOUT = "tulu/*.jsonl or tulu/*.parquet with a column `messages`"
+# the files that `data_dir` must hold
+INSTRUCT = "instruct/train.jsonl and instruct/validation.jsonl (and test.jsonl, where there is one), a chat a line"
+TULU = "tulu/*.jsonl or tulu/*.parquet with a column `messages`"
 
 
 def instruct_from_folder(folder: Path) -> Corpus:
-    paths = [required(folder, name, INSTRUCT_LAYOUT) for name in ("train.jsonl", "validation.jsonl")]
+    paths = [required(folder, name, INSTRUCT) for name in ("train.jsonl", "validation.jsonl")]
     paths += folder.glob("test.jsonl")
     train, validation, *given = map(own.chats, paths)
     if given:
@@ -26,7 +25,7 @@ def instruct_from_folder(folder: Path) -> Corpus:
 def tulu_from_folder(folder: Path) -> Corpus:
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])
     if not paths:
-        raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU_LAYOUT}")
+        raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU}")
     return _tulu([messages for path in paths for messages in own.chats(path)], paths)
 
 
@@ -45,6 +44,6 @@ def _tulu(chats: list[chat.Chat], paths: list[Path], *notes: str) -> Corpus:
 
 
 RECIPES = {
-    "instruct": Recipe("chats", "", None, INSTRUCT_LAYOUT, instruct_from_folder),
-    "tulu": Recipe("chats", "hub allenai/tulu-3-sft-mixture", tulu_from_hub, TULU_LAYOUT, tulu_from_folder),
+    "instruct": Recipe("chats", "", None, INSTRUCT, instruct_from_folder),
+    "tulu": Recipe("chats", "hub allenai/tulu-3-sft-mixture", tulu_from_hub, TULU, tulu_from_folder),
 }

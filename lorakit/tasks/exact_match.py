@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lorakit.modules import evaluating
 
 EXACT = Context(prec=1000)  # digits
+Answered = Sequence[tuple[str, str]]  # prompt text up to the model's turn, reference answer with `#### N`
 ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 
@@ -24,17 +25,12 @@ def gsm8k_answer(text: str) -> str | None:
 
 @torch.no_grad()
 def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[tuple[str, str]],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Answered, *, max_new_tokens: int, batch_size: int
 ) -> float:
     """Share of rows whose generated answer has the reference's number.
 
     Args:
-        rows: (prompt text up to the model's turn, reference answer with `#### N`), from `Task.answer_rows`; not none.
+        rows: from `Task.answer_rows`; not none.
     """
     right = 0
     for start in range(0, len(rows), batch_size):

@@ -12,12 +12,11 @@ from lorakit.assets import hub
 from lorakit.tasks import corpus, readers
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, normal, required
 
-REVIEWS_LAYOUT = "reviews/movieReviewSnippets_GroundTruth.txt with columns id⇥mean rating⇥text"
-SST2_LAYOUT = "sst2/train.tsv and sst2/dev.tsv with header sentence⇥label, no quoting"
-IMDB_LAYOUT = "imdb/*.csv with header text,label (a file named test.csv is the test split)"
-MRPC_LAYOUT = (
-    "mrpc/msr_paraphrase_train.txt and, where there is one, mrpc/msr_paraphrase_test.txt, as published by Microsoft"
-)
+# the files that `data_dir` must hold
+REVIEWS = "reviews/movieReviewSnippets_GroundTruth.txt with columns id⇥mean rating⇥text"
+SST2 = "sst2/train.tsv and sst2/dev.tsv with header sentence⇥label, no quoting"
+IMDB = "imdb/*.csv with header text,label (a file named test.csv is the test split)"
+MRPC = "mrpc/msr_paraphrase_train.txt and, where there is one, mrpc/msr_paraphrase_test.txt, as published by Microsoft"
 NEUTRAL = 0.5  # ratings nearer to 0 than this say nothing clear
 
 
@@ -58,7 +57,7 @@ def _divided(
 
 
 def reviews_from_folder(folder: Path) -> Corpus:
-    path = required(folder, "movieReviewSnippets_GroundTruth.txt", REVIEWS_LAYOUT)
+    path = required(folder, "movieReviewSnippets_GroundTruth.txt", REVIEWS)
     clear: dict[str, Labelled] = {}
     rows = list(readers.tsv(path, ("id", "rating", "text"), header=False))
     for line, (_, value, text) in rows:
@@ -80,7 +79,7 @@ def reviews_from_folder(folder: Path) -> Corpus:
 
 
 def sst2_from_folder(folder: Path) -> Corpus:
-    paths = [required(folder, name, SST2_LAYOUT) for name in ("train.tsv", "dev.tsv")]
+    paths = [required(folder, name, SST2) for name in ("train.tsv", "dev.tsv")]
     train, test = (_rows(path, readers.tsv(path, ("sentence", "label"))) for path in paths)
     return _sst2(train, test, paths)
 
@@ -110,7 +109,7 @@ def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corp
 
 
 def imdb_from_folder(folder: Path) -> Corpus:
-    paths = sorted(folder.glob("*.csv")) or [required(folder, "*.csv", IMDB_LAYOUT)]
+    paths = sorted(folder.glob("*.csv")) or [required(folder, "*.csv", IMDB)]
     rows: dict[bool, list[Labelled]] = {True: [], False: []}
     for path in paths:
         told = ((line, (row["text"], row["label"])) for line, row in readers.csv_rows(path, columns=("text", "label")))
@@ -127,7 +126,7 @@ def imdb_from_hub(folder: Path | None = None) -> Corpus:
 
 def mrpc_from_folder(folder: Path) -> Corpus:
     """Pairs that share a sentence stay in one split; quotes are part of the sentences."""
-    paths = [required(folder, "msr_paraphrase_train.txt", MRPC_LAYOUT), *folder.glob("msr_paraphrase_test.txt")]
+    paths = [required(folder, "msr_paraphrase_train.txt", MRPC), *folder.glob("msr_paraphrase_test.txt")]
     columns = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
     sides = []
     for path in paths:
@@ -146,9 +145,9 @@ def mrpc_from_hub(folder: Path | None = None) -> Corpus:
 
 RECIPES = {
     "reviews": Recipe("labelled", "asset review-sentences",
-                      lambda: reviews_from_folder(Path(assets.fetch("review-sentences"))), REVIEWS_LAYOUT,
+                      lambda: reviews_from_folder(Path(assets.fetch("review-sentences"))), REVIEWS,
                       reviews_from_folder),
-    "sst2": Recipe("labelled", "hub nyu-mll/glue", sst2_from_hub, SST2_LAYOUT, sst2_from_folder),
-    "imdb": Recipe("labelled", "hub stanfordnlp/imdb", imdb_from_hub, IMDB_LAYOUT, imdb_from_folder),
-    "mrpc": Recipe("labelled", "hub nyu-mll/glue", mrpc_from_hub, MRPC_LAYOUT, mrpc_from_folder, f1=True),
+    "sst2": Recipe("labelled", "hub nyu-mll/glue", sst2_from_hub, SST2, sst2_from_folder),
+    "imdb": Recipe("labelled", "hub stanfordnlp/imdb", imdb_from_hub, IMDB, imdb_from_folder),
+    "mrpc": Recipe("labelled", "hub nyu-mll/glue", mrpc_from_hub, MRPC, mrpc_from_folder, f1=True),
 }  # fmt: skip

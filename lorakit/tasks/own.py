@@ -19,10 +19,8 @@ from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, content
 from lorakit.tasks.task import SPLITS
 
 LAYOUT = "a folder, file or glob of .csv, .tsv, .jsonl, .parquet or, for text, .txt"
-NAMED = {
-    "test": ("test", "testing", "holdout"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-}  # split -> words in its files' names
+# split -> words in its files' names
+NAMED = {"test": ("test", "testing", "holdout"), "validation": ("validation", "valid", "val", "dev", "eval")}
 ASKED = {"prompt": "completion", "instruction": "output"}  # question -> answer; Alpaca's may have an `input`
 Row = tuple[Path, int, dict[str, Any]]  # file, line, values by column
 

@@ -18,14 +18,7 @@ DROP = 0.1  # share of a near-duplicate's ordinary tokens that it lacks; at leas
 
 
 def redundant_stream(
-    rows: Dataset,
-    *,
-    share: float,
-    kind: str,
-    batch_size: int,
-    pool: int,
-    seed: int,
-    special: Set[int] = frozenset(),
+    rows: Dataset, *, share: float, kind: str, batch_size: int, pool: int, seed: int, special: Set[int] = frozenset()
 ) -> tuple[Dataset, np.ndarray]:
     """Training rows as a stream to be read in order, `batch_size` at a time, of which a known share is redundant.
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from lorakit.head import IGNORED, shifted
 from lorakit.settings import Gating
-from lorakit.tokens.kept_logits import BestLogits, SeenLogits
+from lorakit.tokens.kept_logits import Held
 
 FLOOR = 0.05  # of the mean score, added to all: a prediction of score 0 must have a chance for weights to exist
 
@@ -143,7 +143,7 @@ class Chosen:
     index: Tensor
     weights: Tensor | None = None
     loss_sum: Tensor | None = None
-    held: BestLogits | SeenLogits | None = None
+    held: Held | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ flow through tokens that were not chosen (TokenTune, Simoulin et al. 2023).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
 from lorakit.head import ambient_autocast, has_virtual_tokens
 from lorakit.modules import blocks
-from lorakit.seams import Look, Selected
+from lorakit.seams import Inputs, Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
 from lorakit.tokens.cut import Cut
@@ -80,9 +80,7 @@ class FractionalGate(TokenGate):
         check_model(model)
         self._same = not drops_out(model)
 
-    def select(
-        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
-    ) -> Selected:
+    def select(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor, look: Look | None = None) -> Selected:
         chosen, *recorded = self._record(model, inputs, labels, look)
         if not len(chosen.where):
             return self._selected(chosen, lambda: torch.zeros((), device=labels.device, requires_grad=True), 0)
@@ -92,7 +90,7 @@ class FractionalGate(TokenGate):
         return self._selected(chosen, finish, len(chosen.where), (ran, ran * labels.shape[1]))
 
     def _record(
-        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None
+        self, model: Callable[..., Any], inputs: Inputs, labels: Tensor, look: Look | None
     ) -> tuple[Chosen, DynamicCache, Masks, Cut]:
         """Pass 1: what was chosen, keys and values of every layer, the masks of all tokens, and where pass 2 starts."""
         require("input_ids" in inputs, "inputs_embeds", "given", "mode 'fractional' needs input_ids; use 'gather'")
@@ -107,36 +105,26 @@ class FractionalGate(TokenGate):
         if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
             chosen.held = None
         if len(recorded.layers) != self.config.num_hidden_layers:
-            raise LorakitError(
-                f"{type(model).__name__} recorded keys of {len(recorded.layers)} of its "
-                f"{self.config.num_hidden_layers} layers: mode 'fractional' cannot serve it (use_cache); use 'gather'"
-            )
+            told = f"recorded keys of {len(recorded.layers)} of its {self.config.num_hidden_layers} layers"
+            refused = f"{told}: mode 'fractional' cannot serve it (use_cache); use 'gather'"
+            raise LorakitError(f"{type(model).__name__} {refused}")
         for layer in recorded.layers[: cut.count]:  # not needed any more
             layer.keys = layer.values = None
         return chosen, recorded, masks, cut
 
-    def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
+    def _plan(self, inputs: Inputs, labels: Tensor) -> Plan:
         plan = super()._plan(inputs, labels)
         plan.masks = attention_masks(self.config, inputs, self.dtype)
         plan.places = places(plan.chosen.where, labels.shape[1]) if len(plan.chosen.where) else None
         return plan
 
     def _run(
-        self,
-        model: Callable[..., Any],
-        inputs: Mapping[str, Any],
-        at: Places,
-        recorded: DynamicCache,
-        masks: Masks,
-        cut: Cut,
+        self, model: Callable[..., Any], inputs: Inputs, at: Places, recorded: DynamicCache, masks: Masks, cut: Cut
     ) -> tuple[Tensor, torch.autocast]:
         """Pass 2: what the head would be given (k, H), in the order of `Chosen.where`, and under which autocast."""
         flat = at.row * at.columns.shape[1] + at.slot
-        given = {
-            "attention_mask": chosen_masks(masks, at),
-            "past_key_values": FreshKeys(recorded, at),
-            "use_cache": True,
-        }
+        given = {"attention_mask": chosen_masks(masks, at), "use_cache": True}
+        given["past_key_values"] = FreshKeys(recorded, at)
 
         def take(hidden: Tensor) -> tuple[Tensor, torch.autocast]:
             return hidden.flatten(0, 1)[flat], ambient_autocast(hidden.device)
@@ -144,7 +132,7 @@ class FractionalGate(TokenGate):
         with cut.started(at):
             return self.head.reached(model, chosen_inputs(inputs, at) | given, take)
 
-    def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+    def _try(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
         """Both passes must give the chosen predictions the same losses."""
         super()._try(model, inputs, labels)
         if not self.divisor(labels):
@@ -155,18 +143,16 @@ class FractionalGate(TokenGate):
         except LorakitError:
             raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-            raise LorakitError(
-                f"{type(model).__name__}: mode 'fractional' cannot serve this model, it fails on recorded keys or "
-                f"prepared masks ({type(error).__name__}: {error}); use 'gather'"
-            ) from error
+            why = f"it fails on recorded keys or prepared masks ({type(error).__name__}: {error})"
+            refused = f"mode 'fractional' cannot serve this model, {why}; use 'gather'"
+            raise LorakitError(f"{type(model).__name__}: {refused}") from error
         whole = self.head.reached(model, inputs, lambda hidden: hidden.flatten(0, 1)[chosen.where])
         first, again = (self.loss.nll(given, chosen.targets) for given in (whole, states))
         error = (again - first).norm() / first.norm()
         if not error < TOLERANCE and bool(torch.isfinite(first).all()):
-            raise LorakitError(
-                f"{type(model).__name__}: the chosen tokens alone have other losses than in their sequence (off by "
-                f"{error:.0%}): mode 'fractional' cannot serve this model; use 'gather'"
-            )
+            off = f"the chosen tokens alone have other losses than in their sequence (off by {error:.0%})"
+            refused = f"{off}: mode 'fractional' cannot serve this model; use 'gather'"
+            raise LorakitError(f"{type(model).__name__}: {refused}")
         self.shares.draws -= 1
 
 
@@ -184,21 +170,18 @@ def check_model(model: nn.Module) -> None:
     layers = set(getattr(config, "layer_types", None) or {"full_attention"})
     if not layers <= LAYERS or not hasattr(config, "num_attention_heads") or recurrent:
         raise LorakitError(f"{name} knows {' and '.join(sorted(LAYERS))}, not {sorted(layers)}; use 'gather'")
-    if config._attn_implementation not in ATTENTION:
-        raise LorakitError(
-            f"{name} needs attention 'sdpa' or 'eager', not {config._attn_implementation!r}; set `attention`"
-        )
+    if (attention := config._attn_implementation) not in ATTENTION:
+        raise LorakitError(f"{name} needs attention 'sdpa' or 'eager', not {attention!r}; set `attention`")
     if has_virtual_tokens(model):
         raise LorakitError(f"{name} does not go with prompt learning, whose virtual tokens have no place of their own")
     if getattr(model, "is_activation_checkpointing", False):
-        raise LorakitError(
-            f"{name} does not go with gradient_checkpointing, which drops the recorded keys (its activations are "
-            "those of the chosen tokens only); use 'gather' or leave checkpointing out"
-        )
+        why = "which drops the recorded keys (its activations are those of the chosen tokens only)"
+        told = f"{name} does not go with gradient_checkpointing, {why}; use 'gather' or leave checkpointing out"
+        raise LorakitError(told)
 
 
 @torch.no_grad()
-def attention_masks(config: Any, inputs: Mapping[str, Any], dtype: torch.dtype) -> Masks:
+def attention_masks(config: Any, inputs: Inputs, dtype: torch.dtype) -> Masks:
     """What each kind of layer may attend to, (B, 1, T, T), as transformers makes it: causal, windows, padding, packing.
 
     Boolean for "sdpa", additive for "eager"; by layer type where the model has several.
@@ -221,9 +204,8 @@ def drops_out(model: nn.Module) -> bool:
     """
     configs = [model.config.get_text_config(), *getattr(model, "peft_config", {}).values()]
     named = [item for config in configs for item in config.to_dict().items()]
-    rates = [
-        rate for name, rate in named if re.search("drop|jitter|noise", name) and not re.match(OF_CLASSIFIERS, name)
-    ]
+    named = [item for item in named if re.search("drop|jitter|noise", item[0])]
+    rates = [rate for name, rate in named if not re.match(OF_CLASSIFIERS, name)]
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates.append(module.p)
@@ -232,7 +214,7 @@ def drops_out(model: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def _random_state(inputs: Mapping[str, Any]) -> Tensor:
+def _random_state(inputs: Inputs) -> Tensor:
     """Changes whenever a model draws a random number where its inputs are."""
     device = inputs["input_ids"].device
     state = torch.get_rng_state()

@@ -274,11 +274,10 @@ def require_plain_loss(loss: HeadLoss, model: nn.Module, inputs: Mapping[str, An
         where, targets = rows(own["labels"], kind)
         mean = F.cross_entropy(outputs.logits.flatten(0, 1)[where].float(), targets)
         if not same_loss(outputs.loss, mean):
-            raise LorakitError(
-                f"{type(model).__name__}: its own loss is {float(outputs.loss):.4g}, the mean cross-entropy of its "
-                f"labels {float(mean):.4g}: loss {loss.settings.loss!r} and chosen tokens know the latter only; take "
-                f"off what it adds or puts in its place (loss_function, router losses){remedy}"
-            )
+            told = f"its own loss is {float(outputs.loss):.4g}, the mean cross-entropy of its labels {float(mean):.4g}"
+            only = f"loss {loss.settings.loss!r} and chosen tokens know the latter only"
+            off = "take off what it adds or puts in its place (loss_function, router losses)"
+            raise LorakitError(f"{type(model).__name__}: {told}: {only}; {off}{remedy}")
 
 
 def liger(head: Head, smoothing: float) -> Any:

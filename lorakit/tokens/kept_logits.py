@@ -84,6 +84,9 @@ class SeenLogits:
         return weighted(losses, chosen.weights).sum(), weighted(gradient, chosen.weights)
 
 
+Held = BestLogits | SeenLogits
+
+
 def _gradients(parts: list[Tensor], targets: Tensor, loss: HeadLoss) -> tuple[Tensor, Tensor]:
     """Losses (k,) and gradients (k, H) of the head's results, in parts, which are given up."""
     words, made = [*targets.split([len(raw) for raw in parts])], []

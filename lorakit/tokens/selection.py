@@ -5,7 +5,7 @@ With all of them kept it is the exact loss, whose logits never exist at once.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,11 @@ from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
 from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, require_words, rows
 from lorakit.modules import evaluating
-from lorakit.seams import Look, Selected, check_state
+from lorakit.seams import Inputs, Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
 from lorakit.tokens.head_loss import KEPT, HeadLoss, cheapest, likelihoods, require_plain_loss, words
-from lorakit.tokens.kept_logits import BestLogits, SeenLogits, with_gradient
+from lorakit.tokens.kept_logits import BestLogits, Held, SeenLogits, with_gradient
 from lorakit.tokens.scores import TokenScore
 
 
@@ -65,9 +65,7 @@ class TokenGate:
 
     # a trainer's interface -----------------------------------------------------------------------------
 
-    def select(
-        self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor, look: Look | None = None
-    ) -> Selected:
+    def select(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor, look: Look | None = None) -> Selected:
         """See `TokenSelection`.
 
         Raises:
@@ -93,7 +91,7 @@ class TokenGate:
         return with_gradient(losses, run()[0], gradient)
 
     @contextlib.contextmanager
-    def _scoring(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Iterator[None]:
+    def _scoring(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> Iterator[None]:
         """While inside, the model's forward leaves what the score is made of."""
         with self.score.watching():
             if self.score.excess:  # the base's own losses first
@@ -105,7 +103,7 @@ class TokenGate:
             yield
 
     @torch.no_grad()
-    def statistics(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    def statistics(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> Tensor:
         where, targets = rows(labels, self.kind)
 
         def take(hidden: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class TokenGate:
 
         return self.head.reached(model, inputs, take)
 
-    def verify(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+    def verify(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
         """Try on the batch's row with most predictions whether the model does what the selection relies on.
 
         Raises:
@@ -123,7 +121,7 @@ class TokenGate:
         with evaluating(model), torch.no_grad():  # without dropout: every pass is the same
             self._try(model, single, own)
 
-    def _try(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+    def _try(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
         require_plain_loss(self.loss, model, inputs, labels, self.kind)
 
     def divisor(self, labels: Tensor) -> int:
@@ -154,7 +152,7 @@ class TokenGate:
     # choosing ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def dry(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[list[Tensor]]:
+    def dry(self, inputs: Inputs, labels: Tensor) -> Iterator[list[Tensor]]:
         """While inside, `select` works on inputs without data; of the real `labels` it chooses as many as ever.
 
         What it gives is what `select` would make and hold, and here finds made: the masks of a second pass.
@@ -167,7 +165,7 @@ class TokenGate:
             self._dry = None
             self.shares.draws, self.seen = before
 
-    def _plan(self, inputs: Mapping[str, Any], labels: Tensor) -> Plan:
+    def _plan(self, inputs: Inputs, labels: Tensor) -> Plan:
         where, targets = rows(labels, self.kind)
         picked = self.shares.pick(torch.ones(len(where)), self.shares.groups(labels), self.shares.generator())
         return Plan(where, targets, _chosen(where, targets, *picked))
@@ -212,9 +210,7 @@ class TokenGate:
         size = kept * self.head.outputs * self.head.module.weight.element_size()
         return cheapest(used * getattr(look, "rate", 1.0), looked, size if best else torch.inf, KEPT * self.loss.room)
 
-    def _held(
-        self, looked: int, used: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None
-    ) -> BestLogits | SeenLogits | None:
+    def _held(self, looked: int, used: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None) -> Held | None:
         """What keeps something of the predictions that are looked at, until their loss is made."""
         plan = self._plan_of(looked, used, look)
         if plan == "again":
@@ -227,12 +223,7 @@ class TokenGate:
 
     @torch.no_grad()
     def scored(
-        self,
-        hidden: Tensor,
-        where: Tensor,
-        targets: Tensor,
-        look: Look | None = None,
-        held: BestLogits | SeenLogits | None = None,
+        self, hidden: Tensor, where: Tensor, targets: Tensor, look: Look | None = None, held: Held | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores and losses (N,) of the predictions at `where` (N,) of flattened hidden states; `held` keeps some."""
         found: list[tuple[Tensor, Tensor]] = []
@@ -260,19 +251,12 @@ class TokenGate:
     def _selected(
         self, chosen: Chosen, finish: Callable[[], Tensor], backpropagated: int | None, ran: tuple[int, ...] = ()
     ) -> Selected:
-        now = {"predictions": (predictions := chosen.predictions), "chosen": (kept := len(chosen.where))}
+        now = {"predictions": chosen.predictions, "chosen": (kept := len(chosen.where))}
         self.seen = {name: self.seen[name] + count for name, count in now.items()}
-        return Selected(
-            finish=finish,
-            predictions=predictions,
-            chosen=kept,
-            backpropagated=backpropagated,
-            made="" if chosen.held is None else chosen.held.made,
-            ran=ran,
-            head=(kept, self._chunks(kept)),
-            loss_sum=chosen.loss_sum,
-            flops=self.score.flops(predictions, chosen.loss_sum is not None),
-        )
+        made = "" if chosen.held is None else chosen.held.made
+        told = {"made": made, "ran": ran, "head": (kept, self._chunks(kept)), "loss_sum": chosen.loss_sum}
+        flops = self.score.flops(chosen.predictions, chosen.loss_sum is not None)
+        return Selected(finish, **now, backpropagated=backpropagated, **told, flops=flops)
 
 
 def _chosen(where: Tensor, targets: Tensor, index: Tensor, weights: Tensor | None) -> Chosen:

@@ -106,26 +106,18 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels = inputs.get("labels")
         self._find_loss(inputs)
-        (loss, outputs), flops = self.meter.measure(
-            self._key("forward"),
-            self._whole,
-            lambda: compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch),
-        )
+        run = functools.partial(compute_loss, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        (loss, outputs), flops = self.meter.measure(self._key("forward"), self._whole, run)
         self.ledger.add(flops_forward=flops)
         logits = getattr(outputs, "logits", None)
         logits = None if logits is None else logits.detach()
         if self.gate.needs_hidden:
             classes = not labels.is_floating_point() and logits.shape[-1] > 1
             require(classes, "labels", labels.dtype, f"gate {self.gate.name!r} needs classes: no regression, no sets")
-        candidate = Candidate(
-            loss=loss.detach(),
-            logits=logits,
-            labels=labels,
-            hidden=self._head.take(logits) if self._head else None,
-            kind=self.kind,
-            softcap=self._head.head.softcap if self._head else None,
-            token_losses=getattr(self.compute_loss_func, "token_losses", None),
-        )
+        seen = {"kind": self.kind, "token_losses": getattr(self.compute_loss_func, "token_losses", None)}
+        if self._head:
+            seen |= {"hidden": self._head.take(logits), "softcap": self._head.head.softcap}
+        candidate = Candidate(loss.detach(), logits, labels, **seen)
         targets = len(main) if labels is None else candidate.targets
         self._part = Part((self._key("backward"), self._whole), tokens, targets, candidate)
         return loss
@@ -143,9 +135,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         seen = GateLook(self.gate, per_label, self.tokens.head) if self.gate.selective else None
         sizes = (*self._whole, *self.tokens.sizes(labels, seen))
         try:
-            selected, flops = self.meter.measure(
-                self._key("forward"), sizes, lambda: self.tokens.select(model, batch, labels, seen)
-            )
+            select = functools.partial(self.tokens.select, model, batch, labels, seen)
+            selected, flops = self.meter.measure(self._key("forward"), sizes, select)
         except ParameterError as error:
             if error.name != "logits":
                 raise

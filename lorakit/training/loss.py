@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import Trainer
 
 from lorakit.errors import require
@@ -32,11 +33,9 @@ class MeanLoss:
 
     def __init__(self, kind: str, smoothing: float = 0.0):
         self.kind, self.smoothing = kind, smoothing
-        self.token_losses: torch.Tensor | None = None
+        self.token_losses: Tensor | None = None
 
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         labels = shifted(labels, self.kind)  # shifting labels, not logits, copies no logits
         logits, smoothing = outputs.logits.flatten(0, -2).float(), self.smoothing
         losses = F.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=smoothing)
@@ -54,9 +53,7 @@ class OwnLoss:
     def __init__(self, shifts: bool):
         self.shifts = shifts
 
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if num_items_in_batch is None:
             return outputs.loss
         count = (labels[..., 1:] if self.shifts else labels).ne(IGNORED).sum()
@@ -65,7 +62,7 @@ class OwnLoss:
         return outputs.loss * (count / num_items_in_batch)
 
 
-def has_labels(labels: torch.Tensor | None) -> bool:
+def has_labels(labels: Tensor | None) -> bool:
     """Whether there is one that is not -100."""
     return labels is not None and bool(labels.ne(IGNORED).any())
 
@@ -143,7 +140,7 @@ class LossTrainer(Trainer):
                 self.compute_loss_func = OwnLoss(self._loss_shifts_labels)
 
 
-def example_statistics(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+def example_statistics(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     """Statistics of one batch, (B, 4) float64.
 
     Args:

@@ -128,7 +128,5 @@ class Watch:
         if any(p.grad is not None and bool(p.grad.any()) for p in self.adapted):
             self.adapted = []  # they get one: never look again
         if self.adapted and self.windows == GRADIENTS_BY:
-            self.log.warn(
-                f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: is it attached to "
-                "layers that take part in the forward, and does it require gradients?"
-            )
+            asked = "is it attached to layers that take part in the forward, and does it require gradients?"
+            self.log.warn(f"no gradient reached an adapter in the first {GRADIENTS_BY} accepted batches: {asked}")

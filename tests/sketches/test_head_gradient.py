@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 from lorakit.errors import ParameterError
 from lorakit.head import rows
-from lorakit.sketches import (
-    TensorSketch,
-    error_norms,
-    gradient_norms,
-    group_maxima,
-    predicted,
-    sketch_batch,
-    sparse_error,
-    top_indices,
-)
-from lorakit.sketches.head_gradient import _neighbours, chunk_of
+from lorakit.sketches import TensorSketch, gradient_norms, predicted, sketch_batch, sparse_error
+from lorakit.sketches.head_gradient import _neighbours, chunk_of, error_norms, group_maxima, top_indices
 
 B, T, H, V = 3, 6, 8, 50
 CAP = 4.0

@@ -222,17 +222,6 @@ def test_bound_holds_however_often_it_is_read(stream):
     assert_bound(stream, sketch.matrix(), 8)
 
 
-@each_stream
-def test_merged_sketches_keep_the_bound_of_the_whole(stream):
-    one, two = FrequentDirections(24, 8), FrequentDirections(24, 8)
-    one.insert(stream[:150])
-    two.insert(stream[150:])
-    before = two.matrix()
-    one.merge(two)
-    assert_bound(stream, one.matrix(), 8)
-    assert torch.equal(two.matrix(), before)
-
-
 def shrunk(A: torch.Tensor, rows: int) -> torch.Tensor:
     """The published algorithm, with a buffer of 2ℓ rows and a full SVD."""
     buffer = torch.zeros(0, A.shape[1], dtype=A.dtype)
@@ -364,6 +353,4 @@ def test_frequent_directions_refuses_rows_that_do_not_fit():
         sketch.basis(0)
     with pytest.raises(CheckpointError, match="rows, decay"):
         sketch.load_state_dict(FrequentDirections(4, 3).state_dict())
-    with pytest.raises(ParameterError, match="dim, rows"):
-        sketch.merge(FrequentDirections(4, 3))
     assert sketch.singular_values().tolist() == [0, 0]

@@ -268,7 +268,8 @@ class Parrot(torch.nn.Module):
 
 def test_exact_match_is_the_share_of_right_numbers(decoder):
     rows = [("one", "#### 7"), ("another one", "#### 8"), ("x", "1 #### 7.0"), ("y", "#### 99")]
-    assert exact_match(Parrot(decoder, "3+4\n#### 7"), decoder, rows, max_new_tokens=64, batch_size=3) == 0.5
-    assert exact_match(Parrot(decoder, "no idea"), decoder, rows, max_new_tokens=64, batch_size=3) == 0.0
-    assert exact_match(Parrot(decoder, "so #### 7.0"), decoder, rows[:1]) == 1.0
-    assert exact_match(Parrot(decoder, "no number"), decoder, [("x", "no number")]) == 0.0  # no number matches nothing
+    limits = {"max_new_tokens": 64, "batch_size": 3}
+    assert exact_match(Parrot(decoder, "3+4\n#### 7"), decoder, rows, **limits) == 0.5
+    assert exact_match(Parrot(decoder, "no idea"), decoder, rows, **limits) == 0.0
+    assert exact_match(Parrot(decoder, "so #### 7.0"), decoder, rows[:1], **limits) == 1.0
+    assert exact_match(Parrot(decoder, "no number"), decoder, [("x", "no number")], **limits) == 0.0  # none is none

@@ -11,7 +11,7 @@ from decoders import adapted, batch, chosen_of, of, selection, split
 
 from lorakit.errors import CheckpointError, LorakitError
 from lorakit.settings import Gating, TokenSettings
-from lorakit.sketches import group_maxima
+from lorakit.sketches.head_gradient import group_maxima
 from lorakit.tokens import build_tokens
 from lorakit.tokens.head_loss import HeadLoss, cheapest, likelihoods
 

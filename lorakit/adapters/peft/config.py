@@ -19,12 +19,8 @@ VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
 # The field that is the rank of an update, where it is not `r`; "": the type has an `r` that means something else.
 _RANK = {"ADALORA": "target_r", "OFT": "", "ADAMSS": "", "SUPERTUNING": ""}
-_ALPHA = {
-    **dict.fromkeys(("LORA", "ADALORA"), "lora_alpha"),
-    **dict.fromkeys(("LOHA", "LOKR", "GRALORA", "DEFT"), "alpha"),
-    "PSOFT": "psoft_alpha",
-    "RANDLORA": "randlora_alpha",
-}
+_ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "PSOFT": "psoft_alpha", "RANDLORA": "randlora_alpha"}
+_ALPHA |= dict.fromkeys(("LOHA", "LOKR", "GRALORA", "DEFT"), "alpha")
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
 # What only the user can say: the option, and what it must be.

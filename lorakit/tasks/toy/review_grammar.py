@@ -84,9 +84,7 @@ def verdict(rng: random.Random, sign: int) -> str:
     return f"it is {'no' if negated else 'a'} {rng.choice(GEMS if good else FLOPS)}."
 
 
-SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (
-    plain, plain, plain, contrast, contrast, weighing,
-)  # fmt: skip
+SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (plain, plain, plain, contrast, contrast, weighing)
 
 
 def review(rng: random.Random, label: int) -> tuple[str, int]:
