@@ -43,7 +43,7 @@ def alt_text(drawn: Figure) -> str:
         listed = [text.get_text() for text in ax.get_yticklabels() if re.search("[A-Za-z]{2}", text.get_text())]
         panels += [ax.get_title("left"), " against ".join(axes), ", ".join(listed)]
     said = [drawn.get_suptitle(), *panels, drawn.get_supylabel(), drawn.get_supxlabel(), ", ".join(filter(None, named))]
-    return ". ".join(dict.fromkeys(" ".join(text.split()) for text in said if text.strip()))
+    return ". ".join(dict.fromkeys(" ".join(text.split()).rstrip(".") for text in said if text.strip()))
 
 
 def drawn_numbers(ax: Axes) -> tuple[int, float]:
