@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich import progress as bars
 from rich.console import Console
+from rich.constrain import Constrain
 from tqdm import tqdm
 
 from lorakit.errors import require
@@ -98,6 +99,13 @@ class Progress:
             self.style = "none"
 
 
+class _Row(bars.Progress):
+    """Narrower than the terminal, so that a `^C` typed there does not break its line."""
+
+    def get_renderables(self) -> Iterator[Constrain]:
+        yield Constrain(self.make_tasks_table(self.tasks), CONSOLE.width - 3)
+
+
 def _bar(title: str, share: float) -> tuple[Callable[..., None], Callable[[], None]]:
     """A row of the terminal, without a thread of its own: how to draw it and how to end it."""
     texts = ("{task.description}", "{task.fields[spent]}", "{task.fields[said]}")
@@ -105,7 +113,7 @@ def _bar(title: str, share: float) -> tuple[Callable[..., None], Callable[[], No
     times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn(compact=True)
     how = {"console": CONSOLE, "auto_refresh": False, "speed_estimate_period": math.inf, "expand": True}
     # what is printed while it is there stands above it; into a file it goes as ever
-    row = bars.Progress(name, bars.BarColumn(None), spent, *times, said, redirect_stdout=sys.stdout.isatty(), **how)
+    row = _Row(name, bars.BarColumn(None), spent, *times, said, redirect_stdout=sys.stdout.isatty(), **how)
     task = row.add_task(title, total=1.0, completed=share, spent="", said="")
     row.live.start()  # nothing is drawn yet
     return functools.partial(row.update, task, refresh=True), row.stop

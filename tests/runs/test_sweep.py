@@ -52,6 +52,12 @@ def wait_for(place: Path, process: subprocess.Popen, words: str) -> None:
         time.sleep(0.05)
 
 
+def released(place: Path) -> None:
+    """Wait until Snakemake and its runs have ended, too."""
+    with FileLock(place / ".runs" / ".toy.lock", timeout=120):
+        pass
+
+
 def repair(run: sweep.Run) -> None:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     (run.run_dir / "repaired").touch()
@@ -145,7 +151,7 @@ def test_a_sweep_that_was_stopped_goes_on(place, number):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for(place, process, "working on full")
         os.killpg(process.pid, number)
-        process.stdout.read()
+    released(place)
     assert process.returncode != 0
     assert waiting.status() == ("interrupted" if number == signal.SIGINT else "missing")
     assert waiting.executed.is_file()
@@ -188,7 +194,7 @@ def test_a_killed_sweep_leaves_no_snakemake_beside_a_free_lock(place, number):
                 sweep.sweep(runs)
         finally:
             os.killpg(process.pid, signal.SIGINT if number == signal.SIGTERM else signal.SIGKILL)
-        process.stdout.read()
+    released(place)
 
 
 @pytest.mark.parametrize(
