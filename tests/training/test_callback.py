@@ -119,16 +119,16 @@ def test_a_budget_says_how_many_steps_it_is(unit, planned):
 def test_a_run_shows_what_it_found_last(tmp_path):
     run, shown = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"), evaluations=2), []
     run.progress.update = lambda share, facts: shown.append((share, dict(facts)))
-    run.args.eval_on_start = True  # before the first point there is none to put it on
+    run.args.eval_on_start = True
     run.train()
-    first, second, third, last = run.curve.points
-    facts = [{"loss": second.train_loss, "validation": second.validation["loss"]}]
-    facts += [{"loss": last.train_loss, "validation": last.validation["loss"]}]
-    assert shown == [(0.25, {}), (0.5, facts[0]), (0.75, facts[0]), (1.0, facts[1])]
+    zero, first, second, third, last = run.curve.points
+    told = [{"validation": zero.validation["loss"]}]
+    told += [{"loss": point.train_loss, "validation": point.validation["loss"]} for point in (second, last)]
+    assert shown == [(0, told[0]), (0.25, told[0]), (0.5, told[1]), (0.75, told[1]), (1.0, told[2])]
     assert first.validation is third.validation is None
     found = last.validation
     run.evaluate()
-    assert last.validation is found and len(shown) == 4
+    assert last.validation is found and len(shown) == 5
 
 
 def test_the_seconds_are_those_of_the_steps(tmp_path, clock):
