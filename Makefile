@@ -58,8 +58,8 @@ check: $(INSTALLED) ## ruff: format and lint, notebooks included
 mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at a time; which does no test catch?
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed "$(SEED)" --count "$(N)" $(if $(AGAIN),--again)
 
-matrix: $(INSTALLED) ## [COLUMNS="oldest newest"] [TESTED=tests/adapters] [TORCH=2.13.0]: other versions of the stack, each in its own environment
-	$(BIN)/python scripts/matrix.py --columns "$(COLUMNS)" --torch "$(TORCH)" --tests "$(TESTED)" --notebooks "$(NOTEBOOKS)"
+matrix: ## [COLUMNS="oldest newest"] [TESTED=tests/adapters] [TORCH=2.13.0]: other versions of the stack, each in its own environment
+	$(PYTHON) scripts/matrix.py --columns "$(COLUMNS)" --torch "$(TORCH)" --tests "$(TESTED)" --notebooks "$(NOTEBOOKS)"
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit run --regenerate
