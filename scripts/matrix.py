@@ -16,7 +16,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 VARIED = ("accelerate", "datasets", "peft", "transformers")
-FOLLOW = ("huggingface-hub", "tokenizers", "torch")  # what those ask for, and what is asked for beside them
+# what those ask for, and torch, which is asked for beside them
+FOLLOW = ("dill", "fsspec", "huggingface-hub", "multiprocess", "pyarrow", "tokenizers", "torch")
 COLUMNS = ("oldest", "pinned", "newest")
 
 
@@ -24,7 +25,8 @@ def requirements(column: str) -> list[str]:
     """What pip is asked for of the `VARIED`: the lower end of its range in pyproject.toml, its pin, or the range."""
     declared = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     ranges = [line for line in declared if re.split("[>=<]", line)[0] in VARIED]
-    return [re.sub(r">=([0-9.]+).*", r"==\1.*", line) if column == "oldest" else line for line in ranges]
+    lowest = [re.sub(r">=(\d+\.\d+|\d+).*", r"==\1", line) for line in ranges]
+    return [f"{line}.*" if "." in line else f"{line}.0.*" for line in lowest] if column == "oldest" else ranges
 
 
 def pins(column: str) -> str:
