@@ -8,6 +8,10 @@ SEED ?=
 MINUTES ?= 20
 CASE ?=
 N ?= 60
+COLUMNS ?= oldest pinned newest
+TORCH ?= 2.13.0
+TESTED ?= tests
+NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SITE := .venv/.site-installed
@@ -23,7 +27,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults mutants notebooks readme site lab sweep clean
+.PHONY: help demo test test-lax check faults mutants matrix notebooks readme site lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -54,6 +58,9 @@ check: $(INSTALLED) ## ruff: format and lint, notebooks included
 mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at a time; which does no test catch?
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed "$(SEED)" --count "$(N)" $(if $(AGAIN),--again)
 
+matrix: ## [COLUMNS="oldest newest"] [TESTED=tests/adapters] [TORCH=2.13.0]: other versions of the stack, each in its own environment
+	$(PYTHON) scripts/matrix.py --columns "$(COLUMNS)" --torch "$(TORCH)" --tests "$(TESTED)" --notebooks "$(NOTEBOOKS)"
+
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit run --regenerate
 
@@ -75,5 +82,5 @@ sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"]
 	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
 
 clean: ## remove what can be made again; records and downloads stay
-	rm -rf .venv .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb results/*/compare.*
+	rm -rf .venv .venv-matrix .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb results/*/compare.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # a room may import from its own floor and from those above it in this list
 FLOORS = [
-    ("errors", "files", "quiet", "fields"),
+    ("errors", "files", "quiet", "progress", "fields"),
     ("settings", "params", "records", "seams", "modules", "head", "assets"),
     ("base", "sketches", "tasks", "analysis"),
     ("adapters", "models", "scratch"),

@@ -167,7 +167,8 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
         trainer.curve.restore_best(model)
     if params.predict_memory and params.optimizer in PREDICTABLE:
         try:
-            record.costs.predicted_memory = _predicted_memory(assembled)
+            with trainer.progress.doing("predicting memory"):
+                record.costs.predicted_memory = _predicted_memory(assembled)
         except RuntimeError as error:  # an operator without fake tensors, as of Mixtral's experts in fp32
             record.notes.append(f"memory not predicted: {' '.join(str(error).split()):.200}")
     elif params.predict_memory:
@@ -237,9 +238,11 @@ def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer, befo
 
         rows = assembled.task.answer_rows("test", params.exact_match_rows)
         limits = {"max_new_tokens": 128, "batch_size": params.eval_batch_size}
-        record.final["test"]["exact_match"] = exact_match(assembled.model, assembled.tokenizer, rows, **limits)
+        with trainer.progress.doing("generating answers"):
+            record.final["test"]["exact_match"] = exact_match(assembled.model, assembled.tokenizer, rows, **limits)
     if params.latency_repeats:
-        record.latency = _latency(assembled)
+        with trainer.progress.doing("measuring latency"):
+            record.latency = _latency(assembled)
 
 
 def _latency(assembled: Assembled) -> Latency:

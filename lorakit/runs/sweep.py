@@ -1,7 +1,9 @@
 """A sweep: every method x seed of a setting that has no finished record yet, through Snakemake."""
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +18,14 @@ from lorakit.fields import APART, flagged
 from lorakit.files import HOME, PROJECT, alone
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
+from lorakit.progress import Progress
 from lorakit.quiet import answering
 from lorakit.runs.notebooks import FINISHED
 from lorakit.runs.rows import notebook_of
+
+# in a sweep's log: how far a run is, as `Progress` writes it; the record of a run that ended, in the last line of
+# `lorakit run` or, where it failed, in what Snakemake says of its command
+SHARE, ENDED = re.compile(r"\S+/(\S+ s\d+)  +(\d+)% of "), ("record: ", "Command ")
 
 
 @dataclass(frozen=True)
@@ -138,20 +145,48 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
-        with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held:
-            command, root = _snakemake(pending, jobs), runs[0].root
-            process = subprocess.Popen(command, cwd=root, pass_fds=[held])  # it holds the lock if this one is killed
+        with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held, _log(runs).open("wb") as log:
+            _say(f"what Snakemake and the runs say: {os.path.relpath(log.name)}")
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [held]}
+            process = subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root, **streams)  # it holds the lock, too
+            stops: list[int] = []
             # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
             passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
-            with answering(lambda *_: None, signal.SIGINT), passed_on:
-                process.wait()
+            with answering(lambda *_: stops.append(1), signal.SIGINT), passed_on:
+                _watch(process, runs, pending, stops)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        seen = f"see {os.path.relpath(run.executed)}" if run.executed.is_file() else "it did not start"
-        _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
+        seen = run.executed if run.executed.is_file() else _log(runs)  # it did not start
+        _say(f"{run.name}: {run.status()}: see {os.path.relpath(seen)}; the same command goes on from here")
     return 1 if unfinished else 0
+
+
+def _log(runs: list[Run]) -> Path:
+    return runs[0].root / ".runs" / f"{runs[0].setting}.log"
+
+
+def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run], stops: list[int]) -> None:
+    """Until Snakemake ends: a line for every run that does and, in a terminal, how far the others are."""
+    left, shares, progress = [*pending], {}, Progress(runs[0].setting, len(runs), "runs")
+    with contextlib.closing(progress), _log(runs).open(encoding="utf-8", errors="replace") as said:
+        while process.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            lines = said.readlines()
+            shares |= {found[1]: int(found[2]) for line in lines if (found := SHARE.match(line))}
+            told = [line for line in lines if line.startswith(ENDED)]
+            for run in [run for run in left if any(str(run.record) in line for line in told)]:
+                left.remove(run)
+                _say(f"{run.name}: {run.status()}")
+            if stops:
+                stops.clear()
+                _say("stopping: the runs at work finish their records")
+            if progress.style == "bar":
+                facts = {name: f"{shares[name]}%" for run in left if (name := f"{run.method} s{run.seed}") in shares}
+                ended = len(runs) - len(left)
+                progress.update((ended + sum(map(shares.get, facts)) / 100) / len(runs), facts, spent=ended)
 
 
 def _snakemake(pending: list[Run], jobs: int) -> list[str]:
@@ -170,7 +205,8 @@ def _snakemake(pending: list[Run], jobs: int) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(f"sweep: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a closed pipe ends no run
+        print(f"sweep: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def timed(runs: Mapping[str, sweep.Run], steps: int = 40, reference: str = "lora
         except (Diverged, RuntimeError, MemoryError) as error:
             raise LorakitError(f"a row could not be timed: {' '.join(str(error).split())}") from error
         finally:
-            for trainer in trainers.values():
+            for trainer in reversed(trainers.values()):  # the first holds the view that all share
                 trainer.progress.close()
     for row, trainer in trainers.items():  # answers are given by what a run leaves, and without autocast
         if asked[row].sparsify == "structured":

@@ -88,7 +88,7 @@ def sketch_error(cosines: Sketched) -> Figure:
 
 @style.captioned
 def agreement(values: Sketched, size: int, what: str = "cosine", point: str = "two batches") -> Figure:
-    """Left: sketched against exact at m = `size`, first seed. Right: their rank correlation against m."""
+    """Left: sketched against exact, at one m and the first seed. Right: their rank correlation against m."""
     import seaborn as sns
 
     ranks = values.ranks()
@@ -143,7 +143,11 @@ def sparse_table(batches: Sequence[Batch], topks: Sequence[int]) -> pd.DataFrame
 
 @style.captioned
 def sparse_errors(table: pd.DataFrame) -> Figure:
-    """How far a head gradient is off that keeps K words per token, see `sparse_table`."""
+    """How far a head gradient is off that keeps K words per token.
+
+    Args:
+        table: `sparse_table`.
+    """
     with style.panel(2.8) as ax:
         style.lines(ax, table)
         ax.set(xlabel="words kept per token, K", ylabel="relative error of the gradient", xscale="log", yscale="log")
@@ -191,7 +195,11 @@ def captured_table(stream: Tensor, k: int, rows: int, decay: float) -> pd.DataFr
 
 @style.captioned
 def captured_energy(table: pd.DataFrame, window: int) -> Figure:
-    """Share of the next row's energy in the directions learned so far, a mean over rows; see `captured_table`."""
+    """Share of the next row's energy in the directions learned so far, a mean over rows.
+
+    Args:
+        table: `captured_table`.
+    """
     smooth = table.rolling(window).mean().dropna()
     with style.panel(3.0) as ax:
         style.lines(ax, smooth, dict(zip(table, style.series(table.shape[1], first=0), strict=True)))

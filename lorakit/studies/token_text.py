@@ -44,7 +44,7 @@ def text_table(model: nn.Module, tokenizer: Any, row: Batch, share: float, polic
 
 @style.captioned
 def text(pictures: Mapping[str, Sequence[Piece]]) -> Figure:
-    """A text per entry of `pictures`, token by token: the darker, the larger the score; chosen tokens framed."""
+    """A text token by token: the darker, the larger the score; chosen tokens framed."""
     shade, frame = matplotlib.colormaps["Blues"], style.COLORS[2]
     placed = {name: _placed(pieces) for name, pieces in pictures.items()}
     heights = [pieces[-1][0] + 1 for pieces in placed.values()]

@@ -78,7 +78,11 @@ def label_table(model: nn.Module, batches: Sequence[Batch], topks: Sequence[int]
 
 @style.captioned
 def label_overlap(table: pd.DataFrame) -> Figure:
-    """How many of the top predictions a score rightly chooses that keeps only some words, see `label_table`."""
+    """How many of the top predictions a score rightly chooses that keeps only some words.
+
+    Args:
+        table: `label_table`.
+    """
     with style.panel(2.6) as ax:
         style.lines(ax, table)
         ax.set(xlabel="words kept per prediction, topk_logits", ylabel="rightly chosen", xscale="log", ylim=(0, 1.04))
@@ -164,7 +168,11 @@ def estimate(drawn: Tensor, inner: Tensor) -> dict[str, float]:
 
 @style.captioned
 def policy_errors(table: pd.DataFrame) -> Figure:
-    """Where the mean estimate points (left), how far one is off (right), by share of chosen tokens; `policy_table`."""
+    """Where the mean estimate points (left), how far one is off (right), by share of chosen tokens.
+
+    Args:
+        table: `policy_table`.
+    """
     table = table.assign(off=np.hypot(table["bias"], table["spread"]))
     names = table["policy"].unique()
     with style.panel(2.7, 2) as (left, right):
@@ -224,7 +232,11 @@ def truncation_table(
 
 @style.captioned
 def truncation(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """How alike two gradients are, by share of chosen tokens; 1: one direction. See `truncation_table`."""
+    """How alike two gradients are, by share of chosen tokens; 1: one direction.
+
+    Args:
+        tables: name -> `truncation_table`.
+    """
     labels = {"same": "fractional with gather, same tokens"} | {mode: f"{mode} with all tokens" for mode in MODES}
     looks = {"same": style.series(1, first=3)[0]} | MODES
     with style.panel(2.8, len(tables), sharey=True, squeeze=False) as axes:

@@ -1,62 +1,17 @@
 """Between steps: count, move what acts there, decide whether to log, evaluate, save or stop, and keep the curve."""
 
-import contextlib
 import math
-import os
-import time
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
-from lorakit.training.costs import Budget
+from lorakit.progress import Progress
+from lorakit.training.costs import SPENT, Budget
 from lorakit.training.state import RunState
 from lorakit.training.window import Diverged
 
 LOGS_PER_RUN = 40
-
-
-class Progress:
-    """A person can watch the share of the budget spent: a bar, lines where none can be drawn, nothing under CI.
-
-    LORAKIT_PROGRESS: "bar" (default), "plain" (a line every few seconds, for logs and batch runs) or "none"
-    (default where CI is set and under pytest, whose nbval compares what a cell prints).
-    """
-
-    SECONDS_BETWEEN_LINES = 5.0
-
-    def __init__(self, title: str, amount: float, unit: str):
-        self.title, self.amount, self.unit = title, amount, unit
-        watched = not (os.environ.get("CI") or os.environ.get("PYTEST_VERSION"))
-        self.style = os.environ.get("LORAKIT_PROGRESS") or ("bar" if watched else "none")
-        self._last_line = 0.0
-        self._bar = None
-
-    def update(self, share: float, facts: dict[str, float]) -> None:
-        """`share` in [0, 1]; `facts`: name -> latest number, shown beside it. What cannot be shown ends no run."""
-        try:
-            self._show(min(share, 1.0), facts)
-        except (OSError, ValueError):  # a full log, a closed pipe, a closed file
-            self.style = "none"
-
-    def _show(self, share: float, facts: dict[str, float]) -> None:
-        if self.style == "bar":
-            from tqdm.auto import tqdm
-
-            if self._bar is None:
-                drawn = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
-                self._bar = tqdm(total=100, desc=self.title, bar_format=drawn)
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()}, refresh=False)
-            self._bar.update(int(100 * share) - self._bar.n)
-        elif self.style == "plain" and (share >= 1 or time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES):
-            self._last_line = time.monotonic()
-            shown = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
-            print(f"{self.title}  {share:4.0%} of {self.amount:g} {self.unit}  {shown}", flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._bar.close()
-            self._bar = None
 
 
 class StepCallback(TrainerCallback):
@@ -123,10 +78,6 @@ class RunCallback(StepCallback):
         control.should_save |= self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
         control.should_training_stop |= finished
         if not control.should_evaluate:  # else with what it finds
-            self._show(state)
-
-    def _show(self, state: Any) -> None:
-        if state.is_world_process_zero:
             self.progress.update(self.seen, self.facts)
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -148,7 +99,7 @@ class RunCallback(StepCallback):
             raise Diverged(f"validation loss is {validation['loss']} at step {self.run.ledger.steps}")
         self.run.curve.add_validation(validation, model)
         self.facts["validation"] = validation["loss"]
-        self._show(state)
+        self.progress.update(self.seen, self.facts)
         self.run.ledger.restart_clock()
 
     def on_save(self, args, state, control, **_):
@@ -160,6 +111,12 @@ def strip_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     return {name: float(value) for name, value in named.items() if name not in timings}
+
+
+def named(logs: dict[str, Any]) -> dict[str, Any]:
+    """As trackers get them: the Trainer's as train/loss and eval/loss, the gate's and what was spent as they are."""
+    own = {name: value for name, value in logs.items() if name.startswith("gate/") or name in SPENT}
+    return own | rewrite_logs({name: value for name, value in logs.items() if name not in own})
 
 
 def _crossed(before: float, after: float, parts: int) -> bool:

@@ -13,6 +13,8 @@ import torch
 
 from lorakit.measure.flops import FlopCount
 
+SPENT = ("accepted_steps", "tokens", "tokens_backpropagated", "flops")  # of a ledger, in a curve and in trackers
+
 
 @dataclass
 class Ledger:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lorakit.records import Point
-from lorakit.training.costs import Ledger
+from lorakit.training.costs import SPENT, Ledger
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Curve:
     def add(self, ledger: Ledger, learning_rate: float | None, acceptance_rate: float | None) -> None:
         """Append where the run stands now; `acceptance_rate` is the gate's own, of late and without its burn-in."""
         loss, score = ledger.take_means()
-        spent = {name: getattr(ledger, name) for name in ("accepted_steps", "tokens", "tokens_backpropagated", "flops")}
+        spent = {name: getattr(ledger, name) for name in SPENT}
         spent |= {"step": ledger.steps, "seconds": round(ledger.seconds, 3)}
         told = {"learning_rate": learning_rate, "train_loss": loss, "gate_score": score}
         self.points.append(Point(**spent, **told, acceptance_rate=acceptance_rate))

@@ -8,14 +8,17 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from transformers.integrations import integration_utils
 
 from lorakit.errors import NotFinite, ParameterError, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
+from lorakit.modules import set_until
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
-from lorakit.training.costs import count_tokens, main_input
+from lorakit.training.callback import named
+from lorakit.training.costs import SPENT, count_tokens, main_input
 from lorakit.training.loss import LossTrainer
 from lorakit.training.state import RunState
 from lorakit.training.window import Diverged, Part, Watch, average_gradients, blank
@@ -266,7 +269,11 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
     # logs and checkpoints ------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with the gate's metrics beside the training loss."""
+        """As the Trainer's, with what was spent and, beside the training loss, the gate's metrics; no `total_flos`."""
+        logs.pop("total_flos", None)  # an estimate, and not what the ledger counts: not in what `train` returns either
+        told = logs | {name: getattr(self.ledger, name) for name in SPENT}
         if "loss" in logs and self.gate.selective:
-            logs = logs | self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
-        super().log(logs, start_time)
+            told |= self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
+        with contextlib.ExitStack() as stack:
+            set_until(stack, integration_utils, rewrite_logs=named)  # which trackers ask for names
+            super().log(told, start_time)

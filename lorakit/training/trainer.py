@@ -16,8 +16,9 @@ from transformers.utils.notebook import NotebookProgressCallback
 from lorakit.errors import CheckpointError, require
 from lorakit.files import aside, clear_left
 from lorakit.modules import set_until
+from lorakit.progress import Progress
 from lorakit.training import checkpoint
-from lorakit.training.callback import Progress, RunCallback
+from lorakit.training.callback import RunCallback
 from lorakit.training.costs import Budget, Schedule
 from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
@@ -74,7 +75,8 @@ class BudgetTrainer(GatedTrainer):
         self.curve = self.run.curve
         for shown_twice in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
             self.remove_callback(shown_twice)
-        self.progress = Progress(title, budget.amount, budget.unit.replace("_", " "))
+        self.progress = Progress(title, budget.amount, budget.unit.replace("_", " ").replace("flops", "FLOPs"))
+        self.progress.style = self.progress.style if self.is_world_process_zero() else "none"  # one speaks for all
         self.add_callback(RunCallback(self.run, budget, self.progress, evaluations, save_steps))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> Any:
@@ -132,7 +134,7 @@ class BudgetTrainer(GatedTrainer):
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """As the Trainer's, without touching the random numbers training will draw."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self.progress.doing("evaluating"):
             return super().evaluate(*arguments, **options)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import light_notebook
 import pytest
@@ -42,6 +44,20 @@ def write_record(run: sweep.Run, status: str) -> bytes:
     return records.write(record, run.record).read_bytes()
 
 
+def wait_for(place: Path, process: subprocess.Popen, words: str) -> None:
+    """Until a run or Snakemake says so in the log."""
+    log = place / ".runs" / "toy.log"
+    while not log.is_file() or words not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+def released(place: Path) -> None:
+    """Wait until Snakemake and its runs have ended, too."""
+    with FileLock(place / ".runs" / ".toy.lock", timeout=120):
+        pass
+
+
 def repair(run: sweep.Run) -> None:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     (run.run_dir / "repaired").touch()
@@ -65,7 +81,13 @@ def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
     assert [run.status() for run in runs] == ["missing", "out_of_memory", "done", "done"]
     assert light_notebook.errors(head.executed) == ["AssertionError"]
     assert light_notebook.errors(full.executed) == light_notebook.errors(lora.executed) == []
-    told = capfd.readouterr().err
+    out, told = capfd.readouterr()
+    log = place / ".runs" / "toy.log"
+    assert not out and "Building DAG" in log.read_text() and "Building DAG" not in told
+    assert f"what Snakemake and the runs say: {os.path.relpath(log)}\n" in told
+    lines = told.splitlines()
+    ended = [lines.index(f"sweep: {name}") for name in ("toy/full/s0: out_of_memory", "toy/lora/s0: done")]
+    assert lines.index("sweep: toy/head/s0: missing") < len(lines) and max(ended) < len(lines) - 2
     assert "4 runs: 1 finished before, 3 to do" in told
     assert f"toy/head/s0: missing: see {os.path.relpath(head.executed)}" in told
 
@@ -80,6 +102,45 @@ def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
     assert "4 finished before, 0 to do" in capfd.readouterr().err
 
 
+def test_the_view_of_a_sweep_follows_its_log(place, monkeypatch, capsys):
+    full, head, lora, done = runs = sweep.plan(place, "toy") + sweep.plan(place, "toy", "lora", "1")
+    for run, status in ((lora, "done"), (done, "done")):
+        write_record(run, status)
+    said = [
+        "Building DAG of jobs...\ntoy/full s0    5% of 60 steps  loss 2\ntoy/head s0  evaluating\n",
+        "toy/full s0   50% of 60 steps  loss 2\ntoy/head s0   20% of 60 steps\ntoy/lora s0   90% of 60 steps\n",
+        f"record: {lora.record} (done)\ntoy/full s0  evaluating\n",
+        f"RuleException:\nCommand '… --output {head.executed} -p record={head.record}' returned 1\n",
+    ]
+    shown, process, stops = [], SimpleNamespace(returncode=None), [signal.SIGINT]
+    view = SimpleNamespace(style="bar", update=lambda *seen, spent: shown.append((*seen, spent)))
+    view.close = lambda: shown.append("closed")
+    monkeypatch.setattr(sweep, "Progress", lambda *_: view)
+    log = sweep._log(runs)
+    log.parent.mkdir()
+    log.touch()
+
+    def wait(_):
+        with log.open("a") as file:
+            file.write(said.pop(0))
+        if said:
+            raise subprocess.TimeoutExpired("snakemake", 1)
+        process.returncode = 1
+
+    process.wait = wait
+    sweep._watch(process, runs, [full, head, lora], stops)
+    *seen, closed = shown
+    assert closed == "closed" and [(facts, spent) for _, facts, spent in seen] == [
+        ({"full s0": "5%"}, 1),
+        ({"full s0": "50%", "head s0": "20%", "lora s0": "90%"}, 1),
+        ({"full s0": "50%", "head s0": "20%"}, 2),
+        ({"full s0": "50%"}, 3),
+    ]
+    assert [share for share, *_ in seen] == pytest.approx([1.05 / 4, 2.6 / 4, 2.7 / 4, 3.5 / 4])
+    lines = ["stopping: the runs at work finish their records", "toy/lora/s0: done", "toy/head/s0: missing"]
+    assert capsys.readouterr().err.splitlines() == [f"sweep: {line}" for line in lines]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_was_stopped_goes_on(place, number):
     write_params(place, full="report_to: wait")
@@ -88,10 +149,9 @@ def test_a_sweep_that_was_stopped_goes_on(place, number):
     assert waiting.method == "full"
     command = [sys.executable, "-c", SWEEP, str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while "working on full" not in process.stdout.readline():
-            assert process.poll() is None
+        wait_for(place, process, "working on full")
         os.killpg(process.pid, number)
-        process.stdout.read()
+    released(place)
     assert process.returncode != 0
     assert waiting.status() == ("interrupted" if number == signal.SIGINT else "missing")
     assert waiting.executed.is_file()
@@ -126,8 +186,7 @@ def test_a_killed_sweep_leaves_no_snakemake_beside_a_free_lock(place, number):
     with subprocess.Popen([sys.executable, "-c", SWEEP, str(place)], stdout=subprocess.PIPE, text=True,
                           start_new_session=True) as process:  # fmt: skip
         try:
-            while "working on full" not in process.stdout.readline():
-                assert process.poll() is None
+            wait_for(place, process, "working on full")
             os.kill(process.pid, number)  # it alone
             if number == signal.SIGKILL:
                 process.wait()
@@ -135,7 +194,7 @@ def test_a_killed_sweep_leaves_no_snakemake_beside_a_free_lock(place, number):
                 sweep.sweep(runs)
         finally:
             os.killpg(process.pid, signal.SIGINT if number == signal.SIGTERM else signal.SIGKILL)
-        process.stdout.read()
+    released(place)
 
 
 @pytest.mark.parametrize(

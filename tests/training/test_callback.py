@@ -1,4 +1,4 @@
-"""Between steps: what is shown of a run, when it logs, evaluates, saves and stops, and who is told of what."""
+"""Between steps: when a run shows itself, logs, evaluates, saves and stops, and who is told of what."""
 
 from __future__ import annotations
 
@@ -13,59 +13,15 @@ from transformers import TrainerControl
 
 from lorakit.seams import Controller
 from lorakit.training import Budget, Ledger, SLoRATrainer
-from lorakit.training.callback import Progress, RunCallback, StepCallback, _crossed, strip_prefix
+from lorakit.training.callback import RunCallback, StepCallback, _crossed, named, strip_prefix
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, in a list, of the progress and of the ledger."""
+    """The time of the ledger, in a list."""
     now = [5000.0]
-    for module in ("callback", "costs"):
-        told = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
-        monkeypatch.setattr(f"lorakit.training.{module}.time", told)
+    monkeypatch.setattr("lorakit.training.costs.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
-
-
-# what is shown --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("environment", "style"),
-    [({}, "bar"), ({"CI": "1"}, "none"), ({"PYTEST_VERSION": "9"}, "none"), ({"LORAKIT_PROGRESS": "plain"}, "plain"),
-     ({"CI": "1", "LORAKIT_PROGRESS": "bar"}, "bar")],
-)  # fmt: skip
-def test_a_bar_is_drawn_where_somebody_may_watch(monkeypatch, environment, style):
-    for name in ("CI", "PYTEST_VERSION", "LORAKIT_PROGRESS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert Progress("run", 1, "steps").style == style
-
-
-def test_lines_are_seconds_apart_but_the_last(monkeypatch, capsys, clock):
-    monkeypatch.setenv("LORAKIT_PROGRESS", "plain")
-    progress = Progress("run", 20, "steps")
-    told = [(5.0, 0.1), (5.5, 0.25), (10.5, 0.5), (10.75, 0.75), (10.8, 1.0), (10.9, 1.05)]
-    for clock[0], share in told:
-        progress.update(share, {"loss": 1.2345} if share < 1 else {"loss": 2, "validation": 0.5})
-    last = "run  100% of 20 steps  loss 2  validation 0.5"
-    expected = ["run   25% of 20 steps  loss 1.23", "run   75% of 20 steps  loss 1.23", last, last]
-    assert capsys.readouterr().out.splitlines() == expected
-
-
-def test_a_bar_is_as_long_as_the_share(monkeypatch, capsys):
-    monkeypatch.setenv("LORAKIT_PROGRESS", "bar")
-    progress = Progress("run", 20, "steps")
-    for share in (0.2, 0.379):
-        progress.update(share, {"loss": 1.2345, "validation": 0.5})
-    progress.close()
-    progress.close()  # and again
-    drawn = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    assert drawn[-1].startswith("run  37% |") and drawn[-1].rstrip().endswith("| , loss=1.23, validation=0.5")
-    assert sum(line.startswith("run  37%") for line in drawn) <= 2
-    progress.update(0.9, {})  # a new one
-    progress.close()
-    assert "run  90%" in capsys.readouterr().err
 
 
 # when a run does what -------------------------------------------------------------------------------
@@ -78,17 +34,16 @@ def test_points_evaluations_and_checkpoints_of_a_run():
     callback = RunCallback(SimpleNamespace(ledger=ledger), Budget(120, "steps"), progress, evaluations=3, save_steps=50)
     for ledger.steps in range(1, 121):
         control = TrainerControl(should_log=ledger.steps == 1)  # as somebody else asked for
-        callback.on_step_end(None, SimpleNamespace(global_step=ledger.steps, is_world_process_zero=True), control)
+        callback.on_step_end(None, SimpleNamespace(global_step=ledger.steps), control)
         for name, steps in done.items():
             steps += [ledger.steps] * getattr(control, name)
     assert done["should_log"] == sorted({1, 40, 80, *range(3, 121, 3)})
     assert (done["should_evaluate"], done["should_save"]) == ([40, 80, 120], [50, 100, 120])
     assert done["should_training_stop"] == [120]
     assert shown == [step / 120 for step in range(1, 120) if step % 40]  # the others with what the evaluation finds
-    callback.on_step_end(None, SimpleNamespace(global_step=1, is_world_process_zero=False), TrainerControl())
     asked = TrainerControl(*[True] * 5)
     ledger.steps = 5
-    callback.on_step_end(None, SimpleNamespace(global_step=5, is_world_process_zero=True), asked)
+    callback.on_step_end(None, SimpleNamespace(global_step=5), asked)
     assert all((asked.should_training_stop, asked.should_evaluate, asked.should_save, asked.should_log))
     assert len(shown) == 117
 
@@ -106,6 +61,12 @@ def test_the_tasks_metrics_are_those_that_are_no_timings():
     timings = {f"eval_{name}": 9.0 for name in ("runtime", "samples_per_second", "model_preparation_time")}
     found = strip_prefix({"eval_loss": torch.tensor(2.0), "eval_rows": 3, "epoch": 1.0, "loss": 4.0} | timings, "eval_")
     assert json.dumps(found) == '{"loss": 2.0, "rows": 3.0}'
+
+
+def test_trackers_get_our_own_names_as_they_are():
+    logs = {"loss": 1.0, "eval_loss": 2.0, "test_loss": 3.0, "gate/accept": 4.0, "flops": 5.0, "tokens": 6}
+    ours = {"gate/accept": 4.0, "flops": 5.0, "tokens": 6}
+    assert named(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "test/loss": 3.0} | ours
 
 
 # who is told of what --------------------------------------------------------------------------------
@@ -158,16 +119,16 @@ def test_a_budget_says_how_many_steps_it_is(unit, planned):
 def test_a_run_shows_what_it_found_last(tmp_path):
     run, shown = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"), evaluations=2), []
     run.progress.update = lambda share, facts: shown.append((share, dict(facts)))
-    run.args.eval_on_start = True  # before the first point there is none to put it on
+    run.args.eval_on_start = True
     run.train()
-    first, second, third, last = run.curve.points
-    facts = [{"loss": second.train_loss, "validation": second.validation["loss"]}]
-    facts += [{"loss": last.train_loss, "validation": last.validation["loss"]}]
-    assert shown == [(0.25, {}), (0.5, facts[0]), (0.75, facts[0]), (1.0, facts[1])]
+    zero, first, second, third, last = run.curve.points
+    told = [{"validation": zero.validation["loss"]}]
+    told += [{"loss": point.train_loss, "validation": point.validation["loss"]} for point in (second, last)]
+    assert shown == [(0, told[0]), (0.25, told[0]), (0.5, told[1]), (0.75, told[1]), (1.0, told[2])]
     assert first.validation is third.validation is None
     found = last.validation
     run.evaluate()
-    assert last.validation is found and len(shown) == 4
+    assert last.validation is found and len(shown) == 5
 
 
 def test_the_seconds_are_those_of_the_steps(tmp_path, clock):

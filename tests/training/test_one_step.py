@@ -160,6 +160,14 @@ def collated(mark: float):
     return lambda batch: runs.collate(batch) | {"mark": mark}
 
 
+@pytest.mark.parametrize(("first", "style"), [(True, "plain"), (False, "none")])
+def test_one_process_shows_the_run_in_the_budgets_unit(tmp_path, monkeypatch, first, style):
+    monkeypatch.setenv("LORAKIT_PROGRESS", "plain")
+    monkeypatch.setattr(BudgetTrainer, "is_world_process_zero", lambda _: first)
+    progress = runs.trainer(lora(), tmp_path, budget=Budget(9, "flops")).progress
+    assert (progress.style, progress.unit) == (style, "FLOPs")
+
+
 def test_a_budgets_trainer(tmp_path):
     options = {"data_collator": collated(1.0), "eval_collator": collated(2.0), "title": "this one"}
     run = runs.trainer(

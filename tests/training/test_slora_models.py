@@ -114,26 +114,35 @@ def test_no_gate_config_is_the_plain_trainer(tmp_path):
 # reports -------------------------------------------------------------------------------------------
 
 
+GATE_NAMES = [f"gate/{name}" for name in ("novelty", "accept", "acceptance_rate", "accepted_steps", "total_steps")]
+SPENT = ["flops", "tokens", "tokens_backpropagated", "accepted_steps"]
+
+
 def test_metrics_reach_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = runs.ran(slora(lora(), tmp_path, report_to="tensorboard", max_steps=8))
     (file,) = [path for path in tmp_path.rglob("events.out.tfevents.*")]
     events = event_accumulator.EventAccumulator(str(file)).Reload()
-    for name in ("novelty", "accept", "acceptance_rate", "accepted_steps", "total_steps"):
-        assert len(events.Scalars(f"train/gate/{name}")) == 8
-    assert events.Scalars("train/gate/accepted_steps")[-1].value == run.ledger.accepted_steps
+    assert {len(events.Scalars(name)) for name in GATE_NAMES} == {8}
+    assert events.Scalars("gate/accepted_steps")[-1].value == run.ledger.accepted_steps
+    assert events.Scalars("flops")[-1].value == pytest.approx(run.ledger.flops)
 
 
-def test_metrics_reach_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="W&B is not a dependency of lorakit")
+@pytest.mark.parametrize("gate", [True, False])
+def test_metrics_reach_wandb_offline(tmp_path, monkeypatch, gate):
+    wandb = pytest.importorskip("wandb", reason="needs the extra `wandb`")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = runs.ran(slora(lora(), tmp_path, report_to="wandb", max_steps=8))
-    import wandb
-
-    summary = dict(wandb.run.summary)
-    wandb.finish()
-    assert summary["train/gate/accepted_steps"] == run.ledger.accepted_steps
+    given = {} if gate else {"gate_config": None}
+    try:
+        run = runs.ran(slora(lora(), tmp_path, report_to="wandb", max_steps=8, **given))
+        offline, summary = wandb.run.offline, dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    assert offline and {"train/loss", "train/learning_rate", *SPENT} <= summary.keys()
+    assert [name for name in GATE_NAMES if name in summary] == (GATE_NAMES if gate else [])
+    assert {name: summary[name] for name in SPENT} == {name: getattr(run.ledger, name) for name in SPENT}
+    assert not [name for name in summary if "total_flos" in name]
 
 
 def test_a_record_keeps_what_the_gate_did():

@@ -254,13 +254,19 @@ def test_checkpointing_changes_no_gradient(tmp_path):
     assert near(*map(weights, found))
 
 
-def test_report_to_tensorboard(tmp_path, monkeypatch):
+def test_tensorboard_gets_the_suites_axes_of_a_run_without_a_gate(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    trainer(model(), tmp_path, params={"report_to": "tensorboard", "run_dir": str(tmp_path)}).train()
+    run = trainer(model(), tmp_path, params={"report_to": "tensorboard", "run_dir": str(tmp_path)})
+    returned = run.train().metrics
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/accuracy"} <= tags
+    for name in ("flops", "tokens", "tokens_backpropagated", "accepted_steps"):
+        assert events.Scalars(name)[-1].value == pytest.approx(getattr(run.ledger, name))
+        assert len({point.step for point in events.Scalars(name)}) == len(run.curve.points)
+    assert not [name for name in (*tags, *returned, *run.state.log_history) if "total_flos" in name]
 
 
 @pytest.mark.parametrize(
