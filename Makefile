@@ -3,7 +3,8 @@ PYTHON ?= python3
 SETTING ?= toy
 METHODS ?=
 SEEDS ?=
-JOBS ?= 1
+JOBS ?=
+PROFILE ?= default
 SEED ?=
 MINUTES ?= 20
 CASE ?=
@@ -71,8 +72,8 @@ site: $(SITE) ## notebooks, docs, records, parameters and docstrings as pages in
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"] [JOBS=2]: every run that has no finished record
-	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
+sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"] [JOBS=2] [PROFILE=slurm]: every run that has no finished record
+	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --profile "$(PROFILE)" $(if $(JOBS),--jobs $(JOBS))
 
 clean: ## remove what can be made again; records and downloads stay
 	rm -rf .venv .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb results/*/compare.*

@@ -14,12 +14,13 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 
 NOT_OF_A_RUN = (
     *("analysis/", "studies/", "scratch/", "cli.py", "__main__.py"),
-    *("runs/notebooks.py", "runs/fits.py", "runs/plan.py", "runs/sweep.py", "runs/away.py"),
+    *("runs/notebooks.py", "runs/fits.py", "runs/plan.py", "runs/sweep.py", "runs/away.py", "runs/resources.py"),
 )
 
 
 def environment() -> dict[str, object]:
-    """Versions by package (None where it is not installed) and what the run's numbers depend on."""
+    """Versions by package (None where it is not installed), what the run's numbers depend on, and SLURM's job."""
+    job = os.environ.get("SLURM_JOB_ID")  # by which its log is found
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -29,6 +30,7 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
+        **({"slurm_job": job} if job else {}),
         **checkout(Path(__file__).resolve().parents[2]),
     }
 

@@ -1,6 +1,7 @@
 """A sweep: every method x seed of a setting that has no finished record yet, through Snakemake."""
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,11 @@ from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
 from lorakit.quiet import answering
 from lorakit.runs.notebooks import FINISHED
+from lorakit.runs.resources import Resources, resources
 from lorakit.runs.rows import notebook_of
+
+LOGS = Path(".runs/.slurm")  # as profiles/slurm says
+LOCAL = "default"  # the profile of this machine
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class Run:
         return self.root / ".runs" / self.name
 
     @property
+    def log(self) -> Path | None:
+        """The newest log of a SLURM job of its own, or of the job that its record names."""
+        logs = [*(self.root / LOGS).glob(f"*/{self.setting}_{self.method}_{self.seed}/*.log")]
+        with contextlib.suppress(LorakitError):
+            job = records.read(self.record).environment.get("slurm_job")
+            logs += (self.root / LOGS).rglob(f"{job}.log")
+        return max(logs, key=os.path.getmtime, default=None)
+
+    @property
     def notebook(self) -> Path:
         return _source(self.root) / "notebooks" / notebook_of(self.params)
 
@@ -61,6 +75,11 @@ class Run:
         """What the params files ask for."""
         named = {"setting": self.setting, "row": self.method, "seed": self.seed}
         return resolve(given_by(self.files, []) | named)
+
+    @property
+    def resources(self) -> Resources:
+        """What the params files ask a scheduler for."""
+        return resources(self.files)
 
     def status(self) -> str:
         """Of the record; "missing" where there is none that can be read."""
@@ -116,7 +135,7 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     require(find_spec("snakemake") is not None, "SETTING", setting, "needs Snakemake: pip install 'lorakit[sweep]'")
     runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:
-        _ = run.params  # a bad file is told before any run starts
+        _ = run.params, run.resources  # a bad file is told before any run starts
     return runs
 
 
@@ -131,15 +150,27 @@ def stale(runs: list[Run]) -> list[str]:
     return lines
 
 
-def sweep(runs: list[Run], jobs: int = 1) -> int:
-    """Run what is not finished, `jobs` at once; 0 when every record is finished at the end."""
-    require(jobs >= 1, "JOBS", jobs, "must be at least 1")
+def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int:
+    """Run what is not finished; 0 when every record is finished at the end.
+
+    Args:
+        jobs: at once, or submitted at once; None: 1, or as many as the profile says.
+        profile: a folder of profiles/, or a path: how Snakemake runs them.
+
+    Raises:
+        ParameterError: there is no such profile, no job at once, or another sweep of the setting is at work.
+    """
+    require(jobs is None or jobs >= 1, "JOBS", jobs, "must be at least 1")
+    folder = PROJECT / "profiles" / profile  # of a path that is absolute, that
+    folder = folder if folder.is_dir() else Path(profile).absolute()
+    told = f"must be one of {', '.join(sorted(os.listdir(PROJECT / 'profiles')))}, or a folder with a config.yaml"
+    require((folder / "config.yaml").is_file(), "PROFILE", profile, told)
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
         with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held:
-            command, root = _snakemake(pending, jobs), runs[0].root
+            command, root = _snakemake(pending, jobs, folder), runs[0].root
             process = subprocess.Popen(command, cwd=root, pass_fds=[held])  # it holds the lock if this one is killed
             # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
             passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
@@ -149,23 +180,29 @@ def sweep(runs: list[Run], jobs: int = 1) -> int:
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        seen = f"see {os.path.relpath(run.executed)}" if run.executed.is_file() else "it did not start"
+        there = [os.path.relpath(path) for path in (run.executed, run.log) if path and path.is_file()]
+        seen = f"see {' and '.join(there)}" if there else "it did not start"
         _say(f"{run.name}: {run.status()}: {seen}; the same command goes on from here")
     return 1 if unfinished else 0
 
 
-def _snakemake(pending: list[Run], jobs: int) -> list[str]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def _snakemake(pending: list[Run], jobs: int | None, profile: Path) -> list[str]:
     settings = {
         "setting": pending[0].setting,
         "methods": " ".join(dict.fromkeys(run.method for run in pending)),
         "seeds": " ".join(dict.fromkeys(str(run.seed) for run in pending)),
-        "threads": threads,
     }
+    if profile.name == LOCAL:
+        settings["threads"] = threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
+        how = ["--cores", str(threads * (jobs or 1))]
+    else:
+        together = min(run.resources.together for run in pending)
+        how = ["--jobs", str(jobs)] if jobs else []
+        how += ["--groups", "fine_tune=runs", "--group-components", f"runs={together}"] if together > 1 else []
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile")),
-        *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
-        *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--nolock"),
+        *("--directory", str(pending[0].root), "--workflow-profile", str(profile)),
+        *(*how, "--config", *(f"{name}={value}" for name, value in settings.items())),
     ]
 
 
@@ -179,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--setting", required=True, help="a folder of params/")
     parser.add_argument("--methods", default="", help="separated by spaces (default: all of the setting)")
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    parser.add_argument("--jobs", type=int, help="runs at once, on shared cores (default: 1), or submitted at once")
+    parser.add_argument("--profile", default=LOCAL, help="a folder of profiles/, or a path: slurm submits the runs")
     arguments = parser.parse_args(argv)
-    return sweep(plan(HOME, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
+    return sweep(plan(HOME, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs, arguments.profile)

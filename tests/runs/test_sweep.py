@@ -155,7 +155,7 @@ def test_bad_input_is_told_before_anything_runs(place, asked, complaint):
 @pytest.mark.parametrize(("jobs", "threads", "cores"), [(1, 8, 8), (2, 4, 8), (3, 2, 6), (16, 1, 16)])
 def test_runs_at_once_share_the_cores(place, monkeypatch, jobs, threads, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    command = sweep._snakemake(sweep.plan(place, "toy"), jobs)
+    command = sweep._snakemake(sweep.plan(place, "toy"), jobs, ROOT / "profiles" / "default")
     assert f"threads={threads}" in command
     assert command[command.index("--cores") + 1] == str(cores)
 
