@@ -198,7 +198,9 @@ def _snakemake(pending: list[Run], jobs: int | None, profile: Path) -> list[str]
     else:
         together = min(run.resources.together for run in pending)
         how = ["--jobs", str(jobs)] if jobs else []
-        how += ["--groups", "fine_tune=runs", "--group-components", f"runs={together}"] if together > 1 else []
+        if together > 1:
+            settings["shared"] = 1
+            how += ["--groups", "fine_tune=runs", "--group-components", f"runs={together}"]
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--nolock"),
         *("--directory", str(pending[0].root), "--workflow-profile", str(profile)),

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +29,8 @@ LONGEST = 3600  # seconds that one wait may take; no test asserts a time
 SETTING = """\
 batch_size: 4
 max_train: 64
-max_validation: 8
-max_test: 8
+max_validation: 4
+max_test: 4
 budget: 4
 evaluations: 2
 latency_repeats: 0
@@ -40,7 +42,7 @@ resources: {gpus: 0, cpus: 1, memory: 3, hours: 2}
 ROWS = {name: "# as the method is" for name in ("lora", "head", "hira", "full")} | {
     "skip": "skip: prefix", "qlora": "quantize: nf4", "random": "gate: random\ngate_burn_in: 2", "targets": "rank: 4",
     "floor": "gate: loss_floor\ngate_burn_in: 2",
-    "late": "compares: full_length\nbudget: 400", "cancelled": "compares: full_length\nbudget: 300",
+    "late": "compares: full_length\nbudget: 100", "cancelled": "compares: full_length\nbudget: 150",
     "large": "dropout: 0.1\nresources: {memory: 0.4}",
 }  # fmt: skip
 
@@ -101,6 +103,27 @@ def saved(place: Path, row: str) -> Callable[[], object]:
     return lambda: any((place / ".runs/toy" / row / "s0").glob("checkpoint-*"))
 
 
+def kernel(job: str, environment: dict[str, str]) -> int:
+    """The process in which a job trains."""
+    lines = subprocess.run(["scontrol", "listpids", job], env=environment, capture_output=True, text=True).stdout
+    pids = [int(line.split()[0]) for line in lines.splitlines()[1:]]
+    (found,) = [pid for pid in pids if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Inside, the process does nothing; afterwards there is none."""
+    process = os.pidfd_open(pid)
+    signal.pidfd_send_signal(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+
+
 def statuses(place: Path) -> dict[str, str]:
     return {path.parent.name: records.read(path).status for path in place.glob("results/toy/*/s0.json")}
 
@@ -113,13 +136,13 @@ def state(environment: dict[str, str], job: str) -> str:
 def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(cluster, tmp_path):
     place = folder(tmp_path / "here", SETTING, ROWS)
     first = sweep(place, cluster, "--profile", "slurm")
-    for row, kill in {
-        "late": ["scontrol", "update", "TimeLimit=1"],
-        "cancelled": ["scancel"],
-    }.items():
-        until(saved(place, row), first, place)
-        job = job_of(place, row)
-        subprocess.run([*kill, f"JobId={job}" if kill[0] == "scontrol" else job], env=cluster, check=True)
+    until(saved(place, "cancelled"), first, place)
+    subprocess.run(["scancel", job_of(place, "cancelled")], env=cluster, check=True)
+    until(saved(place, "late"), first, place)
+    with stopped(kernel(job_of(place, "late"), cluster)):  # it hangs, so it is never done before its minute is over
+        command = ["scontrol", "update", f"JobId={job_of(place, 'late')}", "TimeLimit=1"]
+        subprocess.run(command, env=cluster, check=True)
+        until(lambda: state(cluster, job_of(place, "late")) == "TIMEOUT", first, place)
     assert first.wait(LONGEST) == 1, said(place)
     assert len(submitted(place)) == len(ROWS) == 12
     killed = {row: job_of(place, row) for row in ("late", "cancelled", "large")}
@@ -128,6 +151,7 @@ def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(clu
     assert ends["large"] in ("OUT_OF_MEMORY", "FAILED", "CANCELLED"), ends
     log = next((place / ".runs/.slurm").rglob(f"{killed['large']}.log"))
     assert "exceeded memory limit" in log.read_text()
+    assert statuses(place).get("cancelled") == "interrupted"  # it was told to stop, and had the time to say so
     done = {row for row, status in statuses(place).items() if status == "done"}
     assert done == ROWS.keys() - killed.keys(), (statuses(place), said(place))
     for row in killed:  # each is told with its log
