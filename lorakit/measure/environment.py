@@ -20,7 +20,6 @@ NOT_OF_A_RUN = (
 
 def environment() -> dict[str, object]:
     """Versions by package (None where it is not installed), what the run's numbers depend on, and SLURM's job."""
-    job = os.environ.get("SLURM_JOB_ID")  # by which its log is found
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -30,7 +29,7 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
-        **({"slurm_job": job} if job else {}),
+        **({"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),  # names the run's log
         **checkout(Path(__file__).resolve().parents[2]),
     }
 

@@ -161,10 +161,9 @@ def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int
         ParameterError: there is no such profile, no job at once, or another sweep of the setting is at work.
     """
     require(jobs is None or jobs >= 1, "JOBS", jobs, "must be at least 1")
-    folder = PROJECT / "profiles" / profile  # of a path that is absolute, that
-    folder = folder if folder.is_dir() else Path(profile).absolute()
-    told = f"must be one of {', '.join(sorted(os.listdir(PROJECT / 'profiles')))}, or a folder with a config.yaml"
-    require((folder / "config.yaml").is_file(), "PROFILE", profile, told)
+    places = (PROJECT / "profiles" / profile, Path(profile).absolute())
+    folder = next((place for place in places if (place / "config.yaml").is_file()), None)
+    require(folder is not None, "PROFILE", profile, "must be default, slurm, or a folder with a config.yaml")
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
@@ -196,9 +195,8 @@ def _snakemake(pending: list[Run], jobs: int | None, profile: Path) -> list[str]
         settings["threads"] = threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
         how = ["--cores", str(threads * (jobs or 1))]
     else:
-        together = min(run.resources.together for run in pending)
         how = ["--jobs", str(jobs)] if jobs else []
-        if together > 1:
+        if (together := min(run.resources.together for run in pending)) > 1:
             settings["shared"] = 1
             how += ["--groups", "fine_tune=runs", "--group-components", f"runs={together}"]
     return [

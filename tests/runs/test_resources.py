@@ -120,7 +120,7 @@ def test_a_profile_is_handed_to_snakemake_and_short_runs_share_jobs(place, tmp_p
     assert shared[shared.index("--groups") :][:4] == ["--groups", "fine_tune=runs", "--group-components", "runs=50"]
     assert "--jobs" not in shared  # as many as the profile says
     for name in ("nowhere", str(own)):
-        with pytest.raises(ParameterError, match=f"PROFILE='{name}': must be one of default, slurm, or a folder"):
+        with pytest.raises(ParameterError, match=f"PROFILE='{name}': must be default, slurm, or a folder"):
             sweep.sweep(runs, profile=name)
 
 

@@ -46,6 +46,8 @@ ROWS = {name: "# as the method is" for name in ("lora", "head", "hira", "full")}
     "large": "dropout: 0.1\nresources: {memory: 0.4}",
 }  # fmt: skip
 
+RUN = "import lorakit\nfrom lorakit import params\nrecord = lorakit.run(params.collect(globals()))\n"
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * LONGEST)]
 
 
@@ -57,25 +59,37 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
         yield environment
 
 
-def folder(place: Path, setting: str, rows: dict[str, str], notebooks: bool = True) -> Path:
-    """A working folder whose one setting is called toy."""
+def folder(place: Path, setting: str, rows: dict[str, str], body: str) -> Path:
+    """A working folder whose one setting is called toy, and whose notebooks do no more than `body`."""
     (place / "params/toy").mkdir(parents=True)
     for name, text in ({"_setting": setting} | rows).items():
         (place / f"params/toy/{name}.yaml").write_text(text + "\n")
     shutil.copytree(ROOT / "params/accelerate", place / "params/accelerate")
     shutil.copytree(ROOT / "profiles", place / "profiles")
     shutil.copy(ROOT / "Snakefile", place)
-    if notebooks:
-        (place / "notebooks").symlink_to(ROOT / "notebooks")
+    for path in (ROOT / "notebooks").glob("0*.ipynb"):
+        light_notebook.write(place / "notebooks" / path.name, body=body)
     return place
 
 
-def sweep(place: Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
-    """The command behind `make sweep`; what it says goes to a file beside."""
-    command = [sys.executable, "-m", "lorakit", "sweep", "--setting", "toy", *more]
-    here = {"LORAKIT_HOME": str(place), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (place / "said.txt").open("a") as said:
-        return subprocess.Popen(command, cwd=place, env=environment | here, stdout=said, stderr=said)
+@pytest.fixture
+def sweep() -> Iterator[Callable[..., subprocess.Popen]]:
+    """The command behind `make sweep` in a place and an environment; what it says goes to a file beside."""
+    started: list[subprocess.Popen] = []
+
+    def start(place: Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lorakit", "sweep", "--setting", "toy", *more]
+        here = {"LORAKIT_HOME": str(place), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with (place / "said.txt").open("a") as told:
+            options = {"cwd": place, "env": environment | here, "stdout": told, "stderr": told}
+            started.append(subprocess.Popen(command, **options, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # Snakemake, which is in its session, would ask a SLURM that is gone for ever
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def said(place: Path) -> str:
@@ -133,8 +147,8 @@ def state(environment: dict[str, str], job: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
 
-def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(cluster, tmp_path):
-    place = folder(tmp_path / "here", SETTING, ROWS)
+def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(cluster, sweep, tmp_path):
+    place = folder(tmp_path / "here", SETTING, ROWS, RUN)
     first = sweep(place, cluster, "--profile", "slurm")
     until(saved(place, "cancelled"), first, place)
     subprocess.run(["scancel", job_of(place, "cancelled")], env=cluster, check=True)
@@ -167,7 +181,7 @@ def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(clu
     assert statuses(place) == dict.fromkeys(ROWS, "done")
     assert {row: (place / f"results/toy/{row}/s0.json").read_bytes() for row in done} == before
 
-    whole = folder(tmp_path / "whole", SETTING, ROWS)
+    whole = folder(tmp_path / "whole", SETTING, ROWS, RUN)
     assert sweep(whole, dict(os.environ), "--methods", "late cancelled", "--jobs", "2").wait(LONGEST) == 0, said(whole)
     for row in ("late", "cancelled"):
         resumed, undisturbed = outcome(place, row), outcome(whole, row)
@@ -187,10 +201,11 @@ def outcome(place: Path, row: str) -> dict:
     }
 
 
-def test_short_runs_share_jobs_one_after_another_and_a_failed_one_stops_no_other(cluster, tmp_path):
+def test_short_runs_share_jobs_one_after_another_and_a_failed_one_stops_no_other(cluster, sweep, tmp_path):
     rows = {f"r{number}": f"rank: {number + 1}" for number in range(12)} | {"r5": "report_to: fail"}
-    place = folder(tmp_path, "resources: {gpus: 0, cpus: 1, memory: 0.5, hours: 1, together: 4}", rows, False)
-    light_notebook.write(place / "notebooks/01_lora.ipynb")
+    place = folder(
+        tmp_path, "resources: {gpus: 0, cpus: 1, memory: 0.5, hours: 1, together: 4}", rows, light_notebook.BODY
+    )
     first = sweep(place, cluster, "--profile", "slurm")
     until(lambda: len(submitted(place)) == 3, first, place)
     asked = ["squeue", "--states=all", "--noheader", "--format=%m %l %C", f"--jobs={','.join(submitted(place))}"]
@@ -203,9 +218,9 @@ def test_short_runs_share_jobs_one_after_another_and_a_failed_one_stops_no_other
     assert statuses(place) == dict.fromkeys(rows.keys() - {"r5"}, "done"), said(place)
 
 
-def test_a_run_on_two_gpus_is_two_processes(cluster, tmp_path):
+def test_a_run_on_two_gpus_is_two_processes(cluster, sweep, tmp_path):
     rows = {"lora": "resources: {gpus: 2, cpus: 2}", "head": "# one process"}
-    place = folder(tmp_path, SETTING, rows)
+    place = folder(tmp_path, SETTING, rows, RUN)
     assert sweep(place, cluster, "--profile", "slurm", "--methods", "lora").wait(LONGEST) == 0, said(place)
     record = records.read(place / "results/toy/lora/s0.json")
     assert record.status == "done" and record.environment["threads"] == 1
