@@ -75,4 +75,4 @@ rule fine_tune:
         runtime=lambda wildcards: math.ceil(60 * run_of(wildcards).resources.hours),
         turn=1,
     shell:
-        "OMP_NUM_THREADS={params.threads} {params.command:q}" + failed
+        "OMP_NUM_THREADS={params.threads} MKL_NUM_THREADS={params.threads} {params.command:q}" + failed

@@ -95,9 +95,14 @@ def test_the_snakefile_hands_resources_on_and_starts_a_process_for_each_of_sever
     for row, gpus, cpus in (("lora", 0, 2), ("large", 2, 6)):
         assert f"gpu={gpus}, runtime=15, turn=1, mem_mb=1536," in jobs[row] and f"threads: {cpus}\n" in jobs[row]
     alone, several = (re.search(r"OMP_NUM_THREADS.*", jobs[row]).group() for row in ("lora", "large"))
-    assert re.match(r"OMP_NUM_THREADS=2 \S+ -m lorakit run \S+/01_lora.ipynb --output \S+/toy/lora/s0.ipynb ", alone)
+    assert re.match(
+        r"OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 \S+ -m lorakit run \S+/01_lora.ipynb --output \S+/toy/lora/s0.ipynb ",
+        alone,
+    )
     launch = rf"--config_file {ROOT}/params/accelerate/multi_gpu.yaml --num_processes 2 --main_process_port 0"
-    assert re.match(rf"OMP_NUM_THREADS=3 \S+ -m accelerate.commands.launch {launch} -m lorakit train -f ", several)
+    assert re.match(
+        rf"OMP_NUM_THREADS=3 MKL_NUM_THREADS=3 \S+ -m accelerate.commands.launch {launch} -m lorakit train -f ", several
+    )
     for command, row in ((alone, "lora"), (several, "large")):
         files = rf"-f {place}/params/toy/_setting.yaml -f {place}/params/toy/{row}.yaml"
         named = rf"-p setting=toy -p row={row} -p method=lora -p seed=0 -p record={place}/results/toy/{row}/s0.json"

@@ -42,7 +42,7 @@ resources: {gpus: 0, cpus: 1, memory: 3, hours: 2}
 ROWS = {name: "# as the method is" for name in ("lora", "head", "hira", "full")} | {
     "skip": "skip: prefix", "qlora": "quantize: nf4", "random": "gate: random\ngate_burn_in: 2", "targets": "rank: 4",
     "floor": "gate: loss_floor\ngate_burn_in: 2",
-    "late": "compares: full_length\nbudget: 100", "cancelled": "compares: full_length\nbudget: 150",
+    "late": "compares: full_length\nbudget: 200", "cancelled": "compares: full_length\nbudget: 300",
     "large": "dropout: 0.1\nresources: {memory: 0.4}",
 }  # fmt: skip
 
@@ -113,16 +113,18 @@ def job_of(place: Path, row: str) -> str:
     return max((path.stem for path in (place / ".runs/.slurm").glob(f"*/toy_{row}_0/*.log")), key=int)
 
 
-def saved(place: Path, row: str) -> Callable[[], object]:
-    return lambda: any((place / ".runs/toy" / row / "s0").glob("checkpoint-*"))
+def saved(place: Path, row: str) -> bool:
+    return any((place / ".runs/toy" / row / "s0").glob("checkpoint-*"))
 
 
-def kernel(job: str, environment: dict[str, str]) -> int:
+def kernel(job: str) -> int:
     """The process in which a job trains."""
-    lines = subprocess.run(["scontrol", "listpids", job], env=environment, capture_output=True, text=True).stdout
-    pids = [int(line.split()[0]) for line in lines.splitlines()[1:]]
-    (found,) = [pid for pid in pids if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found
+    for folder in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if b"ipykernel" in (folder / "cmdline").read_bytes() and f"SLURM_JOB_ID={job}".encode() in variables:
+                return int(folder.name)
+    raise AssertionError(f"job {job} has no kernel")
 
 
 @contextlib.contextmanager
@@ -150,12 +152,17 @@ def state(environment: dict[str, str], job: str) -> str:
 def test_a_sweep_outlives_what_the_scheduler_kills_and_the_next_one_finishes(cluster, sweep, tmp_path):
     place = folder(tmp_path / "here", SETTING, ROWS, RUN)
     first = sweep(place, cluster, "--profile", "slurm")
-    until(saved(place, "cancelled"), first, place)
-    subprocess.run(["scancel", job_of(place, "cancelled")], env=cluster, check=True)
-    until(saved(place, "late"), first, place)
-    with stopped(kernel(job_of(place, "late"), cluster)):  # it hangs, so it is never done before its minute is over
-        command = ["scontrol", "update", f"JobId={job_of(place, 'late')}", "TimeLimit=1"]
-        subprocess.run(command, env=cluster, check=True)
+    left = {"late", "cancelled"}
+    with contextlib.ExitStack() as hanging:
+        while left:
+            until(lambda: any(saved(place, row) for row in left), first, place)
+            left.remove(row := next(row for row in left if saved(place, row)))
+            if row == "late":  # it hangs, so it is never done before its minute is over
+                hanging.enter_context(stopped(kernel(job_of(place, row))))
+                kill = ["scontrol", "update", f"JobId={job_of(place, row)}", "TimeLimit=1"]
+            else:
+                kill = ["scancel", job_of(place, row)]
+            subprocess.run(kill, env=cluster, check=True)
         until(lambda: state(cluster, job_of(place, "late")) == "TIMEOUT", first, place)
     assert first.wait(LONGEST) == 1, said(place)
     assert len(submitted(place)) == len(ROWS) == 12
@@ -223,7 +230,8 @@ def test_a_run_on_two_gpus_is_two_processes(cluster, sweep, tmp_path):
     place = folder(tmp_path, SETTING, rows, RUN)
     assert sweep(place, cluster, "--profile", "slurm", "--methods", "lora").wait(LONGEST) == 0, said(place)
     record = records.read(place / "results/toy/lora/s0.json")
-    assert record.status == "done" and record.environment["threads"] == 1
+    assert record.status == "done" and record.costs.examples == 4 * 4 * 2  # steps, rows a batch, processes
+    assert record.environment["threads"] == 1  # of the two cores one each
     log = (place / f".runs/.slurm/rule_fine_tune/toy_lora_0/{record.environment['slurm_job']}.log").read_text()
     assert "gpu=2" in log and "--num_processes 2" in log
     assert (place / ".runs/toy/lora/s0/adapter").is_dir() and not (place / "results/toy/lora/s0.ipynb").exists()
