@@ -137,7 +137,7 @@ def test_the_view_of_a_sweep_follows_its_log(place, monkeypatch, capsys):
         ({"full s0": "50%"}, 3),
     ]
     assert [share for share, *_ in seen] == pytest.approx([1.05 / 4, 2.6 / 4, 2.7 / 4, 3.5 / 4])
-    lines = ["stopping: the runs at work finish their records", "toy/lora/s0: done", "toy/head/s0: missing"]
+    lines = ["stopping: the runs finish their records", "toy/lora/s0: done", "toy/head/s0: missing"]
     assert capsys.readouterr().err.splitlines() == [f"sweep: {line}" for line in lines]
 
 
@@ -214,7 +214,7 @@ def test_bad_input_is_told_before_anything_runs(place, asked, complaint):
 @pytest.mark.parametrize(("jobs", "threads", "cores"), [(1, 8, 8), (2, 4, 8), (3, 2, 6), (16, 1, 16)])
 def test_runs_at_once_share_the_cores(place, monkeypatch, jobs, threads, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    command = sweep._snakemake(sweep.plan(place, "toy"), jobs)
+    command = sweep._snakemake(sweep.plan(place, "toy"), jobs, ROOT / "profiles" / "default")
     assert f"threads={threads}" in command
     assert command[command.index("--cores") + 1] == str(cores)
 
