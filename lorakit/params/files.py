@@ -65,8 +65,7 @@ def row_of_file(folder: Path, row: str) -> dict[str, Any]:
 
 def _own(path: Path) -> dict[str, Any]:
     """The parameters of a setting's or a row's file."""
-    values = read(path)
-    values.pop(RESOURCES, None)
+    values = {name: value for name, value in read(path).items() if name != RESOURCES}
     for name, value in values.items():
         _require(name in QUESTIONS, path, name, value, unknown(name, [*QUESTIONS, RESOURCES]))
         _require(name not in PER_RUN, path, name, value, "is a run's own: say it when the run is started")

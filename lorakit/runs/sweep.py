@@ -56,7 +56,7 @@ class Run:
         return self.root / ".runs" / self.name
 
     @property
-    def log(self) -> Path | None:
+    def slurm_log(self) -> Path | None:
         """The newest log of a SLURM job of its own, or of the job that its record names."""
         logs = [*(self.root / LOGS).glob(f"*/{self.setting}_{self.method}_{self.seed}/*.log")]
         with contextlib.suppress(LorakitError):
@@ -178,18 +178,16 @@ def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int
             process = subprocess.Popen(_snakemake(pending, jobs, folder), cwd=runs[0].root, **streams)
             # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
             passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
-            with (
-                answering(lambda *_: _say("stopping: the runs finish their records"), signal.SIGINT),
-                passed_on,
-            ):
+            stopping = answering(lambda *_: _say("stopping: the runs at work finish their records"), signal.SIGINT)
+            with stopping, passed_on:
                 _watch(process, runs, pending)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        there = [os.path.relpath(path) for path in (run.executed, run.log) if path and path.is_file()]
-        seen = " and ".join(there or [os.path.relpath(_log(runs))])  # it did not start
-        _say(f"{run.name}: {run.status()}: see {seen}; the same command goes on from here")
+        seen = [path for path in (run.executed, run.slurm_log) if path and path.is_file()] or [_log(runs)]
+        shown = " and ".join(map(os.path.relpath, seen))
+        _say(f"{run.name}: {run.status()}: see {shown}; the same command goes on from here")
     return 1 if unfinished else 0
 
 
@@ -209,8 +207,10 @@ def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run]) -> No
         while process.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
-            shares |= {found[1]: int(found[2]) for line in said if (found := SHARE.match(line))}
-            for run in [run for run, before in left.items() if _written(run) != before]:
+            lines = said.readlines()
+            failed = "".join(line for line in lines if line.startswith("Command "))  # what left no record, too
+            shares |= {found[1]: int(found[2]) for line in lines if (found := SHARE.match(line))}
+            for run in [run for run, before in left.items() if _written(run) != before or str(run.record) in failed]:
                 del left[run]
                 _say(f"{run.name}: {run.status()}")
             if progress.style == "bar":

@@ -140,19 +140,19 @@ def test_a_runs_log_is_found_by_its_name_and_from_its_record(place, monkeypatch)
     from lorakit.measure.environment import environment
 
     run, logs = run_of(place, "lora"), place / sweep.LOGS
-    assert run.log is None
+    assert run.slurm_log is None
     for path in ("group_runs_fine_tune/31.log", "group_runs_fine_tune/32.log", "rule_fine_tune/toy_head_0/33.log"):
         (logs / path).parent.mkdir(parents=True, exist_ok=True)
         (logs / path).touch()
-    assert run.log is None
+    assert run.slurm_log is None
     records.write(
         records.Record(setting="toy", method="lora", seed=0, status="done", environment=environment()), run.record
     )
-    assert run.log == logs / "group_runs_fine_tune/31.log"
+    assert run.slurm_log == logs / "group_runs_fine_tune/31.log"
     own = logs / "rule_fine_tune/toy_lora_0/34.log"
     own.parent.mkdir()
     own.touch()
     os.utime(logs / "group_runs_fine_tune/31.log", (1, 1))
-    assert run.log == own  # a later job of its own, which was killed and left no record
+    assert run.slurm_log == own  # a later job of its own, which was killed and left no record
     monkeypatch.delenv("SLURM_JOB_ID")
     assert "slurm_job" not in environment()
