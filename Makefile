@@ -3,7 +3,8 @@ PYTHON ?= python3
 SETTING ?= toy
 METHODS ?=
 SEEDS ?=
-JOBS ?= 1
+JOBS ?=
+PROFILE ?= default
 SEED ?=
 MINUTES ?= 20
 CASE ?=
@@ -27,7 +28,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults mutants matrix notebooks readme site lab sweep clean
+.PHONY: help demo test test-lax check faults slurm mutants matrix notebooks readme site lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -50,6 +51,9 @@ test-lax: check ## as test, but notebook outputs may differ (other hardware)
 
 faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: runs killed, input malformed, processes lost; drawn from a seed
 	$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults -s -q -p no:cacheprovider
+
+slurm: $(INSTALLED) ## sweeps on a SLURM of one node, started and stopped here (root; apt install slurm-wlm munge)
+	$(BIN)/python -m pytest -m slurm tests/slurm -s -q -p no:cacheprovider
 
 check: $(INSTALLED) ## ruff: format and lint, notebooks included
 	$(BIN)/ruff format --check .
@@ -78,8 +82,8 @@ site: $(SITE) ## notebooks, docs, records, parameters and docstrings as pages in
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"] [JOBS=2]: every run that has no finished record
-	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --jobs $(JOBS)
+sweep: $(INSTALLED) ## SETTING=sst2-minilm [METHODS="lora head"] [SEEDS="0 1 2"] [JOBS=2] [PROFILE=slurm]: every run that has no finished record
+	$(BIN)/lorakit sweep --setting "$(SETTING)" --methods "$(METHODS)" --seeds "$(SEEDS)" --profile "$(PROFILE)" $(if $(JOBS),--jobs $(JOBS))
 
 clean: ## remove what can be made again; records and downloads stay
 	rm -rf .venv .venv-matrix .runs .snakemake .pytest_cache .ruff_cache build *.egg-info results/*/*/*.ipynb results/*/compare.*

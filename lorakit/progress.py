@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from lorakit.errors import require
 
-WIDE = 100  # columns of a terminal that has room for the unit, too
 ROOM = len("loss 0.123  validation 0.123")  # kept free, so that the bar keeps its length
 CONSOLE = Console(stderr=True)  # one for all, so that several bars share a view
 
@@ -40,8 +39,7 @@ class Progress:
         self.title, self.amount, self.unit = title, amount, unit
         watched = not (os.environ.get("CI") or os.environ.get("PYTEST_VERSION"))
         self.style = os.environ.get("LORAKIT_PROGRESS") or ("bar" if watched else "none")
-        known = self.style in ("bar", "plain", "none")
-        require(known, "LORAKIT_PROGRESS", self.style, "must be one of bar, plain, none")
+        require(self.style in ("bar", "plain", "none"), "LORAKIT_PROGRESS", self.style, "must be bar, plain or none")
         if self.style == "bar" and not (CONSOLE.is_jupyter or CONSOLE.file.isatty() and CONSOLE.is_interactive):
             self.style = "plain"
         self._share, self._spent, self._facts, self._doing, self._last = 0.0, 0.0, {}, "", 0.0
@@ -91,7 +89,7 @@ class Progress:
                     opened = _widget if CONSOLE.is_jupyter else _bar
                     self._draw, end = opened(self.title.rpartition("/")[2], self._share)
                     self._end = weakref.finalize(self, end)  # at the latest when the program ends
-                unit = f" {self.unit}" if CONSOLE.is_jupyter or CONSOLE.width >= WIDE else ""
+                unit = f" {self.unit}" if CONSOLE.is_jupyter or CONSOLE.width >= 100 else ""  # where there is room
                 spent = f"{_count(self._spent)}/{_count(self.amount)}{unit}"
                 self._draw(completed=self._share, spent=spent, said=f"{said:{ROOM}}")
         except (OSError, ValueError):  # a full log, a closed pipe, a closed file

@@ -173,6 +173,7 @@ def test_params_files_say_only_what_differs(setting, row):
     folder = PARAMS / setting
     defaults = {name: info.get_default() for name, info in Params.model_fields.items()}
     said = files.read(folder / "_setting.yaml")
+    said.pop(files.RESOURCES, None)
     assert {name for name, value in said.items() if defaults[name] == value} <= {"learning_rate"}  # must be named
     before = defaults | said | params.method_of(row)
     assert [name for name, value in yaml_of(setting, row).items() if before[name] == value] == []

@@ -72,7 +72,7 @@ def test_a_bar_that_finds_no_terminal_is_lines(monkeypatch, terminal):
 
 def test_an_unknown_style_is_refused(monkeypatch):
     monkeypatch.setenv("LORAKIT_PROGRESS", "bars")
-    with pytest.raises(ParameterError, match="LORAKIT_PROGRESS='bars': must be one of bar, plain, none"):
+    with pytest.raises(ParameterError, match="LORAKIT_PROGRESS='bars': must be bar, plain or none"):
         Progress("run", 1, "steps")
 
 

@@ -124,18 +124,15 @@ def export(model: nn.Module, folder: str | Path) -> Path:
             stack.callback(replace_modules, plain, {module: old for old, module in new.items()})
             for config in (plain.config, plain.config.get_text_config()):
                 if getattr(config, "tie_word_embeddings", False):
-                    set_until(stack, config, tie_word_embeddings=_tied(plain))
+                    inputs, outputs = plain.get_input_embeddings, plain.get_output_embeddings()
+                    # a model without outputs may name no inputs either
+                    set_until(stack, config, tie_word_embeddings=outputs is None or inputs().weight is outputs.weight)
             of_packed = [(plain, name) for name in ("hf_quantizer", "_hf_peft_config_loaded", "_weight_conversions")]
             for owner, name in [*of_packed, (plain.config, "quantization_config")]:
                 if vars(owner).get(name) is not None:
                     stack.callback(setattr, owner, name, vars(owner).pop(name))
             type(plain).save_pretrained(plain, temporary)
     return folder
-
-
-def _tied(model: nn.Module) -> bool:
-    outputs = model.get_output_embeddings()  # a model without may name no inputs either
-    return outputs is None or model.get_input_embeddings().weight is outputs.weight
 
 
 def save_pretrained(

@@ -39,9 +39,9 @@ def alt_text(drawn: Figure) -> str:
     named = [text.get_text() for legend in legends for text in (*legend.get_texts(), legend.get_title())]
     panels = []
     for ax in drawn.axes:
-        axes = [label for label in (ax.get_ylabel(), ax.get_xlabel()) if label]
         listed = [text.get_text() for text in ax.get_yticklabels() if re.search("[A-Za-z]{2}", text.get_text())]
-        panels += [ax.get_title("left"), " against ".join(axes), ", ".join(listed)]
+        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        panels += [ax.get_title("left"), axes, ", ".join(listed)]
     said = [drawn.get_suptitle(), *panels, drawn.get_supylabel(), drawn.get_supxlabel(), ", ".join(filter(None, named))]
     return ". ".join(dict.fromkeys(" ".join(text.split()).rstrip(".") for text in said if text.strip()))
 

@@ -12,12 +12,12 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
-AROUND = ("notebooks", "fits", "plan", "sweep", "away")  # of `runs`: what starts, plans or reads runs
+AROUND = ("notebooks", "fits", "plan", "resources", "sweep", "away")  # of `runs`: what starts, plans or reads runs
 NOT_OF_A_RUN = ("analysis/", "studies/", "scratch/", "cli.py", "__main__.py", *(f"runs/{name}.py" for name in AROUND))
 
 
 def environment() -> dict[str, object]:
-    """Versions by package (None where it is not installed) and what the run's numbers depend on."""
+    """Versions by package (None where it is not installed), what the run's numbers depend on, and SLURM's job."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -27,6 +27,7 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cuda": torch.version.cuda,
         "versions": {name: next((d.version for d in distributions(name=name)), None) for name in PACKAGES},
+        **({"slurm_job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),  # names the run's log
         **checkout(Path(__file__).resolve().parents[2]),
     }
 

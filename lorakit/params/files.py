@@ -10,6 +10,7 @@ from lorakit.files import PROJECT
 from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, method_of
 
 SETTING = "_setting.yaml"
+RESOURCES = "resources"  # of these files the one key that is no parameter: what a scheduler is asked for
 ROW_QUESTIONS = ("adapter", "base", "skip", "gate", "tokens")  # a row answers one of them otherwise than its setting
 ROW_MAY = (
     "a row changes one question (what is trained, the base, layers, batches or tokens), or its budget (compares), or "
@@ -24,8 +25,7 @@ def rows_of(folder: Path) -> list[str]:
 
 def of_files(folder: Path, row: str) -> dict[str, Any]:
     """The setting's file, then the row's: the reference run and its one change."""
-    values = read(folder / SETTING)
-    _refuse_own(folder / SETTING, values)
+    values = _own(folder / SETTING)
     for part in [*row_of_file(folder, row).get("combines", []), row] if row else []:
         own = row_of_file(folder, part)
         said = {} if part == row else {"label": "", "learning_rate_from": ""}
@@ -40,8 +40,7 @@ def row_of_file(folder: Path, row: str) -> dict[str, Any]:
         ParameterError: naming the file, the key and what is allowed.
     """
     path = folder / f"{row}.yaml"
-    values = read(path)
-    _refuse_own(path, values)
+    values = _own(path)
     said = Params(**{name: values[name] for name in ("combines", "differs", "compares") if name in values})
     for other in said.combines:
         told = f"{other!r} is no other row of {folder.name}, which has {', '.join(rows_of(folder))}"
@@ -64,10 +63,13 @@ def row_of_file(folder: Path, row: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_own(path: Path, values: dict[str, Any]) -> None:
+def _own(path: Path) -> dict[str, Any]:
+    """The parameters of a setting's or a row's file."""
+    values = {name: value for name, value in read(path).items() if name != RESOURCES}
     for name, value in values.items():
-        _require(name in QUESTIONS, path, name, value, unknown(name, QUESTIONS))
+        _require(name in QUESTIONS, path, name, value, unknown(name, [*QUESTIONS, RESOURCES]))
         _require(name not in PER_RUN, path, name, value, "is a run's own: say it when the run is started")
+    return values
 
 
 def _require(condition: bool, path: Path, name: str, value: Any, allowed: str) -> None:

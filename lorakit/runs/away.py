@@ -163,8 +163,7 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
     require(bool(rows), "--file", asked.file, "has no rows")
-    wanted = "classify" if command == "predict" else "causal"
-    found = opened(asked.model, wanted, asked.base, asked.kind)
+    found = opened(asked.model, "classify" if command == "predict" else "causal", asked.base, asked.kind)
     with quiet():
         off = []
         if asked.compare:  # first: where there is no adapter nothing is to be asked in vain

@@ -21,11 +21,13 @@ from lorakit.params import given as given_by
 from lorakit.progress import Progress
 from lorakit.quiet import answering
 from lorakit.runs.notebooks import FINISHED
+from lorakit.runs.resources import Resources, resources
 from lorakit.runs.rows import notebook_of
 
-# in a sweep's log: how far a run is, as `Progress` writes it; the record of a run that ended, in the last line of
-# `lorakit run` or, where it failed, in what Snakemake says of its command
-SHARE, ENDED = re.compile(r"\S+/(\S+ s\d+)  +(\d+)% of "), ("record: ", "Command ")
+# in a sweep's log: how far a run is, as `Progress` writes it
+SHARE = re.compile(r"\S+/(\S+ s\d+)  +(\d+)% of ")
+LOGS = Path(".runs/.slurm")  # as profiles/slurm says
+LOCAL = "default"  # the profile of this machine
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class Run:
         return self.root / ".runs" / self.name
 
     @property
+    def slurm_log(self) -> Path | None:
+        """The newest log of a SLURM job of its own, or of the job that its record names."""
+        logs = [*(self.root / LOGS).glob(f"*/{self.setting}_{self.method}_{self.seed}/*.log")]
+        with contextlib.suppress(LorakitError):
+            job = records.read(self.record).environment.get("slurm_job")
+            logs += (self.root / LOGS).rglob(f"{job}.log")
+        return max(logs, key=os.path.getmtime, default=None)
+
+    @property
     def notebook(self) -> Path:
         return _source(self.root) / "notebooks" / notebook_of(self.params)
 
@@ -68,6 +79,11 @@ class Run:
         """What the params files ask for."""
         named = {"setting": self.setting, "row": self.method, "seed": self.seed}
         return resolve(given_by(self.files, []) | named)
+
+    @property
+    def resources(self) -> Resources:
+        """What the params files ask a scheduler for."""
+        return resources(self.files)
 
     def status(self) -> str:
         """Of the record; "missing" where there is none that can be read."""
@@ -123,7 +139,7 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     require(find_spec("snakemake") is not None, "SETTING", setting, "needs Snakemake: pip install 'lorakit[sweep]'")
     runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:
-        _ = run.params  # a bad file is told before any run starts
+        _ = run.params, run.resources  # a bad file is told before any run starts
     return runs
 
 
@@ -138,69 +154,89 @@ def stale(runs: list[Run]) -> list[str]:
     return lines
 
 
-def sweep(runs: list[Run], jobs: int = 1) -> int:
-    """Run what is not finished, `jobs` at once; 0 when every record is finished at the end."""
-    require(jobs >= 1, "JOBS", jobs, "must be at least 1")
+def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int:
+    """Run what is not finished; 0 when every record is finished at the end.
+
+    Args:
+        jobs: at once, or submitted at once; None: 1, or as many as the profile says.
+        profile: a folder of profiles/, or a path: how Snakemake runs them.
+
+    Raises:
+        ParameterError: there is no such profile, no job at once, or another sweep of the setting is at work.
+    """
+    require(jobs is None or jobs >= 1, "JOBS", jobs, "must be at least 1")
+    places = (PROJECT / "profiles" / profile, Path(profile).absolute())
+    folder = next((place for place in places if (place / "config.yaml").is_file()), None)
+    require(folder is not None, "PROFILE", profile, "must be default, slurm, or a folder with a config.yaml")
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
         lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
         with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held, _log(runs).open("wb") as log:
             _say(f"what Snakemake and the runs say: {os.path.relpath(log.name)}")
-            streams = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [held]}
-            process = subprocess.Popen(_snakemake(pending, jobs), cwd=runs[0].root, **streams)  # it holds the lock, too
-            stops: list[int] = []
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [held]}  # it holds the lock, too
+            process = subprocess.Popen(_snakemake(pending, jobs, folder), cwd=runs[0].root, **streams)
             # Ctrl-C reaches Snakemake and its runs directly, which then finish their records; SIGTERM is passed on
             passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
-            with answering(lambda *_: stops.append(1), signal.SIGINT), passed_on:
-                _watch(process, runs, pending, stops)
+            stopping = answering(lambda *_: _say("stopping: the runs at work finish their records"), signal.SIGINT)
+            with stopping, passed_on:
+                _watch(process, runs, pending)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
     for run in unfinished:
-        seen = run.executed if run.executed.is_file() else _log(runs)  # it did not start
-        _say(f"{run.name}: {run.status()}: see {os.path.relpath(seen)}; the same command goes on from here")
+        seen = [path for path in (run.executed, run.slurm_log) if path and path.is_file()] or [_log(runs)]
+        shown = " and ".join(map(os.path.relpath, seen))
+        _say(f"{run.name}: {run.status()}: see {shown}; the same command goes on from here")
     return 1 if unfinished else 0
+
+
+def _written(run: Run) -> int:
+    """When its record was, in ns; 0 where there is none."""
+    return run.record.stat().st_mtime_ns if run.record.is_file() else 0
 
 
 def _log(runs: list[Run]) -> Path:
     return runs[0].root / ".runs" / f"{runs[0].setting}.log"
 
 
-def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run], stops: list[int]) -> None:
+def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run]) -> None:
     """Until Snakemake ends: a line for every run that does and, in a terminal, how far the others are."""
-    left, shares, progress = [*pending], {}, Progress(runs[0].setting, len(runs), "runs")
+    left, shares, progress = {run: _written(run) for run in pending}, {}, Progress(runs[0].setting, len(runs), "runs")
     with contextlib.closing(progress), _log(runs).open(encoding="utf-8", errors="replace") as said:
         while process.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
             lines = said.readlines()
+            failed = "".join(line for line in lines if line.startswith("Command "))  # what left no record, too
             shares |= {found[1]: int(found[2]) for line in lines if (found := SHARE.match(line))}
-            told = [line for line in lines if line.startswith(ENDED)]
-            for run in [run for run in left if any(str(run.record) in line for line in told)]:
-                left.remove(run)
+            for run in [run for run, before in left.items() if _written(run) != before or str(run.record) in failed]:
+                del left[run]
                 _say(f"{run.name}: {run.status()}")
-            if stops:
-                stops.clear()
-                _say("stopping: the runs at work finish their records")
             if progress.style == "bar":
                 facts = {name: f"{shares[name]}%" for run in left if (name := f"{run.method} s{run.seed}") in shares}
                 ended = len(runs) - len(left)
                 progress.update((ended + sum(map(shares.get, facts)) / 100) / len(runs), facts, spent=ended)
 
 
-def _snakemake(pending: list[Run], jobs: int) -> list[str]:
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def _snakemake(pending: list[Run], jobs: int | None, profile: Path) -> list[str]:
     settings = {
         "setting": pending[0].setting,
         "methods": " ".join(dict.fromkeys(run.method for run in pending)),
         "seeds": " ".join(dict.fromkeys(str(run.seed) for run in pending)),
-        "threads": threads,
     }
+    if profile.name == LOCAL:
+        settings["threads"] = threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
+        how = ["--cores", str(threads * (jobs or 1))]
+    else:
+        how = ["--jobs", str(jobs)] if jobs else []
+        if (together := min(run.resources.together for run in pending)) > 1:
+            settings["shared"] = 1
+            how += ["--groups", "fine_tune=runs", "--group-components", f"runs={together}"]
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile")),
-        *("--directory", str(pending[0].root), "--workflow-profile", str(PROJECT / "profiles" / "default"), "--nolock"),
-        *("--cores", str(threads * jobs), "--config", *(f"{name}={value}" for name, value in settings.items())),
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--nolock"),
+        *("--directory", str(pending[0].root), "--workflow-profile", str(profile)),
+        *(*how, "--config", *(f"{name}={value}" for name, value in settings.items())),
     ]
 
 
@@ -215,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--setting", required=True, help="a folder of params/")
     parser.add_argument("--methods", default="", help="separated by spaces (default: all of the setting)")
     parser.add_argument("--seeds", default="", help="separated by spaces (default: 0)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the cores")
+    parser.add_argument("--jobs", type=int, help="runs at once, on shared cores (default: 1), or submitted at once")
+    parser.add_argument("--profile", default=LOCAL, help="a folder of profiles/, or a path: slurm submits the runs")
     arguments = parser.parse_args(argv)
-    return sweep(plan(HOME, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs)
+    return sweep(plan(HOME, arguments.setting, arguments.methods, arguments.seeds), arguments.jobs, arguments.profile)

@@ -102,17 +102,16 @@ def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
     assert "4 finished before, 0 to do" in capfd.readouterr().err
 
 
-def test_the_view_of_a_sweep_follows_its_log(place, monkeypatch, capsys):
+def test_the_view_of_a_sweep_follows_its_log_and_records(place, monkeypatch, capsys):
     full, head, lora, done = runs = sweep.plan(place, "toy") + sweep.plan(place, "toy", "lora", "1")
-    for run, status in ((lora, "done"), (done, "done")):
-        write_record(run, status)
+    write_record(done, "done")
     said = [
         "Building DAG of jobs...\ntoy/full s0    5% of 60 steps  loss 2\ntoy/head s0  evaluating\n",
         "toy/full s0   50% of 60 steps  loss 2\ntoy/head s0   20% of 60 steps\ntoy/lora s0   90% of 60 steps\n",
-        f"record: {lora.record} (done)\ntoy/full s0  evaluating\n",
+        "toy/full s0  evaluating\n",
         f"RuleException:\nCommand '… --output {head.executed} -p record={head.record}' returned 1\n",
     ]
-    shown, process, stops = [], SimpleNamespace(returncode=None), [signal.SIGINT]
+    shown, process = [], SimpleNamespace(returncode=None)
     view = SimpleNamespace(style="bar", update=lambda *seen, spent: shown.append((*seen, spent)))
     view.close = lambda: shown.append("closed")
     monkeypatch.setattr(sweep, "Progress", lambda *_: view)
@@ -123,12 +122,14 @@ def test_the_view_of_a_sweep_follows_its_log(place, monkeypatch, capsys):
     def wait(_):
         with log.open("a") as file:
             file.write(said.pop(0))
+        if len(said) == 1:
+            write_record(lora, "done")
         if said:
             raise subprocess.TimeoutExpired("snakemake", 1)
         process.returncode = 1
 
     process.wait = wait
-    sweep._watch(process, runs, [full, head, lora], stops)
+    sweep._watch(process, runs, [full, head, lora])
     *seen, closed = shown
     assert closed == "closed" and [(facts, spent) for _, facts, spent in seen] == [
         ({"full s0": "5%"}, 1),
@@ -137,7 +138,7 @@ def test_the_view_of_a_sweep_follows_its_log(place, monkeypatch, capsys):
         ({"full s0": "50%"}, 3),
     ]
     assert [share for share, *_ in seen] == pytest.approx([1.05 / 4, 2.6 / 4, 2.7 / 4, 3.5 / 4])
-    lines = ["stopping: the runs at work finish their records", "toy/lora/s0: done", "toy/head/s0: missing"]
+    lines = ["toy/lora/s0: done", "toy/head/s0: missing"]
     assert capsys.readouterr().err.splitlines() == [f"sweep: {line}" for line in lines]
 
 
@@ -214,7 +215,7 @@ def test_bad_input_is_told_before_anything_runs(place, asked, complaint):
 @pytest.mark.parametrize(("jobs", "threads", "cores"), [(1, 8, 8), (2, 4, 8), (3, 2, 6), (16, 1, 16)])
 def test_runs_at_once_share_the_cores(place, monkeypatch, jobs, threads, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    command = sweep._snakemake(sweep.plan(place, "toy"), jobs)
+    command = sweep._snakemake(sweep.plan(place, "toy"), jobs, ROOT / "profiles" / "default")
     assert f"threads={threads}" in command
     assert command[command.index("--cores") + 1] == str(cores)
 
