@@ -61,11 +61,12 @@ def test_the_two_kept_lists_are_flags_of_the_fields():
     assert flagged(Params, FREE) - told == {
         *places, "resume", "report_to", "latency_repeats", "predict_memory", "save_steps", "exact_match_rows",
         "forgetting", "search_rates", "search_budget", "max_test", "setting", "row", "dataloader_num_workers",
+        "evaluate_first",
     }  # fmt: skip
     assert flagged(Params, UNTRIED) - told == {
         "search_rates", "learning_rate", "budget", "evaluations", "max_test", "latency_repeats", "predict_memory",
         "save_steps", "exact_match_rows", "forgetting", "resume", "report_to", "setting", "row",
-        "dataloader_num_workers",
+        "dataloader_num_workers", "evaluate_first",
     }  # fmt: skip
     assert told <= flagged(Params, APART) & flagged(Params, FREE) & flagged(Params, UNTRIED)
 

@@ -10,7 +10,7 @@ from typing import Any
 from lorakit.errors import ParameterError, require
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
-from lorakit.params.files import ROW_QUESTIONS, SETTING, merge, of_files, read_files, rows_of
+from lorakit.params.files import RESOURCES, ROW_QUESTIONS, SETTING, merge, of_files, read_files, rows_of
 from lorakit.params.whole import GROUPS, NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
 
 IPYTHON = ("In", "Out", "exit", "quit", "get_ipython", "open")
@@ -135,7 +135,7 @@ def collect(namespace: dict[str, Any]) -> dict[str, Any]:
             number = "float" in str(Params.model_fields[name].annotation) and isinstance(value, str)
             # 1e-3 is text to some that run notebooks
             found[name] = float(value) if number and reading.SCIENTIFIC.fullmatch(value) else value
-        elif not name.startswith("_") and name not in IPYTHON:
+        elif not name.startswith("_") and name not in (*IPYTHON, RESOURCES):
             require(not _is_literal(value), name, value, unknown(name, QUESTIONS))
     return complete(found)
 

@@ -14,7 +14,7 @@ import yaml
 from lorakit import cli, records
 from lorakit.errors import ParameterError
 from lorakit.params import Params, collect, given, merge, params_of, resolve
-from lorakit.params.files import read
+from lorakit.params.files import RESOURCES, read
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
 from lorakit.runs.rows import notebook_of
@@ -125,7 +125,7 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", SETTING_FILES, ids=name)
 def test_params_files_name_known_parameters(path):
     if path.parent.name != "accelerate":  # whose files are accelerate's own
-        assert (yaml.safe_load(path.read_text()) or {}).keys() <= Params.model_fields.keys()
+        assert (yaml.safe_load(path.read_text()) or {}).keys() <= {*Params.model_fields, RESOURCES}
 
 
 @pytest.mark.parametrize(
