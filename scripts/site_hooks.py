@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import sys
 from pathlib import Path
@@ -54,6 +56,7 @@ LOADED = re.compile(
     r"""|<\w+ class="[^"]*\bmermaid\b""",
     re.I,
 )
+UNNAMED = re.compile(r'alt="?No description has been provided for this image"?')  # what nbconvert says of every picture
 NOTEBOOK = re.compile(r"""(<a [^>]*?href="[\w./-]+)\.ipynb(?=["#])""")  # from one notebook to another, here a page
 FOUND: dict[str, set[str]] = {}  # link out of the site -> pages
 
@@ -102,9 +105,18 @@ def on_post_page(output, page, config):
         raise PluginError(f"{page.file.src_uri}: opened, it would ask another machine: {asked[0][:200]}")
     if page.file.src_uri.endswith(".ipynb"):
         output = NOTEBOOK.sub(r"\1.html", output)
+        said = iter(alternatives(Path(page.file.abs_src_path)))
+        output = UNNAMED.sub(lambda found: f'alt="{html.escape(next(said))}"', output)
     for link in EXTERNAL.findall(output):
         FOUND.setdefault(link, set()).add(page.file.src_uri)
     return output
+
+
+def alternatives(notebook: Path) -> list[str]:
+    """What each picture of a notebook shows, in words, as its output's metadata say: nbconvert's page does not."""
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    shown = [output for cell in cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+    return [output["metadata"]["image/png"]["alt"] for output in shown]
 
 
 def on_post_build(config):

@@ -173,4 +173,5 @@ def test_it_builds_without_a_warning_and_asks_no_other_machine(tmp_path):
     assert all((tmp_path / re.sub(r"\.(md|ipynb)$", ".html", name)).is_file() for name in names)
     lora = (tmp_path / "notebooks" / "01_lora.html").read_text(encoding="utf-8")
     assert lora.count("data:image/png;base64,") > 5 and "../assets/formulas.js" in lora
+    assert "No description has been provided" not in lora and 'alt="toy. validation loss (nats) against' in lora
     assert "https://github.com/pytorch/torchtune" in built.stdout
