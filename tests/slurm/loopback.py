@@ -107,6 +107,7 @@ def cluster(folder: Path, cpus: int = 2, memory: int = 8000) -> Iterator[dict[st
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
             daemon.wait()
+        _end_left(folder)
 
 
 def _path() -> str:
@@ -149,6 +150,16 @@ def _end_jobs(environment: dict[str, str]) -> None:
     while subprocess.run(there, env=environment, capture_output=True).stdout and time.monotonic() < deadline:
         time.sleep(0.2)
     subprocess.run(["scancel", "--signal=KILL", "--user=root"], env=environment, capture_output=True)
+
+
+def _end_left(folder: Path) -> None:
+    """End what a killed job left: `proctrack/linuxproc` loses sight of processes whose parent has ended."""
+    ours = {f"SLURM_CONF={folder}/slurm.conf".encode(), b"SLURM_JOB_ID="}
+    for process in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if all(any(variable.startswith(start) for variable in variables) for start in ours):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 if __name__ == "__main__":
