@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
+
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import lorakit
 from lorakit.errors import ParameterError
@@ -101,3 +105,14 @@ def test_a_point_before_the_first_step_changes_nothing_after_it_and_stands_once(
         (p.step, p.train_loss, p.validation) for p in plain.curve
     ]
     assert run.final == plain.final and run.costs.flops == plain.costs.flops
+
+
+def test_a_run_that_ended_leaves_no_model_and_no_trainer_in_memory():
+    def alive() -> Counter:
+        gc.collect()
+        kinds = (BudgetTrainer, PreTrainedModel, torch.optim.Optimizer)
+        return Counter(kind for thing in gc.get_objects() for kind in kinds if issubclass(type(thing), kind))
+
+    before = alive()
+    lorakit.run(SAVING | {"gate": "random", "gate_burn_in": 1, "save_steps": 0})
+    assert alive() == before
