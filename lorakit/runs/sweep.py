@@ -171,6 +171,7 @@ def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int
     pending = [run for run in runs if not run.finished()]
     _say(f"{len(runs)} runs: {len(runs) - len(pending)} finished before, {len(pending)} to do")
     if pending:
+        progress = Progress(runs[0].setting, len(runs), "runs")  # what it refuses is told before anything starts
         lock = runs[0].root / ".runs" / f".{runs[0].setting}.lock"
         with alone(lock, "SETTING", runs[0].setting, "another sweep of it") as held, _log(runs).open("wb") as log:
             _say(f"what Snakemake and the runs say: {os.path.relpath(log.name)}")
@@ -180,7 +181,7 @@ def sweep(runs: list[Run], jobs: int | None = None, profile: str = LOCAL) -> int
             passed_on = answering(lambda *_: process.terminate(), signal.SIGTERM)
             stopping = answering(lambda *_: _say("stopping: the runs at work finish their records"), signal.SIGINT)
             with stopping, passed_on:
-                _watch(process, runs, pending)
+                _watch(process, runs, pending, progress)
     for line in stale(runs):
         _say(f"warning: {line}")
     unfinished = [run for run in pending if not run.finished()]
@@ -200,9 +201,9 @@ def _log(runs: list[Run]) -> Path:
     return runs[0].root / ".runs" / f"{runs[0].setting}.log"
 
 
-def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run]) -> None:
+def _watch(process: subprocess.Popen, runs: list[Run], pending: list[Run], progress: Progress) -> None:
     """Until Snakemake ends: a line for every run that does and, in a terminal, how far the others are."""
-    left, shares, progress = {run: _written(run) for run in pending}, {}, Progress(runs[0].setting, len(runs), "runs")
+    left, shares = {run: _written(run) for run in pending}, {}
     with contextlib.closing(progress), _log(runs).open(encoding="utf-8", errors="replace") as said:
         while process.returncode is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -225,7 +226,7 @@ def _snakemake(pending: list[Run], jobs: int | None, profile: Path) -> list[str]
         "methods": " ".join(dict.fromkeys(run.method for run in pending)),
         "seeds": " ".join(dict.fromkeys(str(run.seed) for run in pending)),
     }
-    if profile.name == LOCAL:
+    if profile == PROJECT / "profiles" / LOCAL:
         settings["threads"] = threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
         how = ["--cores", str(threads * (jobs or 1))]
     else:

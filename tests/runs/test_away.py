@@ -354,5 +354,5 @@ def test_what_readme_says_is_done_as_it_stands(runs, tmp_path, monkeypatch, caps
 
 
 def test_of_a_name_what_is_opened_is_the_whole_model():
-    found = opened(SimpleNamespace(model="toy-decoder", base=None, kind=None), "causal")
+    found = opened("toy-decoder", "causal")
     assert (found.kind, found.base, found.adapted, found.record) == ("causal", "", False, None)

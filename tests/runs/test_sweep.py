@@ -102,7 +102,7 @@ def test_failures_stop_nothing_and_the_next_sweep_finishes_them(place, capfd):
     assert "4 finished before, 0 to do" in capfd.readouterr().err
 
 
-def test_the_view_of_a_sweep_follows_its_log_and_records(place, monkeypatch, capsys):
+def test_the_view_of_a_sweep_follows_its_log_and_records(place, capsys):
     full, head, lora, done = runs = sweep.plan(place, "toy") + sweep.plan(place, "toy", "lora", "1")
     write_record(done, "done")
     said = [
@@ -114,7 +114,6 @@ def test_the_view_of_a_sweep_follows_its_log_and_records(place, monkeypatch, cap
     shown, process = [], SimpleNamespace(returncode=None)
     view = SimpleNamespace(style="bar", update=lambda *seen, spent: shown.append((*seen, spent)))
     view.close = lambda: shown.append("closed")
-    monkeypatch.setattr(sweep, "Progress", lambda *_: view)
     log = sweep._log(runs)
     log.parent.mkdir()
     log.touch()
@@ -129,7 +128,7 @@ def test_the_view_of_a_sweep_follows_its_log_and_records(place, monkeypatch, cap
         process.returncode = 1
 
     process.wait = wait
-    sweep._watch(process, runs, [full, head, lora])
+    sweep._watch(process, runs, [full, head, lora], view)
     *seen, closed = shown
     assert closed == "closed" and [(facts, spent) for _, facts, spent in seen] == [
         ({"full s0": "5%"}, 1),
