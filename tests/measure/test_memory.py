@@ -66,7 +66,7 @@ def test_prediction_equals_measurement(build, method, options):
     emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
     if emulated and method == "nf4" and "autocast" in options:
         pytest.skip(
-            "AVX-512 without its bf16: there GPT-2's step holds 7 % more than predicted, which is not understood"
+            "AVX-512 without its bf16: GPT-2's step holds 7 % more than predicted, not understood"
         )
     factory, batch = build
     predicted = predict_step_memory(attached(factory, method), batch, **options)
