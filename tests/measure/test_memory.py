@@ -65,9 +65,7 @@ def measured(factory, batch, method, autocast=None, gradient_checkpointing=False
 def test_prediction_equals_measurement(build, method, options):
     emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
     if emulated and method == "nf4" and "autocast" in options:
-        pytest.skip(
-            "AVX-512 without its bf16: GPT-2's step holds 7 % more than predicted, not understood"
-        )
+        pytest.skip("AVX-512 without its bf16: GPT-2's step holds 7 % more than predicted, not understood")
     factory, batch = build
     predicted = predict_step_memory(attached(factory, method), batch, **options)
     assert predicted["peak"] == pytest.approx(measured(factory, batch, method, **options), rel=0.01)
