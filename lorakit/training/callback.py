@@ -77,7 +77,7 @@ class RunCallback(StepCallback):
         control.should_log |= control.should_evaluate or _crossed(before, self.seen, LOGS_PER_RUN)
         control.should_save |= self.save_steps > 0 and (finished or state.global_step % self.save_steps == 0)
         control.should_training_stop |= finished
-        if not control.should_evaluate:  # else with what it finds
+        if not control.should_evaluate and self.progress.style != "none":  # else with what it finds, or to nobody
             self.progress.update(self.seen, self.facts)
 
     def on_log(self, args, state, control, logs=None, **_):

@@ -44,7 +44,10 @@ def measured(factory, batch, method, autocast=None, gradient_checkpointing=False
             model.activation_checkpointing_enable({"use_reentrant": False})
         return training_step(model, {name: value.clone() for name, value in batch.items()}, autocast)
 
-    return measured_step_peak(prepare)
+    # with AVX-512 but not its bf16, oneDNN's products in bf16 take room of their own, counted as the step's
+    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
+    with torch.backends.mkldnn.flags(enabled=not (emulated and autocast)):
+        return measured_step_peak(prepare)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,6 @@ def measured(factory, batch, method, autocast=None, gradient_checkpointing=False
     ],
 )
 def test_prediction_equals_measurement(build, method, options):
-    emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
-    if emulated and method == "nf4" and "autocast" in options:
-        pytest.skip("AVX-512 without its bf16: GPT-2's step holds 7 % more than predicted, not understood")
     factory, batch = build
     predicted = predict_step_memory(attached(factory, method), batch, **options)
     assert predicted["peak"] == pytest.approx(measured(factory, batch, method, **options), rel=0.01)

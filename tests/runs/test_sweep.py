@@ -148,11 +148,14 @@ def test_a_sweep_that_was_stopped_goes_on(place, number):
     waiting = runs[0]
     assert waiting.method == "full"
     command = [sys.executable, "-c", SWEEP, str(place)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **streams, start_new_session=True) as process:
         wait_for(place, process, "working on full")
         os.killpg(process.pid, number)
+        told = process.stderr.read()
     released(place)
     assert process.returncode != 0
+    assert ("sweep: stopping: the runs at work finish their records\n" in told) == (number == signal.SIGINT)
     assert waiting.status() == ("interrupted" if number == signal.SIGINT else "missing")
     assert waiting.executed.is_file()
 

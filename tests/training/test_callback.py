@@ -30,7 +30,7 @@ def clock(monkeypatch):
 def test_points_evaluations_and_checkpoints_of_a_run():
     done = {"should_log": [], "should_evaluate": [], "should_save": [], "should_training_stop": []}
     ledger, shown = Ledger(), []
-    progress = SimpleNamespace(update=lambda share, facts: shown.append(share))
+    progress = SimpleNamespace(style="bar", update=lambda share, facts: shown.append(share))
     callback = RunCallback(SimpleNamespace(ledger=ledger), Budget(120, "steps"), progress, evaluations=3, save_steps=50)
     for ledger.steps in range(1, 121):
         control = TrainerControl(should_log=ledger.steps == 1)  # as somebody else asked for
@@ -118,7 +118,7 @@ def test_a_budget_says_how_many_steps_it_is(unit, planned):
 
 def test_a_run_shows_what_it_found_last(tmp_path):
     run, shown = runs.trainer(lora(), tmp_path, budget=Budget(4, "steps"), evaluations=2), []
-    run.progress.update = lambda share, facts: shown.append((share, dict(facts)))
+    run.progress.style, run.progress.update = "plain", lambda share, facts: shown.append((share, dict(facts)))
     run.args.eval_on_start = True
     run.train()
     zero, first, second, third, last = run.curve.points
