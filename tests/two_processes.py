@@ -1,4 +1,4 @@
-"""Run a function of a test module in two processes that talk over gloo, and give back what each returned."""
+"""Run a function of a test module in several processes that talk over gloo, and give back what each returned."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if torch.distributed.is_initialized():
 """
 
 
-def run(module: str, function: str, folder: Path, timeout: float = 240) -> list[Any]:
-    """What `module.function(folder)` returned in process 0 and in process 1; it must be readable by torch.load."""
+def run(module: str, function: str, folder: Path, timeout: float = 240, count: int = 2) -> list[Any]:
+    """What `module.function(folder)` returned in each of `count` processes; it must be readable by torch.load."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "LORAKIT_PROGRESS": "none"}
         paths = ":".join(map(str, (FOLDER, FOLDER / "training")))
         command = [sys.executable, "-c", WORKER, paths, module, function, folder, folder / f"{function}-{rank}.pt"]
@@ -42,4 +42,4 @@ def run(module: str, function: str, folder: Path, timeout: float = 240) -> list[
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in errors)
-    return [torch.load(folder / f"{function}-{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{function}-{rank}.pt", weights_only=False) for rank in range(count)]

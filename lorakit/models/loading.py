@@ -164,7 +164,8 @@ def read_tokenizer(source: sources.Source) -> PreTrainedTokenizerFast:
 def _read_weights(source: sources.Source, kind: str, seed: int, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model in evaluation mode, and the names of parameters its checkpoint does not have."""
     auto, asked = getattr(transformers, f"AutoModelFor{KINDS[kind]}"), source.arguments
-    asked |= {"adapter_kwargs": dict(asked)}  # else it asks the hub for an adapter, offline or not
+    # else it asks the hub for an adapter, offline or not
+    asked |= {"adapter_kwargs": {"local_files_only": source.offline, "revision": asked["revision"]}}
     explained = sources.explained(source, f"cannot be loaded as a {kind} model")
     with explained, quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of new parameters; torch.manual_seed would reseed CUDA too

@@ -21,6 +21,7 @@ ALTERNATIVES = (
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of the first pattern that matches anything
 ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+OWN_CODE = "it brings code of its own, which is not run; must be of an architecture that transformers has"
 DESCRIPTIONS = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "spiece.model")
 
 
@@ -47,9 +48,8 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """Keyword arguments of transformers' `from_pretrained`."""
-        found: dict[str, object] = {"local_files_only": self.offline}
-        return found | {"revision": self.revision} if self.revision else found
+        """Keyword arguments of transformers' `from_pretrained`; code that a model brings is not run."""
+        return {"local_files_only": self.offline, "trust_remote_code": False, "revision": self.revision or "main"}
 
 
 def resolve(name: str) -> Source:
@@ -86,7 +86,7 @@ def explained(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except ANY_FAILURE as error:
-        line = " ".join(str(error).split())
+        line = OWN_CODE if "custom code" in str(error) else " ".join(str(error).split())
         raise AssetError(f"model={source.name!r} ({source.text}): {what}: {line:.300}") from None
 
 

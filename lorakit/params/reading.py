@@ -45,8 +45,7 @@ def read(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
-    left = [LARGEST]
-    _measure(value, DEEPEST, left)
+    _measure(value, DEEPEST, [LARGEST])
     return value
 
 

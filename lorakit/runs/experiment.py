@@ -226,8 +226,7 @@ def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer, befo
     """
     params = assembled.params
     record.final["validation"] = dict(trainer.curve.chosen().validation)
-    metrics = trainer.evaluate(assembled.task.test, metric_key_prefix="test")
-    record.final["test"] = strip_prefix(metrics, "test_")
+    record.final["test"] = strip_prefix(trainer.evaluate(assembled.task.test, metric_key_prefix="test"), "test_")
     if elsewhere := assembled.elsewhere:
         losses = {"base": before["base_loss"], "trained": trainer.evaluate(elsewhere.test)["eval_loss"]}
         record.final["test"]["forgetting"] = losses["trained"] - losses["base"]

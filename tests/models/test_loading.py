@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from logging import Handler
 from pathlib import Path
 
@@ -123,6 +125,20 @@ def test_damaged_files_are_one_line(bert, file, text, message):
     with pytest.raises(AssetError, match=message) as caught:
         models.load(bert, "classify")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["own", "bert"])
+def test_code_that_a_model_brings_is_not_run_nor_asked_about(bert, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")  # what transformers' question would be answered
+    (Path(bert) / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    classes = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"], "AutoModelForMaskedLM": "own.Own"}
+    for file in ("config.json", "tokenizer_config.json"):
+        told = json.loads((Path(bert) / file).read_text()) | {"auto_map": classes}
+        (Path(bert) / file).write_text(json.dumps(told | ({"model_type": kind} if file == "config.json" else {})))
+    refused = pytest.raises(AssetError, match="config.json cannot be read: it brings code of its own, which is not run")
+    with refused if kind == "own" else contextlib.nullcontext():  # transformers' own classes serve the other
+        models.load(bert, "masked")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("fixture", ["bert", "gpt2", "gemma"])

@@ -81,7 +81,7 @@ def test_hub_cache_is_used_when_the_hub_is_unreachable(no_hub, monkeypatch, bert
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: found)
     source = sources.resolve("org/bert")
     assert source.fingerprint == f"hub commit {commit}" and source.text == "hub, from its local cache"
-    assert source.arguments == {"local_files_only": True, "revision": commit}
+    assert source.arguments == {"local_files_only": True, "trust_remote_code": False, "revision": commit}
     assert sources.download(source) is source
 
 
