@@ -23,8 +23,8 @@ TINY = {"vocab_size": 99, "pad_token_id": 0}
 
 
 # files whose tests take longest, by starting processes or compiling: a worker that began one last would end alone
-LONG = ("test_distributed.py", "test_sweep.py", "test_resuming.py", "test_experiment.py", "test_runner.py",
-        "test_compiled.py", "test_skip.py")  # fmt: skip
+LONG = ("test_equal_processes.py", "test_distributed.py", "test_sweep.py", "test_resuming.py",
+        "test_experiment.py", "test_runner.py", "test_compiled.py", "test_skip.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

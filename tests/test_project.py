@@ -138,6 +138,15 @@ def test_makefile_has_its_targets_and_ci_calls_one():
     assert RUN_METADATA in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
+def test_tests_that_a_page_names_are_there():
+    named = [(page, *found) for page in (ROOT / "docs").glob("*.md") for found in
+             re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))]  # fmt: skip
+    assert len(named) > 15
+    for page, file, test in named:
+        assert (ROOT / file).is_file(), (page.name, file)
+        assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), (page.name, test)
+
+
 def test_no_path_or_host_of_one_machine():
     foreign = re.compile(r"file:/|extra-index-url|index-url|/home/\w|/root/|/Users/\w|https?://(localhost|127\.|10\.)")
     this = ROOT / "tests" / "test_project.py"

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from adapter_files import CONFIG, TENSORS, cast, edit, logits, multiplied, saved, twin, without
+from pickled import Runs
 from safetensors.torch import load_file
 
 from lorakit.adapters import attach, detach, load_adapter, save_adapter
@@ -114,16 +115,6 @@ def test_a_pickle_of_no_tensors_by_name_is_refused(tiny_bert, tmp_path, content)
     message = "lacks" if isinstance(content, dict) and 1 in content else r"adapter_model\.bin is damaged"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(twin(tiny_bert), tmp_path)
-
-
-class Runs:
-    """Unpickled, it touches a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_a_pickle_runs_nothing_and_is_not_read_beside_the_newer_form(tiny_bert, tmp_path):

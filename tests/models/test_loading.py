@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pickled import Runs
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -125,6 +126,17 @@ def test_damaged_files_are_one_line(bert, file, text, message):
     with pytest.raises(AssetError, match=message) as caught:
         models.load(bert, "classify")
     assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_run_nothing(bert, tmp_path):
+    weights = load_file(Path(bert) / "model.safetensors")
+    (Path(bert) / "model.safetensors").unlink()
+    torch.save(weights, Path(bert) / "pytorch_model.bin")
+    models.load(bert, "classify")
+    torch.save(weights | {"a": Runs(tmp_path / "ran")}, Path(bert) / "pytorch_model.bin")
+    with pytest.raises(AssetError, match="cannot be loaded as a classify model"):
+        models.load(bert, "classify")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["own", "bert"])

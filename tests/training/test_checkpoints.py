@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import slora_runs
+import torch
+from pickled import Runs
 from training_runs import equal, kill, tiny_bert, trainer, weights
 
 from lorakit.errors import CheckpointError
+from lorakit.files import sha256
 from lorakit.training import Budget, checkpoint
 
 
@@ -166,3 +170,17 @@ def test_a_checkpoint_under_another_steps_name_makes_room_for_that_steps(tmp_pat
     resumed = made()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.ledger.steps == 6 and not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.STATE])
+def test_pickles_of_a_checkpoint_run_nothing_though_its_digests_fit(tmp_path, name):
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    trainer(tiny_bert(), run, budget=Budget(2, "steps"), save_steps=1).train()
+    place = checkpoint.folder(run, 1)
+    torch.save({"a": Runs(ran)}, place / name)
+    digests = json.loads((place / checkpoint.MARK).read_text())
+    (place / checkpoint.MARK).write_text(json.dumps(digests | {name: sha256(place / name)}))
+    resumed = trainer(tiny_bert(), run, budget=Budget(2, "steps"), save_steps=1)
+    with pytest.raises(CheckpointError, match=name.split(".")[0]):
+        resumed.train(resume_from_checkpoint=str(place))
+    assert not ran.exists()
