@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lorakit.errors import ParameterError, require
 from lorakit.measure import live
+from lorakit.runs import hours
 from lorakit.runs.plan import CONTEXT_GIB, FRAGMENTATION, GIB, Plan, Prediction, longest, predict
 
 GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80, 141)  # of 10**9 bytes: the careful reading of the label
@@ -109,8 +110,12 @@ def reach(fitting: Fit, gpu: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`lorakit plan MODEL …`."""
-    parser = argparse.ArgumentParser(prog="lorakit plan", description=__doc__, argument_default=argparse.SUPPRESS)
+    """`lorakit plan MODEL …`; with --sweep, see `hours`."""
+    if any(word.startswith("--sweep") for word in argv or ()):
+        return hours.main(argv)
+    more = "`lorakit plan --sweep SETTING --seeds 20 --gpus 64`: FLOPs, memory and hours of a whole sweep."
+    options = {"description": __doc__, "epilog": more, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(prog="lorakit plan", **options)
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or asset; only its configuration is read")
     for name, info in [*Plan.model_fields.items()][1:]:
         kind = int if name == "seq" else type(info.default or "")
