@@ -71,8 +71,7 @@ def attach(
         from lorakit.adapters.peft.config import build_config
         from lorakit.adapters.peft.method import wrap
 
-        config = build_config(model, whole, settings, trained, total_steps)
-        return wrap(model, config, settings, trained, seed)
+        return wrap(model, build_config(model, whole, settings, trained, total_steps), settings, trained, seed)
     targets = resolve_targets(model, whole.target_modules, trained) if method in ADAPTERS else []
     return attach_to(model, method, settings, dict.fromkeys(targets, settings), trained, seed)
 

@@ -91,8 +91,7 @@ class Attachment:
         for path, layer in adapter_layers(model).items():
             found |= {f"{path}.{name}.weight": factor for name, factor in layer.adapter_parameters().items()}
         for path in self.trained:
-            prefix = f"{path}." if path else ""
-            found |= model.get_submodule(path).state_dict(prefix=prefix, keep_vars=True)
+            found |= model.get_submodule(path).state_dict(prefix=f"{path}." if path else "", keep_vars=True)
         return once(found)
 
     def stored(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -120,9 +119,8 @@ class Attachment:
 
 def batches_seen(model: nn.Module, trained: Sequence[str]) -> dict[str, int]:
     """How many batches went into the running statistics of layers that are not trained (BatchNorm's), by path."""
-    named = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
-    counts = {name.rpartition(".")[0]: buffer for name, buffer in named if not inside(name, trained)}
-    return {path: int(count) for path, count in counts.items() if not count.is_meta}
+    named = [(name, count) for name, count in model.named_buffers() if name.endswith("num_batches_tracked")]
+    return {name.rpartition(".")[0]: int(n) for name, n in named if not (n.is_meta or inside(name, trained))}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -138,8 +136,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         LorakitError: nothing was.
     """
-    attachment = getattr(model, "lorakit_attachment", None)
-    if attachment is None:
+    if (attachment := getattr(model, "lorakit_attachment", None)) is None:
         raise LorakitError(f"this {type(model).__name__} has no adapter; call attach(model) first")
     return attachment
 

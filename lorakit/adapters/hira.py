@@ -100,8 +100,7 @@ class _Modulated(torch.autograd.Function):
 
 def _weight(W0: Tensor, A: Tensor, B: Tensor, whole: bool) -> Tensor:
     """W0 ⊙ (1 + BA) or W0 ⊙ BA, (out_features, in_features) in the adapter's precision: BA's memory, filled again."""
-    product = _laid_out(W0, B, A)
-    product.mul_(W0)
+    product = _laid_out(W0, B, A).mul_(W0)
     return product.add_(W0) if whole else product
 
 

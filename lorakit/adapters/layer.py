@@ -42,9 +42,7 @@ class AdapterLayer(nn.Module, ABC):
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
         super().__init__()
-        self.base_layer = base_layer
-        self.settings = settings
-        self.transposed = is_conv1d(base_layer)
+        self.base_layer, self.settings, self.transposed = base_layer, settings, is_conv1d(base_layer)
         # a 4-bit weight's own shape is a packed one
         named = ("nf", "nx") if self.transposed else ("out_features", "in_features")
         self.out_features, self.in_features = (getattr(base_layer, name) for name in named)
@@ -206,9 +204,7 @@ class AdapterLayer(nn.Module, ABC):
         if is_four_bit(base):
             self._unmerged, self.base_layer = (base,), dense(base, merged)
         else:
-            original = base.weight
-            base.weight = nn.Parameter(merged, requires_grad=False)
-            self._unmerged = (original,)
+            base.weight, self._unmerged = nn.Parameter(merged, requires_grad=False), (base.weight,)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit the tensor it was."""

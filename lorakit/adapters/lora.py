@@ -29,8 +29,7 @@ class LoRALayer(AdapterLayer):
     )
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, generator: Generator | None = None):
-        told = "LoRA needs one: its update's scale is alpha / rank"
-        require(settings.alpha is not None, "alpha", settings.alpha, told)
+        require(settings.alpha is not None, "alpha", None, "LoRA needs one: its update's scale is alpha / rank")
         super().__init__(base_layer, settings)
         self.scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.lora_A = self.new_parameter(initial_A(settings, self.in_features, generator))

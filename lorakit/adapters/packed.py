@@ -48,8 +48,7 @@ def unpack(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         if bitmap is None or values is None or len(bitmap) != -(-count // 8):
             raise CheckpointError(f"{PACKED_FILE} is damaged: {name} {tuple(shape)} lacks its bitmap or values")
         nonzero = (bitmap.view(-1, 1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count].bool()
-        found = nonzero.sum()
-        if found != len(values):
+        if (found := nonzero.sum()) != len(values):
             raise CheckpointError(f"{PACKED_FILE} is damaged: {name} has {len(values)} values, {found} bits")
         tensors[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(nonzero, values).view(shape)
     return tensors

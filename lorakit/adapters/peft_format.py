@@ -104,8 +104,7 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
         ParameterError: a setting out of range.
     """
     types = {name: adapter.peft_type for name, adapter in ADAPTERS.items()}
-    method = next((name for name, kind in types.items() if kind == config.get("peft_type")), None)
-    if method is None:
+    if (method := next((name for name, kind in types.items() if kind == config.get("peft_type")), None)) is None:
         known = ", ".join(dict.fromkeys(types.values()))
         raise CheckpointError(f"peft_type={config.get('peft_type')!r}: must be one of {known}")
     if feature := foreign_feature(config):
@@ -128,12 +127,10 @@ def read(model: nn.Module, config: dict[str, Any], raw: dict[str, Tensor]) -> St
     others = [name for name in tensors if not inside(name, [*targets])]
     others += [name for name, first in tied_names(model).items() if first in others]
     trained = [path for path in [*paths, *embeddings] if any(inside(name, [path]) for name in others)]
-    left = [path for path in paths if path not in trained]
-    absent = [path for path in left if any(True for _ in model.get_submodule(path).parameters())]
+    absent = [path for path in paths if path not in trained and [*model.get_submodule(path).parameters()]]
     if absent := absent or _lacking(model, config, targets, paths):
         raise CheckpointError(f"the file lacks {len(absent)} of the layers its config names, first {absent[0]}")
-    ties = config.get("ensure_weight_tying") and any(path.endswith(_TIED_BY_PEFT) for path in paths)
-    if ties or embeddings:
+    if embeddings or config.get("ensure_weight_tying") and any(path.endswith(_TIED_BY_PEFT) for path in paths):
         trained += [name.rpartition(".")[0] for name in tied_names(model) if name in others]
     return StoredAdapter(method, settings, targets, trained, tensors)
 
@@ -261,8 +258,7 @@ def _own_settings(
         rank = _pattern_value(config.get("rank_pattern"), path, settings.rank)
     else:  # the tensors alone say it: PEFT 0.21 writes HiRA's rank_pattern and ignores it
         rank = A.shape[0]
-    alpha = _pattern_value(config.get("alpha_pattern"), path, settings.alpha)
-    return settings.but(rank=rank, alpha=alpha)
+    return settings.but(rank=rank, alpha=_pattern_value(config.get("alpha_pattern"), path, settings.alpha))
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:

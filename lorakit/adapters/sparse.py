@@ -17,8 +17,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     Raises:
         LorakitError: there are none.
     """
-    layers = {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, LoRALayer)}
-    if not layers:
+    if not (layers := {path: one for path, one in adapter_layers(model).items() if isinstance(one, LoRALayer)}):
         raise LorakitError(f"this {type(model).__name__} has no LoRA layers; call attach(model, 'sparse') first")
     return layers
 
@@ -73,6 +72,5 @@ def best_path(A: Tensor, B: Tensor, pruned_A: Tensor, pruned_B: Tensor) -> dict[
     """
     left_A, left_B = A.abs().masked_fill(pruned_A, -torch.inf), B.abs().masked_fill(pruned_B, -torch.inf)
     (most_A, column), (most_B, row) = left_A.max(1), left_B.max(0)
-    dead = (most_A < 0) | (most_B < 0)
-    rank = (most_A * most_B).masked_fill(dead, -torch.inf).argmax().view(1)
+    rank = (most_A * most_B).masked_fill((most_A < 0) | (most_B < 0), -torch.inf).argmax().view(1)
     return {"lora_A": rank * A.shape[1] + column[rank], "lora_B": row[rank] * B.shape[1] + rank}

@@ -67,8 +67,8 @@ class Sparsifier(Controller):
     @torch.no_grad()
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         self.share = share
-        skipped = getattr(optimizer, "step_was_skipped", False)  # by a gradient scaler
-        if skipped or all(p.grad is None for _, p in self._factors()):
+        # skipped by a gradient scaler
+        if getattr(optimizer, "step_was_skipped", False) or all(p.grad is None for _, p in self._factors()):
             return
         if self.settings.sparsify == "l1":
             self._shrink_or_freeze(share, optimizer)
@@ -100,8 +100,7 @@ class Sparsifier(Controller):
             parameter.masked_fill_(self.pruned[name], 0)
 
     def _mask(self, path: str, layer: LoRALayer, factor: str) -> Tensor:
-        none = torch.zeros_like(getattr(layer, factor), dtype=torch.bool)
-        return self.pruned.get(f"{path}.{factor}", none)
+        return self.pruned.get(f"{path}.{factor}", torch.zeros_like(getattr(layer, factor), dtype=torch.bool))
 
     def _entries_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
         masks = {factor: self._mask(path, layer, factor) for factor in FACTORS["both"]}
@@ -116,8 +115,8 @@ class Sparsifier(Controller):
     def _ranks_pruned(self, path: str, layer: LoRALayer, target: float) -> dict[str, Tensor]:
         A, B = layer.lora_A, layer.lora_B
         known = self._mask(path, layer, "lora_A").all(1)
-        norms = A.norm(dim=1) * B.norm(dim=0)  # (r,), ‖A_k‖·‖B_k‖: the Frobenius norm of the rank's term B_k A_k of BA
-        ranks = prune_smallest(norms, known, round(target * len(known)))
+        # (r,), ‖A_k‖·‖B_k‖: the Frobenius norm of the rank's term B_k A_k of BA
+        ranks = prune_smallest(A.norm(dim=1) * B.norm(dim=0), known, round(target * len(known)))
         return {f"{path}.lora_A": ranks[:, None].expand_as(A), f"{path}.lora_B": ranks[None, :].expand_as(B)}
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor | None:
@@ -128,8 +127,7 @@ class Sparsifier(Controller):
         if not self.pruned:
             return
         for name, parameter in self._factors():
-            states = optimizer.state.get(parameter, {}).values()
-            for tensor in (parameter, *filter(torch.is_tensor, states)):
+            for tensor in (parameter, *filter(torch.is_tensor, optimizer.state.get(parameter, {}).values())):
                 if tensor.shape == parameter.shape and tensor.is_floating_point():
                     tensor.masked_fill_(self.pruned[name], 0)
 
@@ -139,16 +137,14 @@ class Sparsifier(Controller):
         if share < self.settings.prune_start or self.pruned:
             return
         rates = {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        penalties = [found for layer in self.layers.values() for found in self._shrink(layer, rates, share)]
-        if penalties:
+        if penalties := [found for layer in self.layers.values() for found in self._shrink(layer, rates, share)]:
             self.penalty = float(torch.stack(penalties).mean())
-        if share < self.settings.prune_end:
-            return
-        # what is zero now stays so, except in a layer that has no rank alive: its B was never trained
-        for path, layer in self.layers.items():
-            alive = has_path(layer.lora_A, layer.lora_B)
-            for factor in FACTORS[self.settings.sparse_factors]:
-                self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
+        if share >= self.settings.prune_end:
+            # what is zero now stays so, except in a layer that has no rank alive: its B was never trained
+            for path, layer in self.layers.items():
+                alive = has_path(layer.lora_A, layer.lora_B)
+                for factor in FACTORS[self.settings.sparse_factors]:
+                    self.pruned[f"{path}.{factor}"] = (getattr(layer, factor) == 0) & alive
 
     def _shrink(self, layer: LoRALayer, rates: dict[nn.Parameter, float], share: float) -> list[Tensor]:
         """One proximal step on a layer's factors; the λ of each."""
@@ -158,8 +154,7 @@ class Sparsifier(Controller):
         kept = {factor: parameter.view(-1)[last[factor]] for factor, parameter in factors.items()}
         found = []
         for parameter in factors.values():
-            rate = rates.get(parameter, 0.0)
-            if parameter.grad is None or rate <= 0:
+            if parameter.grad is None or (rate := rates.get(parameter, 0.0)) <= 0:
                 continue
             if self.settings.l1 > 0:
                 threshold = parameter.new_tensor(rate * self.settings.l1)

@@ -83,8 +83,7 @@ def _is_for_peft(folder: Path, attachment: Attachment | None) -> bool:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = config.get("peft_type")
-    if kind not in {adapter.peft_type for adapter in ADAPTERS.values()}:
+    if (kind := config.get("peft_type")) not in {adapter.peft_type for adapter in ADAPTERS.values()}:
         return kind in [known.value for known in PeftType]
     if feature := peft_format.foreign_feature(config):
         return hasattr(PEFT_TYPE_TO_CONFIG_MAPPING[kind], feature)  # PEFT drops what it does not know
@@ -131,8 +130,7 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (config.get("format"), config.get("version")) != ("lorakit", 1):
         found = f"format={config.get('format')!r}, version={config.get('version')!r}"
         raise CheckpointError(f"{OWN_CONFIG_FILE}: {found}; this lorakit reads format 'lorakit', version 1")
-    absent = [path for path in trained if path not in dict(model.named_modules())]
-    if absent:
+    if absent := [path for path in trained if path not in dict(model.named_modules())]:
         raise CheckpointError(f"the file is for another base: this model has no module {absent[0]}")
     return StoredAdapter(method, AdapterSettings(), {}, trained, tensors)
 

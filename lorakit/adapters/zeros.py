@@ -52,8 +52,8 @@ def sparsity_report(model: nn.Module) -> dict[str, Any]:
 def _counts(layer: LoRALayer) -> dict[str, tuple[int, int]]:
     """Non-zero and all entries of each of `COUNTED`."""
     A, B = layer.lora_A != 0, layer.lora_B != 0
-    reached = B.float() @ A.float()  # how many ranks add to each entry of BA; a sum that cancels is not a zero
-    matrices = {"A": A, "B": B, "BA": reached, "merged": layer.weight}
+    # of BA: how many ranks add to each entry; a sum that cancels is not a zero
+    matrices = {"A": A, "B": B, "BA": B.float() @ A.float(), "merged": layer.weight}
     return {name: (int(torch.count_nonzero(matrix)), matrix.numel()) for name, matrix in matrices.items()}
 
 
@@ -74,8 +74,7 @@ def effective_rank(sigma: Tensor) -> float:
     """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for the zero matrix."""
     if not sigma.any():
         return 0.0
-    p = sigma / sigma.sum()
-    return float(torch.special.entr(p).sum().exp())
+    return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
 
 
 # compaction --------------------------------------------------------------------------------------------
@@ -120,6 +119,5 @@ def _smaller(layer: LoRALayer, ranks: Tensor) -> LoRALayer:
     new.scaling = layer.scaling  # the same number, not one that rounds differently
     for name, dim in (("lora_A", 0), ("lora_B", 1)):
         old = getattr(layer, name)
-        kept = old.index_select(dim, ranks)
-        setattr(new, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+        setattr(new, name, nn.Parameter(old.index_select(dim, ranks), requires_grad=old.requires_grad))
     return new

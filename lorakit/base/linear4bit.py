@@ -23,8 +23,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         if x.device.type != "cpu":
             return super().forward(x)
         dtype = self.compute_dtype or x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return _Product.apply(x.to(dtype), bias, self).to(x.dtype)
+        return _Product.apply(x.to(dtype), None if self.bias is None else self.bias.to(dtype), self).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -50,10 +50,8 @@ def unpack(packed: Tensor, state: Any, dtype: torch.dtype | None = None) -> Tens
     if state.nested:
         scales = bitsandbytes().functional.dequantize_blockwise(scales, state.state2) + state.offset
     count = state.shape.numel()
-    row = (1, count + count % 2)
-    how = state.blocksize, state.quant_type, row, dtype or state.dtype
-    unpacked = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, *how)
-    return unpacked.view(-1)[:count].view(state.shape)
+    how = state.blocksize, state.quant_type, (1, count + count % 2), dtype or state.dtype
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, *how).view(-1)[:count].view(state.shape)
 
 
 def dense(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
@@ -75,8 +73,7 @@ def dense_numel(parameter: Tensor) -> int:
 
 def scale_tensors(parameter: Tensor) -> list[Tensor]:
     """What is stored beside a packed weight: scales and codebook, and with double quantisation those of the scales."""
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
+    if (state := getattr(parameter, "quant_state", None)) is None:
         return []
     nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return [state.absmax, state.code, *nested]

@@ -28,8 +28,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function not in HARMLESS:
-            given = tree_leaves((args, kwargs))
-            asked = (self.weights[id(part)] for part in given if id(part) in self.weights)
+            asked = (self.weights[id(part)] for part in tree_leaves((args, kwargs)) if id(part) in self.weights)
             self.found |= {layer for layer in asked if layer not in self.running}
         return function(*args, **kwargs or {})
 
@@ -39,8 +38,7 @@ def read_elsewhere(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
     Empty where the model has no inputs of its own to try (`dummy_inputs`), or cannot run on them without values.
     """
-    inputs = getattr(model, "dummy_inputs", None)
-    if not inputs:
+    if not (inputs := getattr(model, "dummy_inputs", None)):
         return []
     state = {}  # of each module once, also where it has several names: swapped twice it would not come back
     for path, module in model.named_modules():

@@ -58,9 +58,8 @@ class ScoredGate(Gate, ABC):
 
     @classmethod
     def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
-        rate, burn_in = settings.gate_rate, settings.gate_burn_in
-        beta, ema = settings.gate_beta, settings.gate_ema
-        return cls(ThresholdController(rate, steepness=beta, ema_rate=ema, burn_in=burn_in), seed)
+        rates = {"steepness": settings.gate_beta, "ema_rate": settings.gate_ema, "burn_in": settings.gate_burn_in}
+        return cls(ThresholdController(settings.gate_rate, **rates), seed)
 
     @abstractmethod
     def score(self, measured: torch.Tensor) -> float:

@@ -24,8 +24,7 @@ class GradientNorm(HeadGradientGate):
     name, scores_novelty = "gradient_norm", False
 
     def measure(self, candidate: Candidate) -> torch.Tensor:
-        targets = torch.tensor([float(candidate.targets)], dtype=torch.float64)
-        return torch.cat([super().measure(candidate), targets])
+        return torch.cat([super().measure(candidate), torch.tensor([float(candidate.targets)], dtype=torch.float64)])
 
     def score(self, measured: torch.Tensor) -> float:
         return torch.linalg.vector_norm(measured[: self.m]).item() / max(1.0, measured[self.m].item())

@@ -145,8 +145,7 @@ def fingerprints(assembled: Assembled) -> dict[str, Any]:
     data = {"data": dict(task.files), "data_source": task.source}
     data |= {"rows": {split: len(getattr(task, split)) for split in SPLITS}}
     data |= {"forgetting": dict(elsewhere.files)} if elsewhere else {}
-    model = {"model": loaded.fingerprint, "model_source": loaded.source}
-    return data | model | {"code": environment.code_fingerprint()}
+    return data | {"model": loaded.fingerprint, "model_source": loaded.source, "code": environment.code_fingerprint()}
 
 
 def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTrainer:

@@ -49,8 +49,7 @@ def fit(plan: Plan, gpu: float) -> Fit:
             batch = largest(lambda n, step=step: room(step, batch=n), plan.batch, 2**20)
             pieces, most = max(1, seq // PIECE), longest(plan) // PIECE
             longer = largest(lambda n, step=step: room(step, seq=n * PIECE), pieces, most) if most else 0
-            seq = max(seq, longer * PIECE)
-            return Fit(step, batch, seq)
+            return Fit(step, batch, max(seq, longer * PIECE))
     return Fit(None)
 
 
@@ -80,15 +79,13 @@ def report(plan: Plan, prediction: Prediction) -> str:
     autocast = "" if plan.precision == "fp32" else f", {plan.precision} autocast"
     chosen = "" if plan.tokens == 1 else f", {100 * plan.tokens:.3g} % of the tokens ({plan.mode})"
     base = "nf4 linear layers, other " if plan.quantize == "nf4" else ""
+    memory, needed = prediction.memory, prediction.need
+    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
     lines = [
         f"{plan.model} ({prediction.source})",
         f"{plan.method}{rank}, batch {plan.batch} x {prediction.seq} tokens, {base}{plan.dtype} weights{autocast}, "
         f"{plan.optimizer}{extra}{chosen}",
         f"{prediction.trainable:,} of {prediction.total:,} parameters trained, {prediction.flops / 1e12:.3g} TFLOPs",
-    ]
-    memory, needed = prediction.memory, prediction.need
-    rooms = [(size, (size * 1e9 - needed) / GIB) for size in GPU_SIZES_GB]
-    lines += [
         "\npredicted, alive at the peak of one training step",
         *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*live.KINDS, "peak")),
         f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",
@@ -100,8 +97,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
 
 def reach(fitting: Fit, gpu: float) -> str:
     """One sentence on what fits."""
-    step = fitting.plan
-    if step is None:
+    if (step := fitting.plan) is None:
         return f"{gpu:g} GB: does not fit, however it is made smaller (4 bits, gradient checkpointing)"
     ways = ["4 bits"] * (step.quantize == "nf4") + ["gradient checkpointing"] * step.gradient_checkpointing
     how = f"with {' and '.join(ways)}" if ways else "as it is"

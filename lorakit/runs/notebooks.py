@@ -119,8 +119,7 @@ def whole(notebook: str | Path, given: dict[str, Any]) -> dict[str, Any]:
         ParameterError: naming the first offending parameter.
     """
     cell = parameters(notebook)
-    named = {name: cell[name] for name in (*PER_RUN, "method") if name in cell}
-    wanted = resolve(merge(named, given)).model_dump()
+    wanted = resolve(merge({name: cell[name] for name in (*PER_RUN, "method") if name in cell}, given)).model_dump()
     there = resolve(merge(cell, {name: wanted[name] for name in given})).model_dump()
     return {name: value for name, value in wanted.items() if name in given or there[name] != value}
 

@@ -60,8 +60,7 @@ class Run:
         """The newest log of a SLURM job of its own, or of the job that its record names."""
         logs = [*(self.root / LOGS).glob(f"*/{self.setting}_{self.method}_{self.seed}/*.log")]
         with contextlib.suppress(LorakitError):
-            job = records.read(self.record).environment.get("slurm_job")
-            logs += (self.root / LOGS).rglob(f"{job}.log")
+            logs += (self.root / LOGS).rglob(f"{records.read(self.record).environment.get('slurm_job')}.log")
         return max(logs, key=os.path.getmtime, default=None)
 
     @property
@@ -77,8 +76,7 @@ class Run:
     @property
     def params(self) -> Params:
         """What the params files ask for."""
-        named = {"setting": self.setting, "row": self.method, "seed": self.seed}
-        return resolve(given_by(self.files, []) | named)
+        return resolve(given_by(self.files, []) | {"setting": self.setting, "row": self.method, "seed": self.seed})
 
     @property
     def resources(self) -> Resources:

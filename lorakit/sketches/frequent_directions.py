@@ -71,11 +71,9 @@ class FrequentDirections:
         rows = self._buffer[: self._filled]
         energy, directions = torch.linalg.eigh(rows @ rows.T)  # squared singular values, left singular vectors
         energy, directions = energy.clamp(min=0).flip(0), directions.flip(1)  # largest first
-        lost = energy[self.rows - 1] if self._filled > self.rows else energy.new_zeros(())
-        left = energy - lost
+        left = energy - energy[self.rows - 1] if self._filled > self.rows else energy
         count = min(self.rows, int((left > TOLERANCE * energy[0]).sum()))
-        scale = (left[:count] / energy[:count]).sqrt()
-        self._buffer[:count] = (directions[:, :count] * scale).T @ rows
+        self._buffer[:count] = (directions[:, :count] * (left[:count] / energy[:count]).sqrt()).T @ rows
         self._filled, self._rotated = count, True
 
     def matrix(self) -> Tensor:
@@ -97,9 +95,8 @@ class FrequentDirections:
         """
         require(k >= 1, "k", k, "must be at least 1")
         self.rotate()
-        top = self._buffer[: min(k, self._filled)]
         # dividing by the length would do, but for a small σ next to a large one the Gram matrix left some of that
-        return torch.linalg.qr(top.T).Q.T.float()
+        return torch.linalg.qr(self._buffer[: min(k, self._filled)].T).Q.T.float()
 
     def state_dict(self) -> dict[str, Any]:
         rows = self._buffer[: self._filled].clone()

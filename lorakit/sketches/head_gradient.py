@@ -129,8 +129,7 @@ def top_indices(logits: Tensor, topk: int, maxima: Tensor | None = None) -> Tens
         return logits.topk(topk, dim=1, sorted=False).indices
     maxima = group_maxima(logits) if maxima is None else maxima
     groups = maxima.topk(topk, dim=1, sorted=False).indices
-    candidates = _members(logits, groups, size)
-    best = candidates.topk(topk, dim=1, sorted=False).indices
+    best = _members(logits, groups, size).topk(topk, dim=1, sorted=False).indices
     return groups.gather(1, best // size).mul_(size).add_(best % size)
 
 
@@ -208,8 +207,7 @@ def _neighbours(where: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
     if len(gaps) > GAPS:
         yield slice(0, len(where)), where
         return
-    edges = [0, *gaps.tolist(), len(where)]
-    for start, end in pairwise(edges):
+    for start, end in pairwise([0, *gaps.tolist(), len(where)]):
         first = int(where[start])
         yield slice(start, end), slice(first, first + end - start)
 

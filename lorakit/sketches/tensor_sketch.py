@@ -87,8 +87,7 @@ class CountSketch:
         require(same, "values", tuple(values.shape), f"must be shaped as indices, {tuple(indices.shape)}")
         values = as_float(values)
         buckets, signs = self.hashed(indices)
-        out = values.new_zeros(*indices.shape[:-1], self.size)
-        return out.scatter_add_(-1, buckets, values * signs)
+        return values.new_zeros(*indices.shape[:-1], self.size).scatter_add_(-1, buckets, values * signs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"dim": self.dim, "size": self.size, "coefficients": torch.tensor(self._coefficients)}
@@ -99,8 +98,7 @@ class CountSketch:
         Raises:
             CheckpointError: it is of another d or m.
         """
-        found = (state["dim"], state["size"])
-        if found != (self.dim, self.size):
+        if (found := (state["dim"], state["size"])) != (self.dim, self.size):
             raise CheckpointError(f"sketch: saved with (dim, size) = {found}, this one has {(self.dim, self.size)}")
         self._coefficients, self._dense = state["coefficients"].tolist(), None
 
@@ -140,8 +138,7 @@ class TensorSketch(Stateful):
 
     def sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Sketch (..., m) of x (..., dim_x) ⊗ y, y given by its `values` (..., K) at `indices` (..., K)."""
-        product = torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y.sparse(indices, values))
-        return torch.fft.irfft(product, n=self.size)
+        return torch.fft.irfft(torch.fft.rfft(self.x(x)) * torch.fft.rfft(self.y.sparse(indices, values)), n=self.size)
 
     def sum_sparse(self, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
         """Σ_n T(x_n, y_n), (m,): `sparse` summed over rows x (N, dim_x) before the one inverse transform."""

@@ -35,8 +35,7 @@ def choose(
     if settings.skip == "prefix":
         return [draws[0] < settings.skip_explore or on for on in _all_but_prefix(large, blocks, settings)]
     active = [is_large or draw < settings.skip_explore for is_large, draw in zip(large, draws, strict=True)]
-    largest = sorted(range(len(metric)), key=lambda place: metric[place], reverse=True)
-    for place in largest[: settings.skip_min_active]:
+    for place in sorted(range(len(metric)), key=metric.__getitem__, reverse=True)[: settings.skip_min_active]:
         active[place] = True
     return active
 

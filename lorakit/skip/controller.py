@@ -145,8 +145,7 @@ class SkipLoRA(Controller, TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-            unseen = [path for path, m in zip(self.paths, self.metric or [], strict=False) if m is None]
-            if unseen:
+            if unseen := [path for path, m in zip(self.paths, self.metric or [], strict=False) if m is None]:
                 warnings.warn(f"never skipped, since no forward called them: {', '.join(unseen)}", stacklevel=2)
         remove_probes(self.model, self.probes)
 
@@ -209,8 +208,7 @@ class SkipLoRA(Controller, TrainerCallback):
         """M of each adapter over the batches since the step began, of all processes; None: no forward visited it."""
         seen = [probe.squares for probe in probes if probe.squares is not None]
         nothing = torch.zeros_like(seen[0]) if seen else torch.zeros(2)
-        squares = [nothing if probe.squares is None else probe.squares for probe in probes]
-        squares = torch.stack(squares).double().cpu()
+        squares = torch.stack([nothing if probe.squares is None else probe.squares for probe in probes]).double().cpu()
         update, output = self._sum(squares.flatten()).view(-1, 2).T
         means = (update / output.clamp_min(1e-30)).sqrt().tolist()
         return [mean if visited else None for mean, visited in zip(means, (output > 0).tolist(), strict=True)]

@@ -47,8 +47,7 @@ def inclusion_probabilities(sizes: Tensor, k: int) -> Tensor:
         return torch.ones_like(sizes)
     certain = torch.zeros(len(sizes), dtype=torch.bool)
     while True:
-        left = k - int(certain.sum())
-        probabilities = torch.where(certain, 1.0, left * sizes / sizes[~certain].sum())
+        probabilities = torch.where(certain, 1.0, (k - int(certain.sum())) * sizes / sizes[~certain].sum())
         above = ~certain & (probabilities >= 1)
         if not bool(above.any()):
             return probabilities
@@ -65,10 +64,8 @@ def proportional(sizes: Tensor, k: int, generator: Generator) -> tuple[Tensor, T
     order = torch.randperm(len(sizes), generator=generator)
     ends = probabilities[order].cumsum(0).clamp(max=k)
     ends[-1] = k
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    passed = torch.ceil(ends - offset)
-    drawn = passed.diff(prepend=passed.new_zeros(1)) > 0
-    places = order[drawn].sort().values
+    passed = torch.ceil(ends - torch.rand((), generator=generator, dtype=torch.float64))
+    places = order[passed.diff(prepend=passed.new_zeros(1)) > 0].sort().values
     return places, probabilities[places]
 
 

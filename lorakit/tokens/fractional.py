@@ -122,12 +122,11 @@ class FractionalGate(TokenGate):
         self, model: Callable[..., Any], inputs: Inputs, at: Places, recorded: DynamicCache, masks: Masks, cut: Cut
     ) -> tuple[Tensor, torch.autocast]:
         """Pass 2: what the head would be given (k, H), in the order of `Chosen.where`, and under which autocast."""
-        flat = at.row * at.columns.shape[1] + at.slot
         given = {"attention_mask": chosen_masks(masks, at), "use_cache": True}
         given["past_key_values"] = FreshKeys(recorded, at)
 
         def take(hidden: Tensor) -> tuple[Tensor, torch.autocast]:
-            return hidden.flatten(0, 1)[flat], ambient_autocast(hidden.device)
+            return hidden[at.row, at.slot], ambient_autocast(hidden.device)
 
         with cut.started(at):
             return self.head.reached(model, chosen_inputs(inputs, at) | given, take)
@@ -203,14 +202,10 @@ def drops_out(model: nn.Module) -> bool:
     Only what can be said beforehand; what a pass does draw is noticed when it runs.
     """
     configs = [model.config.get_text_config(), *getattr(model, "peft_config", {}).values()]
-    named = [item for config in configs for item in config.to_dict().items()]
-    named = [item for item in named if re.search("drop|jitter|noise", item[0])]
+    named = [item for config in configs for item in config.to_dict().items() if re.search("drop|jitter|noise", item[0])]
     rates = [rate for name, rate in named if not re.match(OF_CLASSIFIERS, name)]
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates.append(module.p)
-        elif isinstance(module, AdapterLayer):
-            rates.append(module.settings.dropout)
+    rates += [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    rates += [module.settings.dropout for module in model.modules() if isinstance(module, AdapterLayer)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

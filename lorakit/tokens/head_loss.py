@@ -106,8 +106,7 @@ class HeadLoss:
             return liger(self.head, self.smoothing)(self.head.module.weight, states, targets, self.head.module.bias)
         trained = [p for p in self.head.module.parameters() if p.requires_grad]
         if not (torch.is_grad_enabled() and (states.requires_grad or trained)):
-            losses = self.weighed(self.nll(states, targets, self.smoothing))
-            return weighted(losses, weights).sum().float()
+            return weighted(self.weighed(self.nll(states, targets, self.smoothing)), weights).sum().float()
         return _Sum.apply(self, states, targets, weights, *trained)
 
     def weighed(self, losses: Tensor) -> Tensor:
@@ -129,8 +128,7 @@ class HeadLoss:
 
     def parts(self, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """States (n, H) and targets (n,), chunk by chunk."""
-        chunks = zip(states.split(self.chunk), targets.split(self.chunk), strict=True)
-        return ((h, y) for h, y in chunks if len(h))
+        return ((h, y) for h, y in zip(states.split(self.chunk), targets.split(self.chunk), strict=True) if len(h))
 
     def runner(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
         """The head, (n, H) to (n, V) in its own precision, and of a frozen one the weight that this takes.

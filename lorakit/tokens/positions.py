@@ -70,9 +70,5 @@ def chosen_inputs(inputs: Mapping[str, Any], at: Places) -> dict[str, Any]:
     shape = inputs["input_ids"].shape
     positions = torch.arange(shape[1], device=at.columns.device).expand(shape)
     known = {"position_ids": positions, **{n: v for n, v in inputs.items() if n != "attention_mask"}}
-    found = {}
-    for name, value in known.items():
-        if torch.is_tensor(value) and value.dim() == 2:
-            value = value.expand(shape)[at.batch[:, None], at.columns]
-        found[name] = value
-    return found
+    by_token = {name: value for name, value in known.items() if torch.is_tensor(value) and value.dim() == 2}
+    return known | {n: value.expand(shape)[at.batch[:, None], at.columns] for n, value in by_token.items()}

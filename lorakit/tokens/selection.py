@@ -205,15 +205,13 @@ class TokenGate:
         """
         if not (looked and self._same and self.loss.is_fixed):
             return "again"
-        kept = looked if not self.selective else used
         best = not self.selective or self.settings.method == "flora" and not self.settings.weighted and self.score.seen
-        size = kept * self.head.outputs * self.head.module.weight.element_size()
+        size = (used if self.selective else looked) * self.head.outputs * self.head.module.weight.element_size()
         return cheapest(used * getattr(look, "rate", 1.0), looked, size if best else torch.inf, KEPT * self.loss.room)
 
     def _held(self, looked: int, used: int, pick: Callable[[Tensor], Tensor] | None, look: Look | None) -> Held | None:
         """What keeps something of the predictions that are looked at, until their loss is made."""
-        plan = self._plan_of(looked, used, look)
-        if plan == "again":
+        if (plan := self._plan_of(looked, used, look)) == "again":
             return None
         return BestLogits(pick, looked, used) if plan == "keep" and self.selective else SeenLogits(plan == "now")
 

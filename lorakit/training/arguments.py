@@ -31,9 +31,8 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     allowed = f"must be none or, of what is installed here, {', '.join(known)}"
     require(not {*reports} - {*known}, "report_to", params.report_to, allowed)
     require(not reports or params.run_dir, "run_dir", params.run_dir, "is needed where report_to writes its logs")
-    sampling = "group_by_length" if params.group_by_length else "random"
-    if params.redundancy:
-        sampling = "sequential"  # the stream's order is the experiment
+    # the order of a stream with redundancy is the experiment
+    sampling = "sequential" if params.redundancy else "group_by_length" if params.group_by_length else "random"
     waited = os.environ.get("LORAKIT_TIMEOUT") or "1800"
     require(waited.isdecimal() and 0 < int(waited) < 10**9, "LORAKIT_TIMEOUT", waited, "seconds to wait for the others")
     if not on_cuda:  # where the Trainer tells its process group no timeout

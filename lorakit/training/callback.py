@@ -82,12 +82,11 @@ class RunCallback(StepCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         run = self.run
-        if run.ledger.loss_steps == 0:  # the Trainer's summary at the end, not a point of the curve
-            return
-        run.curve.add(run.ledger, logs.get("learning_rate"), run.gate.acceptance_rate())
-        for controller in run.controllers:
-            controller.at_point(run.ledger.steps)
-        self.facts["loss"] = run.curve.points[-1].train_loss
+        if run.ledger.loss_steps > 0:  # else the Trainer's summary at the end, not a point of the curve
+            run.curve.add(run.ledger, logs.get("learning_rate"), run.gate.acceptance_rate())
+            for controller in run.controllers:
+                controller.at_point(run.ledger.steps)
+            self.facts["loss"] = run.curve.points[-1].train_loss
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
         if not self.training:

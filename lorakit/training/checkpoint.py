@@ -167,8 +167,7 @@ def save_run(run: RunState, path: Path, output_dir: str | Path) -> None:
     counted = {"ledger": run.ledger, "curve": run.curve, "flops": run.meter}
     state = {"identity": run.identity} | {name: part.state_dict() for name, part in counted.items()}
     (path / RUN).write_text(json.dumps(state), encoding="utf-8")
-    digests = {file.name: sha256(file) for file in path.iterdir()}
-    (path / MARK).write_text(json.dumps(digests), encoding="utf-8")
+    (path / MARK).write_text(json.dumps({file.name: sha256(file) for file in path.iterdir()}), encoding="utf-8")
     settle(path)
     if (place := Path(output_dir) / path.name).is_dir():  # one of ours, whose folder was given this name
         os.replace(place, path.parent / "replaced")

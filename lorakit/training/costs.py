@@ -50,8 +50,7 @@ class Ledger:
         """Close one optimizer step. `total` sums a float64 vector over ranks, so every rank holds equal totals."""
         names = ("examples", "tokens", "tokens_backpropagated", "flops_forward", "flops_backward", "flops_gate")
         counts = [self._pending.get(name, 0.0) for name in (*names, "accepted", "without_labels", "loss")]
-        counted = total(torch.tensor([*counts, 1.0], dtype=torch.float64)).tolist()
-        *sums, accepted, without_labels, loss, ranks = counted
+        *sums, accepted, without_labels, loss, ranks = total(torch.tensor([*counts, 1.0], dtype=torch.float64)).tolist()
         for name, value in zip(names, sums, strict=True):
             setattr(self, name, type(getattr(self, name))(getattr(self, name) + value))
         self.steps += 1
@@ -190,8 +189,7 @@ class _Equations:
 
     def add(self, sizes: tuple[int, ...], flops: int) -> None:
         (*rest, difference), _ = self._reduced(sizes, flops)
-        lead = next((place for place, value in enumerate(rest) if value), None)
-        if lead is not None:
+        if (lead := next((place for place, value in enumerate(rest) if value), None)) is not None:
             common = math.gcd(*rest, difference)
             self.rows.append((lead, [value // common for value in (*rest, difference)]))
         elif self.holds is not False:
@@ -209,8 +207,7 @@ class _Equations:
 
 def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
     """Non-padding input tokens of a batch: from a (B, T) attention mask, else by the padding id (packed rows)."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
+    if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 2:
         return int(mask.sum())
     ids = main_input(inputs)
     if "input_ids" not in inputs or pad_token_id is None:

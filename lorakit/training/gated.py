@@ -66,8 +66,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
         self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
         self.controllers = self.run.controllers
-        looks = self.gate.needs_hidden and not self.tokens.makes_loss  # else it looks while the tokens are chosen
-        self._looks_at = find_head(self.model, kind) if looks else None
+        # where the token selection makes the loss, the gate looks while it does
+        self._looks_at = find_head(self.model, kind) if self.gate.needs_hidden and not self.tokens.makes_loss else None
         self._head: HeadInput | None = None  # while it trains
         self._part: Part | None = None
         self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
@@ -227,8 +227,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         learns = targets.item() > 0
         if not learns:  # from no rank's; the gate does not count it
             self.ledger.add(without_labels=1)
-        accept = learns and (not self.gate.selective or self._accepts(total[2:]))
-        if accept:
+        if accept := learns and (not self.gate.selective or self._accepts(total[2:])):
             for part in window:
                 self._backward(backward, part)
         if self.accelerator.sync_gradients:
@@ -250,8 +249,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         return accept
 
     def _backward(self, backward: Callable[..., None], part: Part) -> None:
-        loss = part.finish()
-        flops = 0
+        loss, flops = part.finish(), 0
         if loss.requires_grad:
             _, flops = self.meter.measure(*part.cost, lambda: backward(loss, **part.options))
         self.ledger.add(accepted=1, flops_backward=flops, tokens_backpropagated=part.tokens)

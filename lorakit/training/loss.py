@@ -94,9 +94,8 @@ class LossTrainer(Trainer):
 
     def __init__(self, kind: str, *, tokenizer: Any = None, **trainer_arguments: Any):
         if tokenizer is not None:
-            named = trainer_arguments.get("processing_class")
             told = "is called processing_class: give one of them"
-            require(named is None, "tokenizer", type(tokenizer).__name__, told)
+            require(trainer_arguments.get("processing_class") is None, "tokenizer", type(tokenizer).__name__, told)
             trainer_arguments["processing_class"] = tokenizer
         model = trainer_arguments["model"]
         if attached := hasattr(model, "lorakit_attachment"):
@@ -156,7 +155,6 @@ def example_statistics(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
         return torch.stack([loss, torch.ones_like(loss), logits.argmax(-1), labels], dim=1).double()
     where, targets = rows(labels, kind)
     flat, size = logits.flatten(0, -2), chunk_of(logits.shape[-1])
-    pairs = zip(where.split(size), targets.split(size), strict=True)
-    chunks = ((flat[places].float(), words) for places, words in pairs)
+    chunks = ((flat[at].float(), words) for at, words in zip(where.split(size), targets.split(size), strict=True))
     parts = ((F.cross_entropy(z, y, reduction="none"), z.argmax(-1) == y) for z, y in chunks)
     return by_sequence(parts, where, labels.shape)

@@ -93,8 +93,7 @@ class SLoRATrainer(GatedTrainer):
     @property
     def checkpoint_files(self) -> list[str]:
         written = super().checkpoint_files
-        kept = written[:2] if self.args.save_only_model else written
-        return [*kept, "trainer_state.json", checkpoint.LEDGER]
+        return [*(written[:2] if self.args.save_only_model else written), "trainer_state.json", checkpoint.LEDGER]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -33,10 +33,9 @@ class RunState:
     def begin(self, resumed: bool) -> None:
         """Nothing is left of a step that came to no end; unless resumed, nothing is spent, nothing on the curve."""
         self.ledger.forget()
-        if resumed:
-            return
-        self.ledger.load_state_dict(Ledger().state_dict())
-        self.curve.points, self.curve.best, self.curve.best_step = [], {}, None
+        if not resumed:
+            self.ledger.load_state_dict(Ledger().state_dict())
+            self.curve.points, self.curve.best, self.curve.best_step = [], {}, None
 
     def end(self) -> None:
         """Training is over, for whatever reason: the model is left ready for inference."""

@@ -106,8 +106,7 @@ def _task_type(model: nn.Module, trained: Sequence[str]) -> str | None:
     With no name PEFT calls the model past its own code, which leaves virtual tokens and task ids out: for a masked
     language model it has no better name than that of a model whose outputs it does not look at.
     """
-    task = kind_of(model)
-    if task == "classify":
+    if (task := kind_of(model)) == "classify":
         return "SEQ_CLS" if trained else None
     return {"masked": "FEATURE_EXTRACTION", "causal": "CAUSAL_LM"}.get(task)
 
@@ -155,9 +154,6 @@ def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[s
     return found
 
 
-_SIZES = {"token_dim": "hidden_size", "num_attention_heads": "num_attention_heads"}
-
-
 def _own_defaults(
     model: nn.Module, kind: str, allowed: set[str], settings: AdapterSettings, total_steps: int | None
 ) -> dict[str, Any]:
@@ -165,8 +161,8 @@ def _own_defaults(
     config = getattr(model, "config", None)
     values: dict[str, Any] = {}
     if "num_virtual_tokens" in allowed:  # DistilBERT names its sizes as PEFT does not look for them
-        values = {name: getattr(config, of, None) for name, of in _SIZES.items()}
-        values["num_virtual_tokens"] = VIRTUAL_TOKENS
+        width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+        values = {"token_dim": width, "num_attention_heads": heads, "num_virtual_tokens": VIRTUAL_TOKENS}
     own = {
         "ADALORA": {"init_r": -(-3 * settings.rank // 2), "total_step": total_steps},  # PEFT's own ratio, 12 to 8
         "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": getattr(config, "num_hidden_layers", None)},

@@ -61,8 +61,7 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
         CheckpointError: another type, other settings or another base, or a file that does not hold the trained weights.
     """
     here, given = config_of(wrapper), read_config(folder)
-    kind = here.peft_type.value
-    if given.peft_type != kind:
+    if given.peft_type != (kind := here.peft_type.value):
         raise CheckpointError(f"holds PEFT's {given.peft_type.value}, but {kind} is attached")
     mine, theirs = here.to_dict(), given.to_dict()
     skipped = {*BOOKKEEPING, *_SIZES_OF_THE_BASE, "rank_pattern" if kind == "ADALORA" else ""}

@@ -40,10 +40,10 @@ class PeftSchedule(Controller):
         self._hook.close()
 
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
-        if self.tuner is None or any(p.grad is None for _, p in self._adapters()):
-            return  # nothing was learned about the importance of a rank
-        self.step += 1
-        self.tuner.update_and_allocate(self.step)
+        # else nothing was learned about the importance of a rank
+        if self.tuner is not None and all(p.grad is not None for _, p in self._adapters()):
+            self.step += 1
+            self.tuner.update_and_allocate(self.step)
 
     def report(self) -> dict[str, Any]:
         """Steps of the schedule, and with AdaLoRA the ranks left, by layer."""
@@ -64,19 +64,16 @@ class PeftSchedule(Controller):
             self.allocator.peft_config.rank_pattern = state["rank_pattern"]
             devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
             for score in _SCORES:
-                moved = {name: value.to(devices[name]) for name, value in state[score].items()}
-                setattr(self.allocator, score, moved)
+                setattr(self.allocator, score, {name: value.to(devices[name]) for name, value in state[score].items()})
 
     def _adapters(self) -> Iterator[tuple[str, Tensor]]:
         """The tuner's trained tensors by name; those of modules trained in full are not among them."""
-        named = self.tuner.model.named_parameters()
-        return ((name, p) for name, p in named if self.tuner.prefix in name)
+        return ((name, p) for name, p in self.tuner.model.named_parameters() if self.tuner.prefix in name)
 
     def _add_penalty(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         factors = [(name, p) for name, p in self._adapters() if ".lora_A." in name or ".lora_B." in name]
-        learning = [(name, p) for name, p in factors if p.grad is not None and id(p) in owned]
-        if not learning:
+        if not (learning := [(name, p) for name, p in factors if p.grad is not None and id(p) in owned]):
             return
         with torch.enable_grad():
             products = [p @ p.T if ".lora_A." in name else p.T @ p for name, p in learning]
