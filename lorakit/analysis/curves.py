@@ -50,8 +50,7 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
         runs = runs.interpolate("index", limit_area="inside").dropna()  # (N, seeds)
         told = {"row": row, "mean": runs.mean(axis=1), "low": runs.min(axis=1), "high": runs.max(axis=1)}
         parts.append(pd.DataFrame(told | {"seeds": runs.shape[1]}).reset_index())
-    empty = pd.DataFrame(columns=["x", "row", "mean", "low", "high", "seeds"])
-    return pd.concat(parts or [empty], ignore_index=True)
+    return pd.concat(parts or [pd.DataFrame(columns=["x", "row", "mean", "low", "high", "seeds"])], ignore_index=True)
 
 
 def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:

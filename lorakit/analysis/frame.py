@@ -46,8 +46,7 @@ class Frames(list[Record]):
                 "acceptance_rate": record.details.get("gate", {}).get("acceptance_rate"),
                 **{f"{split} {name}": v for split, row in record.final.items() for name, v in row.items()},
             })  # fmt: skip
-        table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))])
-        table = table.drop(columns="predicted_memory")
+        table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))]).drop(columns="predicted_memory")
         return table.astype(dict.fromkeys(table.columns.difference(TYPED), float))
 
     @cached_property
