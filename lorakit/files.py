@@ -69,7 +69,6 @@ def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
     Raises:
         ParameterError: of the parameter `name`: `who` is at work there.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, blocking=False) as held:
             try:
