@@ -84,8 +84,7 @@ def gate_of(records: Sequence[Record]) -> tuple[str, float | None]:
         name = report.get("name", asked.get("gate", "none"))
         if name != "none":
             return name, report.get("target_rate", asked.get("gate_rate"))
-        chosen = record.details.get("tokens", {}).get("gating")
-        if chosen:
+        if chosen := record.details.get("tokens", {}).get("gating"):
             return f"{chosen['method']} {chosen['mode']}", chosen["topk_tokens"]
     return "none", None
 

@@ -100,8 +100,7 @@ def verdict(records: Sequence[Record], reference: str = "lora") -> str:
     for told, text in words.items():
         rows = table[table["standing"] == told]
         said += [f"{text}: {'; '.join(rows['label'])}."] if len(rows) else []
-    few = table[table["standing"] == "too few seeds"]
-    if len(few):
+    if len(few := table[table["standing"] == "too few seeds"]):
         count = f"{few['common'].max():g} common seed{'s' * int(few['common'].max() != 1)}"
         told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
         said.append(f"{'; '.join(few['label'])}: {count} cannot say whether they are worse ({told}).")

@@ -196,8 +196,7 @@ def loss_at(record: Record, x: str, value: float) -> float | None:
 
 def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
     """The smallest x at which y, points (N,) joined by lines, is `level` or above; None: never."""
-    above = np.flatnonzero(y >= level)
-    if not len(above):
+    if not len(above := np.flatnonzero(y >= level)):
         return None
     pair = slice(max(above[0] - 1, 0), above[0] + 1)
     return float(np.interp(level, y[pair], x[pair]))

@@ -85,9 +85,8 @@ def results_table(records: Sequence[Record], *, mixed: bool = False) -> Table:
     warning = require_comparable(records, mixed)
     runs = frame([record for group in groups.values() for record in group]).runs
     scores = {name.replace("_", " "): (name, SCORE, 1) for name in (stats.main_value(records), stats.LOSS)}
-    size = TRAINABLE | {"total/trainable": ("reduction_factor", "{:,.1f}", 1)}
-    size["adapter MiB"] = ("adapter_bytes", "{:,.2f}", 2**20)
-    quality = summary(runs, scores | size)
+    size = {"total/trainable": ("reduction_factor", "{:,.1f}", 1), "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20)}
+    quality = summary(runs, scores | TRAINABLE | size)
     quality.insert(1, "seeds", [str(len(group)) for group in groups.values()])
     quality.insert(2, "status", [statuses(group) for group in groups.values()])
     cost = axis_columns("accepted_steps", "tokens", "flops") | PEAK
@@ -185,8 +184,7 @@ def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) 
     """
     groups = stats.by_row(records)
     warning = require_comparable(records, mixed)
-    found = stats.compare(records, baseline or next(iter(groups)))
-    if not found:
+    if not (found := stats.compare(records, baseline or next(iter(groups)))):
         return Table("One row: nothing to compare it with.")
     lines = [told(gap, records) | {"value": gap.value.replace("_", " ")} for gap in found]
     columns = ["row", "against", "value", "difference", "95 % interval", "pairs", "verdict"]
@@ -245,8 +243,7 @@ def asked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
     parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
     args = parser.parse_args(argv)
-    records = read_all(args.results)
-    if not records:
+    if not (records := read_all(args.results)):
         raise DataError(f"{', '.join(args.results)}: no records there")
     return args, records
 

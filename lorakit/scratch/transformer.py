@@ -87,8 +87,7 @@ class LoRATransformer(nn.Module):
         allowed = "must be True where adapt_feedforward is False: nothing to train"
         require(adapt_attention or adapt_feedforward, "adapt_attention", adapt_attention, allowed)
         lora = partial(LoRALinear, r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_sigma=lora_sigma)
-        adapted = set(attention_targets) if adapt_attention else set()
-        attention = {name: lora if name in adapted else nn.Linear for name in PROJECTIONS}
+        attention = {name: lora if adapt_attention and name in attention_targets else nn.Linear for name in PROJECTIONS}
         feedforward = lora if adapt_feedforward else nn.Linear
         self.head_dim = d_model // num_heads
         self.embedding = nn.Embedding(vocab_size, d_model)

@@ -186,8 +186,7 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
     """
     groups, lines = stats.by_row(records), []
     for row, other in pairs.items():
-        ended = pd.Series(stats.finished(groups.get(row, []), value), dtype=float)
-        if len(ended):
+        if len(ended := pd.Series(stats.finished(groups.get(row, []), value), dtype=float)):
             line = {"row": names.label(row, records), value: tables.score(ended.mean(), ended.std())}
             gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
             told = tables.told(gap, records) if gap and gap.estimate else {}

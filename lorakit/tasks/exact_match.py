@@ -16,8 +16,7 @@ ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 def gsm8k_answer(text: str) -> str | None:
     """The number after the first `####`, without commas, currency sign or trailing zeros; None where there is none."""
-    found = ANSWER.search(text)
-    if found is None:
+    if (found := ANSWER.search(text)) is None:
         return None
     number = Decimal((found[1] + found[2]).replace(",", "").replace("--", "-"))
     return f"{EXACT.plus(number).normalize(EXACT):f}"  # 18.00 is 18, 007 is 7, -0 is 0
