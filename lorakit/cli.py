@@ -166,8 +166,7 @@ def fetch(argv: Sequence[str]) -> int:
     elif options.list or not options.names:
         for asset in assets.ASSETS.values():
             where = assets.path(asset.name) or f"not cached, {asset.size / 1e6:.0f} MB to download"
-            more = [f"{'':22s} {line}" for line in (asset.terms, *asset.notes)]
-            print("\n".join([f"{asset.name:22s} {where}", *more]))
+            print(f"{asset.name:22s} {where}", *(f"{'':22s} {line}" for line in (asset.terms, *asset.notes)), sep="\n")
     else:
         for name in options.names:
             print(f"{name}: {assets.fetch(name)}")

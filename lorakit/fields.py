@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -99,13 +99,12 @@ class Settings(BaseModel):
         return cls(**{name: getattr(whole, name) for name in cls.model_fields})
 
     @classmethod
-    def require_meant(cls, whole: Settings, names: Iterable[str], prefix: str = "") -> None:
+    def require_meant(cls, whole: Settings, names: Container[str], prefix: str = "") -> None:
         """Refuse what of `names` would change nothing about `whole`.
 
         Raises:
             ParameterError: naming the parameter, with `prefix`, its value and what it says nothing without.
         """
-        names = set(names)
         for idle in cls.idle:
             for name in idle.of(cls):
                 if name in names and idle.when(whole):

@@ -69,7 +69,6 @@ def alone(lock: Path, name: str, value: str, who: str) -> Iterator[int]:
     Raises:
         ParameterError: of the parameter `name`: `who` is at work there.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, blocking=False) as held:
             try:
@@ -153,8 +152,7 @@ def settle(made: Path) -> None:
 
 def put_away(paths: Iterable[Path]) -> None:
     """Move what is there of `paths`, siblings, into a folder `earlier-N` beside them; the user may want it."""
-    there = [path for path in paths if path.exists()]
-    if there:
+    if there := [path for path in paths if path.exists()]:
         folder = next(f for n in itertools.count(1) if not (f := there[0].parent / f"earlier-{n}").exists())
         folder.mkdir()
         for path in there:

@@ -113,9 +113,8 @@ def by_sequence(parts: Iterable[tuple[Tensor, Tensor]], where: Tensor, shape: to
 
 def output_head(model: nn.Module) -> list[str]:
     """Path of the output embeddings of a language model; empty for every other model."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    return [path for path, module in model.named_modules() if head is not None and module is head]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [path for path, module in model.named_modules() if module is head]
 
 
 def task_head(model: nn.Module) -> list[str]:
@@ -193,8 +192,7 @@ class Head:
             if error < TOLERANCE or not torch.isfinite(given).all():
                 return True
         told = f"the logits {tuple(logits.shape)} are not the head's linear map of its input {tuple(hidden.shape)}"
-        head = f"(head: {self.d_hidden} to {self.outputs})"
-        raise LorakitError(f"{told}: its gradient would be another {head}{remedy}")
+        raise LorakitError(f"{told}: its gradient would be another (head: {self.d_hidden} to {self.outputs}){remedy}")
 
     def reached(self, model: Callable[..., Any], inputs: Mapping[str, Any], take: Callable[[Tensor], Any]) -> Any:
         """What `take` makes of the head's input in a forward of `model`, whose head is then given nothing."""

@@ -147,9 +147,9 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
     require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
     found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
+    there = f"matches no module; the model has {_short_names(paths)}"
     for name in trainable:
-        if not any(name_matches(name, path) for path in paths):
-            raise ParameterError("trainable", name, f"matches no module; the model has {_short_names(paths)}")
+        require(any(name_matches(name, path) for path in paths), "trainable", name, there)
     return [path for path in found if not inside(path, [other for other in found if other != path])]
 
 

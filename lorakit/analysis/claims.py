@@ -87,8 +87,7 @@ class Finding:
     @property
     def limit(self) -> float:
         """What the mean is held against."""
-        sign = {"superiority": -self.claim.worse, "ratio": 1}.get(self.claim.test, self.claim.worse)
-        return sign * self.claim.margin
+        return {"superiority": -self.claim.worse, "ratio": 1}.get(self.claim.test, self.claim.worse) * self.claim.margin
 
     def distance(self) -> float:
         """From the mean to the limit, or to the nearer of two."""

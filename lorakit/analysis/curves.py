@@ -50,8 +50,7 @@ def over_seeds(points: pd.DataFrame) -> pd.DataFrame:
         runs = runs.interpolate("index", limit_area="inside").dropna()  # (N, seeds)
         told = {"row": row, "mean": runs.mean(axis=1), "low": runs.min(axis=1), "high": runs.max(axis=1)}
         parts.append(pd.DataFrame(told | {"seeds": runs.shape[1]}).reset_index())
-    empty = pd.DataFrame(columns=["x", "row", "mean", "low", "high", "seeds"])
-    return pd.concat(parts or [empty], ignore_index=True)
+    return pd.concat(parts or [pd.DataFrame(columns=["x", "row", "mean", "low", "high", "seeds"])], ignore_index=True)
 
 
 def draw_loss(ax: Axes, records: Sequence[Record], x: str, y: str) -> str | None:
@@ -80,8 +79,7 @@ def draw_curves(ax: Axes, points: pd.DataFrame, records: Sequence[Record]) -> st
     labels = {row: run_label(row, group) for row, group in groups.items()}
     style.lines(ax, table.pivot(index="x", columns="row", values="mean"), looks, labels)
     for row, look in looks.items():
-        band = table[(table["row"] == row) & (table["seeds"] > 1)]
-        if len(band):
+        if len(band := table[(table["row"] == row) & (table["seeds"] > 1)]):
             ax.fill_between("x", "low", "high", data=band, color=look.color, alpha=min(0.15, 0.9 / len(looks)), lw=0)
     for (row, _, status), run in points[points["status"] != "done"].groupby(["row", "seed", "status"], sort=False):
         ax.plot(run["x"], run["y"], lw=0.8, label="_", **looks[row].line | {"marker": ""})

@@ -60,8 +60,7 @@ def comparisons(groups: Groups, axis: str) -> list[stats.Comparison]:
             others = [stats.at_equal(groups[row], groups[name], axis) for name in UNGATED if name in groups]
             best = max([first, *others], key=lambda one: min(one.shares.values()))
             found += [best] if best is not first else []
-        partner = random_for(groups, row)
-        if partner not in (None, row, baseline):
+        if (partner := random_for(groups, row)) not in (None, row, baseline):
             found.append(stats.at_equal(groups[row], groups[partner], axis))
     return found
 

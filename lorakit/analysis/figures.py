@@ -231,8 +231,7 @@ def overview(records: Sequence[Record], mixed: bool = False) -> Figure:
     """
     bars = style.rows_height(names.labels(records).values())
     with style.context():
-        drawn = style.figure(3.7 + bars)
-        axes = drawn.subplot_mosaic("ab;cc", height_ratios=[2.4, bars])
+        axes = style.figure(3.7 + bars).subplot_mosaic("ab;cc", height_ratios=[2.4, bars])
         title(axes["a"], records, mixed)
         band = draw_loss(axes["a"], records, "accepted_steps", stats.LOSS)
         draw_loss(axes["b"], records, "flops", stats.LOSS)

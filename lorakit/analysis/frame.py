@@ -46,8 +46,7 @@ class Frames(list[Record]):
                 "acceptance_rate": record.details.get("gate", {}).get("acceptance_rate"),
                 **{f"{split} {name}": v for split, row in record.final.items() for name, v in row.items()},
             })  # fmt: skip
-        table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))])
-        table = table.drop(columns="predicted_memory")
+        table = pd.DataFrame(lines, columns=[*dict.fromkeys(chain(known, *lines))]).drop(columns="predicted_memory")
         return table.astype(dict.fromkeys(table.columns.difference(TYPED), float))
 
     @cached_property
@@ -85,8 +84,7 @@ def gate_of(records: Sequence[Record]) -> tuple[str, float | None]:
         name = report.get("name", asked.get("gate", "none"))
         if name != "none":
             return name, report.get("target_rate", asked.get("gate_rate"))
-        chosen = record.details.get("tokens", {}).get("gating")
-        if chosen:
+        if chosen := record.details.get("tokens", {}).get("gating"):
             return f"{chosen['method']} {chosen['mode']}", chosen["topk_tokens"]
     return "none", None
 

@@ -12,15 +12,11 @@ from lorakit.analysis.curves import title
 from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame, require_comparable
 from lorakit.analysis.significance import ALPHA, holm, two_sided
-from lorakit.analysis.tables import NONE, Column, Table, score
+from lorakit.analysis.tables import NONE, PEAK, TRAINABLE, Table, axis_columns, score
 from lorakit.errors import require
-from lorakit.records import AXES, METRICS, Record
+from lorakit.records import METRICS, Record
 
-COSTS: dict[str, Column] = {
-    "TFLOPs": ("flops", AXES["flops"].form, AXES["flops"].size),
-    "predicted peak MiB": ("predicted_peak", "{:,.1f}", 2**20),
-    "trainable": ("trainable", "{:,.0f}", 1),
-}
+COSTS = axis_columns("flops") | PEAK | TRAINABLE
 
 
 def front(costs: Sequence[float], values: Sequence[float], higher: bool) -> np.ndarray:
@@ -104,8 +100,7 @@ def verdict(records: Sequence[Record], reference: str = "lora") -> str:
     for told, text in words.items():
         rows = table[table["standing"] == told]
         said += [f"{text}: {'; '.join(rows['label'])}."] if len(rows) else []
-    few = table[table["standing"] == "too few seeds"]
-    if len(few):
+    if len(few := table[table["standing"] == "too few seeds"]):
         count = f"{few['common'].max():g} common seed{'s' * int(few['common'].max() != 1)}"
         told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
         said.append(f"{'; '.join(few['label'])}: {count} cannot say whether they are worse ({told}).")
@@ -132,8 +127,7 @@ def tradeoff(records: Sequence[Record], costs: Sequence[str] = ("flops", "predic
             places = table[cost] / size
             for row, look in looks.items():
                 if np.isfinite(places[row]):
-                    values = [*stats.finished(groups[row], value).values()]
-                    draw_mean(ax, values, places[row], 0, look, upright=True)
+                    draw_mean(ax, [*stats.finished(groups[row], value).values()], places[row], 0, look, upright=True)
             ahead = table[front(places, table["mean"], higher)].assign(place=places).sort_values("place")
             ax.step(ahead["place"], ahead["mean"], where="post", color="0.55", lw=1, zorder=0)
             ax.set(xlabel=f"{heading}, mean over seeds", ylabel=value.replace("_", " "))

@@ -55,17 +55,12 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     warning = require_comparable(records, mixed)
     return Table(
         f"# {records[0].setting}: {len(groups)} rows compared" + (f" ({warning})" if warning else ""),
-        header(groups, sources),
-        READING,
+        header(groups, sources), READING,
         "## What each row reached",
         f"Means ± standard deviation over the seeds that finished. The baseline is `{next(iter(groups))}`.",
-        quality_table(groups),
-        "\n".join(f"- {line}" for line in tables.remarks(groups)),
-        "## What it cost",
-        cost_table(groups),
-        *_at_equal_cost(groups),
-        *_criterion(groups),
-        *_warnings(groups),
+        quality_table(groups), "\n".join(f"- {line}" for line in tables.remarks(groups)),
+        "## What it cost", cost_table(groups),
+        *_at_equal_cost(groups), *_criterion(groups), *_warnings(groups),
     ).markdown() + "\n"  # fmt: skip
 
 
@@ -191,8 +186,7 @@ def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
     table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
     table = table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
     limits = {"loss": f"{100 * equal_cost.LOSS_LIMIT:.1f} %", "steps": f"{100 * equal_cost.STEPS_LIMIT:.0f} %"}
-    text = CRITERION.format(**limits, reference=names.label(reference), row=reference)
-    return ["## The criterion", text, table]
+    return ["## The criterion", CRITERION.format(**limits, reference=names.label(reference), row=reference), table]
 
 
 def _warnings(groups: Groups) -> list[str]:

@@ -48,5 +48,4 @@ def seeds_needed(spread: float, distance: float, alpha: float = ALPHA) -> float:
 def holm(p_values: Sequence[float], of: int) -> list[float]:
     """Holm's (1979) adjusted p-values, of which there are `of`, some perhaps not known yet and counted as large."""
     ascending, order = np.sort(p_values), np.argsort(p_values)
-    adjusted = np.maximum.accumulate((of - np.arange(len(order))) * ascending).clip(max=1)
-    return adjusted[np.argsort(order)].tolist()
+    return np.maximum.accumulate((of - np.arange(len(order))) * ascending).clip(max=1)[np.argsort(order)].tolist()

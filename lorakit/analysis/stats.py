@@ -191,14 +191,12 @@ def loss_at(record: Record, x: str, value: float) -> float | None:
     With it rows are compared at equal anything: `compare(records, "full", lambda r: loss_at(r, "flops", 1e12))`.
     """
     places, numbers = curve(record, x)
-    inside = len(places) and places[0] <= value <= places[-1]
-    return float(np.interp(value, places, numbers)) if inside else None
+    return float(np.interp(value, places, numbers)) if len(places) and places[0] <= value <= places[-1] else None
 
 
 def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
     """The smallest x at which y, points (N,) joined by lines, is `level` or above; None: never."""
-    above = np.flatnonzero(y >= level)
-    if not len(above):
+    if not len(above := np.flatnonzero(y >= level)):
         return None
     pair = slice(max(above[0] - 1, 0), above[0] + 1)
     return float(np.interp(level, y[pair], x[pair]))

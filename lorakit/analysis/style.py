@@ -71,12 +71,11 @@ def looks(rows: Iterable[str]) -> dict[str, Look]:
     """
     rows = list(dict.fromkeys(rows))
     chosen = {row: PALETTE[row] for row in rows if row in PALETTE}
+    every = series(len(SPARE_MARKERS) * len(DASHES), 0, SPARE_MARKERS)
     for row in sorted(set(rows) - chosen.keys()):
         pairs, colors = {look[1:] for look in chosen.values()}, {look.color for look in chosen.values()}
-        count = len(SPARE_MARKERS) * len(DASHES)
-        place, every = zlib.crc32(row.encode()) % count, series(count, 0, SPARE_MARKERS)
-        every = every[place:] + every[:place]
-        chosen[row] = min(every, key=lambda look: (look[1:] in pairs, look.color in colors))
+        place = zlib.crc32(row.encode()) % len(every)
+        chosen[row] = min(every[place:] + every[:place], key=lambda look: (look[1:] in pairs, look.color in colors))
     return {row: chosen[row] for row in rows}
 
 
@@ -137,10 +136,9 @@ def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, l
     long = table.rename_axis("x").reset_index().melt("x", var_name="column", value_name="y").dropna()
     there = [name for name in looks if name in {*long["column"]}]
     if there:
+        colors, markers, dashes = ({name: looks[name][part] for name in there} for part in range(3))
         sns.lineplot(long, x="x", y="y", hue="column", style="column", hue_order=there, style_order=there, legend=False,
-                     palette={name: looks[name].color for name in there}, mec=None, ax=ax, estimator=None,
-                     markers={name: looks[name].marker for name in there},
-                     dashes={name: looks[name].dash for name in there})  # fmt: skip
+                     palette=colors, markers=markers, dashes=dashes, mec=None, ax=ax, estimator=None)  # fmt: skip
     for name, line in zip(there, ax.lines[start:], strict=True):
         line.set(label=labels.get(name, name), markevery=spaced(line.get_xdata()), markersize=RC["lines.markersize"])
         line.set_markeredgecolor(looks[name].color)
@@ -225,8 +223,7 @@ def shades(count: int) -> list[Any]:
 def mark(ax: Axes, y: float, text: str) -> None:
     """A thin line across at `y`, named beyond its right end."""
     ax.axhline(y, color="0.35", lw=0.8, zorder=1)
-    edge = ("axes fraction", "data")
-    ax.annotate(text, (1, y), (3, 0), xycoords=edge, textcoords="offset points", va="center", size=8)
+    ax.annotate(text, (1, y), (3, 0), ("axes fraction", "data"), textcoords="offset points", va="center", size=8)
 
 
 def plain_ticks(axis: Axis, places: Sequence[float], factor: float = 1) -> None:

@@ -19,6 +19,8 @@ from lorakit.records import AXES, Record, read_all
 NONE = "-"
 SCORE = ""  # form of a column that shows the standard deviation over seeds as well
 Column = tuple[str, str, float]  # of `frame(records).runs`: its name, how a number is written, what it is divided by
+PEAK: dict[str, Column] = {"predicted peak MiB": ("predicted_peak", "{:,.1f}", 2**20)}
+TRAINABLE: dict[str, Column] = {"trainable": ("trainable", "{:,.0f}", 1)}
 
 
 class Table:
@@ -83,13 +85,11 @@ def results_table(records: Sequence[Record], *, mixed: bool = False) -> Table:
     warning = require_comparable(records, mixed)
     runs = frame([record for group in groups.values() for record in group]).runs
     scores = {name.replace("_", " "): (name, SCORE, 1) for name in (stats.main_value(records), stats.LOSS)}
-    size = {"trainable": ("trainable", "{:,.0f}", 1), "total/trainable": ("reduction_factor", "{:,.1f}", 1)}
-    size["adapter MiB"] = ("adapter_bytes", "{:,.2f}", 2**20)
-    quality = summary(runs, scores | size)
+    size = {"total/trainable": ("reduction_factor", "{:,.1f}", 1), "adapter MiB": ("adapter_bytes", "{:,.2f}", 2**20)}
+    quality = summary(runs, scores | TRAINABLE | size)
     quality.insert(1, "seeds", [str(len(group)) for group in groups.values()])
     quality.insert(2, "status", [statuses(group) for group in groups.values()])
-    cost = axis_columns("accepted_steps", "tokens", "flops")
-    cost["predicted peak MiB"] = ("predicted_peak", "{:,.1f}", 2**20)
+    cost = axis_columns("accepted_steps", "tokens", "flops") | PEAK
     return Table(warning, quality, summary(runs, cost), "\n".join(remarks(groups)))
 
 
@@ -184,8 +184,7 @@ def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) 
     """
     groups = stats.by_row(records)
     warning = require_comparable(records, mixed)
-    found = stats.compare(records, baseline or next(iter(groups)))
-    if not found:
+    if not (found := stats.compare(records, baseline or next(iter(groups)))):
         return Table("One row: nothing to compare it with.")
     lines = [told(gap, records) | {"value": gap.value.replace("_", " ")} for gap in found]
     columns = ["row", "against", "value", "difference", "95 % interval", "pairs", "verdict"]
@@ -195,13 +194,12 @@ def gaps(records: Sequence[Record], baseline: str = "", *, mixed: bool = False) 
 def told(gap: stats.Difference, records: Iterable[Record] = (), form: str = "{:+.3f}") -> dict[str, str]:
     """A difference in words, as cells of a table; `records` know labels of their own."""
     records, mean = [*records], gap.estimate
-    left_out = f" (without seed {', '.join(map(str, gap.left_out))})" if gap.left_out else ""
     return {
         "row": names.label(gap.method, records),
         "against": names.label(gap.baseline, records),
         "difference": form.format(mean.mean) if mean else NONE,
         "95 % interval": mean.interval(form) or NONE if mean else NONE,
-        "pairs": f"{len(gap.seeds)}{left_out}",
+        "pairs": f"{len(gap.seeds)}" + (f" (without seed {', '.join(map(str, gap.left_out))})" if gap.left_out else ""),
         "verdict": gap.verdict,
     }
 
@@ -245,8 +243,7 @@ def asked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="record files, or folders of them")
     parser.add_argument("--mixed", action="store_true", help="also runs on different models or data, side by side")
     args = parser.parse_args(argv)
-    records = read_all(args.results)
-    if not records:
+    if not (records := read_all(args.results)):
         raise DataError(f"{', '.join(args.results)}: no records there")
     return args, records
 

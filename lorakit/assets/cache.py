@@ -84,7 +84,6 @@ def lock(asset: Asset) -> Iterator[None]:
     from filelock import FileLock
 
     try:
-        (root() / ".locks").mkdir(parents=True, exist_ok=True)
         held = FileLock(root() / ".locks" / f"{asset.name}.lock").acquire()
     except OSError as error:
         raise AssetError(f"{asset.name}: cannot write to the cache {root()}: {error}; set LORAKIT_CACHE") from None

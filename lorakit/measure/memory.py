@@ -70,10 +70,9 @@ def predict_step_memory(
         cast = torch.autocast("cpu", AUTOCAST[autocast], enabled=autocast is not None)
         if tokens is None or not tokens.makes_loss:
             return _step(model, inputs, made, cast, mode, count, lambda: model(**inputs).loss)
-        real = dict(batch)
-        labels = real.pop("labels")
+        labels = batch["labels"]
         inputs.pop("labels")
-        with tokens.dry(real, labels) as masks:
+        with tokens.dry({name: batch[name] for name in inputs}, labels) as masks:
             held = inputs | dict(enumerate(masks))
             return _step(model, held, made, cast, mode, count, lambda: tokens.select(model, inputs, labels).finish())
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 _Trained = list[torch.nn.Parameter]
+_EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
 
 
 class _BitsAndBytesAdam(torch.optim.Optimizer):
@@ -38,8 +39,6 @@ PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
     "adamw_torch_fused": lambda trained, foreach: torch.optim.AdamW(trained, fused=True),
     "sgd": lambda trained, foreach: torch.optim.SGD(trained, lr=1e-3, foreach=foreach),
     # paged: the same state; on CUDA it may be moved to the CPU's memory under pressure
-    **dict.fromkeys(
-        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), lambda trained, foreach: _BitsAndBytesAdam(trained)
-    ),
+    **dict.fromkeys(_EIGHT_BIT, lambda trained, foreach: _BitsAndBytesAdam(trained)),
     "paged_adamw_32bit": lambda trained, foreach: _BitsAndBytesAdam(trained, float("inf")),
 }

@@ -46,8 +46,8 @@ class SelfAttention(nn.Module):
         projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, D) each
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # (B, heads, T, head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
-        is_causal = self.causal and visible is None  # `visible` holds the causal triangle already
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
+        # `visible` holds the causal triangle already
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=self.causal and visible is None)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
 

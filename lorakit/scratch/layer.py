@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import require
 
 SIGMA = 0.02  # of A's start, as GPT-2's and BERT's own weights start
 
@@ -125,8 +125,7 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, merged={self.merged}"
 
     def _refuse_if_merged(self, doing: str) -> None:
-        if self.merged:
-            raise ParameterError("merged", True, f"unmerge() before {doing}: `weight` holds the update already")
+        require(not self.merged, "merged", True, f"unmerge() before {doing}: `weight` holds the update already")
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_if_merged("saving")  # a reader would add B A a second time

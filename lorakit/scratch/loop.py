@@ -67,8 +67,7 @@ def byte_loader(texts: Sequence[str], length: int, batch_size: int, shuffle: boo
     require(batch_size >= 1, "batch_size", batch_size, "must be >= 1")
     rows = byte_rows(texts, length)
     generator = torch.Generator().manual_seed(seed)
-    dataset = TensorDataset(rows[:, :-1], rows[:, 1:])
-    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator)
+    return DataLoader(TensorDataset(rows[:, :-1], rows[:, 1:]), batch_size, shuffle, generator=generator)
 
 
 def rate(step: int, steps: int) -> float:

@@ -86,25 +86,21 @@ class LoRATransformer(nn.Module):
         require(known, "attention_targets", attention_targets, 'must be one or more of the letters "qkvo"')
         allowed = "must be True where adapt_feedforward is False: nothing to train"
         require(adapt_attention or adapt_feedforward, "adapt_attention", adapt_attention, allowed)
-        of = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "lora_sigma": lora_sigma}
-        lora = partial(LoRALinear, r=lora_r, **of)
-        adapted = set(attention_targets) if adapt_attention else set()
-        attention = {name: lora if name in adapted else nn.Linear for name in PROJECTIONS}
+        lora = partial(LoRALinear, r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_sigma=lora_sigma)
+        attention = {name: lora if adapt_attention and name in attention_targets else nn.Linear for name in PROJECTIONS}
         feedforward = lora if adapt_feedforward else nn.Linear
         self.head_dim = d_model // num_heads
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # as output weights: logits of unit variance
-        self.blocks = nn.ModuleList(
-            Block(d_model, SelfAttention(d_model, num_heads, causal, attention), feedforward) for _ in range(num_layers)
-        )
+        attentions = (SelfAttention(d_model, num_heads, causal, attention) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(d_model, own, feedforward) for own in attentions)
         self.final_norm = nn.LayerNorm(d_model)
         self._adapters: dict[str, dict[str, Tensor]] = {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); attention_mask (B, T) is true (or 1) where a token is not padding."""
         angles = rotary_angles(input_ids.shape[1], self.head_dim, input_ids.device)
-        causal = self.blocks[0].attention.causal
-        visible = None if attention_mask is None else visible_keys(attention_mask, causal)
+        visible = None if attention_mask is None else visible_keys(attention_mask, self.blocks[0].attention.causal)
         x = self.embedding(input_ids)  # (B, T, D)
         for block in self.blocks:
             x = block(x, angles, visible)

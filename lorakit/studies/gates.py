@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch.nn.functional import normalize
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler
 
 from lorakit.analysis import names, stats, style, tables
@@ -28,6 +28,7 @@ from lorakit.runs.experiment import new_record, run
 from lorakit.sketches import FrequentDirections
 from lorakit.training import BudgetTrainer
 
+Batch = Mapping[str, Tensor]
 # of a short run, what no table of a study looks at
 QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_test": 16}
 
@@ -35,9 +36,7 @@ QUICK = {"evaluations": 1, "latency_repeats": 0, "predict_memory": False, "max_t
 # the proxy and the truth ----------------------------------------------------------------------------
 
 
-def novelty_table(
-    model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], gate: HeadGradientGate, remembered: int
-) -> pd.DataFrame:
+def novelty_table(model: nn.Module, batches: Sequence[Batch], gate: HeadGradientGate, remembered: int) -> pd.DataFrame:
     """Does what is new to the head tell what is new to the adapters? Every batch gets its backward here, none a step.
 
     The first `remembered` batches fill two bases of `gate`'s rank: the gate's own, of sketched head gradients, and one
@@ -59,29 +58,27 @@ def novelty_table(
     trained, seen = adapter_parameters(model), HeadInput(find_head(model, gate.kind))
     rows, decay = gate.directions.rows, gate.directions.decay
     whole = FrequentDirections(sum(p.numel() for p in trained), rows, decay=decay, device=gate.device)
-    pairs = [_sketch_and_gradient(model, batch, gate, seen, trained) for batch in batches]
+
+    def sketch_and_gradient(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of one batch: z (m,) and the unit gradient of everything in `trained`, (parameters,)."""
+        outputs = model(**batch)
+        logits = outputs.logits.detach()
+        z = gate.embed(seen.take(logits), logits, batch["labels"])
+        gradients = torch.autograd.grad(outputs.loss, trained, materialize_grads=True)
+        return z, nn.functional.normalize(torch.cat([part.flatten() for part in gradients]), dim=0, eps=1e-30)
+
+    pairs = [sketch_and_gradient(batch) for batch in batches]
     seen.remove()
     for sketch, gradient in pairs[:remembered]:
         gate.update(sketch)
         whole.insert(gradient)
     bases = gate.directions.basis(gate.k).double(), whole.basis(gate.k).double()
-    values = [[1 - float((basis @ normalize(vector.double(), dim=0, eps=1e-300)).square().sum())
+    values = [[1 - float((basis @ nn.functional.normalize(vector.double(), dim=0, eps=1e-300)).square().sum())
                for basis, vector in zip(bases, pair, strict=True)] for pair in pairs[remembered:]]  # fmt: skip
     return pd.DataFrame(values, columns=["proxy", "truth"])
 
 
-def _sketch_and_gradient(
-    model: Any, batch: Mapping[str, torch.Tensor], gate: HeadGradientGate, seen: Any, trained: Sequence[Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one batch: z (m,) and the unit gradient of everything in `trained`, (parameters,)."""
-    outputs = model(**batch)
-    logits = outputs.logits.detach()
-    z = gate.embed(seen.take(logits), logits, batch["labels"])
-    gradients = torch.autograd.grad(outputs.loss, trained, materialize_grads=True)
-    return z, normalize(torch.cat([part.flatten() for part in gradients]), dim=0, eps=1e-30)
-
-
-def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def batches(task: Any, size: int, count: int, seed: int) -> list[dict[str, Tensor]]:
     """`count` batches of `size` training rows each, shuffled, and shuffled again when they are used up."""
     order = RandomSampler(task.train, num_samples=size * count, generator=torch.Generator().manual_seed(seed))
     return [task.collator([task.train[row] for row in rows]) for rows in BatchSampler(order, size, drop_last=False)]
@@ -147,7 +144,7 @@ def _started(given: Mapping[str, Any], folder: Path) -> tuple[Assembled, BudgetT
     return assembled, build_trainer(assembled, new_record(params, dict(given)), folder)
 
 
-def _state(parameters: Sequence[torch.nn.Parameter], optimizer: Any) -> tuple[list[Any], list[Any]]:
+def _state(parameters: Sequence[nn.Parameter], optimizer: Any) -> tuple[list[Any], list[Any]]:
     states = optimizer.state_dict()["state"] if optimizer else {}
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return copy.deepcopy([p.detach() for p in parameters]), copy.deepcopy(moments)
@@ -157,8 +154,7 @@ def thresholded(controller: ThresholdController, scores: Iterable[float], seed: 
     """Which of a stream of scores `controller` accepts, its coin thrown with `seed`."""
     generator, accepted = torch.Generator().manual_seed(seed), []
     for score in scores:
-        coin = torch.rand((), generator=generator, dtype=torch.float64).item()
-        accepted.append(coin < controller.probability(score))
+        accepted.append(torch.rand((), generator=generator, dtype=torch.float64).item() < controller.probability(score))
         controller.observe(score, accepted[-1])
     return accepted
 
@@ -190,8 +186,7 @@ def gap_table(records: Sequence[Record], pairs: Mapping[str, str], value: str = 
     """
     groups, lines = stats.by_row(records), []
     for row, other in pairs.items():
-        ended = pd.Series(stats.finished(groups.get(row, []), value), dtype=float)
-        if len(ended):
+        if len(ended := pd.Series(stats.finished(groups.get(row, []), value), dtype=float)):
             line = {"row": names.label(row, records), value: tables.score(ended.mean(), ended.std())}
             gap = stats.paired_differences(groups[row], groups[other], value) if other in groups else None
             told = tables.told(gap, records) if gap and gap.estimate else {}

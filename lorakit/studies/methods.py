@@ -26,8 +26,8 @@ def zeros_over_time(records: Sequence[Record]) -> Figure:
     runs = {names.label(r.row, [r]) + f", seed {r.seed}" * (len(seeds) > 1): r for r in records}
     looks = {run: rows[r.row] for run, r in runs.items()}
     history = [(run, *point) for run, r in runs.items() for point in details(r, "sparsity")["history"]]
-    table = pd.DataFrame(history, columns=["run", "step", "asked", "reached"])
-    table = table.astype({"asked": float})  # NaN: no schedule asks
+    # NaN: no schedule asks
+    table = pd.DataFrame(history, columns=["run", "step", "asked", "reached"]).astype({"asked": float})
     with style.panel(2.8) as ax:
         style.lines(ax, table.pivot_table("reached", "step", "run", aggfunc="last"), looks)
         for run, asked in table.dropna().groupby("run"):
@@ -111,9 +111,9 @@ def skip_map(record: Record) -> Figure:
     history, adapters, blocks = found["history"], found["adapters"], found["blocks"]
     measured = [row or [np.nan] * len(adapters) for row in history["metric"]]
     metric, active = (pd.DataFrame(m, history["step"], adapters, float).T for m in (measured, history["active"]))
-    highest = np.nanquantile(metric, 0.97)  # one large adapter would leave no colour to the others
     with style.panel(1.6 + 0.055 * len(blocks), 2, sharey=True) as (left, right):
-        _heat(left, metric, "M of each adapter", "viridis", highest)
+        # one large adapter would leave no colour to the others
+        _heat(left, metric, "M of each adapter", "viridis", np.nanquantile(metric, 0.97))
         _heat(right, active, "share of steps trained", "cividis", 1)
         starts = [n for n, block in enumerate(blocks) if n == 0 or block != blocks[n - 1]]
         left.set_yticks(starts, [str(blocks[n]) for n in starts])

@@ -58,8 +58,8 @@ def cosine_table(batches: Sequence[Batch], sizes: Sequence[int], seeds: int) -> 
 
     def sketched(size: int, seed: int) -> np.ndarray:
         sketch = TensorSketch(width, words, size, generator=Generator().manual_seed(seed))
-        vectors = [sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]  # every word's error
-        return cosines(torch.stack(vectors).double())
+        # topk: the error of every word
+        return cosines(torch.stack([sketch_batch(sketch, *batch, "causal", topk=words) for batch in batches]).double())
 
     return Sketched(cosines(exact), {m: np.stack([sketched(m, seed) for seed in range(seeds)]) for m in sizes})
 

@@ -127,8 +127,7 @@ def cost_table(records: Sequence[Record], target: float | None = None) -> tables
                "backpropagated": ("tokens_backpropagated", "{:,.0f}", 1), "TFLOPs": ("flops", "{:.3g}", 1e12),
                stats.LOSS: (stats.LOSS, tables.SCORE, 1)}  # fmt: skip
     if target is not None:
-        reached = [first_at(record, "seconds", target) for record in records]
-        runs = runs.assign(reached=reached).astype({"reached": float})
+        runs = runs.assign(reached=np.array([first_at(record, "seconds", target) for record in records], float))
         columns |= {"seconds": ("seconds", "{:,.0f}", 1), f"until {target:.3f}": ("reached", "{:,.0f}", 1)}
     return tables.Table(tables.summary(runs, columns))
 

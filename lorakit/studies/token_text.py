@@ -37,8 +37,8 @@ def text_table(model: nn.Module, tokenizer: Any, row: Batch, share: float, polic
     scores, _ = gate.scored(hidden, where, targets)
     kept = set(gate.choose(hidden, labels).where.tolist())
     by_token = {place + 1: score for place, score in zip(where.tolist(), scores.tolist(), strict=True)}
-    real = int(row["attention_mask"].sum())  # padding is on the right
-    words = [tokenizer.decode([token]) for token in row["input_ids"][0, :real].tolist()]
+    # padding is on the right
+    words = [tokenizer.decode([token]) for token in row["input_ids"][0, : row["attention_mask"].sum()].tolist()]
     return [Piece(SHOWN.get(word, word), by_token.get(t), t - 1 in kept) for t, word in enumerate(words)]
 
 

@@ -201,12 +201,10 @@ def noise_table(model: nn.Module, batch: Batch, noise: float, share: float, draw
     words = find_head(model, "causal").outputs
     labels.view(-1)[where[wrong] + 1] = torch.randint(words, (len(wrong),), generator=generator)
     sizes = torch.from_numpy(token_scores(model, [{**batch, "labels": labels}], score="gradient_norm"))
-    bad = torch.zeros(len(where), dtype=torch.float64)
-    bad[wrong] = 1
+    bad = torch.zeros(len(where), dtype=torch.float64).index_fill(0, wrong, 1)
     k = policies.quota(len(where), share)
-    drawn = [policies.proportional(sizes, k, generator)[0] for _ in range(draws)]
     found = {"all labels": bad.mean(), "top-k": bad[policies.largest(sizes, k)].mean()}
-    found["PPS"] = torch.stack([bad[index].mean() for index in drawn]).mean()
+    found["PPS"] = torch.stack([bad[policies.proportional(sizes, k, generator)[0]].mean() for _ in range(draws)]).mean()
     return {name: float(share) for name, share in found.items()}
 
 

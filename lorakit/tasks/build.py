@@ -32,11 +32,9 @@ class Options(NamedTuple):
 def build(corpus: Corpus, form: str, options: Options) -> Parts:
     """Datasets, collators, notes and answers of a corpus whose rows are of this form (see `corpus.Recipe`)."""
     tokenizer, pad = options.tokenizer, collate.PadCollator(options.tokenizer.pad_token_id)
-    collator = collate.PackedCollator(pad.pad_id) if options.packing else pad
-    if options.kind == "masked":
-        collator = collate.PadCollator(pad.pad_id, collate.Masker(tokenizer, options.seed))
+    masker = collate.Masker(tokenizer, options.seed) if options.kind == "masked" else None
+    collator = (collate.PackedCollator if options.packing else collate.PadCollator)(pad.pad_id, masker)
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
-    parts["classes"] = corpus.classes
     for split in SPLITS:
         rows = getattr(corpus, split)
         rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)
@@ -55,8 +53,7 @@ def classification(rows: Sequence[Labelled], options: Options, train: bool) -> M
     columns = labelled_columns(rows, options.tokenizer, options.max_length) if rows else {"input_ids": [], "labels": []}
     kept = [place for place, ids in enumerate(columns["input_ids"]) if ids]
     columns = {name: [column[place] for place in kept] for name, column in columns.items()}
-    dropped = f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their text has no token"
-    notes = [dropped] * (len(kept) < len(rows))
+    notes = [f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their text has no token"] * (len(kept) < len(rows))
     if len(classes := {*columns["labels"]}) == 1:
         notes.append(f"all {len(kept)} rows are of class {classes.pop()}")
     return columns, notes

@@ -130,8 +130,7 @@ def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collat
     Raises:
         ParameterError: it has not, or the model takes no positions.
     """
-    row = next((row for row in rows if row["position_ids"].count(0) > 1), None)
-    if row is None:
+    if (row := next((row for row in rows if row["position_ids"].count(0) > 1), None)) is None:
         return
     batch, length = collator([row]), len(row["input_ids"])
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]

@@ -23,8 +23,7 @@ def instruct_from_folder(folder: Path) -> Corpus:
 
 
 def tulu_from_folder(folder: Path) -> Corpus:
-    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])
-    if not paths:
+    if not (paths := sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])):
         raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU}")
     return _tulu([messages for path in paths for messages in own.chats(path)], paths)
 

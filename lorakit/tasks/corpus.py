@@ -73,8 +73,7 @@ def required(folder: Path, name: str, layout: str) -> Path:
     Raises:
         DataError: it is not there.
     """
-    path = folder / name
-    if not path.is_file():
+    if not (path := folder / name).is_file():
         raise DataError(f"data_dir: no file {path}; expected layout: {layout}")
     return path
 
@@ -145,8 +144,7 @@ def cut(
             taken += groups[name]
             full += sum(map(weight, groups[name]))
         cuts.append(taken)
-    rest = [row for name in order for row in groups[name]]
-    if not rest:
+    if not (rest := [row for name in order for row in groups[name]]):
         raise DataError(f"{len(rows)} rows are too few or too uneven to be split into {parts + 1} parts")
     return [*cuts, rest]
 

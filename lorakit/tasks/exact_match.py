@@ -16,8 +16,7 @@ ANSWER = re.compile(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 def gsm8k_answer(text: str) -> str | None:
     """The number after the first `####`, without commas, currency sign or trailing zeros; None where there is none."""
-    found = ANSWER.search(text)
-    if found is None:
+    if (found := ANSWER.search(text)) is None:
         return None
     number = Decimal((found[1] + found[2]).replace(",", "").replace("--", "-"))
     return f"{EXACT.plus(number).normalize(EXACT):f}"  # 18.00 is 18, 007 is 7, -0 is 0
@@ -35,8 +34,7 @@ def exact_match(
     right = 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        texts = generate(model, tokenizer, [prompt for prompt, _ in batch], max_new_tokens)
-        found = [gsm8k_answer(text) for text in texts]
+        found = map(gsm8k_answer, generate(model, tokenizer, [prompt for prompt, _ in batch], max_new_tokens))
         right += sum(n is not None and n == gsm8k_answer(answer) for n, (_, answer) in zip(found, batch, strict=True))
     return right / len(rows)
 
@@ -53,8 +51,7 @@ def generate(
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True, "eos_token_id": ends or None}
     with evaluating(model):
         output = model.generate(**padded, pad_token_id=tokenizer.pad_token_id, **options)
-    new = output[:, padded["input_ids"].shape[1] :].cpu()
-    texts = tokenizer.batch_decode(new, skip_special_tokens=False)
+    texts = tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :].cpu(), skip_special_tokens=False)
     for end in filter(None, ("<end_of_turn>", tokenizer.eos_token, tokenizer.pad_token)):
         texts = [text.split(end)[0] for text in texts]
     return texts

@@ -12,6 +12,7 @@ from lorakit.assets import hub
 from lorakit.tasks import corpus, readers
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, normal, required
 
+Rows = list[Labelled]
 # the files that `data_dir` must hold
 REVIEWS = "reviews/movieReviewSnippets_GroundTruth.txt with columns id⇥mean rating⇥text"
 SST2 = "sst2/train.tsv and sst2/dev.tsv with header sentence⇥label, no quoting"
@@ -20,7 +21,7 @@ MRPC = "mrpc/msr_paraphrase_train.txt and, where there is one, mrpc/msr_paraphra
 NEUTRAL = 0.5  # ratings nearer to 0 than this say nothing clear
 
 
-def _rows(path: Path, rows: Iterable[tuple[int, Sequence[Any]]], strip: bool = True) -> list[Labelled]:
+def _rows(path: Path, rows: Iterable[tuple[int, Sequence[Any]]], strip: bool = True) -> Rows:
     """(line, (text, perhaps its pair, class)) -> rows."""
     found = []
     for line, (*texts, label) in rows:
@@ -41,11 +42,7 @@ def _hub(
 
 
 def _divided(
-    rows: list[Labelled],
-    test: list[Labelled],
-    paths: list[Path],
-    group: Callable[[Labelled], str] = attrgetter("text"),
-    origin: str = "one file",
+    rows: Rows, test: Rows, paths: list[Path], group: Callable[..., str] = attrgetter("text"), origin: str = "one file"
 ) -> Corpus:
     """Cut what is not given from `rows`: validation, and test where `test` is empty."""
     validation, *cut_test, train = corpus.cut(rows, group, 1 if test else 2)
@@ -88,7 +85,7 @@ def sst2_from_hub(folder: Path | None = None) -> Corpus:
     return _sst2(*_hub(folder, "nyu-mll/glue", "sst2", ("train", "validation"), ("sentence", "label")))
 
 
-def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corpus:
+def _sst2(rows: Rows, test: Rows, paths: list[Path]) -> Corpus:
     """Validation: whole sentences with all their phrases. A phrase found on both sides goes to neither."""
     families = corpus.phrase_families(row.text for row in rows)
     wholes = [name for name, own in families.items() if own == [name]]
@@ -96,13 +93,10 @@ def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corp
     held_out = set(corpus.cut(wholes, str, 1, weight=size.__getitem__, share=corpus.held_out_share(len(rows)))[0])
     sides = [{whole in held_out for whole in families[normal(row.text)]} for row in rows]
     train, validation = ([row for row, at in zip(rows, sides, strict=True) if at == {side}] for side in (False, True))
-    neither = len(rows) - len(train) - len(validation)
-    notes = (
-        "test: GLUE's validation split (GLUE's own test labels are not public)",
-        f"validation: {len(validation)} rows cut from train by whole sentences with their phrases; "
-        f"{neither} phrases of sentences on both sides are in neither",
-    )
-    return apart(train, validation, test, paths, *notes)
+    theirs = "test: GLUE's validation split (GLUE's own test labels are not public)"
+    ours = f"validation: {len(validation)} rows cut from train by whole sentences with their phrases"
+    neither = f"{len(rows) - len(train) - len(validation)} phrases of sentences on both sides are in neither"
+    return apart(train, validation, test, paths, theirs, f"{ours}; {neither}")
 
 
 # IMDB -------------------------------------------------------------------------------------------------
@@ -110,7 +104,7 @@ def _sst2(rows: list[Labelled], test: list[Labelled], paths: list[Path]) -> Corp
 
 def imdb_from_folder(folder: Path) -> Corpus:
     paths = sorted(folder.glob("*.csv")) or [required(folder, "*.csv", IMDB)]
-    rows: dict[bool, list[Labelled]] = {True: [], False: []}
+    rows: dict[bool, Rows] = {True: [], False: []}
     for path in paths:
         told = ((line, (row["text"], row["label"])) for line, row in readers.csv_rows(path, columns=("text", "label")))
         rows[path.name == "test.csv"] += _rows(path, told, strip=False)
@@ -128,11 +122,11 @@ def mrpc_from_folder(folder: Path) -> Corpus:
     """Pairs that share a sentence stay in one split; quotes are part of the sentences."""
     paths = [required(folder, "msr_paraphrase_train.txt", MRPC), *folder.glob("msr_paraphrase_test.txt")]
     columns = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
-    sides = []
-    for path in paths:
-        pairs = ((line, (*pair, label)) for line, (label, _, _, *pair) in readers.tsv(path, columns))
-        sides.append(_rows(path, pairs))
-    rows, test, *_ = *sides, []
+
+    def pairs(path: Path) -> Rows:
+        return _rows(path, ((line, (*pair, label)) for line, (label, _, _, *pair) in readers.tsv(path, columns)))
+
+    rows, test, *_ = *map(pairs, paths), []
     groups = corpus.components([(normal(row.text), normal(row.pair or "")) for row in rows])
     names = {row: rows[group].text for row, group in zip(rows, groups, strict=True)}
     return _divided(rows, test, paths, names.__getitem__, "the training file")
@@ -145,8 +139,7 @@ def mrpc_from_hub(folder: Path | None = None) -> Corpus:
 
 RECIPES = {
     "reviews": Recipe("labelled", "asset review-sentences",
-                      lambda: reviews_from_folder(Path(assets.fetch("review-sentences"))), REVIEWS,
-                      reviews_from_folder),
+                      lambda: reviews_from_folder(assets.fetch("review-sentences")), REVIEWS, reviews_from_folder),
     "sst2": Recipe("labelled", "hub nyu-mll/glue", sst2_from_hub, SST2, sst2_from_folder),
     "imdb": Recipe("labelled", "hub stanfordnlp/imdb", imdb_from_hub, IMDB, imdb_from_folder),
     "mrpc": Recipe("labelled", "hub nyu-mll/glue", mrpc_from_hub, MRPC, mrpc_from_folder, f1=True),

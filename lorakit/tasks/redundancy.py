@@ -53,10 +53,9 @@ def redundant_stream(
     pooled, outside = np.split(for_rows.permutation(len(rows)), [pool])
     # a row is twice in a batch only where the pool is smaller than the batch
     drawn = [for_redundant.choice(pooled, batch_size, replace=pool < batch_size) for _ in range(count)]
-    chosen = np.array(drawn, dtype=np.int64)
     redundant = for_places.permutation(batches) >= batches - count
     stream = np.empty((batches, batch_size), dtype=np.int64)
-    stream[redundant] = chosen.reshape(-1, batch_size)
+    stream[redundant] = np.array(drawn, dtype=np.int64).reshape(-1, batch_size)
     fresh = (batches - count) * batch_size  # rows: a permutation of those outside, then another
     walks = [for_fresh.permutation(outside) for _ in range(-(-fresh // max(1, len(outside))))]
     stream[~redundant] = np.concatenate([outside[:0], *walks])[:fresh].reshape(-1, batch_size)

@@ -81,15 +81,14 @@ def load(
         require(limit >= 0, f"max_{split}", limit, "must be 0 (all) or more")
     require(max_length >= SHORTEST, "max_length", max_length, f"must be at least {SHORTEST} tokens")
     require(not packing or known.form == "chats", "packing", packing, f"is for chat tasks, which {name} is not")
-    family = "decoder" if tokenizer.cls_token_id is None else "encoder"
-    task_kind = kind(name, kind_of_model or family)
+    task_kind = kind(name, kind_of_model or ("decoder" if tokenizer.cls_token_id is None else "encoder"))
     corpus, source = text or read(name, data_dir)
     parts = build.build(corpus, known.form, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
         raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
     metrics = classification_f1 if known.f1 else JUDGED[task_kind]
-    return Task(name, task_kind, metrics=metrics, files=corpus.files, source=source, **parts)
+    return Task(name, task_kind, metrics=metrics, files=corpus.files, source=source, classes=corpus.classes, **parts)
 
 
 def read(

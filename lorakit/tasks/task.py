@@ -74,8 +74,7 @@ def language_model(stats: np.ndarray, perplexity: str = "perplexity") -> dict[st
     loss = float(stats[:, 0].sum() / stats[:, 1].sum())
     with np.errstate(over="ignore"):
         exponential = float(np.exp(loss))
-    right = float(stats[:, 2].sum() / stats[:, 3].sum())
-    return {"loss": loss, perplexity: exponential, "token_accuracy": right}
+    return {"loss": loss, perplexity: exponential, "token_accuracy": float(stats[:, 2].sum() / stats[:, 3].sum())}
 
 
 def masked(stats: np.ndarray) -> dict[str, float]:

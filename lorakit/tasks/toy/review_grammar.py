@@ -90,8 +90,7 @@ SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (plain, plain, plai
 def review(rng: random.Random, label: int) -> tuple[str, int]:
     """One review with this label (1 positive, 0 negative), at most 93 bytes long."""
     sign = 1 if label else -1
-    form = rng.choice(SENTENCES)
-    parts = [form(rng, sign)]
+    parts = [rng.choice(SENTENCES)(rng, sign)]
     if rng.random() < WITH_VERDICT:
         parts.insert(0 if rng.random() < VERDICT_FIRST else 1, verdict(rng, sign))
     return " ".join(parts), label

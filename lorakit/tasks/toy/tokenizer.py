@@ -13,8 +13,8 @@ CHAT_TEMPLATE = Path(__file__).parents[2] / "configs" / "toy_chat.jinja"
 
 def byte_tokenizer(single: str, pair: str, **options: object) -> PreTrainedTokenizerFast:
     """Bytes to ids; `single` and `pair` are templates saying where special tokens stand around one or two texts."""
-    code = bytes_to_unicode()  # GPT-2's table: the character that stands for a byte inside `tokenizers`
-    vocab = {token: index for index, token in enumerate((*SPECIALS, *map(code.get, range(256))))}
+    # GPT-2's table: the character that stands for a byte inside `tokenizers`
+    vocab = {token: index for index, token in enumerate((*SPECIALS, *map(bytes_to_unicode().get, range(256))))}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
