@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import namedtuple
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="the adapter into its base")
     parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: MODEL-merged or MODEL-exported)")
     asked = parser.parse_args(argv)
-    output = asked.output or f"{asked.model.rstrip('/')}-{'merged' if asked.merge else 'exported'}"
+    here = asked.model if Path(asked.model).name.strip(".") else os.path.abspath(asked.model)  # ".", "..", "../.."
+    output = asked.output or f"{here.rstrip('/')}-{'merged' if asked.merge else 'exported'}"
     require_place(output := Path(output).expanduser(), "--output", folder=True)
     require(not any(output.glob("*")), "--output", str(output), "not empty")
     found = opened(asked.model, base=asked.base, kind=asked.kind)
@@ -147,7 +149,7 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     parser = _parser(command)
     parser.add_argument(f"--{word}", dest="texts", metavar="TEXT", action="append", default=[], help="repeatable")
     parser.add_argument("--file", help=".csv, .tsv, .jsonl or .parquet, or .txt: documents between blank lines")
-    parser.add_argument("--text-column", default="text", help="of FILE (default: text)")
+    parser.add_argument("--text-column", help="of FILE (default: text)")
     parser.add_argument(option, **more)
     parser.add_argument("--compare", action="store_true", help="also with the adapter off; a trained head stays")
     parser.add_argument("--output", metavar="FILE", help="a new .csv or .jsonl (default: shown here)")
@@ -161,6 +163,9 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     if asked.output:
         require_place(output, "--output")
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
+    for name, column in ({} if asked.file else columns).items():
+        require(False, f"--{name.replace('_', '-')}", column, f"is of --file, not of --{word}")
+    columns = {"text_column": "text"} | columns
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
     require(bool(rows), "--file", asked.file, "has no rows")
     found = opened(asked.model, "classify" if command == "predict" else "causal", asked.base, asked.kind)

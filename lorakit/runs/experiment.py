@@ -189,6 +189,7 @@ def _keep(assembled: Assembled, run_dir: Path) -> None:
     with written(run_dir / MADE[whole], folder=True) as folder, quiet():
         if whole:
             model.save_pretrained(folder)
+        assembled.tokenizer.backend_tokenizer.no_truncation()  # of training's texts, for who reads its file alone
         assembled.tokenizer.save_pretrained(folder)
 
 

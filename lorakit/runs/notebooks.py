@@ -165,7 +165,7 @@ def _kernel(cwd: Path, folder: Path, progress: bool) -> Iterator[Any]:
     places = {"ip": str(folder / "ipc"), "connection_file": str(folder / "kernel.json")}
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", **places)
     environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "LORAKIT_HOME": str(HOME)}
-    if progress:
+    if progress and environment.get("LORAKIT_PROGRESS") != "none":
         environment["LORAKIT_PROGRESS"] = "plain"  # lines reach the terminal, a notebook's widgets would not
     run_sync(kernel.start_kernel)(cwd=str(cwd), env=environment)
     try:

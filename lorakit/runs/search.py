@@ -22,8 +22,11 @@ def search(given: dict[str, Any]) -> Record:
     """
     params = resolve(given)
     require(len(params.search_rates) > 0, "search_rates", params.search_rates, "must list the learning rates to try")
-    least = params.search_budget >= 1 or params.budget_unit == "epochs"
-    require(least, "search_budget", params.search_budget, "must be at least 1, but of epochs")
+    spent, told = (
+        params.search_budget,
+        "must be at least 1, but of epochs, of which at most the run's budget",
+    )
+    require(spent <= params.budget if params.budget_unit == "epochs" else spent >= 1, "search_budget", spent, told)
     record = new_record(params, given)
     record.kind = "lr_search"
     known = _known(params, record)

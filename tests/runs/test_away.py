@@ -88,6 +88,8 @@ def plain(folder):
 def test_an_exported_adapter_is_read_by_peft_and_names_no_place_here(runs, tmp_path, capsys):
     from peft import PeftModel
 
+    # nor does what lies beside the adapter cut off what is longer than training's texts
+    assert json.loads((runs.lora / "adapter" / "tokenizer.json").read_text())["truncation"] is None
     exported(capsys, runs.lora / "adapter", "--output", tmp_path / "out")
     base = models.load("toy-encoder", "classify", num_labels=3).model
     theirs = PeftModel.from_pretrained(base, tmp_path / "out")
@@ -300,6 +302,15 @@ REFUSED = {
     "is of kind 'masked': nobody asks it": ["predict", "toy-encoder", "--text", "a"],
     "is of kind 'classify': `lorakit predict` asks it": ["generate", ADAPTER, "--prompt", "a"],
     "--max-new-tokens=0: must be 1 or more": ["generate", "toy-decoder", "--prompt", "a", "--max-new-tokens", "0"],
+    "--text-column=body: is of --file, not of --prompt": [
+        "generate",
+        "toy-decoder",
+        "--prompt",
+        "a",
+        "--text-column",
+        "body",
+    ],
+    "--pair-column=b: is of --file, not of --text": ["predict", ADAPTER, "--text", "a", "--pair-column", "b"],
     "blank.txt': has no rows": ["predict", ADAPTER, "--file", "{place}/blank.txt"],
     "needs an adapter": ["generate", "toy-decoder", "--prompt", "a", "--compare", "--max-new-tokens", "1"],
     "is no adapter, and of kind classify": ["export", "{place}/full/model", "--kind", "causal"],
@@ -331,6 +342,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(runs, monkeypatch, capsys,
     error = capsys.readouterr().err.strip()
     assert all(part in error for part in says.format(place=runs.place).strip().split(" … ")) and "\n" not in error
     assert sorted(runs.place.rglob("*")) == before
+
+
+def test_an_export_of_the_folder_one_is_in_is_named_after_it(runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs.lora / "adapter", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert main(["export", ".", "--merge"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine-merged"]
 
 
 def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch, capsys):

@@ -95,3 +95,5 @@ def test_two_processes_that_make_batches_give_the_same_run_bitwise(tmp_path, tas
 def test_a_trial_of_less_than_a_step_is_refused():
     with pytest.raises(ParameterError, match="search_budget=0.5: must be at least 1, but of epochs"):
         lorakit.search({"search_rates": [1e-3], "search_budget": 0.5})
+    with pytest.raises(ParameterError, match="search_budget=60.*of which at most the run's budget"):
+        lorakit.search({"search_rates": [1e-3], "budget_unit": "epochs", "budget": 3})

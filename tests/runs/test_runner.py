@@ -132,6 +132,16 @@ def test_kernels_talk_over_private_sockets_even_five_at_once(tmp_path):
     assert not any(Path(connection["ip"]).parent.exists() for connection in connections)  # nothing is left behind
 
 
+@pytest.mark.parametrize(("asked", "told"), [(None, "plain"), ("bar", "plain"), ("none", "none")])
+def test_a_kernel_s_progress_is_lines_or_nothing_where_nothing_is_asked_for(tmp_path, monkeypatch, asked, told):
+    monkeypatch.delenv("LORAKIT_PROGRESS", raising=False)
+    if asked:
+        monkeypatch.setenv("LORAKIT_PROGRESS", asked)
+    path = light_notebook.write(tmp_path / "a.ipynb", body="import os\nprint(os.environ['LORAKIT_PROGRESS'])")
+    notebooks.run_notebook(path, tmp_path / "out.ipynb")
+    assert printed(tmp_path / "out.ipynb").strip() == told
+
+
 def test_regenerating_twice_gives_identical_files(tmp_path):
     path = light_notebook.write(tmp_path / "light.ipynb")
     notebooks.regenerate(path)
