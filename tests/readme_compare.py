@@ -53,3 +53,21 @@ def said() -> Iterator[str]:
     seeds = {len(group) for group in stats.by_row(complete()).values()}
     yield f"{WORDS[seeds.pop()]} seeds"
     yield "means with 95 % intervals"
+    yield from of_qlora()
+
+
+def of_qlora() -> Iterator[str]:
+    runs, lora = (stats.by_row(complete())[row] for row in ("qlora", "lora"))
+    scores = {run.seed: run.final["test"]["accuracy"] for run in runs}
+    (lost,) = (run for run in runs if scores[run.seed] < 0.6)
+    kept = [score for seed, score in scores.items() if seed != lost.seed]
+    spent = [point.train_loss for point in lost.curve if point.step > 20]
+    spike = [max(point.train_loss for point in run.curve) for run in (lost, *lora) if run.seed == lost.seed]
+    assert min(spike) > 1 and {run.resolved["learning_rate"] for run in (*runs, *lora)} == {3e-3}
+    assert min(run.final["test"]["accuracy"] for run in lora) > min(kept)
+    most = f"{WORDS[len(kept)]} of {WORDS[len(runs)]} end where LoRA does"
+    yield f"{most} ({min(kept):.3f} to {max(kept):.3f}), seed {lost.seed}"
+    ended = f"and ended at {scores[lost.seed]:.3f}"
+    yield f"its training loss {sum(spent) / len(spent):.2f} on average from then on, {ended}"
+    peaks = [group[0].costs.predicted_memory["peak"] for group in (runs, lora)]
+    yield f"four bits take {100 * (1 - peaks[0] / peaks[1]):.0f} % off its peak"
