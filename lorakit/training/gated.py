@@ -41,6 +41,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     Raises:
         Diverged: the training loss became NaN or infinite, or `window.STALLED` batches in a row got no backward.
+        ParameterError: FSDP or DeepSpeed, a controller among the callbacks.
     """
 
     def __init__(
@@ -55,6 +56,9 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         astray = [type(one).__name__ for one in trainer_arguments.get("callbacks") or () if isinstance(one, Controller)]
         require(not astray, "callbacks", astray, "is a controller here: controllers=[…], or its FLOPs go uncounted")
         super().__init__(kind, **trainer_arguments)
+        sharded = [name for name in ("fsdp", "deepspeed") if getattr(self, f"is_{name}_enabled")]
+        told = "weights in shards are neither counted nor saved here; see params/accelerate/multi_gpu.yaml"
+        require(not sharded, "distributed_type", sharded, told)
         self.gate, self.tokens = gate or AlwaysOpen(), tokens or AllTokens()
         if self.tokens.makes_loss:
             why = "chosen tokens, and a loss that is not 'nll', have their own"

@@ -311,6 +311,19 @@ def test_a_gpu_without_bf16_is_refused_by_name(monkeypatch, tmp_path):
         training_arguments(Params(precision="bf16"), str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_weights_in_shards_are_refused_by_name(monkeypatch, tmp_path, name):
+    prepared = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        prepared(self)
+        setattr(self, f"is_{name}_enabled", True)  # which needs several GPUs
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ParameterError, match=rf"distributed_type=\['{name}'\]: weights in shards"):
+        trainer(model(), tmp_path)
+
+
 def test_tf32_falls_back_with_a_note(monkeypatch, tmp_path):
     for module in ("training.arguments", "runs.assembly"):
         monkeypatch.setattr(f"lorakit.{module}.is_torch_tf32_available", lambda: False)
