@@ -1,5 +1,6 @@
 """Name -> weights with a head for the task; a new head depends on the seed alone."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -19,6 +20,8 @@ from lorakit.tasks.toy import models as toys
 KINDS = {"classify": "SequenceClassification", "masked": "MaskedLM", "causal": "CausalLM"}  # AutoModelFor…
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 ATTENTIONS = get_args(TrainingSettings.model_fields["attention"].annotation)
+# else transformers asks the hub in a thread of its own to convert a model that has no safetensors
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 @dataclass(frozen=True)

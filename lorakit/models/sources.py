@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -20,7 +21,7 @@ ALTERNATIVES = (
     "Python package index), or a local folder with config.json, weights and tokenizer"
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of the first pattern that matches anything
-ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+ANY_FAILURE = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError, UnpicklingError)
 OWN_CODE = "it brings code of its own, which is not run; must be of an architecture that transformers has"
 DESCRIPTIONS = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "spiece.model")
 
@@ -86,7 +87,7 @@ def explained(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except ANY_FAILURE as error:
-        line = OWN_CODE if "custom code" in str(error) else " ".join(str(error).split())
+        line = OWN_CODE if "contains custom code" in str(error) else " ".join(str(error).split())
         raise AssetError(f"model={source.name!r} ({source.text}): {what}: {line:.300}") from None
 
 

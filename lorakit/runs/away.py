@@ -87,8 +87,9 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="the adapter into its base")
     parser.add_argument("--output", metavar="FOLDER", help="new or empty (default: MODEL-merged or MODEL-exported)")
     asked = parser.parse_args(argv)
-    here = asked.model if Path(asked.model).name.strip(".") else os.path.abspath(asked.model)  # ".", "..", "../.."
-    output = asked.output or f"{here.rstrip('/')}-{'merged' if asked.merge else 'exported'}"
+    there = Path(asked.model)  # ".", "..": what that folder is called
+    there = there if there.name.strip(".") else os.path.abspath(there)
+    output = asked.output or f"{there}-{'merged' if asked.merge else 'exported'}"
     require_place(output := Path(output).expanduser(), "--output", folder=True)
     require(not any(output.glob("*")), "--output", str(output), "not empty")
     found = opened(asked.model, base=asked.base, kind=asked.kind)

@@ -6,51 +6,69 @@ is scaled by what those took of theirs: most rows are shorter. Hours are FLOPs b
 """
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from lorakit import models, tasks
 from lorakit.analysis.tables import NONE, Table
-from lorakit.errors import require
+from lorakit.errors import ParameterError, require
 from lorakit.files import HOME, PROJECT, RESULTS
 from lorakit.params import Params
 from lorakit.records import Record, read_all
 from lorakit.runs import sweep
 from lorakit.runs.plan import GIB, Plan, longest, predict
 
+MADE_ALIKE = ("model", "batch_size", "max_length", "gradient_accumulation", "budget", "budget_unit")
+
 
 class Cost(NamedTuple):
-    """Of a row: FLOPs of a run, predicted (NaN: not without its data) and counted (NaN: never ran), bytes at a step's
-    peak, and how many runs' FLOPs its search takes."""
+    """Of a row: FLOPs of a run, predicted and counted (NaN: not known), bytes that a device must have (NaN: a step that
+    cannot be predicted), how many runs' FLOPs its search takes, and the devices of one run."""
 
     predicted: float
     counted: float
-    memory: int
+    memory: float
     search: float
+    devices: int
 
 
-def cost(params: Params, records: Sequence[Record] = ()) -> Cost:
-    """What a row costs; `records`: its finished runs."""
+def cost(params: Params, records: Sequence[Record] = (), devices: int = 1) -> Cost:
+    """What a row costs; `records`: finished runs, of which those of this row and budget count."""
     named = ("model", "method", "precision", "quantize", "rank", "optimizer", "gradient_checkpointing", "loss")
     given = {name: getattr(params, name) for name in named} | {"targets": params.target_modules}
     given |= {"dtype": "bf16" if params.dtype == "bf16" else "fp32", "batch": params.batch_size}
     given |= {"kind": tasks.kind(params.task, models.family(params.model)), "mode": params.gating.mode}
-    plan = Plan(**given, tokens=params.gating.topk_tokens if params.gating.selective else 1.0)
-    step = predict(plan.but(seq=min(params.max_length, longest(plan))))
-    rejected = 0 if params.gate == "none" else 1 / params.gate_rate - 1  # for each that is accepted
-    batches = {"steps": 1, "accepted_steps": 1 + rejected / 2, "tokens": 1 / params.batch_size / step.seq}
-    batches["steps"] = batches["accepted_steps"] / (1 + rejected)
-    accumulated = 1 if params.budget_unit == "tokens" else params.gradient_accumulation
-    each = 1 if params.budget_unit == "flops" else batches.get(params.budget_unit, math.nan) * accumulated * step.flops
-    own = Path(params.learning_rate_from).parent.name in ("", params.row)
+    given |= {"tokens": params.gating.topk_tokens if params.gating.selective else 1.0}
+    predicted, memory = math.nan, math.nan
+    with contextlib.suppress(ParameterError):  # a method of PEFT's, an optimizer whose state is not known
+        plan = Plan(**given)
+        step = predict(plan.but(seq=min(params.max_length, longest(plan))))
+        each, memory = step.flops * params.gradient_accumulation * devices, step.need
+        predicted = each * _steps(params, params.gradient_accumulation * devices * params.batch_size * step.seq)
+    if params.budget_unit == "flops":
+        predicted = params.budget
+    own = Path(params.learning_rate_from).parts[-3:-1] in ((), (params.setting, params.row))
     trials = len(params.search_rates) * params.search_budget / params.budget if own else 0.0
-    counted = mean([record.costs.flops for record in records] or [math.nan])
-    return Cost(each * params.budget, counted, step.memory["peak"], trials)
+    alike = {name: getattr(params, name) for name in MADE_ALIKE}
+    mine = [run.costs.flops for run in records if run.row == params.row and alike.items() <= run.resolved.items()]
+    return Cost(predicted, mean(mine or [math.nan]), memory, trials, devices)
+
+
+def _steps(params: Params, tokens: int) -> float:
+    """What a run's budget comes to in whole optimizer steps of `tokens`; NaN: it depends on its data, or its clock."""
+    counted = {"tokens": params.budget / tokens, "steps": params.budget, "accepted_steps": params.budget}
+    steps = counted.get(params.budget_unit, math.nan)
+    if params.gate == "none":
+        return steps
+    burn, rate = min(params.gate_burn_in, steps), params.gate_rate  # the first are all accepted
+    return burn + (steps - burn) * (1 + rate) / 2 / (rate if params.budget_unit == "accepted_steps" else 1)
 
 
 def throughput(setting: str) -> float:
@@ -80,26 +98,35 @@ def hours(setting: str, seeds: int = 1, gpus: int = 1, tflops: float | None = No
     """
     for name, number in {"seeds": seeds, "gpus": gpus, "tflops": tflops}.items():
         require(number is None or 0 < number < math.inf, name, number, "must be above 0")
-    done = _read(setting)
-    asked = {run.method: run.params for run in sweep.plan(HOME, setting)}
-    costs = {row: cost(params, [run for run in done if run.row == row]) for row, params in asked.items()}
-    known = [found for row, found in costs.items() if asked[row].budget_unit != "flops" and found.counted > 0]
-    share = median([found.counted / found.predicted for found in known] or [1.0])
-    speed = 3600 * (throughput(setting) if tflops is None else 1e12 * tflops)
-    rows, total, least = [], 0.0, 0.0
+    done, asked = _read(setting), sweep.plan(HOME, setting)
+    speed = throughput(setting) if tflops is None else 1e12 * tflops
+    require(speed > 0, "tflops", tflops, f"give it: no row of {setting} was timed")
+    costs = {run.method: cost(run.params, done, max(1, run.resources.gpus)) for run in asked}
+    free = {run.method for run in asked if run.params.budget_unit != "flops"}  # where a budget in FLOPs says it all
+    known = [costs[row].counted / costs[row].predicted for row in free]
+    share = median([part for part in known if part > 0] or [1.0])
+    rows, taken, starred = [], [], False
     for row, found in costs.items():
-        counted = found.counted > 0
-        run = found.counted if counted else found.predicted * (1 if asked[row].budget_unit == "flops" else share)
-        taken = (found.search * run / speed, seeds * run / speed)
-        total, least = total + sum(taken), max(least, taken[0] + run / speed)
-        told = [f"{run / 1e12:.4g}{'' if counted else ' *'}", f"{found.memory / GIB:.2f}", *map("{:.2f}".format, taken)]
-        rows.append([row, *told])
-    columns = ["row", "TFLOPs a run", "GiB a device", "hours of search", f"hours of runs, {seeds} each"]
-    spread = f"on {gpus} at least {max(total / gpus, least):.1f}, at {speed / 3.6e15:.3g} TFLOP/s each"
-    scaled = f" times {share:.2f}, as those counted took" if known else ""
-    notes = f"* predicted, rows of full length and nothing skipped{scaled}" if len(known) < len(costs) else ""
-    table = pd.DataFrame(rows, columns=columns).replace(["nan", "nan *"], NONE)
-    return Table(table, f"{total:.1f} hours of one device; {spread}", notes)
+        counted, star = found.counted > 0, ""
+        run = found.counted if counted else found.predicted * (share if row in free else 1)
+        if not counted and row in free and run > 0:
+            starred, star = True, " *"
+        spent = [found.search * run / speed / 3600, seeds * run / speed / 3600]
+        taken.append([*spent, (spent[0] + spent[1] / seeds) / found.devices])
+        told = [f"{run / 1e12:.4g}{star}", f"{found.memory / GIB:.2f}", *map("{:.2f}".format, spent)]
+        rows.append([row, *(NONE if cell == "nan" else cell for cell in told)])
+    columns = ["row", "TFLOPs a run", "GiB a device", "device-hours of search", f"of runs, {seeds} each"]
+    search, runs, longest_one = (np.array(taken).T[part] for part in range(3))
+    total = np.nansum(search + runs)
+    least = max(total / gpus, np.nanmax([*longest_one, 0]))
+    unknown = [row for row, hours_of_it in zip(costs, runs, strict=True) if math.isnan(hours_of_it)]
+    scaled = f", times {share:.2f} as those counted took" if any(part > 0 for part in known) else ""
+    return Table(
+        pd.DataFrame(rows, columns=columns),
+        f"{total:.1f} device-hours; on {gpus} at least {least:.1f} hours, at {speed / 1e12:.3g} TFLOP/s each",
+        f"* predicted: rows of full length, nothing skipped{scaled}" * starred,
+        f"not known before it ran, and left out: {', '.join(unknown)}" * bool(unknown),
+    )
 
 
 def main(argv: Sequence[str]) -> int:

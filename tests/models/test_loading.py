@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from logging import Handler
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def test_damaged_files_are_one_line(bert, file, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_pickled_weights_run_nothing(bert, tmp_path):
+def test_pickled_weights_run_nothing_and_nobody_is_asked_to_convert_them(bert, tmp_path):
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"  # else transformers asks the hub, in a thread
     weights = load_file(Path(bert) / "model.safetensors")
     (Path(bert) / "model.safetensors").unlink()
     torch.save(weights, Path(bert) / "pytorch_model.bin")

@@ -348,6 +348,7 @@ def test_an_export_of_the_folder_one_is_in_is_named_after_it(runs, tmp_path, mon
     shutil.copytree(runs.lora / "adapter", tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
     assert main(["export", ".", "--merge"]) == 0
+    assert main(["export", "../mine/.", "--merge"]) == 2  # the same place, which is not empty any more
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine-merged"]
 
 
