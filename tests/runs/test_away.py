@@ -302,7 +302,7 @@ REFUSED = {
     "is of kind 'masked': nobody asks it": ["predict", "toy-encoder", "--text", "a"],
     "is of kind 'classify': `lorakit predict` asks it": ["generate", ADAPTER, "--prompt", "a"],
     "--max-new-tokens=0: must be 1 or more": ["generate", "toy-decoder", "--prompt", "a", "--max-new-tokens", "0"],
-    "--text-column=body: is of --file, not of --prompt": [
+    "--text-column='body': is of --file, not of --prompt": [
         "generate",
         "toy-decoder",
         "--prompt",
@@ -310,7 +310,7 @@ REFUSED = {
         "--text-column",
         "body",
     ],
-    "--pair-column=b: is of --file, not of --text": ["predict", ADAPTER, "--text", "a", "--pair-column", "b"],
+    "--pair-column='b': is of --file, not of --text": ["predict", ADAPTER, "--text", "a", "--pair-column", "b"],
     "blank.txt': has no rows": ["predict", ADAPTER, "--file", "{place}/blank.txt"],
     "needs an adapter": ["generate", "toy-decoder", "--prompt", "a", "--compare", "--max-new-tokens", "1"],
     "is no adapter, and of kind classify": ["export", "{place}/full/model", "--kind", "causal"],

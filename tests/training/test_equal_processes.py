@@ -110,7 +110,7 @@ def by_count(folder: str) -> dict:
 
 @pytest.mark.parametrize("count", ROWS_OF)
 def test_several_processes_train_as_one_does(tmp_path, count, monkeypatch):
-    ranks = two_processes.run("test_equal_processes", "by_count", tmp_path, count=count)
+    ranks = two_processes.run("test_equal_processes", "by_count", tmp_path, timeout=480, count=count)
     ones = {}
     for name in ROWS_OF[count]:
         with monkeypatch.context() as stack:
