@@ -130,7 +130,8 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
     if (config.get("format"), config.get("version")) != ("lorakit", 1):
         found = f"format={config.get('format')!r}, version={config.get('version')!r}"
         raise CheckpointError(f"{OWN_CONFIG_FILE}: {found}; this lorakit reads format 'lorakit', version 1")
-    if absent := [path for path in trained if path not in dict(model.named_modules())]:
+    modules = dict(model.named_modules())
+    if absent := [path for path in trained if path not in modules]:
         raise CheckpointError(f"the file is for another base: this model has no module {absent[0]}")
     return StoredAdapter(method, AdapterSettings(), {}, trained, tensors)
 

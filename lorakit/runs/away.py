@@ -164,8 +164,9 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
     if asked.output:
         require_place(output, "--output")
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
-    for name, column in ({} if asked.file else columns).items():
-        require(False, f"--{name.replace('_', '-')}", column, f"is of --file, not of --{word}")
+    for name, column in columns.items():
+        told = f"is of --file, not of --{word}"
+        require(bool(asked.file), f"--{name.replace('_', '-')}", column, told)
     columns = {"text_column": "text"} | columns
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
     require(bool(rows), "--file", asked.file, "has no rows")

@@ -71,13 +71,13 @@ def _steps(params: Params, tokens: int) -> float:
     return burn + (steps - burn) * (1 + rate) / 2 / (rate if params.budget_unit == "accepted_steps" else 1)
 
 
-def throughput(setting: str) -> float:
-    """FLOP/s of the machine that `lorakit time` timed the setting on: the median over rows that have records as well.
+def throughput(timings: Sequence[Record], runs: Sequence[Record]) -> float:
+    """FLOP/s of the machine that `lorakit time` ran on: the median over rows that have records of runs as well.
 
     Of each row its records' FLOPs a step over the step's median time. NaN: nothing was timed.
     """
-    timed = {one.row: 1e-3 * one.details["timing"]["step"]["ms"][1] for one in _read(setting, "timing")}
-    speeds = [run.costs.flops / run.costs.steps / timed[run.row] for run in _read(setting) if run.row in timed]
+    timed = {one.row: 1e-3 * one.details["timing"]["step"]["ms"][1] for one in timings}
+    speeds = [run.costs.flops / run.costs.steps / timed[run.row] for run in runs if run.row in timed]
     return median(speeds or [math.nan])
 
 
@@ -99,33 +99,32 @@ def hours(setting: str, seeds: int = 1, gpus: int = 1, tflops: float | None = No
     for name, number in {"seeds": seeds, "gpus": gpus, "tflops": tflops}.items():
         require(number is None or 0 < number < math.inf, name, number, "must be above 0")
     done, asked = _read(setting), sweep.plan(HOME, setting)
-    speed = throughput(setting) if tflops is None else 1e12 * tflops
+    speed = throughput(_read(setting, "timing"), done) if tflops is None else 1e12 * tflops
     require(speed > 0, "tflops", tflops, f"give it: no row of {setting} was timed")
-    costs = {run.method: cost(run.params, done, max(1, run.resources.gpus)) for run in asked}
-    free = {run.method for run in asked if run.params.budget_unit != "flops"}  # where a budget in FLOPs says it all
-    known = [costs[row].counted / costs[row].predicted for row in free]
-    share = median([part for part in known if part > 0] or [1.0])
-    rows, taken, starred = [], [], False
-    for row, found in costs.items():
-        counted, star = found.counted > 0, ""
-        run = found.counted if counted else found.predicted * (share if row in free else 1)
-        if not counted and row in free and run > 0:
-            starred, star = True, " *"
-        spent = [found.search * run / speed / 3600, seeds * run / speed / 3600]
-        taken.append([*spent, (spent[0] + spent[1] / seeds) / found.devices])
-        told = [f"{run / 1e12:.4g}{star}", f"{found.memory / GIB:.2f}", *map("{:.2f}".format, spent)]
-        rows.append([row, *(NONE if cell == "nan" else cell for cell in told)])
-    columns = ["row", "TFLOPs a run", "GiB a device", "device-hours of search", f"of runs, {seeds} each"]
-    search, runs, longest_one = (np.array(taken).T[part] for part in range(3))
-    total = np.nansum(search + runs)
-    least = max(total / gpus, np.nanmax([*longest_one, 0]))
-    unknown = [row for row, hours_of_it in zip(costs, runs, strict=True) if math.isnan(hours_of_it)]
-    scaled = f", times {share:.2f} as those counted took" if any(part > 0 for part in known) else ""
+    each = [cost(run.params, done, max(1, run.resources.gpus)) for run in asked]
+    costs = pd.DataFrame(each, [run.method for run in asked], Cost._fields, float)
+    open_ended = np.array([run.params.budget_unit != "flops" for run in asked])  # else the budget says it all
+    shares = (costs["counted"] / costs["predicted"])[open_ended].dropna()
+    share = shares.median() if len(shares) else 1.0
+    flops = costs["counted"].fillna(costs["predicted"] * np.where(open_ended, share, 1.0))
+    starred = costs["counted"].isna() & open_ended & flops.notna()
+    run_hours = flops / speed / 3600
+    searched, trained = costs["search"] * run_hours, seeds * run_hours
+    total = (searched + trained).sum()
+    least = np.nanmax([total / gpus, *(searched + run_hours) / costs["devices"]])  # one run after its search
+    shown = {
+        "row": costs.index,
+        "TFLOPs a run": [f"{one / 1e12:.4g}{' *' * star}" for one, star in zip(flops, starred, strict=True)],
+        "GiB a device": (costs["memory"] / GIB).map("{:.2f}".format),
+        "device-hours of search": searched.map("{:.2f}".format),
+        f"of runs, {seeds} each": trained.map("{:.2f}".format),
+    }
+    scaled = f", times {share:.2f} as those counted took" * bool(len(shares))
     return Table(
-        pd.DataFrame(rows, columns=columns),
+        pd.DataFrame(shown).replace("nan", NONE),
         f"{total:.1f} device-hours; on {gpus} at least {least:.1f} hours, at {speed / 1e12:.3g} TFLOP/s each",
-        f"* predicted: rows of full length, nothing skipped{scaled}" * starred,
-        f"not known before it ran, and left out: {', '.join(unknown)}" * bool(unknown),
+        f"* predicted: rows of full length, nothing skipped{scaled}" * bool(starred.any()),
+        f"not known before it ran, and left out: {', '.join(flops.index[flops.isna()])}" * bool(flops.isna().any()),
     )
 
 

@@ -22,10 +22,7 @@ def search(given: dict[str, Any]) -> Record:
     """
     params = resolve(given)
     require(len(params.search_rates) > 0, "search_rates", params.search_rates, "must list the learning rates to try")
-    spent, told = (
-        params.search_budget,
-        "must be at least 1, but of epochs, of which at most the run's budget",
-    )
+    spent, told = params.search_budget, "must be at least 1, but of epochs, of which at most the run's budget"
     require(spent <= params.budget if params.budget_unit == "epochs" else spent >= 1, "search_budget", spent, told)
     record = new_record(params, given)
     record.kind = "lr_search"

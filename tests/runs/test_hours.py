@@ -56,7 +56,8 @@ def test_flops_that_were_never_counted_are_within_an_eighth_of_those_that_were(c
 
 
 def test_hours_by_the_machine_s_throughput_are_within_a_fifth_of_what_was_timed(costs):
-    speed = hours.throughput(SETTING)
+    read = [records.read_all(RESULTS, kind) for kind in ("timing", "run")]
+    speed = hours.throughput(*read)
     for row, found in costs.items():
         [timing] = records.read_all(RESULTS / row, "timing")
         runs = counted(row)
