@@ -28,7 +28,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults slurm mutants matrix notebooks readme site lab sweep clean
+.PHONY: help demo test test-lax check faults long slurm mutants matrix notebooks readme site lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -51,6 +51,9 @@ test-lax: check ## as test, but notebook outputs may differ (other hardware)
 
 faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: runs killed, input malformed, processes lost; drawn from a seed
 	$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults -s -q -p no:cacheprovider
+
+long: $(INSTALLED) ## 5,000 steps of a gate, SkipLoRA and FLoRA, a million rows: does memory grow? (half an hour)
+	$(BIN)/python -m pytest -m slow tests/long -s -q -p no:cacheprovider
 
 slurm: $(INSTALLED) ## sweeps on a SLURM of one node, started and stopped here (root; apt install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm -s -q -p no:cacheprovider

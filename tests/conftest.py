@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
@@ -13,6 +14,9 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)  # before torch is imported
 if os.environ.get("LORAKIT_HUB") != "1":
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub says so
+
+_kept = tempfile.TemporaryDirectory(prefix="lorakit-tests-")  # what `datasets` stores; removed at the end
+os.environ["HF_DATASETS_CACHE"] = _kept.name
 
 from pathlib import Path  # noqa: E402
 

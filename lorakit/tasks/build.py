@@ -1,8 +1,10 @@
 """A corpus and a tokenizer become datasets and collators, one way for each form of row."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -37,12 +39,15 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
     for split in SPLITS:
         rows = getattr(corpus, split)
-        rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)
-        rows = rows[: options.limits[split] or None]
-        columns, notes = FORMS[form](rows, options, split == "train")
-        parts[split] = Dataset.from_dict(columns)
+        if isinstance(rows, Dataset):
+            parts[split], notes = on_disk(rows.take(min(options.limits[split] or len(rows), len(rows))), options)
+        else:
+            rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)
+            rows = rows[: options.limits[split] or None]
+            columns, notes = FORMS[form](rows, options, split == "train")
+            parts[split] = Dataset.from_dict(columns)
         parts["notes"] += [f"{split}: {note}" for note in notes]
-        if form == "chats":
+        if form == "chats" and isinstance(rows, list):
             answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in rows]
             parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
     return parts
@@ -98,8 +103,24 @@ def conversation(rows: Sequence[chat.Chat], options: Options, train: bool) -> Ma
     columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
     if options.packing and train:
         columns = collate.pack(ids, labels, options.max_length)
-    dropped = f"{len(rows) - len(ids)} of {len(rows)} chats dropped, no answer within {options.max_length} tokens"
-    return columns, [dropped] * (len(ids) < len(rows))
+    return columns, _dropped(len(rows), len(ids), options)
+
+
+def _dropped(rows: int, kept: int, options: Options) -> list[str]:
+    return [f"{rows - kept} of {rows} chats dropped, no answer within {options.max_length} tokens"] * (kept < rows)
+
+
+def on_disk(rows: Dataset, options: Options) -> tuple[Dataset, list[str]]:
+    """`conversation` of training rows that `shards` stored, 2,000 at a time, into the same cache."""
+    told = {"options": options._replace(limits={}, seed=0)}  # the cache's key is what makes a difference
+    made = rows.map(_from_json, batched=True, batch_size=2000, remove_columns=rows.column_names, fn_kwargs=told)
+    kept = sum(row.count(0) for row in made["position_ids"]) if options.packing else len(made)
+    return made, _dropped(len(rows), kept, options)
+
+
+def _from_json(batch: dict[str, list[str]], options: Options) -> Columns:
+    columns, _ = conversation([json.loads(text) for text in batch["chat"]], options, True)
+    return {name: [np.asarray(row, "int32") for row in column] for name, column in columns.items()}
 
 
 FORMS = {"labelled": classification, "documents": language_model, "chats": conversation}

@@ -1,11 +1,15 @@
 """Instruction data in chat form: `instruct` (train and validation files), `tulu` (the hub's mixture or its like)."""
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from pyarrow.parquet import read_metadata
 
 from lorakit.assets import hub
 from lorakit.errors import DataError
-from lorakit.tasks import chat, own, readers
-from lorakit.tasks.corpus import Corpus, Recipe, apart, content, cut, fingerprints, required
+from lorakit.tasks import chat, own, readers, shards
+from lorakit.tasks.corpus import Corpus, Recipe, apart, content, cut, required
+from lorakit.tasks.task import SPLITS
 
 # the files that `data_dir` must hold
 INSTRUCT = "instruct/train.jsonl and instruct/validation.jsonl (and test.jsonl, where there is one), a chat a line"
@@ -15,7 +19,7 @@ TULU = "tulu/*.jsonl or tulu/*.parquet with a column `messages`"
 def instruct_from_folder(folder: Path) -> Corpus:
     paths = [required(folder, name, INSTRUCT) for name in ("train.jsonl", "validation.jsonl")]
     paths += folder.glob("test.jsonl")
-    train, validation, *given = map(own.chats, paths)
+    train, validation, *given = ([*own.chats(path)] for path in paths)
     if given:
         return apart(train, validation, *given, paths)
     validation, test = cut(validation, content, 1, share=0.5)  # equal questions on one side
@@ -25,21 +29,21 @@ def instruct_from_folder(folder: Path) -> Corpus:
 def tulu_from_folder(folder: Path) -> Corpus:
     if not (paths := sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])):
         raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU}")
-    return _tulu([messages for path in paths for messages in own.chats(path)], paths)
+    return shards.corpus_of(paths, own.chats)
 
 
 def tulu_from_hub(folder: Path | None = None) -> Corpus:
     """Rows that are no conversation are left out and counted: they are not the user's to mend."""
     [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data", ("train",), folder)
-    rows = [messages for path in paths for _, [messages] in readers.parquet(path, ("messages",))]
-    chats = [messages for messages in rows if chat.valid(messages)]
-    dropped = len(rows) - len(chats)
-    return _tulu(chats, paths, *[f"{dropped} rows dropped: not user and assistant in turn"] * bool(dropped))
+    found = shards.corpus_of(paths, lambda path: filter(chat.valid, _messages(path)))
+    rows = sum(read_metadata(path).num_rows for path in paths)
+    if dropped := rows - sum(len(getattr(found, split)) for split in SPLITS):
+        found.notes.append(f"{dropped} rows dropped: not user and assistant in turn")
+    return found
 
 
-def _tulu(chats: list[chat.Chat], paths: list[Path], *notes: str) -> Corpus:
-    validation, test, train = cut(chats, content, 2)
-    return Corpus(train, validation, test, fingerprints(paths), ["validation and test: cut from train", *notes])
+def _messages(path: Path) -> Iterator[chat.Chat]:
+    return (messages for _, [messages] in readers.parquet(path, ("messages",)))
 
 
 RECIPES = {

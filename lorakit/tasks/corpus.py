@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
+
 from lorakit import files
 from lorakit.errors import DataError
 
@@ -30,9 +32,9 @@ class Labelled(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Rows (`Labelled`, documents as str, or chats as lists of messages) by split, and sha256 by name of files read."""
+    """Rows (`Labelled`, documents as str, chats as messages or stored by `shards`), sha256 by name of files read."""
 
-    train: list[Any]
+    train: Sequence[Any]
     validation: list[Any]
     test: list[Any]
     files: dict[str, str] = field(default_factory=dict)
@@ -103,9 +105,10 @@ def normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def place(text: str) -> bytes:
-    """Where `text` stands in the one shuffled order of all texts, 8 bytes."""
-    return hashlib.blake2b(normal(text).encode("utf-8", "surrogatepass"), digest_size=8, key=SALT).digest()
+def place(text: str) -> int:
+    """Where `text` stands in the one shuffled order of all texts, a number of 64 bits with sign."""
+    digest = hashlib.blake2b(normal(text).encode("utf-8", "surrogatepass"), digest_size=8, key=SALT).digest()
+    return int.from_bytes(digest, "big") - 2**63
 
 
 def shuffled(rows: Iterable[Row]) -> list[Row]:
@@ -130,23 +133,22 @@ def cut(
     Raises:
         DataError: too few groups for every list to have one.
     """
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[normal(group(row))].append(row)
-    if len(groups) <= parts:
-        raise DataError(f"{len(groups)} different rows are too few to be split into {parts + 1} parts")
-    target = (held_out_share(len(rows)) if share is None else share) * sum(map(weight, rows))
-    order = iter(sorted(groups, key=place))
-    cuts: list[list[Row]] = []
+    at, weights = np.array([place(group(row)) for row in rows], "int64"), np.array([*map(weight, rows)])
+    return [[rows[row] for row in part] for part in cut_places(at, parts, weights, share)]
+
+
+def cut_places(places: np.ndarray, parts: int, weights: np.ndarray, share: float | None = None) -> list[np.ndarray]:
+    """As `cut`, of rows whose groups are at these places (N,): the rows' numbers, in order of their places."""
+    order = np.argsort(places, kind="stable")
+    ends = np.flatnonzero(np.diff(places[order])) + 1  # of groups, but the last
+    full, cuts = weights[order].cumsum(), [0]
+    target = (held_out_share(len(order)) if share is None else share) * full[-1:].sum()
     for _ in range(parts):
-        taken, full = [], 0.0
-        while (not taken or full < target) and (name := next(order, None)) is not None:
-            taken += groups[name]
-            full += sum(map(weight, groups[name]))
-        cuts.append(taken)
-    if not (rest := [row for name in order for row in groups[name]]):
-        raise DataError(f"{len(rows)} rows are too few or too uneven to be split into {parts + 1} parts")
-    return [*cuts, rest]
+        enough = np.searchsorted(full[ends - 1] - (full[cuts[-1] - 1] if cuts[-1] else 0), target)
+        if enough == len(ends):
+            raise DataError(f"{len(order)} rows are too few, or too much alike, to be split into {parts + 1} parts")
+        cuts.append(int(ends[enough]))
+    return np.split(order, cuts[1:])
 
 
 def components(keys: Sequence[Sequence[Hashable]]) -> list[int]:

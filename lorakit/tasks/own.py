@@ -145,9 +145,9 @@ def _labelled(row: Row, asked: DataSettings, pair: bool = False) -> Labelled:
     return Labelled(_document(row, asked), other, str(label).strip())
 
 
-def chats(path: Path) -> list[chat.Chat]:
+def chats(path: Path) -> Iterator[chat.Chat]:
     """The conversation in each row of a file: of a column `messages`, or of those in `ASKED`."""
-    return [_chat(row) for row in _rows(path)]
+    return map(_chat, _rows(path))
 
 
 def _chat(row: Row, asked: Any = None) -> chat.Chat:

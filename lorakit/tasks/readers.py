@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.errors import DataError
 
 LONGEST = 2**31 - 1  # characters of a field
+AT_ONCE = 1024  # rows of a Parquet file in memory
 
 
 def bad_row(path: Path, line: int, expected: str, found: object) -> DataError:
@@ -109,7 +110,8 @@ def parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]
         names = file.schema_arrow.names
         if missing := {*columns} - {*names}:
             raise DataError(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(names)}")
-        rows = (row for batch in file.iter_batches(columns=list(columns) or None) for row in batch.to_pylist())
+        batches = file.iter_batches(AT_ONCE, columns=list(columns) or None)
+        rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate(([row[name] for name in columns] if columns else row for row in rows), start=1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a Parquet file, or one that cannot be read: {error}") from None
