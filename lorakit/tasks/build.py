@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
@@ -112,15 +113,17 @@ def _dropped(rows: int, kept: int, options: Options) -> list[str]:
 
 def on_disk(rows: Dataset, options: Options) -> tuple[Dataset, list[str]]:
     """`conversation` of training rows that `shards` stored, 2,000 at a time, into the same cache."""
-    told = {"options": options._replace(limits={}, seed=0)}  # the cache's key is what makes a difference
-    made = rows.map(_from_json, batched=True, batch_size=2000, remove_columns=rows.column_names, fn_kwargs=told)
-    kept = sum(row.count(0) for row in made["position_ids"]) if options.packing else len(made)
-    return made, _dropped(len(rows), kept, options)
 
+    def made(batch: dict[str, list[str]]) -> Columns:
+        columns, _ = conversation([json.loads(text) for text in batch["chat"]], options, True)
+        return {name: [np.asarray(row, "int32") for row in column] for name, column in columns.items()}
 
-def _from_json(batch: dict[str, list[str]], options: Options) -> Columns:
-    columns, _ = conversation([json.loads(text) for text in batch["chat"]], options, True)
-    return {name: [np.asarray(row, "int32") for row in column] for name, column in columns.items()}
+    tokenizer = options.tokenizer
+    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, options.max_length, options.packing]
+    key = {"new_fingerprint": Hasher.hash([rows._fingerprint, *told])}
+    stored = rows.map(made, batched=True, batch_size=2000, remove_columns=rows.column_names, **key)
+    kept = sum(row.count(0) for row in stored["position_ids"]) if options.packing else len(stored)
+    return stored, _dropped(len(rows), kept, options)
 
 
 FORMS = {"labelled": classification, "documents": language_model, "chats": conversation}

@@ -34,7 +34,9 @@ def corpus_of(paths: list[Path], read: Callable[[Path], Iterable[chat.Chat]]) ->
 
     files, code = fingerprints(paths), fingerprints(sorted(Path(__file__).parent.glob("*.py")))
     try:  # what is there of the same files, read by the same code, is not written again
-        stored = Dataset.from_generator(rows, features=FEATURES, fingerprint=Hasher.hash([files, code, read.__qualname__]))
+        stored = Dataset.from_generator(
+            rows, features=FEATURES, fingerprint=Hasher.hash([files, code, read.__qualname__])
+        )
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ or error
         told = f"the cache of datasets (HF_DATASETS_CACHE) cannot be written: {cause}"
