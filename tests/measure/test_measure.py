@@ -191,7 +191,7 @@ def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder,
     assert predicted.memory["parameters"] == weight_table(dense, "nf4")["base"]["bytes"] + adapters + buffers
 
 
-def test_layers_quantised_without_data_have_the_form_of_real_ones():
+def test_layers_quantised_without_data_have_the_form_of_real_ones_and_leave_those_quantisable(monkeypatch):
     def form(weight):
         state, tensors = weight.quant_state, (weight, *scale_tensors(weight))
         kept = [getattr(state, name) for name in ("shape", "dtype", "blocksize", "quant_type", "nested")]
@@ -199,6 +199,7 @@ def test_layers_quantised_without_data_have_the_form_of_real_ones():
 
     real = nn.Sequential(nn.Linear(96, 50), nn.Linear(7, 3, bias=False)).bfloat16()  # neither in whole blocks
     empty = copy.deepcopy(real).to("meta")
+    monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # as in a process that quantised nothing yet
     plan.quantize_meta(empty)
     for layer, other in zip(quantize_nf4(real), empty, strict=True):
         assert form(layer.weight) == form(other.weight) and type(layer) is type(other)
