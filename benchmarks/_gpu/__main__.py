@@ -89,11 +89,11 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _queried() -> dict[str, str]:
-    card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    command = ["nvidia-smi", "-i", card, f"--query-gpu={','.join(QUERIED.values())}", "--format=csv,noheader"]
+    query = [f"--query-gpu={','.join(QUERIED.values())}", "--format=csv,noheader"]
     try:
+        command = ["nvidia-smi", "-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}", *query]
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
+    except (AttributeError, OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(QUERIED, (value.strip() for value in told.split(",")), strict=False))
 

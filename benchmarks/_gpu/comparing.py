@@ -117,6 +117,8 @@ def _tried(one: Comparison, sizes: Sizes, device: str) -> Claim | str:
         return time_claim(one.name, interleave(*made, sizes.rounds, sizes.warmup, clock), one.target)
     except torch.cuda.OutOfMemoryError:
         return f"skipped: too small ({gib():.1f} GiB)"
+    except ImportError as error:
+        return f"skipped: {error}"
     except Exception as error:
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

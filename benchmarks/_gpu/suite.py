@@ -24,7 +24,7 @@ def files() -> list[Path]:
 
 
 def run(sizes: Sizes, device: str) -> dict[str, Any]:
-    """How many passed; which failed and which were skipped, with why. On a CPU all are skipped."""
+    """How many passed; which failed, and which were skipped (or need a package that is not there), with why."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-m", "cuda", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
@@ -42,9 +42,11 @@ def counted(cases: Iterable[ElementTree.Element]) -> dict[str, Any]:
         told = next((child for child in case if child.tag in OUTCOMES), None)
         if told is None:
             found["passed"] += 1
-        else:
-            name = f"{case.get('classname')}::{case.get('name')}"
-            found[OUTCOMES[told.tag]][name] = " ".join(told.get("message", "").split())[:200]
+            continue
+        raised = [line[1:].strip() for line in (told.text or "").splitlines() if line.startswith("E ")]
+        why = raised[-1] if told.tag == "error" and raised else told.get("message", "")  # of a file not read: its error
+        kind = "skipped" if why.startswith("ModuleNotFoundError") else OUTCOMES[told.tag]
+        found[kind][f"{case.get('classname')}::{case.get('name')}"] = " ".join(why.split())[:200]
     return found
 
 
