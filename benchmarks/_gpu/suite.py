@@ -46,7 +46,8 @@ def counted(cases: Iterable[ElementTree.Element]) -> dict[str, Any]:
         raised = [line[1:].strip() for line in (told.text or "").splitlines() if line.startswith("E ")]
         why = raised[-1] if told.tag == "error" and raised else told.get("message", "")  # of a file not read: its error
         kind = "skipped" if why.startswith("ModuleNotFoundError") else OUTCOMES[told.tag]
-        found[kind][f"{case.get('classname')}::{case.get('name')}"] = " ".join(why.split())[:200]
+        name = f"{case.get('classname')}::{case.get('name')}".removeprefix("::")  # a file's is in its name
+        found[kind][name] = " ".join(why.split())[:200]
     return found
 
 
