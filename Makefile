@@ -8,6 +8,7 @@ PROFILE ?= default
 SEED ?=
 MINUTES ?= 20
 CASE ?=
+PART ?=
 N ?= 60
 COLUMNS ?= oldest pinned newest
 TORCH ?= 2.13.0
@@ -28,7 +29,7 @@ NBVAL := $(NOTEBOOK) $(TESTS) --nbval-current-env --nbval-sanitize-with tests/sa
 .DEFAULT_GOAL := help
 FAULTS := SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)"
 
-.PHONY: help demo test test-lax check faults long slurm mutants matrix notebooks readme site lab sweep clean
+.PHONY: help demo test test-lax check faults long slurm mutants matrix gpu notebooks readme site lab sweep clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -67,6 +68,9 @@ mutants: $(INSTALLED) ## [SEED=7] [N=60] [AGAIN=1]: small wrong changes, one at 
 
 matrix: ## [COLUMNS="oldest newest"] [TESTED=tests/adapters] [TORCH=2.13.0]: other versions of the stack, each in its own environment
 	$(PYTHON) scripts/matrix.py --columns "$(COLUMNS)" --torch "$(TORCH)" --tests "$(TESTED)" --notebooks "$(NOTEBOOKS)"
+
+gpu: $(INSTALLED) ## [PART=tests|memory|time|page] [AGAIN=1]: what is claimed of a GPU, measured on this one; docs/gpu.md
+	$(BIN)/python -m benchmarks._gpu --part "$(PART)" $(if $(AGAIN),--again)
 
 notebooks: $(INSTALLED) ## run every notebook again and keep its outputs; twice gives identical files
 	printf '%s\n' notebooks/*.ipynb | $(NOTEBOOK) xargs -n 1 -P 2 $(BIN)/python -m lorakit run --regenerate

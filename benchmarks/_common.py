@@ -65,7 +65,23 @@ class Timing:
     rounds: int
 
 
-def interleave(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 20, warmup: int = 3) -> Timing:
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+Clock = Callable[[Callable[[], object]], float]  # seconds of one call
+
+
+def interleave(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int = 20,
+    warmup: int = 3,
+    clock: Clock = seconds,
+) -> Timing:
     """Time `ours` and `theirs` in turn, so that a slow moment of the machine falls on both.
 
     The order changes every round; the ratio is the median of the rounds' own ratios. Garbage is collected between
@@ -73,20 +89,22 @@ def interleave(ours: Callable[[], object], theirs: Callable[[], object], rounds:
     """
     for _ in range(warmup):
         ours(), theirs()
-    pairs = [_round(ours, theirs, ours_first=index % 2 == 0) for index in range(rounds)]
+    pairs = [_round(ours, theirs, clock, ours_first=index % 2 == 0) for index in range(rounds)]
     mine, other = zip(*pairs, strict=True)
     ratio = statistics.median(a / b for a, b in pairs)
     return Timing(statistics.median(mine), statistics.median(other), ratio, rounds)
 
 
-def _round(ours: Callable[[], object], theirs: Callable[[], object], ours_first: bool) -> tuple[float, float]:
+def _round(
+    ours: Callable[[], object], theirs: Callable[[], object], clock: Clock, ours_first: bool
+) -> tuple[float, float]:
     gc.collect()
     gc.disable()
     try:
         if ours_first:
-            return seconds(ours), seconds(theirs)
-        other = seconds(theirs)
-        return seconds(ours), other
+            return clock(ours), clock(theirs)
+        other = clock(theirs)
+        return clock(ours), other
     finally:
         gc.enable()
 
@@ -101,13 +119,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def time_claim(name: str, timing: Timing, target: float = NO_TARGET) -> Claim:
@@ -138,21 +149,29 @@ def last_line(name: str, claims: Sequence[Claim]) -> str:
     return f"{name}: {claim.ratio:.4f} (target {claim.target:.4f}) {claim.verdict}"
 
 
+def told(claim: Claim) -> dict[str, object]:
+    """A claim as a file holds it; a number JSON does not have is null."""
+    sides = {side: getattr(claim, side) for side in ("ours", "theirs", "ratio", "target")}
+    finite = {side: value if math.isfinite(value) else None for side, value in sides.items()}
+    return {"name": claim.name, "unit": claim.unit, "ok": claim.ok} | finite
+
+
 def save(name: str, claims: Sequence[Claim], path: Path) -> None:
-    """Write what was measured, when and with what, whole or not at all; a number JSON does not have is null."""
-    from lorakit.files import write_text
+    """Write what was measured, when and with what, whole or not at all."""
     from lorakit.measure.environment import environment
 
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    measured = [
-        {"name": one.name, "unit": one.unit, "ok": one.ok}
-        | {side: number(getattr(one, side)) for side in ("ours", "theirs", "ratio", "target")}
-        for one in claims
-    ]
     where = environment()
-    told = {"benchmark": name, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "claims": measured}
-    told |= {what: where[what] for what in ("cpu", "cpus", "threads")}
-    told["versions"] = {package: where["versions"][package] for package in ("torch", "transformers", "peft")}
-    write_text(json.dumps(told, indent=1, sort_keys=True, allow_nan=False) + "\n", path)
+    measured = {"benchmark": name, "date": today(), "claims": [told(claim) for claim in claims]}
+    measured |= {what: where[what] for what in ("cpu", "cpus", "threads")}
+    measured["versions"] = {package: where["versions"][package] for package in ("torch", "transformers", "peft")}
+    write_json(measured, path)
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def write_json(value: object, path: Path) -> None:
+    from lorakit.files import write_text
+
+    write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", path)

@@ -49,17 +49,29 @@ def _peak(events: list[dict[str, Any]]) -> int:
 
 
 def training_step(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], autocast: str | None = None
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], autocast: str | None = None, tokens: Any = None
 ) -> Callable[[], None]:
-    """One step as the Trainer does it: forward, backward, AdamW, gradients set to None."""
+    """One step as the Trainer does it: forward, backward, AdamW, gradients set to None.
+
+    Args:
+        tokens: makes the loss (`TokenSelection`); None: the model does.
+    """
     from accelerate.utils import convert_outputs_to_fp32
 
     model.train()
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward)) if autocast else model
+    half = torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=autocast is not None)
+    forward = convert_outputs_to_fp32(half(model.forward)) if autocast else model
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def loss() -> torch.Tensor:
+        if tokens is None:
+            return forward(**batch).loss
+        with half:
+            return tokens.select(model, inputs, batch["labels"]).finish()
 
     def step() -> None:
-        forward(**batch).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -22,7 +22,6 @@ from lorakit.measure.dry import fake, fake_mode, faked, training_state
 from lorakit.measure.flops import FlopCount
 from lorakit.seams import Candidate
 from lorakit.settings import GateSettings
-from lorakit.studies.token_costs import step_flops
 from lorakit.training.loss import MeanLoss
 
 DESCRIPTION = "SLoRA's gate: rejected and accepted batches against plain ones, state, memory, acceptance rate"
@@ -31,6 +30,7 @@ TARGET = (
     "x the step; FLOPs a candidate at rate 0.3 over exact LoRA's step <= 0.66 with logits kept, 0.76 made again; state "
     "<= 1 MB; peak <= 1.02 x; rate within 0.02"
 )
+OVER = ("rejected batch over its forward", "accepted batch over the plain step")
 RATES, STEPS, BURN_IN = (0.1, 0.2, 0.3, 0.5), 2000, 50
 
 
@@ -59,17 +59,18 @@ CHATS = replace(PRETRAINING, name=f"{PRETRAINING.name}, 25 % targets", targets=0
 class Gated:
     """One model with and without its gate: the forward, what the gate adds to it, and the step."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: str = "cpu"):
         from accelerate.utils import convert_outputs_to_fp32
 
         torch.manual_seed(0)
         base = case.base()
-        self.case, self.model = case, build_ours(base.bfloat16() if case.bf16 else base).train()
+        self.case, self.model = case, build_ours((base.bfloat16() if case.bf16 else base).to(device)).train()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(1, case.words, case.shape, generator=generator)
         classes = torch.randint(0, 2, case.shape[:1], generator=generator)
         self.labels = classes if case.kind == "classify" else ids.clone()
         self.labels[..., : round((1 - case.targets) * ids.shape[1])] = -100
+        ids, self.labels = ids.to(device), self.labels.to(device)
         self.measured: torch.Tensor | None = None
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.gate = build_gate(GateSettings(gate="novelty", gate_burn_in=10**9), self.model, case.kind)
@@ -77,7 +78,7 @@ class Gated:
         self.loss_of = MeanLoss(case.kind)
         self.tokens = exact(self.model) if case.kind != "classify" else None
         # as accelerate wraps a model for bf16: autocast inside, fp32 logits outside
-        half = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(self.model.forward))
+        half = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(self.model.forward))
         self.call = half if case.bf16 else self.model
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
 
@@ -127,17 +128,19 @@ def no_gate(*_: Any) -> None:
 no_gate.rate = GateSettings().gate_rate  # so that it makes no gradient that a gate's forward would not
 
 
-def time_claims(case: Case) -> list[Claim]:
-    gated = Gated(case)
-    for _ in range(2 * gated.gate.k):  # a full basis
+def sides(gated: Gated) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """What is compared -> a gated batch, its basis full, and the same one without a gate."""
+    for _ in range(2 * gated.gate.k):
         gated.gate.update(torch.randn(gated.gate.m))
-    rejected = interleave(lambda: gated.look(False), gated.forward, case.looks or case.rounds, case.warmup)
-    accepted = interleave(
-        lambda: gated.finish(gated.look(True)), lambda: gated.finish(gated.step()), case.rounds, case.warmup
-    )
+    accepted = (lambda: gated.finish(gated.look(True))), (lambda: gated.finish(gated.step()))
+    return dict(zip(OVER, ((lambda: gated.look(False), gated.forward), accepted), strict=True))
+
+
+def time_claims(case: Case) -> list[Claim]:
+    rounds, pairs = (case.looks or case.rounds, case.rounds), sides(Gated(case))
     return [
-        time_claim(f"{case.name}: rejected batch over its forward", rejected, 1.03),
-        time_claim(f"{case.name}: accepted batch over the plain step", accepted, 1.03),
+        time_claim(f"{case.name}: {what}", interleave(*pairs[what], count, case.warmup), 1.03)
+        for what, count in zip(OVER, rounds, strict=True)
     ]
 
 
@@ -171,6 +174,8 @@ def forward_claim() -> Claim:
 
 def flop_claims() -> list[Claim]:
     """Gemma 3 270M's dimensions, 4 x 256 tokens, all of them predicted, counted without data; the gate by formula."""
+    from lorakit.studies.token_costs import step_flops
+
     model, batch, rate, claims = bare(gemma_270m), batch_of((4, 256)), 0.3, []
     gate = HeadGradientGate(model.config.hidden_size, model.config.vocab_size)
     extra = gate.flops(Candidate(torch.zeros(()), None, batch["labels"], kind="causal"))

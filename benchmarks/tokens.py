@@ -11,7 +11,6 @@ from torch import nn
 from benchmarks._common import NO_TARGET, Claim, interleave, keep_memory, time_claim
 from benchmarks._decoders import SHARES, bare, batch_of, exact, gemma, gemma_1b, gemma_270m
 from benchmarks.lora import build_ours
-from lorakit.studies.token_costs import step_flops
 
 DESCRIPTION = "FLoRA: a step on chosen tokens against the exact loss of all, by mode, fraction and score"
 TARGET = (
@@ -58,6 +57,8 @@ def goals(name: str, told: str) -> tuple[float, float]:
 
 def flop_claims() -> list[Claim]:
     """The step, every token a target and a quarter of them."""
+    from lorakit.studies.token_costs import step_flops
+
     model, claims = bare(gemma_270m), []
     for told, targets in SHARES.items():
         batch = batch_of((4, 256), targets)

@@ -124,7 +124,7 @@ def test_console_script():
 
 def test_makefile_has_its_targets_and_ci_calls_one():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("demo", "test", "test-lax", "check", "faults", "notebooks", "lab", "sweep", "clean"):
+    for target in ("demo", "test", "test-lax", "check", "faults", "gpu", "notebooks", "lab", "sweep", "clean"):
         (line,) = re.findall(rf"^{target}:(.*)$", makefile, re.MULTILINE)
         assert "## " in line
         assert target == "clean" or "check" in line or "$(INSTALLED)" in line  # sets up .venv
