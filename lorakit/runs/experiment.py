@@ -17,7 +17,6 @@ from lorakit import adapters, records
 from lorakit.errors import DataError, LorakitError, ParameterError, require
 from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
-from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.params import Params, rate_note, resolve
 from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
@@ -165,7 +164,7 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
     train(trainer, record, params)
     if params.select == "best":
         trainer.curve.restore_best(model)
-    if params.predict_memory and params.optimizer in PREDICTABLE:
+    if params.predict_memory and params.optimizer in memory.PREDICTABLE:
         try:
             with trainer.progress.doing("predicting memory"):
                 record.costs.predicted_memory = _predicted_memory(assembled)
