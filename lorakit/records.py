@@ -198,7 +198,7 @@ class Record(_Strict):
     schema_version: int = SCHEMA_VERSION
     kind: Literal["run", "lr_search", "timing"] = "run"
     setting: str
-    method: str  # the row's name: `rows.row_of` the parameters
+    method: str  # the row's name: `params.row_of`
     seed: int
     status: Status
     message: str = ""  # what stopped the run, where it did not end by itself

@@ -17,11 +17,10 @@ from lorakit import adapters, records
 from lorakit.errors import DataError, LorakitError, ParameterError, require
 from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
-from lorakit.params import Params, rate_note, resolve
+from lorakit.params import Params, rate_note, resolve, row_of
 from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
-from lorakit.runs.rows import row_of
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
