@@ -23,6 +23,7 @@ HOME = Path(os.environ.get("LORAKIT_HOME") or [*_FOUND, Path.cwd()][0]).resolve(
 PROJECT = HOME if (HOME / "Snakefile").is_file() or not _PACKED.is_dir() else _PACKED  # what is read: params …
 PARAMS = PROJECT / "params"
 RESULTS = HOME / "results"
+CONFIGS = Path(__file__).with_name("configs")  # what the package brings that is no code
 MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives
 LOCK = ".lock"
 

@@ -24,7 +24,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # imported under another name than installed
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
 # loaded by name, or imported by the notebooks alone
-NOT_IMPORTED = {"gguf", "ipykernel", "jinja2"}
+NOT_IMPORTED = {"gguf", "ipykernel"}
 
 
 def requirements() -> dict[str, Requirement]:

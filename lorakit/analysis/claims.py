@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lorakit.analysis import stats
 from lorakit.analysis.frame import frame, require_comparable
-from lorakit.analysis.significance import ALPHA, below, holm, seeds_needed, smallest_effect
 from lorakit.analysis.tables import NONE, Table
 from lorakit.errors import DataError, require
 from lorakit.files import PROJECT
@@ -31,7 +30,8 @@ from lorakit.records import Record, read_all
 
 BETTER = {"lower is better": 1, "higher is better": -1}  # the sign that makes more of a metric worse
 READING = f"""\
-A claim **holds** or is **refuted** where its limit lies outside what the seeds allow, at {100 * ALPHA:.0f} % over all
+A claim **holds** or is **refuted** where its limit lies outside what the seeds allow, at {100 * stats.ALPHA:.0f} % \
+over all
 claims of a setting together (Holm). Else it is **not resolvable here**: behind it stands the smallest distance from the
 limit that so many seeds show four times out of five at that correction, and how many it would take at the distance
 seen."""
@@ -80,9 +80,9 @@ class Finding:
         """Of what speaks for the claim, and of what speaks against it; one-sided each, small where it does."""
         claim, sample = self.claim, np.array(self.values)
         if claim.test == "equivalence":
-            pairs = [below(sample, claim.margin), below(-sample, claim.margin)]
+            pairs = [stats.below(sample, claim.margin), stats.below(-sample, claim.margin)]
             return max(held for held, _ in pairs), min(other for _, other in pairs)
-        return below(sample * claim.worse, self.limit * claim.worse, strict=claim.test == "superiority")
+        return stats.below(sample * claim.worse, self.limit * claim.worse, strict=claim.test == "superiority")
 
     @property
     def limit(self) -> float:
@@ -165,18 +165,18 @@ def written_at(path: Path, claims: Sequence[Claim]) -> dict[str, datetime]:
 def verdicts(found: Sequence[Finding]) -> list[str]:
     """A verdict for each finding, all of one setting."""
     sides = {one.claim.id: one.p_values() for one in found if len(one.values) >= stats.MINIMUM_SEEDS}
-    adjusted = dict(zip(sides, holm([2 * min(pair) for pair in sides.values()], len(found)), strict=True))
+    adjusted = dict(zip(sides, stats.holm([2 * min(pair) for pair in sides.values()], len(found)), strict=True))
     told = []
     for one in found:
         if one.claim.id not in sides:
             told.append(one.missing or "too few seeds")
-        elif adjusted[one.claim.id] < ALPHA:
+        elif adjusted[one.claim.id] < stats.ALPHA:
             held, other = sides[one.claim.id]
             told.append("**holds**" if held < other else "**refuted**")
         else:
-            spread, alpha = float(np.std(one.values, ddof=1)), ALPHA / len(found)
-            needed = f"{seeds_needed(spread, one.distance(), alpha):.0f}".replace("inf", "over 10,000")
-            smallest = smallest_effect(spread, len(one.values), alpha)
+            spread, alpha = float(np.std(one.values, ddof=1)), stats.ALPHA / len(found)
+            needed = f"{stats.seeds_needed(spread, one.distance(), alpha):.0f}".replace("inf", "over 10,000")
+            smallest = stats.smallest_effect(spread, len(one.values), alpha)
             told.append(f"not resolvable here ({smallest:.2g} would be; {needed} seeds for this)")
         told[-1] += f" ({one.exploratory})" if one.exploratory else ""
     return told

@@ -2,15 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from lorakit.analysis import style
 from lorakit.errors import require
+from lorakit.files import CONFIGS
 
-FLOWS = json.loads((Path(__file__).parents[1] / "configs" / "dataflow.json").read_text(encoding="utf-8"))
+FLOWS = json.loads((CONFIGS / "dataflow.json").read_text(encoding="utf-8"))
 FILLS = {"data": "white", "frozen": "0.88", "trained": "#BFE3F7", "choice": "#F6DFB0", "step": "white"}
 KINDS = {"frozen": "frozen, or without a graph", "trained": "trained, or with a graph", "choice": "decides"}
 WAYS = {"forward": {"color": "0.25"}, "backward": {"color": style.COLORS[2], "ls": "--"}}

@@ -11,7 +11,6 @@ from lorakit.analysis import names, stats, style
 from lorakit.analysis.curves import title
 from lorakit.analysis.figures import draw_mean, mean_key
 from lorakit.analysis.frame import frame, require_comparable
-from lorakit.analysis.significance import ALPHA, holm, two_sided
 from lorakit.analysis.tables import NONE, PEAK, TRAINABLE, Table, axis_columns, score
 from lorakit.errors import require
 from lorakit.records import METRICS, Record
@@ -57,13 +56,13 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     scale = f"{value.split(' ')[0]} loss" if value.endswith("perplexity") else value  # its logarithm, in every record
     gaps = {row: stats.paired_differences(groups[row], groups[best], scale) for row in found}
     others = {row: gap for row, gap in gaps.items() if row != best and len(gap.seeds) >= stats.MINIMUM_SEEDS}
-    tested = {row: two_sided(gap.differences) for row, gap in others.items()}
-    adjusted = dict(zip(tested, holm([*tested.values()], len(found) - 1), strict=True))
+    tested = {row: stats.two_sided(gap.differences) for row, gap in others.items()}
+    adjusted = dict(zip(tested, stats.holm([*tested.values()], len(found) - 1), strict=True))
     lines = {}
     for row, values in found.items():
         mean, gap = stats.estimate(values), gaps[row]
         told = "best" if row == best else "too few seeds" if row not in tested else "within noise"
-        if adjusted.get(row, 1) < ALPHA:
+        if adjusted.get(row, 1) < stats.ALPHA:
             told = "better" if (gap.estimate.mean > 0) == higher else "worse"
         lines[row] = {"label": names.label(row, groups[row]), "seeds": mean.count, "common": len(gap.seeds),
                       "mean": mean.mean, "low": mean.low, "high": mean.high, "standing": told}  # fmt: skip

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
+from lorakit.files import CONFIGS
 from lorakit.records import Record
 
 # Of each row its name and its look: colour, marker and the place of its dash in `style.DASHES`. In the order of tables,
 # what others are compared with first. A new row takes a look that is free and changes no other.
-ROWS = json.loads((Path(__file__).parents[1] / "configs" / "rows.json").read_text(encoding="utf-8"))
+ROWS = json.loads((CONFIGS / "rows.json").read_text(encoding="utf-8"))
 LABELS = {row: told["label"] for row, told in ROWS.items()}
 LOOKS = {row: told["look"].split() for row, told in ROWS.items()}
 

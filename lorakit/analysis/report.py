@@ -9,34 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Template
 
 from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
 from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
 from lorakit.errors import ParameterError
-from lorakit.files import require_place, write_text
+from lorakit.files import CONFIGS, require_place, write_text
 from lorakit.records import AXES, Record
 
 UNFAIR = "†"
-READING = """\
-Differences are of validation loss (nats, lower is better), row minus the other, paired by seed, with a 95 % interval of
-the mean over the pairs: Student's t below 8 pairs, a bootstrap (BCa) from 8 on, none below 3. **below** means that the
-row's loss is lower, **above** that it is higher, **within noise** that the interval holds 0, **too few seeds** that
-there is no interval. No correction is made for the number of comparisons: of twenty without any effect, one is expected
-outside the noise."""
-EQUAL = """\
-Each pair of runs is compared at the largest x that both reach. A run's loss is known only where it was evaluated
-({evaluations} times a run); in between it is interpolated on a straight line, which on a falling curve tends to be too
-high. **decayed** says whether both runs were there at the end of their own learning-rate schedule, at least {decayed}
-of the way, and if not, how far the other one was. A verdict marked {mark} is of a finished run and one whose learning
-rate was still high: not a fair comparison, mostly in favour of the finished one. Rows with a gate are also compared
-with a random choice at the same rate and, where the baseline is not at its end, with the ungated row that fits best."""
-CRITERION = """\
-The criterion: final validation loss at most {loss} above that of {reference} (`{row}`), at {steps} fewer
-accepted steps or better in every pair. Both are compared at their own end. **passed**: the whole interval is at or
-below the limit; **failed**: it is above, or too few steps were saved; **undecided**: the interval holds the limit, or
-there are too few seeds for one."""
+TEXT = (CONFIGS / "report.md.jinja").read_text(encoding="utf-8")
 
 
 def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str] = (), mixed: bool = False) -> str:
@@ -53,18 +37,21 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     """
     groups = equal_cost.rows_of(records, baseline)
     warning = require_comparable(records, mixed)
-    return Table(
-        f"# {records[0].setting}: {len(groups)} rows compared" + (f" ({warning})" if warning else ""),
-        header(groups, sources), READING,
-        "## What each row reached",
-        f"Means ± standard deviation over the seeds that finished. The baseline is `{next(iter(groups))}`.",
-        quality_table(groups), "\n".join(f"- {line}" for line in tables.remarks(groups)),
-        "## What it cost", cost_table(groups),
-        *_at_equal_cost(groups), *_criterion(groups), *_warnings(groups),
-    ).markdown() + "\n"  # fmt: skip
+    counts = {len(stats.curve(r, "steps")[0]) for r in records if r.status == "done"} or {0}
+    rates = {row: gate_of(group)[1] for row, group in groups.items() if equal_cost.random_for(groups, row) is None}
+    return Template(TEXT, trim_blocks=True, keep_trailing_newline=True).render(
+        setting=records[0].setting, groups=groups, warning=warning, header=header(groups, sources),
+        quality=quality_table(groups), remarks=tables.remarks(groups), cost=cost_table(groups),
+        evaluations=" to ".join(map(str, sorted({min(counts), max(counts)}))), unfair=UNFAIR,
+        decayed=f"{100 * stats.DECAYED:.0f} %", equal=equal_tables(groups),
+        lonely=[f"{names.label(r)} (at {tables.percent(rate)})" for r, rate in rates.items() if rate is not None],
+        criterion=criterion_table(groups), loss=f"{100 * equal_cost.LOSS_LIMIT:.1f} %",
+        steps=f"{100 * equal_cost.STEPS_LIMIT:.0f} %", told=told(groups), label=names.label,
+        markdown=lambda table: Table(table).markdown(),
+    )  # fmt: skip
 
 
-def header(groups: Groups, sources: Sequence[str]) -> str:
+def header(groups: Groups, sources: Sequence[str]) -> dict[str, str]:
     """What the report is about, as far as the records say: what all rows share, and where they differ."""
 
     def budget(record: Record) -> str | None:
@@ -78,7 +65,7 @@ def header(groups: Groups, sources: Sequence[str]) -> str:
     machines = each(", ".join(r.environment[n] for n in ("cpu", "device") if r.environment.get(n)) for r in records)
     codes = each((r.fingerprints.get("code") or "")[:12] for r in records)
     versions = each(f"{n} {v}" for r in records for n, v in r.environment.get("versions", {}).items() if v)
-    lines = {
+    return {
         "Setting": f"`{records[0].setting}`", "Read": f"{len(records)} records{read}",
         "Model": ", ".join(each(_known(r.resolved.get("model"), r.fingerprints.get("model")) for r in records)),
         "Data": ": ".join(", ".join(found) for found in (tasks, files) if found), "Seeds": _by_row(groups,
@@ -88,7 +75,6 @@ def header(groups: Groups, sources: Sequence[str]) -> str:
         "Machine": "; ".join(machines) + " (seconds are not comparable)" * (len(machines) > 1),
         "Code": ", ".join(codes) + " (fingerprints differ)" * (len(codes) > 1),
     }  # fmt: skip
-    return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
 
 
 def each(found: Iterable[Any]) -> list[str]:
@@ -152,30 +138,20 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
     return pd.DataFrame(lines)[columns]
 
 
-# sections --------------------------------------------------------------------------------------------
+def equal_tables(groups: Groups) -> dict[str, pd.DataFrame]:
+    """Title of an axis -> `equal_table`; of one row there is nothing to compare."""
+    axes = equal_cost.AXES if len(groups) > 1 else ()
+    return {AXES[x].title or AXES[x].label: equal_table(equal_cost.comparisons(groups, x)) for x in axes}
 
 
-def _at_equal_cost(groups: Groups) -> list[pd.DataFrame | str]:
-    if len(groups) == 1:
-        return ["## At equal cost", "One row: nothing to compare it with."]
-    counts = {len(stats.curve(r, "steps")[0]) for r in chain(*groups.values()) if r.status == "done"} or {0}
-    times = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    text = EQUAL.format(evaluations=times, decayed=f"{100 * stats.DECAYED:.0f} %", mark=UNFAIR)
-    parts: list[pd.DataFrame | str] = ["## At equal cost", text]
-    for axis in equal_cost.AXES:
-        title = AXES[axis].title or AXES[axis].label
-        parts += [f"### At equal {title}", equal_table(equal_cost.comparisons(groups, axis))]
-    rates = {row: gate_of(group)[1] for row, group in groups.items() if equal_cost.random_for(groups, row) is None}
-    lonely = [f"{names.label(row)} (at {tables.percent(rate)})" for row, rate in rates.items() if rate is not None]
-    return parts + ([f"No random row at the same rate: {', '.join(lonely)}."] if lonely else [])
+def criterion_table(groups: Groups) -> tuple[str, pd.DataFrame] | None:
+    """The reference, and each row held against it: relative loss with its interval, steps saved, verdict.
 
-
-def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
-    """Each row held against the reference: relative loss with its interval, steps saved, verdict."""
+    None where the rows choose tokens, and none of them batches; or where there is nothing to compare.
+    """
     gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
-    tokens = gates and all(" " in name for name in gates)
-    if tokens or len(groups) == 1:  # the rows choose tokens, and none of them batches; or there is nothing to compare
-        return []
+    if gates and all(" " in name for name in gates) or len(groups) == 1:
+        return None
     reference, lines = "full_length" if "full_length" in groups else next(iter(groups)), []
     for row in [row for row in groups if row != reference]:
         one = equal_cost.criterion(groups[row], groups[reference])
@@ -184,14 +160,12 @@ def _criterion(groups: Groups) -> list[pd.DataFrame | str]:
         line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
         lines.append(line)
     table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
-    table = table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
-    limits = {"loss": f"{100 * equal_cost.LOSS_LIMIT:.1f} %", "steps": f"{100 * equal_cost.STEPS_LIMIT:.0f} %"}
-    return ["## The criterion", CRITERION.format(**limits, reference=names.label(reference), row=reference), table]
+    return reference, table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
 
 
-def _warnings(groups: Groups) -> list[str]:
-    """Unfinished runs, what the gates warned of, and what the runs noted: each text once, with the runs it is about."""
-    records, parts = [*chain(*groups.values())], []
+def told(groups: Groups) -> dict[str, dict[str, str]]:
+    """Unfinished runs, what the gates warned of, and what the runs noted: each text once -> the runs it is about."""
+    records, found = [*chain(*groups.values())], {}
     sections: dict[str, Callable[[Record], list[str]]] = {
         "Runs that did not finish": lambda r: [] if r.status == "done" else [_end(r)],
         "Warnings of the gates": lambda r: r.details.get("gate", {}).get("warnings", []),
@@ -202,10 +176,9 @@ def _warnings(groups: Groups) -> list[str]:
         for record in records:
             for text in texts(record):
                 runs.setdefault(" ".join(text.split()), []).append(f"`{record.row}` seed {record.seed}")
-        lines = [f"- {'all runs' if len(about) == len(records) > 1 else ', '.join(about)}: {text}"
-                 for text, about in runs.items()]  # fmt: skip
-        parts += [f"## {title}", "\n".join(lines) or "None."]
-    return parts
+        found[title] = {text: "all runs" if len(about) == len(records) > 1 else ", ".join(about)
+                        for text, about in runs.items()}  # fmt: skip
+    return found
 
 
 def _end(record: Record) -> str:

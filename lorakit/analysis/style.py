@@ -21,24 +21,14 @@ from pandas import DataFrame
 from lorakit.analysis.drawn import Drawn
 from lorakit.analysis.names import LOOKS
 from lorakit.errors import require
-from lorakit.files import written
+from lorakit.files import CONFIGS, written
 
 WIDTH = 6.5  # inches: the text width of a page, and 780 pixels in a notebook
 SCREEN_DPI, PRINT_DPI = 120, 200
 FEW = 12  # points of a line that all carry a marker
 Key = tuple[Sequence[Any], Sequence[str]]  # handles and labels of a legend
 
-RC: dict[str, Any] = {
-    "font.family": "sans-serif", "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same picture on every machine
-    "axes.titlelocation": "left", "axes.titlesize": 9, "axes.labelsize": 9,
-    "axes.titlepad": 9,  # room for a mark on the top edge
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.88", "grid.linewidth": 0.6,
-    "legend.fontsize": 8, "legend.title_fontsize": 8, "legend.frameon": False,
-    "legend.handlelength": 3.2,  # long enough to tell the dashes apart
-    "lines.linewidth": 1.6, "lines.markersize": 4.5, "figure.facecolor": "white", "savefig.facecolor": "white",
-}  # fmt: skip
+RC = matplotlib.rc_params_from_file(CONFIGS / "figures.mplstyle", use_default_template=False)
 
 
 class Look(NamedTuple):

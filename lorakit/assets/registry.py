@@ -2,12 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
 
-PINS = Path(__file__).parents[1] / "configs" / "assets.json"
+from lorakit.files import CONFIGS
+
+PINS = CONFIGS / "assets.json"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy", "lorakit")
 
-AROUND = ("notebooks", "fits", "plan", "resources", "sweep", "away")  # of `runs`: what starts, plans or reads runs
+AROUND = ("notebooks", "fits", "plan", "sweep", "away")  # of `runs`: what starts, plans or reads runs
 NOT_OF_A_RUN = ("analysis/", "studies/", "scratch/", "cli.py", "__main__.py", *(f"runs/{name}.py" for name in AROUND))
 
 

@@ -2,6 +2,7 @@
 
 The prediction runs forward, backward and optimizer step of the real model code on tensors without data, in the steady
 state of training (the optimizer's state exists, gradients do not), and adds up the storages alive at each moment.
+PyTorch's own optimizers are run; bitsandbytes' Adam only makes its state.
 """
 
 import contextlib
@@ -16,10 +17,47 @@ from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.flops import FlopCount
 from lorakit.measure.live import LiveBytes
-from lorakit.measure.optimizers import PREDICTABLE
 from lorakit.seams import TokenSelection
 
 AUTOCAST = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_Trained = list[torch.nn.Parameter]
+_EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
+
+
+class _BitsAndBytesAdam(torch.optim.Optimizer):
+    """The state of bitsandbytes' Adam, without its arithmetic: two fp32 moments, or in 8 bits, block by block.
+
+    Tensors of fewer than `smallest` elements are not kept in 8 bits. Every block has one fp32 scale a moment.
+    """
+
+    BLOCK = 256
+
+    def __init__(self, trained: _Trained, smallest: float = 4096) -> None:
+        super().__init__(trained, {"smallest": smallest})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if self.state[parameter]:
+                continue
+            small = parameter.numel() < self.defaults["smallest"]
+            for i in (1, 2):
+                dtype = torch.float32 if small else torch.uint8
+                self.state[parameter][f"state{i}"] = torch.zeros_like(parameter, dtype=dtype)
+                if not small:
+                    blocks = -(-parameter.numel() // self.BLOCK)
+                    self.state[parameter][f"absmax{i}"] = parameter.new_zeros(blocks, dtype=torch.float32)
+
+
+# name -> (trained, foreach) to an optimizer over `trained` that makes the state of the one Hugging Face calls so
+PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
+    "adamw_torch": lambda trained, foreach: torch.optim.AdamW(trained, foreach=foreach),
+    "adamw_torch_fused": lambda trained, foreach: torch.optim.AdamW(trained, fused=True),
+    "sgd": lambda trained, foreach: torch.optim.SGD(trained, lr=1e-3, foreach=foreach),
+    # paged: the same state; on CUDA it may be moved to the CPU's memory under pressure
+    **dict.fromkeys(_EIGHT_BIT, lambda trained, foreach: _BitsAndBytesAdam(trained)),
+    "paged_adamw_32bit": lambda trained, foreach: _BitsAndBytesAdam(trained, float("inf")),
+}
 
 
 def predict_step_memory(
@@ -38,7 +76,7 @@ def predict_step_memory(
     Args:
         model: returns an output with `.loss` when called with `batch`.
         batch: inputs by name, labels included; only shapes and dtypes matter.
-        optimizer: by its Hugging Face name, one of `lorakit.measure.optimizers.PREDICTABLE`.
+        optimizer: by its Hugging Face name, one of `PREDICTABLE`.
         autocast: None, "bf16" or "fp16".
         gradient_checkpointing: recompute activations in the backward; so it is anyway where the model already does.
         device: "cpu", or "cuda" for what differs there: the optimizer updates all tensors at once (more temporaries),

@@ -1,16 +1,16 @@
 """Name -> transformers configuration without weights; well-known hub models have packaged dimensions."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from lorakit import assets
 from lorakit.errors import AssetError, ParameterError, require
+from lorakit.files import CONFIGS
 from lorakit.models import sources
 
-PACKAGED = Path(__file__).parent.parent / "configs" / "models.json"
+PACKAGED = CONFIGS / "models.json"
 
 
 class Described(NamedTuple):

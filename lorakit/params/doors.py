@@ -10,7 +10,7 @@ from typing import Any
 from lorakit.errors import ParameterError, require
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
-from lorakit.params.files import RESOURCES, ROW_QUESTIONS, SETTING, merge, of_files, read_files, rows_of
+from lorakit.params.files import RESOURCES, ROW_QUESTIONS, SETTING, is_named, merge, of_files, read_files, rows_of
 from lorakit.params.whole import GROUPS, NESTED, PER_RUN, QUESTIONS, Params, is_toy, known, rated
 
 IPYTHON = ("In", "Out", "exit", "quit", "get_ipython", "open")
@@ -32,8 +32,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         ParameterError: a params file breaks the rule of rows, or the setting has no such row and `given` makes none.
     """
     for name in NESTED:
-        named = isinstance(inner := given.get(name, {}), dict) and all(isinstance(key, str) for key in inner)
-        require(named, name, inner, "must be a mapping of names to values")
+        require(is_named(inner := given.get(name, {})), name, inner, "must be a mapping of names to values")
     given = given if "setting" in given or is_toy(given) else {"setting": "own"} | given  # of no setting of ours
     setting, row = given.get("setting"), given.get("row")
     folder = PARAMS / str(setting)

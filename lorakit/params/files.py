@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, require
-from lorakit.fields import APART, flagged, unknown
+from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.fields import APART, Settings, field, flagged, unknown
 from lorakit.files import PROJECT
 from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, method_of
 
@@ -86,9 +86,13 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
-    named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
-    require(named, "-f", str(path), "must be a mapping of parameter names to values")
+    require(is_named(values), "-f", str(path), "must be a mapping of parameter names to values")
     return values
+
+
+def is_named(values: Any) -> bool:
+    """Whether it is a mapping of names to values."""
+    return isinstance(values, dict) and all(isinstance(name, str) for name in values)
 
 
 def merge(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
@@ -122,3 +126,33 @@ def read_files(paths: list[str | Path]) -> dict[str, Any]:
         else:
             merged = merge(merged, read(path))
     return merged
+
+
+# what a run needs of a machine, for a scheduler ------------------------------------------------------
+
+
+class Resources(Settings):
+    """The keys of `resources:`; nothing that a run computes depends on them, and no record holds them."""
+
+    gpus: int = field(1, "GPUs; of several each has a process, through `accelerate launch`, and no notebook", ge=0)
+    cpus: int = field(8, "cores", ge=1)
+    memory: float = field(32.0, "GiB of main memory", gt=0)
+    hours: float = field(4.0, "until the scheduler stops the run, which goes on from its checkpoint when asked", gt=0)
+    together: int = field(1, "short runs in one submission, one after another, each with all of this", ge=1)
+
+
+def resources(paths: list[Path]) -> Resources:
+    """What the params files ask for, later ones winning.
+
+    Raises:
+        ParameterError: naming key, value, file and what is allowed.
+    """
+    asked: dict[str, object] = {}
+    for path in paths:
+        own, place = read(path).get(RESOURCES, {}), f"in {path.parent.name}/{path.name}"
+        require(is_named(own), RESOURCES, own, f"{place}: must be a mapping of names to values")
+        try:
+            asked |= Resources(**own).model_dump(exclude_unset=True)
+        except ParameterError as error:
+            raise ParameterError(f"{RESOURCES}.{error.name}", error.value, f"{place}: {error.allowed}") from None
+    return Resources(**asked)

@@ -17,13 +17,13 @@ from lorakit import adapters, models, records, tasks
 from lorakit.adapters import peft_format, saving, storage
 from lorakit.assets import ASSETS
 from lorakit.errors import require
-from lorakit.files import require_place, written
+from lorakit.files import CONFIGS, require_place, written
 from lorakit.head import NAMED
 from lorakit.params.overview import ALWAYS, KNOBS
 from lorakit.quiet import quiet
 from lorakit.tasks import chat, own, registry, toy
 
-CARD = toy.tokenizer.CHAT_TEMPLATE.parent / "model_card.md.jinja"
+CARD = CONFIGS / "model_card.md.jinja"
 OURS = dict.fromkeys((*toy.models.NAMES, toy.grammar.TOY), "MIT: lorakit's own")
 # kind -> who asks it; what transformers and the hub call that
 ASKED = {"classify": "`lorakit predict` asks it", "causal": "`lorakit generate` asks it", "masked": "nobody asks it"}

@@ -17,12 +17,10 @@ from lorakit import adapters, records
 from lorakit.errors import DataError, LorakitError, ParameterError, require
 from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
-from lorakit.measure.optimizers import PREDICTABLE
-from lorakit.params import Params, rate_note, resolve
+from lorakit.params import Params, rate_note, resolve, row_of
 from lorakit.quiet import interruptible, quiet
 from lorakit.records import Costs, Latency, Record
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
-from lorakit.runs.rows import row_of
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
 from lorakit.training.callback import strip_prefix
@@ -165,7 +163,7 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
     train(trainer, record, params)
     if params.select == "best":
         trainer.curve.restore_best(model)
-    if params.predict_memory and params.optimizer in PREDICTABLE:
+    if params.predict_memory and params.optimizer in memory.PREDICTABLE:
         try:
             with trainer.progress.doing("predicting memory"):
                 record.costs.predicted_memory = _predicted_memory(assembled)

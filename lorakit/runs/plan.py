@@ -16,8 +16,7 @@ from lorakit.fields import Settings, field
 from lorakit.head import KINDS
 from lorakit.measure import live
 from lorakit.measure.flops import FlopCount
-from lorakit.measure.memory import predict_step_memory
-from lorakit.measure.optimizers import PREDICTABLE
+from lorakit.measure.memory import PREDICTABLE, predict_step_memory
 from lorakit.models.loading import build
 from lorakit.modules import replace_modules
 from lorakit.params import Params

@@ -18,11 +18,11 @@ from lorakit.fields import APART, flagged
 from lorakit.files import HOME, PROJECT, alone
 from lorakit.params import Params, resolve
 from lorakit.params import given as given_by
+from lorakit.params.files import Resources, resources
+from lorakit.params.whole import notebook_of
 from lorakit.progress import Progress
 from lorakit.quiet import answering
 from lorakit.runs.notebooks import FINISHED
-from lorakit.runs.resources import Resources, resources
-from lorakit.runs.rows import notebook_of
 
 # in a sweep's log: how far a run is, as `Progress` writes it
 SHARE = re.compile(r"\S+/(\S+ s\d+)  +(\d+)% of ")

@@ -21,8 +21,7 @@ from lorakit.modules import blocks
 from lorakit.seams import Inputs, Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
-from lorakit.tokens.cut import Cut
-from lorakit.tokens.positions import Masks, Places, chosen_inputs, chosen_masks, places
+from lorakit.tokens.positions import Cut, Masks, Places, chosen_inputs, chosen_masks, places
 from lorakit.tokens.selection import TokenGate
 
 ATTENTION = ("sdpa", "eager")

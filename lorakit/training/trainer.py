@@ -20,9 +20,9 @@ from lorakit.progress import Progress
 from lorakit.training import checkpoint
 from lorakit.training.callback import RunCallback
 from lorakit.training.costs import Budget, Schedule
-from lorakit.training.curve import Curve
 from lorakit.training.gated import GatedTrainer
 from lorakit.training.loss import example_statistics
+from lorakit.training.state import Curve
 from lorakit.training.window import leaves_layers_out
 
 

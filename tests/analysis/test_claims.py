@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 from synthetic_records import record
 
 from lorakit import cli
-from lorakit.analysis import claims, significance
+from lorakit.analysis import claims, stats
 from lorakit.analysis.claims import Claim, Finding
 from lorakit.errors import DataError, LorakitError
 from lorakit.files import PROJECT
@@ -133,9 +133,9 @@ def test_a_claim_without_a_date_is_told_so():
 
 
 def test_holm_is_by_hand_and_counts_claims_not_run_yet():
-    assert significance.holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
-    assert significance.holm([0.01, 0.04, 0.03], 5) == pytest.approx([0.05, 0.12, 0.12])
-    assert significance.holm([0.4, 0.9], 4) == [1.0, 1.0]
+    assert stats.holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.01, 0.04, 0.03], 5) == pytest.approx([0.05, 0.12, 0.12])
+    assert stats.holm([0.4, 0.9], 4) == [1.0, 1.0]
     values = 1 - 0.02 + NOISE  # p = 0.0035
     found = [claims.find(claim(), runs("hira", values) + runs("lora", np.ones(6)))]
     missing = Finding(claim(id="another"), missing="no run of …")
@@ -145,12 +145,12 @@ def test_holm_is_by_hand_and_counts_claims_not_run_yet():
 
 @pytest.mark.parametrize(("count", "alpha"), [(3, 0.05), (5, 0.05 / 12), (8, 0.01)])
 def test_the_smallest_effect_is_seen_four_times_out_of_five(count, alpha):
-    effect = significance.smallest_effect(2.0, count, alpha)
+    effect = stats.smallest_effect(2.0, count, alpha)
     samples = np.random.default_rng(0).normal(effect, 2.0, size=(50_000, count))
     power = (scipy_stats.ttest_1samp(samples, 0, axis=1).pvalue < alpha).mean()
-    assert power == pytest.approx(significance.POWER, abs=0.01)
-    assert significance.seeds_needed(2.0, effect, alpha) == count
-    assert significance.seeds_needed(2.0, 0.99 * effect, alpha) == count + 1
+    assert power == pytest.approx(stats.POWER, abs=0.01)
+    assert stats.seeds_needed(2.0, effect, alpha) == count
+    assert stats.seeds_needed(2.0, 0.99 * effect, alpha) == count + 1
 
 
 def test_what_lacks_is_named():

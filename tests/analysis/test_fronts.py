@@ -7,7 +7,7 @@ import pytest
 from pages import assert_readable
 from synthetic_records import MIB, diverged, record
 
-from lorakit.analysis import fronts
+from lorakit.analysis import fronts, stats
 from lorakit.errors import ParameterError
 from lorakit.records import Costs
 
@@ -177,4 +177,4 @@ def test_perplexities_are_compared_by_their_logarithms():
     ]
     table = fronts.standings(records)
     assert table["standing"].tolist() == ["best", "worse"] and table.loc["head", "mean"] == np.mean(found["head"])
-    assert fronts.two_sided(np.subtract(found["head"], found["lora"])) > 0.2
+    assert stats.two_sided(np.subtract(found["head"], found["lora"])) > 0.2

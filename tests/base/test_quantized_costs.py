@@ -130,7 +130,7 @@ OPTIMIZERS = ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 def test_named_optimizers_step_and_their_state_is_as_predicted(build, tmp_path, name):
     from transformers import Trainer
 
-    from lorakit.measure.optimizers import PREDICTABLE
+    from lorakit.measure.memory import PREDICTABLE
     from lorakit.training.arguments import training_arguments
 
     arguments = training_arguments(Params(optimizer=name), str(tmp_path))

@@ -15,9 +15,9 @@ from lorakit import cli, records
 from lorakit.errors import ParameterError
 from lorakit.params import Params, collect, given, merge, params_of, resolve
 from lorakit.params.files import RESOURCES, read
+from lorakit.params.whole import notebook_of
 from lorakit.runs import sweep
 from lorakit.runs.notebooks import FINISHED, checked, parameters, whole
-from lorakit.runs.rows import notebook_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"

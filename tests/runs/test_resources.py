@@ -14,8 +14,8 @@ import yaml
 from lorakit import params, records
 from lorakit.errors import ParameterError
 from lorakit.files import PARAMS
+from lorakit.params.files import Resources, resources
 from lorakit.runs import sweep
-from lorakit.runs.resources import Resources, resources
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = sorted(path.parent.name for path in PARAMS.glob("*/_setting.yaml"))

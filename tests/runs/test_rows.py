@@ -6,8 +6,8 @@ import pytest
 
 import lorakit
 from lorakit.errors import ParameterError
-from lorakit.params import METHODS, check, method_of, params_of, resolve
-from lorakit.runs.rows import notebook_of, row_of
+from lorakit.params import METHODS, check, method_of, params_of, resolve, row_of
+from lorakit.params.whole import notebook_of
 
 
 @pytest.mark.parametrize(

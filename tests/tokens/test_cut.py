@@ -17,8 +17,7 @@ from lorakit.modules import blocks
 from lorakit.params import Params, check
 from lorakit.settings import TokenSettings
 from lorakit.skip.controller import SkipLoRA
-from lorakit.tokens.cut import Cut
-from lorakit.tokens.positions import places
+from lorakit.tokens.positions import Cut, places
 from lorakit.training.loss import MeanLoss
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.training import Budget, Ledger, Schedule
-from lorakit.training.curve import Curve
+from lorakit.training.state import Curve
 
 MANY = 2**24 + 1  # is no float32
 NOTHING = {"steps": 0, "accepted_steps": 0, "examples": 0, "tokens": 0, "tokens_backpropagated": 0}

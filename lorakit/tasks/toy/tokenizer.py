@@ -1,14 +1,14 @@
 """A byte is a token, id = byte + 9 after nine special tokens: no vocabulary file, and any text round-trips."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from lorakit.files import CONFIGS
+
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 VOCAB_SIZE = len(SPECIALS) + 256
-CHAT_TEMPLATE = Path(__file__).parents[2] / "configs" / "toy_chat.jinja"
+CHAT_TEMPLATE = CONFIGS / "toy_chat.jinja"
 
 
 def byte_tokenizer(single: str, pair: str, **options: object) -> PreTrainedTokenizerFast:
