@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from lorakit.errors import DataError
@@ -146,15 +146,28 @@ class _Tokens(_Shape):
     gating: _Gating | None = None
 
 
-_Asked = create_model(
-    "_Asked", __base__=_Tokens, differs=(dict[str, str], {}),
-    **dict.fromkeys(("method", "model", "task", "label", "gate", "schedule", "budget_unit"), (str, "")),
-    **dict.fromkeys(("budget", "learning_rate", "redundancy", "gate_rate"), (float, 0)),
-)  # fmt: skip
-_Details = create_model(
-    "_Details", __base__=_Shape, gate=(_Gate, _Gate()), tokens=(_Tokens, _Tokens()),
-    **dict.fromkeys(("skip", "sparsity", "weights", "timing"), (dict[str, Any], {})),
-)  # fmt: skip
+class _Asked(_Tokens):
+    method: str = ""
+    model: str = ""
+    task: str = ""
+    label: str = ""
+    gate: str = ""
+    schedule: str = ""
+    budget_unit: str = ""
+    budget: float = 0
+    learning_rate: float = 0
+    redundancy: float = 0
+    gate_rate: float = 0
+    differs: dict[str, str] = {}
+
+
+class _Details(_Shape):
+    gate: _Gate = _Gate()
+    tokens: _Tokens = _Tokens()
+    skip: dict[str, Any] = {}
+    sparsity: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    timing: dict[str, Any] = {}
 
 
 class _Fingerprints(_Shape):
