@@ -1,4 +1,4 @@
-"""Where a run works there is no room, no memory, no leave, no home, nobody who listens: a clear end; then it goes on."""
+"""No room, no memory, no leave, no home, nobody who listens: a clear end, and then the run goes on bitwise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_wanted(words: list[str], place: Path, wanted: dict, *told: object) -> Non
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's, as a run of a user's has it; None: without that one."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    kept |= {"LORAKIT_PROGRESS": "none"} | changes
+    kept |= {"LORAKIT_PROGRESS": "none", "PYTHONUNBUFFERED": None} | changes
     return {name: value for name, value in kept.items() if value is not None}
 
 
@@ -227,10 +227,11 @@ def places_case(rng: random.Random, folder: Path) -> str:
 # nobody listens -------------------------------------------------------------------------------------
 
 SAY = [
-    ["--help"], ["params"], ["train", "--help"], ["table", "results/toy"], ["report", "results/toy"], ["fetch", "--list"],
-    ["claims", "--setting", "toy"], ["plan", "toy-encoder", "--gpu", "24"], ["scratch", "--help"], ["train"], ["train"],
-    ["predict", "toy-encoder", "--text", "fine"], ["no-such-command"], ["train", "-p", "rank=x"], ["init"], ["search"],
-]  # fmt: skip
+    *(["--help"], ["--version"], ["params"], ["train", "--help"], ["fetch"], ["fetch", "--list"], ["no-such-command"]),
+    *(["train", "-p", "rank=x"], ["init"], ["table", "results/toy"], ["report", "results/toy"], ["scratch", "--help"]),
+    *(["claims", "--setting", "toy"], ["plan", "toy-encoder", "--gpu", "24"], ["predict", "toy-encoder"]),
+    *(["search"], ["train"], ["train"]),
+]
 OUT = ["head", "head", "nobody", "closed", "/dev/full"]
 
 

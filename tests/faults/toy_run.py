@@ -25,16 +25,17 @@ TOLD = {  # row -> what it is told beside SMALL, so that its method acts within 
     "skip": {"skip_warmup": 0.2, "skip_measure_every": 1}, "slora": GATE, "novelty_loss": GATE, "least_novel": GATE,
     "random": {"gate_burn_in": 2}, "loss_floor": {"gate_burn_in": 2}, "gradient_norm": {"gate_burn_in": 2},
 }  # fmt: skip
+AGAIN = {"redundancy": 0.5, "redundancy_pool": 16}
 VARIANTS = [  # setting, row, what is asked of it that no row of the toys asks
     ("toy", "lora", {"task": "toy-stories"}), ("toy", "full", {"task": "toy-stories"}),  # masked
-    ("toy", "qlora", {"task": "toy-stories", "gate": "novelty"} | GATE), ("toy", "head", {"redundancy": 0.5, "redundancy_pool": 16}),
-    ("toy", "skip", {"skip": "adapter"} | TOLD["skip"]), ("toy", "skip", {"skip_decide": "forward", "skip_warmup": 0.2}),
+    ("toy", "qlora", {"task": "toy-stories", "gate": "novelty"} | GATE), ("toy", "head", AGAIN),
+    ("toy", "skip", {"skip": "adapter"} | TOLD["skip"]), ("toy", "skip", {"skip_decide": "forward"}),
     ("toy", "skip", {"skip_share": 0.5, "gate": "random"} | TOLD["skip"] | TOLD["random"]),
     ("toy", "sparse", {"sparsify": "l1"}), ("toy", "sparse", {"sparsify": "structured"}),
     ("toy", "sparse", {"sparse_factors": "A", "gate": "novelty"} | GATE), ("toy", "hira", {"quantize": "nf4"}),
     ("toy", "lora", {"optimizer": "adamw_bnb_8bit"}), ("toy", "full", {"optimizer": "adafactor"}),
     ("toy", "lora", {"precision": "bf16", "gradient_checkpointing": "true", "schedule": "cosine"}),
-    ("toy", "lora", {"evaluate_first": "true", "redundancy": 0.5, "redundancy_kind": "near", "redundancy_pool": 16}),
+    ("toy", "lora", {"evaluate_first": "true", "redundancy_kind": "near"} | AGAIN),
     ("toy-instruct", "lora", {"method": "head"}), ("toy-instruct", "lora", {"packing": "true", "loss": "dft"}),
     ("toy-instruct", "flora", {"gating.per": "sequence", "gate": "random", "gate_burn_in": 2}),
     ("toy-instruct", "flora", {"quantize": "nf4", "gating.score": "updates", "forgetting": "toy-stories"}),
