@@ -35,8 +35,8 @@ LONGEST = 60  # seconds
 
 # archives -------------------------------------------------------------------------------------------
 
-LARGE = 400 << 20  # bytes that a bomb unpacks to
-ROOM = 150 << 20  # that a fetch of a few KiB may take
+LARGE = 96 << 20  # bytes that a bomb unpacks to
+ROOM = 40 << 20  # that a fetch of a few KiB may take
 NAMES = [
     *("../out", "../../out", "/{0}/out", "a/../../out", "./../out", "..\\out", "C:\\out", "C:out", "//out"),
     *("", ".", "..", "a/", "link/out", "\0out", "o\0ut", "\u202eout", "caf\u00e9", "x" * 300, "a/" * 99 + "b", "~/o"),
@@ -89,15 +89,15 @@ def archive_of(rng: random.Random, place: Path, name: str, content: dict[str, by
     modes = {"gz": "w:gz", "bz2": "w:bz2", "xz": "w:xz", "tar": "w:"}
     kind = name.rpartition(".")[2]
     made = tar_of(rng, place, content, modes[kind]) if kind in modes else zip_of(rng, place, content)
-    return rng.choice(mutations.BYTES)(made, rng) if rng.random() < 0.4 else made
+    return rng.choice(mutations.BYTES)(made, rng) if rng.random() < 0.25 else made
 
 
 def hostile(rng: random.Random, place: Path) -> tuple[Asset, dict[str, bytes]]:
     """An asset whose archive is the pinned one: the worst that whoever makes the pins could miss."""
     ending = rng.choice(["whl", "zip", "tar.gz", "tar.bz2", "tar.xz", "tar"])
-    path, kept = rng.choice([*NAMES, *["good"] * 20]), rng.choice([*NAMES, *["kept"] * 20])
+    path, kept = rng.choice([*NAMES, *["good"] * 60]), rng.choice([*NAMES, *["kept"] * 60])
     path, kept, data = path.format(str(place)[1:]), kept.format(str(place)[1:]), TEXT
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         data = bytes(LARGE)
     content = {path: data, "setup.py": b"raise SystemExit('imported')"}
     if rng.random() < 0.3:
