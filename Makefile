@@ -49,7 +49,7 @@ test-lax: check ## as test, but notebook outputs may differ (other hardware)
 	$(TESTS)
 	$(NBVAL) --nbval-lax notebooks
 
-faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: runs killed, input malformed, processes lost; drawn from a seed
+faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: kills, malformed and hostile input, lost processes, full disks, closed pipes …; a table
 	$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults -s -q -p no:cacheprovider
 
 slurm: $(INSTALLED) ## sweeps on a SLURM of one node, started and stopped here (root; apt install slurm-wlm munge)

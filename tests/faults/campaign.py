@@ -33,8 +33,8 @@ import pytest
 SEED = int(os.environ.get("SEED") or time.time_ns() // 10**6 % 10**8)
 MINUTES = float(os.environ.get("MINUTES") or 20)
 CASE = os.environ.get("CASE", "")
-SHARES = {"kills": 0.26, "params": 0.06, "data": 0.06, "adapters": 0.07, "checkpoints": 0.1, "records": 0.04}
-SHARES |= {"processes": 0.11, "places": 0.1, "pipes": 0.06, "fetches": 0.03, "sweeps": 0.05, "archives": 0.02}
+SHARES = {"kills": 0.24, "params": 0.06, "data": 0.06, "adapters": 0.07, "checkpoints": 0.1, "records": 0.04}
+SHARES |= {"processes": 0.11, "places": 0.1, "pipes": 0.06, "fetches": 0.03, "sweeps": 0.07, "archives": 0.02}
 SHARES |= {"pickles": 0.04}  # of MINUTES
 WRONG = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
 NOBODY = 65534

@@ -110,7 +110,15 @@ def fetches_case(rng: random.Random, folder: Path) -> str:
 
 # sweeps ---------------------------------------------------------------------------------------------
 
-SWEEP = "import sys; from lorakit.runs import sweep; sys.exit(sweep.sweep(sweep.plan(*sys.argv[1:3]), 2))"
+SWEEP = """\
+import sys
+from lorakit import cli
+from lorakit.runs import sweep
+
+real = sweep.plan
+sweep.plan = lambda _, *asked: real(sys.argv[1], *asked)
+sys.exit(cli.main(["sweep", "--setting", sys.argv[2], "--jobs", "2"]))
+"""
 ALONE = """\
 import os
 from pathlib import Path
