@@ -53,12 +53,12 @@ def bomb(compressed: str) -> bytes:
     return BOMB[compressed]
 
 
-def tar_of(rng: random.Random, place: Path, content: dict[str, bytes], mode: str) -> bytes:
+def tar_of(rng: random.Random, place: Path, content: dict[str, bytes], mode: str, odd: bool) -> bytes:
     """A tar with these members, among links, devices, names twice and members that say another size."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=mode, format=rng.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])) as archive:
         for name, data in content.items():
-            for _ in range(rng.choice([0, 0, 1, 2])):
+            for _ in range(rng.choice([0, 0, 1, 2]) if odd else 0):
                 info = tarfile.TarInfo(rng.choice([name, "link", "good"]))
                 info.type, info.linkname = rng.choice(KINDS), rng.choice(LINKS).format(place)
                 archive.addfile(info)
@@ -68,28 +68,30 @@ def tar_of(rng: random.Random, place: Path, content: dict[str, bytes], mode: str
     return file.getvalue()
 
 
-def zip_of(rng: random.Random, place: Path, content: dict[str, bytes]) -> bytes:
+def zip_of(rng: random.Random, place: Path, content: dict[str, bytes], odd: bool) -> bytes:
     """A zip of the same kind; of some members the flags say that they are encrypted, or packed as nobody does."""
     file = io.BytesIO()
+    modes = [0, 0o100644, 0o120777, 0o40755, 0o10644] if odd else [0o100755]
     how = rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
     with zipfile.ZipFile(file, "w", how) as archive:
         for name, data in content.items():
             info = zipfile.ZipInfo(name.replace("\0", "") or "x")
-            info.compress_type, info.external_attr = how, rng.choice([0, 0o100644, 0o120777, 0o40755, 0o10644]) << 16
+            info.compress_type, info.external_attr = how, rng.choice(modes) << 16
             archive.writestr(info, rng.choice(LINKS).format(place) if info.external_attr >> 28 == 10 else data)
     made = bytearray(file.getvalue())
-    if rng.random() < 0.3:  # in the directory: flags, method, sizes, offset
+    if odd and rng.random() < 0.3:  # in the directory: flags, method, sizes, offset
         at = made.rfind(b"PK\1\2") + rng.choice([8, 10, 20, 24, 42])
         made[at : at + 2] = rng.choice([b"\1\0", b"\x63\0", b"\xff\xff", b"\0\0"])
     return bytes(made)
 
 
 def archive_of(rng: random.Random, place: Path, name: str, content: dict[str, bytes]) -> bytes:
-    """The bytes of archive `name`; sometimes a few of them are changed as well."""
+    """The bytes of archive `name`; often odd in form too, and sometimes a few of them changed."""
+    odd = rng.random() < 0.6
     modes = {"gz": "w:gz", "bz2": "w:bz2", "xz": "w:xz", "tar": "w:"}
     kind = name.rpartition(".")[2]
-    made = tar_of(rng, place, content, modes[kind]) if kind in modes else zip_of(rng, place, content)
-    return rng.choice(mutations.BYTES)(made, rng) if rng.random() < 0.25 else made
+    made = tar_of(rng, place, content, modes[kind], odd) if kind in modes else zip_of(rng, place, content, odd)
+    return rng.choice(mutations.BYTES)(made, rng) if odd and rng.random() < 0.4 else made
 
 
 def hostile(rng: random.Random, place: Path) -> tuple[Asset, dict[str, bytes]]:
