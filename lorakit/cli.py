@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lorakit import __version__
 from lorakit.errors import AssetError, LorakitError
@@ -48,17 +48,25 @@ def main(argv: list[str] | None = None) -> int:
             return _called(argv)
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
     except LorakitError as error:
         status, told = error.status, str(error)
     except KeyboardInterrupt:
         status, told = 130, "interrupted"
     except OSError as error:  # a closed pipe, a full disk
         told = str(error)
-        with contextlib.suppress(OSError):  # else Python tries once more as it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    with contextlib.suppress(OSError):
-        print(f"lorakit {' '.join(argv[:1])}: {told}", file=sys.stderr)
+        _unheard(sys.stdout)
+    try:
+        print(f"lorakit {' '.join(argv[:1])}: {told}", file=sys.stderr, flush=True)
+    except OSError:
+        _unheard(sys.stderr)
     return status
+
+
+def _unheard(stream: TextIO) -> None:
+    """From here on nobody hears it, else Python tries once more as it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _called(argv: list[str]) -> int:

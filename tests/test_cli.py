@@ -122,6 +122,14 @@ def test_what_cannot_be_printed_is_one_line_and_status_1(place, words):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["no-such-command"], ["train", "--no-such-option"]], ids=" ".join)
+def test_where_nothing_can_be_said_the_status_says_that_it_failed(words):
+    with open("/dev/full", "w") as full:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        ended = subprocess.run([sys.executable, "-m", "lorakit", *words], stdout=full, stderr=full, env=environment)
+    assert ended.returncode in (1, 2)  # not Python's own 120
+
+
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
 def test_output_that_was_closed_is_no_error_and_no_file_gets_its_number(tmp_path, closed):
     code = "import os, sys\nfor number in map(int, sys.argv.pop(1)): os.close(number)\n"

@@ -177,8 +177,14 @@ def one_error(text: str) -> None:
     fault_unless(lines and len(lines) == 1 and 10 < len(lines[0]) < 2000, "not one clear line", text)
 
 
-def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> int:
-    """The pid of a child that does `work`, with its output in `log`, and ends with the status it gives."""
+def forked(
+    work: Callable[[], int], log: Path, environment: dict[str, str] | None = None, output: int | None = None
+) -> int:
+    """The pid of a child that does `work` and ends with the status it gives; its output is in `log`, or goes elsewhere.
+
+    Args:
+        output: file descriptor of the elsewhere.
+    """
     if pid := os.fork():
         LOGS[pid] = log
         return pid
@@ -188,8 +194,8 @@ def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | Non
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with open(log, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+            os.dup2(file.fileno() if output is None else output, 1)
+            os.dup2(1, 2)
         for name in ("stdout", "stderr", "__stdout__", "__stderr__"):  # pytest's are files of its own
             stream = open(1 if "out" in name else 2, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
             setattr(sys, name, stream)

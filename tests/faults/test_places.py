@@ -104,13 +104,7 @@ def file_size(rng: random.Random, folder: Path, words: list[str], wanted: dict) 
 def piped(work: Callable[[], int], log: Path) -> tuple[int, str]:
     """Status and output of a child that does `work` and prints into a pipe."""
     reading, writing = os.pipe()
-
-    def child() -> int:
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
-        return work()
-
-    pid = forked(child, log)
+    pid = forked(work, log, output=writing)
     os.close(writing)
     with open(reading, "rb") as file:
         said = file.read().decode(errors="replace")
