@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lorakit import __version__
 from lorakit.errors import AssetError, LorakitError
@@ -37,9 +37,39 @@ DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sent
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 it failed or was stopped, 2 bad input, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # ± and × on a terminal that knows ASCII only
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as by `>&-`: else a file of ours would get its number
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(errors="replace")  # ± and × on a terminal that knows ASCII only
+    status, told = 1, ""
+    try:
+        try:
+            return _called(argv)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except LorakitError as error:
+        status, told = error.status, str(error)
+    except KeyboardInterrupt:
+        status, told = 130, "interrupted"
+    except OSError as error:  # a closed pipe, a full disk
+        told = str(error)
+        _unheard(sys.stdout)
+    try:
+        print(f"lorakit {' '.join(argv[:1])}: {told}", file=sys.stderr, flush=True)
+    except OSError:
+        _unheard(sys.stderr)
+    return status
+
+
+def _unheard(stream: TextIO) -> None:
+    """From here on nobody hears it, else Python tries once more as it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _called(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:{max(map(len, COMMANDS))}}  {text}" for name, (_, text) in COMMANDS.items()]
         print("\n".join(["usage: lorakit COMMAND …", "", *lines]))
@@ -52,22 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lorakit: {name!r} is not a command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
-    try:
-        status = (getattr(import_module(f"lorakit.{module}"), function or "main") if module else globals()[name])(rest)
-        sys.stdout.flush()
-        return status
-    except LorakitError as error:
-        print(f"lorakit {name}: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print(f"lorakit {name}: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:  # a closed pipe, a full disk
-        with contextlib.suppress(OSError):
-            print(f"lorakit {name}: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # else Python tries once more as it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return (getattr(import_module(f"lorakit.{module}"), function or "main") if module else globals()[name])(rest)
 
 
 def train(argv: Sequence[str]) -> int:

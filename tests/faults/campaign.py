@@ -4,7 +4,8 @@
     make faults SEED=7 CASE=kills/17    one case of it
 
 A case is a function of a random generator and an empty folder; what it raises is a fault. What a generator draws
-depends on (seed, campaign, number) alone. A case killed by the clock, not at an event, need not fail again.
+depends on (seed, campaign, number) alone. A case killed by the clock, not at an event, need not fail again; one whose
+processes race neither. What this machine does not allow is skipped, with the reason. At the end stands a table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,16 @@ import pytest
 SEED = int(os.environ.get("SEED") or time.time_ns() // 10**6 % 10**8)
 MINUTES = float(os.environ.get("MINUTES") or 20)
 CASE = os.environ.get("CASE", "")
-SHARES = {"kills": 0.4, "params": 0.08, "data": 0.08, "adapters": 0.1, "checkpoints": 0.14, "records": 0.05}
-SHARES |= {"processes": 0.15}  # of MINUTES
+SHARES = {"kills": 0.24, "params": 0.06, "data": 0.06, "adapters": 0.07, "checkpoints": 0.1, "records": 0.04}
+SHARES |= {"processes": 0.11, "places": 0.1, "pipes": 0.06, "fetches": 0.03, "sweeps": 0.07, "archives": 0.02}
+SHARES |= {"pickles": 0.04}  # of MINUTES
 WRONG = re.compile(r"Traceback \(most recent|Exception ignored|Fatal Python error|terminate called")
+NOBODY = 65534
+OTHER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all,+dac_read_search"]
+OTHER += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
 MOST = 12  # faults after which a campaign ends
 LOGS: dict[int, Path] = {}  # of the children that were not yet waited for
+RESULTS: dict[str, Result] = {}  # by campaign
 
 # by a thread: a case's own time limit is the alarm signal
 marks = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES + 900, method="thread")]
@@ -47,6 +54,24 @@ class Hang(BaseException):
 
 class Fault(AssertionError):
     """What must never happen did."""
+
+
+@dataclass
+class Result:
+    """What a campaign came to: how many cases survived by kind, those skipped by reason, and what each fault said."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    faults: list[tuple[str, str]] = field(default_factory=list)  # how to repeat it; what it was
+
+    @property
+    def survived(self) -> int:
+        return sum(self.kinds.values())
+
+    def __str__(self) -> str:
+        told = [f"{kind} {count}" for kind, count in sorted(self.kinds.items())]
+        told += [f"{count} skipped: {reason}" for reason, count in self.skipped.items()]
+        return f"{self.survived + len(self.faults)} cases, {len(self.faults)} faults; {', '.join(told)}"
 
 
 def fault_unless(condition: Any, *told: object) -> None:
@@ -66,19 +91,22 @@ def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, sec
     if CASE and only is None:
         pytest.skip(f"CASE={CASE}")
     print(f"\n{name}: SEED={SEED}", flush=True)
-    ends, kinds, faults, number = time.monotonic() + 60 * MINUTES * SHARES[name], Counter(), [], int(only or 0)
-    while len(faults) < MOST:
+    ends, result, number = time.monotonic() + 60 * MINUTES * SHARES[name], Result(), int(only or 0)
+    RESULTS[name] = result
+    while len(result.faults) < MOST:
         place = folder / f"{name}-{number}"
         place.mkdir()
         try:
             with limited(seconds), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                kinds[case(random.Random(f"{name}/{SEED}/{number}"), place)] += 1
+                result.kinds[case(random.Random(f"{name}/{SEED}/{number}"), place)] += 1
+        except pytest.skip.Exception as reason:
+            result.skipped[str(reason)] += 1
         except (Exception, Hang) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             told = f"{type(error).__name__}: {error}" + ("" if isinstance(error, Fault) else f" at {last}")
-            faults.append(f"FAULT {told}\n  repeat: make faults SEED={SEED} CASE={name}/{number}")
-            print(faults[-1], flush=True)
+            result.faults.append((f"make faults SEED={SEED} CASE={name}/{number}", told))
+            print(f"FAULT {told}\n  repeat: {result.faults[-1][0]}", flush=True)
         for pid in [*LOGS]:  # where a fault ended the case, stopped ones too
             os.kill(pid, signal.SIGKILL)
             reaped(pid)
@@ -87,10 +115,26 @@ def run(name: str, case: Callable[[random.Random, Path], str], folder: Path, sec
         number += 1
         if only is not None or time.monotonic() > ends:
             break
-    told = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    print(f"{name}: SEED={SEED}: {sum(kinds.values()) + len(faults)} cases, {len(faults)} faults; {told}", flush=True)
-    if faults:
-        pytest.fail(f"{len(faults)} faults of {name}, SEED={SEED}: see above", pytrace=False)
+    print(f"{name}: SEED={SEED}: {result}", flush=True)
+    if result.faults:
+        pytest.fail(f"{len(result.faults)} faults of {name}, SEED={SEED}: see above", pytrace=False)
+
+
+def table() -> list[str]:
+    """Lines of the table over all campaigns; below it each fault, with the command that repeats it."""
+    lines = [
+        f"{'campaign':12} {'tried':>6} {'survived':>9} {'skipped':>8} {'faults':>7}   SEED={SEED} MINUTES={MINUTES:g}"
+    ]
+    for name in SHARES:
+        if (result := RESULTS.get(name)) is None:
+            lines.append(f"{name:12} {'did not run':>16}")
+            continue
+        numbers = (result.survived + len(result.faults), result.survived, result.skipped.total(), len(result.faults))
+        lines.append("{:12} {:6} {:9} {:8} {:7}".format(name, *numbers))
+    skipped = sum((result.skipped for result in RESULTS.values()), Counter())
+    lines += [f"skipped {count}: {reason}" for reason, count in skipped.items()]
+    faults = [fault for result in RESULTS.values() for fault in result.faults]
+    return lines + [f"{repeat}\n    {' '.join(told.split())[:300]}" for repeat, told in faults]
 
 
 @contextlib.contextmanager
@@ -133,8 +177,14 @@ def one_error(text: str) -> None:
     fault_unless(lines and len(lines) == 1 and 10 < len(lines[0]) < 2000, "not one clear line", text)
 
 
-def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> int:
-    """The pid of a child that does `work`, with its output in `log`, and ends with the status it gives."""
+def forked(
+    work: Callable[[], int], log: Path, environment: dict[str, str] | None = None, output: int | None = None
+) -> int:
+    """The pid of a child that does `work` and ends with the status it gives; its output is in `log`, or goes elsewhere.
+
+    Args:
+        output: file descriptor of the elsewhere.
+    """
     if pid := os.fork():
         LOGS[pid] = log
         return pid
@@ -144,8 +194,8 @@ def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | Non
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with open(log, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+            os.dup2(file.fileno() if output is None else output, 1)
+            os.dup2(1, 2)
         for name in ("stdout", "stderr", "__stdout__", "__stderr__"):  # pytest's are files of its own
             stream = open(1 if "out" in name else 2, "w", buffering=1, closefd=False, errors="replace")  # noqa: SIM115
             setattr(sys, name, stream)
@@ -157,6 +207,35 @@ def forked(work: Callable[[], int], log: Path, environment: dict[str, str] | Non
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def program(
+    words: Sequence[object],
+    log: Path,
+    environment: dict[str, str],
+    before: Callable[[], object] = lambda: None,
+    other: bool = False,
+) -> int:
+    """The pid of a new Python that runs `lorakit WORDS`.
+
+    Args:
+        environment: all of it.
+        before: happens first, in the process.
+        other: as a user without rights, who may read everything, so that it does not matter where Python is.
+    """
+    from lorakit.files import PROJECT
+
+    argv = [*(OTHER if other else []), sys.executable, "-m", "lorakit", *map(str, words)]
+    setpriv = shutil.which("setpriv")
+    if other and (os.geteuid() != 0 or not setpriv):
+        pytest.skip("as another user (needs root and setpriv)")
+
+    def work() -> int:
+        os.chdir(PROJECT)
+        before()
+        os.execve(setpriv if other else sys.executable, argv, environment)
+
+    return forked(work, log)
 
 
 def reaped(pid: int, options: int = 0) -> int | None:

@@ -13,33 +13,77 @@ from typing import Any
 
 from faults.campaign import ended, fault_unless, forked
 
+from lorakit.files import PARAMS
+
 SMALL = {
     **{"budget": 6, "budget_unit": "accepted_steps", "evaluations": 2, "batch_size": 4, "max_train": 48},
     **{"max_validation": 16, "max_test": 8, "latency_repeats": 0, "predict_memory": "false", "rank": 2},
 }
-ROWS = {  # row -> what it is told beside SMALL, so that its method acts within few steps
-    "lora": {}, "hira": {}, "qlora": {}, "head": {}, "full": {}, "skip": {"skip_warmup": 0.2, "skip_measure_every": 1},
-    "sparse": {}, "slora": {"gate_burn_in": 2, "gate_m": 64, "gate_k": 4}, "random": {"gate_burn_in": 2},
-    "loss_floor": {"gate_burn_in": 2},
-    "gradient_norm": {"gate_burn_in": 2}, "novelty_loss": {"gate_burn_in": 2, "gate_m": 64, "gate_k": 4},
+SETTINGS = ("toy", "toy-instruct")  # every row of theirs is drawn
+GATE = {"gate_burn_in": 2, "gate_m": 64, "gate_k": 4}
+TOLD = {  # row -> what it is told beside SMALL, so that its method acts within few steps
+    "skip": {"skip_warmup": 0.2, "skip_measure_every": 1}, "slora": GATE, "novelty_loss": GATE, "least_novel": GATE,
+    "random": {"gate_burn_in": 2}, "loss_floor": {"gate_burn_in": 2}, "gradient_norm": {"gate_burn_in": 2},
 }  # fmt: skip
-TOKENS = ("flora", "pps_fractional", "random_tokens")  # rows of toy-instruct
+AGAIN = {"redundancy": 0.5, "redundancy_pool": 16}
+VARIANTS = [  # setting, row, what is asked of it that no row of the toys asks
+    ("toy", "lora", {"task": "toy-stories"}), ("toy", "full", {"task": "toy-stories"}),  # masked
+    ("toy", "qlora", {"task": "toy-stories", "gate": "novelty"} | GATE), ("toy", "head", AGAIN),
+    ("toy", "skip", {"skip": "adapter"} | TOLD["skip"]), ("toy", "skip", {"skip_decide": "forward"}),
+    ("toy", "skip", {"skip_share": 0.5, "gate": "random"} | TOLD["skip"] | TOLD["random"]),
+    ("toy", "sparse", {"sparsify": "l1"}), ("toy", "sparse", {"sparsify": "structured"}),
+    ("toy", "sparse", {"sparse_factors": "A", "gate": "novelty"} | GATE), ("toy", "hira", {"quantize": "nf4"}),
+    ("toy", "lora", {"optimizer": "adamw_bnb_8bit"}), ("toy", "full", {"optimizer": "adafactor"}),
+    ("toy", "lora", {"precision": "bf16", "gradient_checkpointing": "true", "schedule": "cosine"}),
+    ("toy", "lora", {"evaluate_first": "true", "redundancy_kind": "near"} | AGAIN),
+    ("toy-instruct", "lora", {"method": "head"}), ("toy-instruct", "lora", {"packing": "true", "loss": "dft"}),
+    ("toy-instruct", "flora", {"gating.per": "sequence", "gate": "random", "gate_burn_in": 2}),
+    ("toy-instruct", "flora", {"quantize": "nf4", "gating.score": "updates", "forgetting": "toy-stories"}),
+]  # fmt: skip
+PEFT = {  # type -> its options on the toys' layers
+    "DORA": {}, "ADALORA": {}, "VERA": {}, "SHIRA": {}, "IA3": {}, "LOHA": {}, "OFT": {"oft_block_size": 4}, "BOFT": {},
+    "FOURIERFT": {"n_frequency": 50}, "LN_TUNING": {}, "POLY": {}, "OSF": {}, "PROMPT_TUNING": {}, "PREFIX_TUNING": {},
+    "P_TUNING": {"encoder_hidden_size": 16},
+}  # fmt: skip
 OURS = re.compile(r"\.lock|adapter|model|checkpoint-[1-9][0-9]*|earlier-[0-9]+")  # what may be in a run's folder
+MADE = ("adapter", "model")
 TIMES = ("started", "seconds", "environment", "latency", "resume")
 
 
-def drawn(rng: random.Random, rows: Sequence[str] = (*ROWS, *TOKENS)) -> list[str]:
-    """Words for `lorakit train`: one of `rows`, a few of its parameters too."""
-    row = rng.choice(rows)
-    setting = "toy-instruct" if row in TOKENS else "toy"
-    values = SMALL | ROWS.get(row, {}) | {"save_steps": rng.choice([1, 1, 2, 3]), "seed": rng.randrange(4)}
+def rows(setting: str) -> list[str]:
+    return sorted(path.stem for path in (PARAMS / setting).glob("[!_]*.yaml"))
+
+
+def asked(rng: random.Random) -> tuple[str, str, dict[str, Any]]:
+    """A row, a variant of one, or a type of PEFT's: setting, row, and what it is told beside `SMALL`."""
+    kind = rng.choice(["row", "row", "row", "variant", "peft"])
+    if kind == "variant":
+        return rng.choice(VARIANTS)
+    if kind == "peft":
+        name = rng.choice(sorted(PEFT))
+        setting = "toy-instruct" if name == "PREFIX_TUNING" else "toy"  # the toy encoder takes no keys from outside
+        told = {"method": "peft", "peft_type": name, "peft_options": json.dumps(PEFT[name])}
+        return setting, "lora", told | {"rank": 8}  # the default, which a type without a rank allows
+    setting, row = rng.choice([(setting, row) for setting in SETTINGS for row in rows(setting)])
+    return setting, row, TOLD.get(row, {})
+
+
+def drawn(rng: random.Random, among: Sequence[str] = ()) -> list[str]:
+    """Words for `lorakit train`: anything that can be `asked`, or one of the rows `among`; a few parameters too."""
+    if among:
+        row = rng.choice(among)
+        setting, told = "toy" if row in rows("toy") else "toy-instruct", TOLD.get(row, {})
+    else:
+        setting, row, told = asked(rng)
+    values = SMALL | {"save_steps": rng.choice([1, 1, 2, 3]), "seed": rng.randrange(4)}
     values["gradient_accumulation"] = rng.choice([1, 1, 2])
-    values["dropout"] = rng.choice([0.0, 0.1]) if row not in ("head", "full") else 0.0
-    if row not in ("sparse", "full", *TOKENS) and rng.random() < 0.3:
+    method = told.get("method", row)
+    values["dropout"] = rng.choice([0.0, 0.1]) if method not in ("head", "full", "peft") else 0.0
+    if row not in ("sparse", "full") and setting == "toy" and rng.random() < 0.3:
         values["select"] = "best"
     values["group_by_length"] = rng.choice(["true", "false"])
     words = ["train", "-f", f"params/{setting}/_setting.yaml", "-f", f"params/{setting}/{row}.yaml"]
-    return [*words, *(word for name, value in values.items() for word in ("-p", f"{name}={value}"))]
+    return [*words, *(word for name, value in (values | told).items() for word in ("-p", f"{name}={value}"))]
 
 
 def train(words: list[str], place: Path, **more: object) -> int:
@@ -61,17 +105,20 @@ def whole(words: list[str], place: Path, seconds: float) -> dict[str, Any]:
 
 
 def outcome(place: Path) -> dict[str, Any]:
-    """A finished run's weights, as the hashes of files, and its record's numbers but for times."""
-    return {"files": hashes(place), "record": timeless(json.loads((place / "record.json").read_text()))}
+    """A finished run's weights, as the hashes of files, and its records' numbers but for times."""
+    beside = sorted(place.glob("run/*/record.json"))
+    told = {path.parent.name: path for path in beside if path.parent.name in MADE} | {"": place / "record.json"}
+    records = {name: timeless(json.loads(path.read_text())) for name, path in told.items()}
+    return {"files": hashes(place), "records": records}
 
 
 def hashes(place: Path) -> dict[str, str]:
     """sha256 by name of the files a run leaves for use."""
     return {
         str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ("adapter", "model")
+        for name in MADE
         for path in sorted((place / "run" / name).rglob("*"))
-        if path.is_file() and path.name != "users.md" and not is_temporary(str(path))
+        if path.is_file() and path.name not in ("users.md", "record.json") and not is_temporary(str(path))
     }
 
 
