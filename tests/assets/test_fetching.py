@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -123,6 +124,17 @@ def test_an_archive_damaged_in_any_way_is_one_line(tmp_path, file, kind):
         data[len(data) // 2 : len(data) // 2 + 8] = bytes(8)
     with pytest.raises(AssetError, match=f"{file}: damaged archive: {kind}: .*; nothing was kept"):
         unpack(tmp_path, file, bytes(data), Member("m", "m", sha(content), len(content)))
+
+
+def test_a_full_disk_is_no_damaged_archive(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "one.whl").write_bytes(data := wheel({"m": TEXT}))
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(AssetError, match=r"a==1: one.whl: \[Errno 28\] No space left on device$"):
+        package = Package("a==1", "one.whl", sha(data), len(data), (Member("m", "m", sha(TEXT), len(TEXT)),))
+        archives.unpack(package, tmp_path / "one.whl", tmp_path)
 
 
 def test_an_archive_within_another_is_never_whole_in_memory(tmp_path):
