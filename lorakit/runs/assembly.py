@@ -157,6 +157,7 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         controllers.append(SkipLoRA(model, settings=params, seed=params.seed))
     free = flagged(Params, FREE)
     identity = {name: value for name, value in record.resolved.items() if name not in free}
+    trial = f" at {params.learning_rate:g}" * (record.kind == "lr_search")
     return BudgetTrainer(
         model=model,
         args=args,
@@ -176,5 +177,5 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         evaluations=params.evaluations,
         save_steps=params.save_steps if params.run_dir else 0,
         keep_best=params.select == "best",
-        title=f"{params.setting}/{record.method} s{params.seed}",
+        title=f"{params.setting}/{record.method} s{params.seed}{trial}",
     )

@@ -73,6 +73,7 @@ def best_rate(record: Record) -> float:
 
 def _try_rate(params: Params, record: Record) -> SearchPoint:
     trial = new_record(params, {})
+    trial.kind = record.kind
     tried = attempt(trial, params, lambda _, trainer: train(trainer, trial, params))
     record.notes += [note for note in trial.notes if note not in record.notes]
     record.fingerprints = trial.fingerprints

@@ -231,6 +231,19 @@ def test_a_search_that_is_stopped_keeps_what_it_tried(tmp_path, monkeypatch):
     assert lorakit.search(given).search[0] == stopped.search[0]
 
 
+def test_a_search_says_which_rate_it_tries(monkeypatch):
+    seen, train = [], BudgetTrainer.train
+
+    def told(self, **how):
+        seen.append(self.progress.title)
+        return train(self, **how)
+
+    monkeypatch.setattr(BudgetTrainer, "train", told)
+    lorakit.search(QUICK | {"search_rates": [1.0e-3, 4.0e-2], "search_budget": 1})
+    lorakit.run(QUICK | {"budget": 1})
+    assert seen == ["toy/lora s0 at 0.001", "toy/lora s0 at 0.04", "toy/lora s0"]
+
+
 def test_ctrl_c_is_recorded_and_passed_on(tmp_path, monkeypatch):
     step = BudgetTrainer.training_step
 
