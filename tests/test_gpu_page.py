@@ -155,7 +155,7 @@ def test_without_cuda_nothing_is_measured_but_the_page_is_written(card, monkeypa
     assert cli.main(["--part", "page"]) == 0 and "**Not measured**" in page.PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("place", ["results/gpu", "results/gpu/new", "docs"])
+@pytest.mark.parametrize("place", ["benchmarks/measured/gpu", "benchmarks/measured/gpu/new", "docs"])
 def test_a_rehearsal_stays_away_from_what_was_measured(place, capsys):
     assert cli.main(["--rehearse", str(page.PROJECT / place)]) == 2
     assert "--rehearse=" in capsys.readouterr().err

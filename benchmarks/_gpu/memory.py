@@ -72,8 +72,6 @@ def made(decoder: Decoder, way: str, device: str) -> nn.Module:
     if way == "NF4":
         from lorakit.runs.plan import quantize_meta
 
-        # bitsandbytes keeps a codebook where it was first used, which must not be "meta"
-        adapters.quantize_nf4(nn.Sequential(nn.Linear(64, 64)))
         quantize = quantize_meta if device == "meta" else adapters.quantize_nf4
         quantize(base)
     return (adapters.attach(base, "full") if way == "full" else build_ours(base)).train()

@@ -12,13 +12,13 @@ from benchmarks._gpu import memory, suite, times
 from benchmarks._gpu.comparing import REAL
 from lorakit.files import PROJECT
 
-RECORDS, PAGE = PROJECT / "results" / "gpu", PROJECT / "docs" / "gpu.md"
+RECORDS, PAGE = PROJECT / "benchmarks" / "measured" / "gpu", PROJECT / "docs" / "gpu.md"
 HEAD = """# On a GPU
 
 `make gpu` measures these claims on a machine with CUDA, offline, on random weights of real dimensions. It goes in parts
-(`PART=tests`, `memory`, `time`; at most 8 minutes each), writes `results/gpu/<card>.json`, and from all of those this
-page (`PART=page`). A part that is there is left alone without `AGAIN=1`; what lacks a package (bitsandbytes, TRL,
-Liger, flash-attn) or a larger card is skipped and said. In an environment of one's own: `python -m benchmarks._gpu
+(`PART=tests`, `memory`, `time`; at most 8 minutes each), writes `benchmarks/measured/gpu/<card>.json`, and from all of
+those this page (`PART=page`). A part that is there is left alone without `AGAIN=1`; what lacks a package (bitsandbytes,
+TRL, Liger, flash-attn) or a larger card is skipped and said. In an environment of one's own: `python -m benchmarks._gpu
 --part memory`. With `--rehearse FOLDER` every part is tried at tiny sizes, on a CPU too, and nothing is measured.
 """
 NONE = "\n**Not measured**: there is no record of a card. Below is what would be measured, and how.\n"

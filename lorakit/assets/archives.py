@@ -31,7 +31,7 @@ def unpack(package: Package, archive: Path, folder: Path) -> None:
             _unpack_member(archive, member, folder)
     except Exception as error:  # of damage the standard library makes a dozen kinds
         said = f"damaged archive: {type(error).__name__}: {error}; nothing was kept"
-        ours = isinstance(error, AssetError) or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+        ours = isinstance(error, AssetError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
         why = error if ours else said
         raise AssetError(f"{package.requirement}: {package.file}: {why}") from None
 

@@ -120,7 +120,8 @@ def four_bit(linear: nn.Module, double_quant: bool, compute_dtype: torch.dtype) 
     weight = (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
     layers, options = bitsandbytes().nn, {"compress_statistics": double_quant, "quant_type": "nf4"}
     functional = bitsandbytes().functional  # its scales' codes, which it would keep where it first needs them: on meta
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    if "dynamic" not in functional.name2qmap:
+        functional.name2qmap["dynamic"] = functional.create_dynamic_map()
     # on meta: no values are drawn, and no random numbers used
     layer = layers.Linear4bit(*weight.T.shape, linear.bias is not None, compute_dtype, **options, device="meta")
     packed = layers.Params4bit(weight, blocksize=BLOCK, **options, module=layer)

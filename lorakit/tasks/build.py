@@ -1,16 +1,14 @@
 """A corpus and a tokenizer become datasets and collators, one way for each form of row."""
 
-import json
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
-from lorakit.tasks import chat, collate
+from lorakit.tasks import chat, collate, shards
 from lorakit.tasks.collate import Columns
 from lorakit.tasks.corpus import Corpus, Labelled, shuffled
 from lorakit.tasks.exact_match import gsm8k_answer
@@ -112,16 +110,13 @@ def _dropped(rows: int, kept: int, options: Options) -> list[str]:
 
 
 def on_disk(rows: Dataset, options: Options) -> tuple[Dataset, list[str]]:
-    """`conversation` of training rows that `shards` stored, 2,000 at a time, into the same cache."""
-
-    def made(batch: dict[str, list[str]]) -> Columns:
-        columns, _ = conversation([json.loads(text) for text in batch["chat"]], options, True)
-        return {name: [np.asarray(row, "int32") for row in column] for name, column in columns.items()}
-
-    tokenizer = options.tokenizer
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, options.max_length, options.packing]
-    key = {"new_fingerprint": Hasher.hash([rows._fingerprint, *told])}
-    stored = rows.map(made, batched=True, batch_size=2000, remove_columns=rows.column_names, **key)
+    """`conversation` of training rows that `shards` stored."""
+    words = copy.deepcopy(options.tokenizer.backend_tokenizer)
+    words.no_truncation()  # states of its last call
+    words.no_padding()
+    told = [words.to_str(), words.encode_special_tokens, options.tokenizer.bos_token_id]
+    told += [options.max_length, options.packing]
+    stored = shards.tokenised(rows, told, lambda chats: conversation(chats, options, True)[0])
     kept = sum(row.count(0) for row in stored["position_ids"]) if options.packing else len(stored)
     return stored, _dropped(len(rows), kept, options)
 

@@ -31,7 +31,7 @@ class Task:
         source: where the rows came from.
         notes: what a reader of the results must know.
         classes: their names, where the data say them.
-        answers: split -> (prompt text, answer) of chat rows whose answer ends in `#### N`.
+        answers: held-out split -> (prompt text, answer) of chat rows whose answer ends in `#### N`.
     """
 
     name: str

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
+from datasets.utils.logging import is_progress_bar_enabled
 from pyarrow import parquet
 from safetensors.torch import load_file
 
@@ -119,6 +122,53 @@ def test_a_cache_that_cannot_be_written_and_too_few_rows_are_refused(folder, tmp
     with pytest.raises(DataError, match=r"the cache of datasets \(HF_DATASETS_CACHE\) cannot be written"):
         conversations.tulu_from_folder(folder)
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_files_without_a_chat_or_that_change_while_they_are_read_are_refused_and_nothing_is_kept(
+    folder, tmp_path, cache, monkeypatch
+):
+    (tmp_path / "data").mkdir()
+    empty = pyarrow.table({"messages": [[{"role": "user", "content": "?"}]]})
+    for rows in (empty, empty[:0]):
+        parquet.write_table(rows, tmp_path / "data" / "train-0.parquet")
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+        with pytest.raises(DataError, match=r"no rows that are chats in data/train-0\.parquet"):
+            conversations.tulu_from_hub()
+    before = (folder / "2.parquet").read_bytes()
+
+    def swapping(path):
+        parquet.write_table(pyarrow.table({"messages": chats(90, seed=3)}), folder / "2.parquet")
+        return own.chats(path)
+
+    with pytest.raises(DataError, match="changed while they were read"):
+        shards.corpus_of(sorted(folder.glob("*.parquet")), swapping)
+    assert not list(cache.rglob("*.arrow"))
+    (folder / "2.parquet").write_bytes(before)
+
+
+def test_what_a_full_disk_or_a_power_cut_does_to_the_cache_is_one_error(folder, decoder, cache, monkeypatch):
+    load = lambda: tasks.load("tulu", decoder, data_dir=str(folder))  # noqa: E731
+
+    def full(self, *_, cache_file_name, **__):
+        Path(cache_file_name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match=r"HF_DATASETS_CACHE.*No space left"):
+        patched.setattr("datasets.Dataset.map", full)
+        load()
+    assert [path.name for path in cache.rglob("*") if path.is_file() and "tokens" in str(path)] == []
+    load()
+    [tokens] = cache.rglob("tokens-*.arrow")
+    [rows] = cache.rglob("generator-train.arrow")
+    for damaged in (tokens, rows):
+        damaged.write_bytes(b"")
+        with pytest.raises(DataError, match="cannot be written or read, is the disk full or it damaged"):
+            load()
+
+
+def test_bars_of_datasets_are_shown_where_ours_are(folder, decoder, capsys):
+    tasks.load("tulu", decoder, data_dir=str(folder))
+    assert capsys.readouterr().err == "" and is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
