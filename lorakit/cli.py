@@ -94,9 +94,12 @@ def train(argv: Sequence[str]) -> int:
     record = run(given)
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
         print(results_table([record]))
-        made = [path for name in MADE if (path := Path(given.get("run_dir") or os.devnull) / name).is_dir()]
+        folder = Path(given.get("run_dir") or os.devnull)
+        made = [path for name in MADE if (path := folder / name).is_dir()]
         if record.status == "done":
             print(f"trained weights: {' and '.join(map(str, made)) or 'not kept; -p run_dir=FOLDER keeps them'}")
+        if earlier := sorted(folder.glob("earlier-*")):
+            print(f"what earlier runs left there: {', '.join(map(str, earlier))}")
     if record.message:
         print(f"{record.status}: {record.message}")
     return 0 if record.status == "done" else 1

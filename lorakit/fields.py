@@ -108,7 +108,9 @@ class Settings(BaseModel):
         for idle in cls.idle:
             for name in idle.of(cls):
                 if name in names and idle.when(whole):
-                    told = f"says nothing without {prefix}{idle.without}"
+                    about = idle.without.split()[0]
+                    found = f"; {prefix}{about}={getattr(whole, about)!r}" if hasattr(whole, about) else ""
+                    told = f"says nothing without {prefix}{idle.without}{found}"
                     raise ParameterError(prefix + name, getattr(whole, name), told)
 
     def but(self, **changes: Any) -> Self:

@@ -57,7 +57,10 @@ def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, c
     printed = capsys.readouterr().out
     assert "LoRA" in printed and "trained weights: not kept; -p run_dir=FOLDER keeps them" in printed
     assert cli.main([*argv, "-p", f"run_dir={tmp_path}"]) == 0
-    assert f"trained weights: {tmp_path}/adapter\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"trained weights: {tmp_path}/adapter\n")
+    assert cli.main([*argv, "-p", f"run_dir={tmp_path}", "-p", "seed=1"]) == 0
+    assert f"what earlier runs left there: {tmp_path}/earlier-1\n" in capsys.readouterr().out
+    assert (tmp_path / "earlier-1" / "adapter" / "adapter_model.safetensors").is_file()
     assert cli.main([*argv, "-p", "learning_rate=1.0e+30", "-p", "max_grad_norm=1.0e+30", "-p", "budget=30"]) == 1
     assert "diverged: " in capsys.readouterr().out
 

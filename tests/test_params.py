@@ -172,6 +172,7 @@ IDLE = [
     ),
     ({"gating": {"method": "flora", "score": "loss", "sketch_dim": 64}}, "gating.sketch_dim=64: says nothing without"),
     ({"gate_rate": 0.5}, "gate_rate=0.5: says nothing without gate"),
+    ({"task": "labeled", "text_column": "b"}, "text_column='b': says nothing without task one of .*; task='labeled'"),
     ({"skip_share": 0.5}, "skip_share=0.5: says nothing without skip"),
     (
         {"skip": "adapter", "skip_decide": "forward", "skip_measure_every": 9},
