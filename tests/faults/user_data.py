@@ -39,14 +39,19 @@ def tsv_rows(text: str, columns: int, label: int, texts: tuple[int, ...], header
 
 def csv_table(text: str) -> set:
     lines = text.replace("\r\n", "\n").split("\n")  # so they end inside quotes as well
-    rows = list(csv.reader([line + "\n" for line in lines][: None if lines[-1] else -1], strict=True))
+    rows = csv.reader([line + "\n" for line in lines][: None if lines[-1] else -1], strict=True)
+    rows = list(filter(None, rows))  # blank lines are skipped
     fault_unless(rows[0] == ["text", "label"] and all(len(row) == 2 for row in rows), "another table was accepted")
     return {tuple(row) for row in rows[1:]}
 
 
 def said_rows(text: str) -> set:
     values = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return {json.dumps(value["messages"] if isinstance(value, dict) else value) for value in values}
+    return {said(value["messages"] if isinstance(value, dict) else value) for value in values}
+
+
+def said(turns: list[dict]) -> str:
+    return json.dumps([[turn["role"], turn["content"]] for turn in turns])
 
 
 def ratings(text: str) -> set:
@@ -81,11 +86,11 @@ def formats(rng: random.Random) -> dict[str, dict[str, tuple[str, Any]]]:
 
 def plain(row: Any) -> Any:
     """A row of a corpus as the readers here give it."""
-    return (
-        json.dumps(row)
-        if isinstance(row, list)
-        else (row.text, *([] if row.pair is None else [row.pair]), str(row.label))
-    )
+    if isinstance(row, dict):  # as `tulu` keeps it on disk
+        row = json.loads(row["chat"])
+    if isinstance(row, list):
+        return said(row)
+    return (row.text, *([] if row.pair is None else [row.pair]), str(row.label))
 
 
 def parquet_of(rng: random.Random, folder: Path, chosen: str) -> Path:
