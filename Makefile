@@ -53,7 +53,7 @@ test-lax: check ## as test, but notebook outputs may differ (other hardware)
 faults: $(INSTALLED) ## [SEED=7] [MINUTES=20] [CASE=kills/17]: kills, malformed and hostile input, lost processes, full disks, closed pipes …; a table
 	$(FAULTS) $(BIN)/python -m pytest -m slow tests/faults -s -q -p no:cacheprovider
 
-long: $(INSTALLED) ## 5,000 steps of a gate, SkipLoRA and FLoRA, a million rows: does memory grow? (half an hour)
+long: $(INSTALLED) ## 5,000 steps of a gate, SkipLoRA and FLoRA, a million rows: does memory grow?
 	$(BIN)/python -m pytest -m slow tests/long -s -q -p no:cacheprovider
 
 slurm: $(INSTALLED) ## sweeps on a SLURM of one node, started and stopped here (root; apt install slurm-wlm munge)

@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -236,6 +237,20 @@ def program(
         os.execve(setpriv if other else sys.executable, argv, environment)
 
     return forked(work, log)
+
+
+def within(more: int, work: Callable[[], int]) -> Callable[[], int]:
+    """`work` in a process that may address `more` bytes beyond what it has when it begins."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("a limit on memory (no /proc)")
+
+    def limited() -> int:
+        now = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
+        return work()
+
+    return limited
 
 
 def reaped(pid: int, options: int = 0) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults import toy_run
-from faults.campaign import NOBODY, WRONG, ended, fault_unless, forked, marks, program, run
+from faults.campaign import NOBODY, WRONG, ended, fault_unless, forked, marks, program, run, within
 
 pytestmark = marks
 LONGEST = 90  # seconds a run of a few may take
@@ -118,15 +118,7 @@ def memory(rng: random.Random, folder: Path, words: list[str], wanted: dict) -> 
     """What can be addressed ends somewhere in the run."""
     more, place, log = int(10 ** rng.uniform(5, 8.8)), folder / "place", folder / "memory.log"
     place.mkdir()
-
-    def work() -> int:
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
-        return toy_run.train(words, place)
-
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("a limit on memory (no /proc)")
-    status = ended(forked(work, log), LONGEST)
+    status = ended(forked(within(more, lambda: toy_run.train(words, place)), log), LONGEST)
     clear_end(status, log.read_text(), f"{more >> 20} MiB more")
     goes_on(words, place, wanted, f"{more >> 20} MiB more")
 
