@@ -19,7 +19,7 @@ from benchmarks._common import Claim, interleave
 from lorakit import adapters, models, tasks
 from lorakit.measure.memory import predict_step_memory
 from lorakit.measure.weights import FOUR_BIT, weight_table
-from lorakit.runs.plan import build
+from lorakit.runs.plan import build, quantize_meta
 
 DESCRIPTION = "NF4 base: bits per linear weight of real models, and QLoRA's training loss against LoRA's on equal steps"
 TARGET = (
@@ -49,8 +49,10 @@ def run() -> list[Claim]:
 
 
 def bits_claims(name: str, kind: str) -> list[Claim]:
-    """By formula on the meta device, which tests hold to the bytes that bitsandbytes stores."""
-    table = weight_table(build(models.config(name), kind, "bf16"), quantize="nf4")
+    """Made on the meta device, which tests hold to the bytes that bitsandbytes stores."""
+    model = build(models.config(name), kind, "bf16")
+    quantize_meta(model)
+    table = weight_table(model)
     linear = next(row for row in table["rows"] if row["kind"] == FOUR_BIT)
     base = table["base"]
     return [

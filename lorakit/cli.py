@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,25 +13,8 @@ from typing import Any, TextIO
 from lorakit import __version__
 from lorakit.errors import AssetError, LorakitError
 
-COMMANDS = {  # name -> the module whose `main`, or `:function`, it is (empty: of this name below); what it does
-    "demo": ("", "the README's run: every method on a real encoder; a table, a figure, a page, a verdict"),
-    "run": ("runs.notebooks", "run a notebook with parameters: lorakit run NOTEBOOK -f params.yaml -p seed=1"),
-    "train": ("", "the same run without a notebook: lorakit train -f params.yaml -p record=out.json"),
-    "sweep": ("runs.sweep", "every run of a setting that has no finished record: lorakit sweep --setting toy"),
-    "search": ("", "search the learning rate on validation data: lorakit search -f params.yaml"),
-    "table": ("analysis.tables", "compare records: lorakit table results/… --figure out.png"),
-    "report": ("analysis.report", "rows at equal cost: lorakit report results/… --output report.md"),
-    "time": ("runs.timing", "seconds of a step and an answer, rows in turns: lorakit time sst2-minilm-compare"),
-    "claims": ("analysis.claims", "what the runs say of each claim: lorakit claims --setting sst2-minilm-compare"),
-    "params": ("params.overview", "every parameter of a run: its default, its range, what it means"),
-    "plan": ("runs.fits", "will it fit: lorakit plan MODEL --gpu 24 --method lora --batch 4 --seq 2048"),
-    "init": ("runs.layout", "a working folder of one's own: notebooks, params, records: lorakit init FOLDER"),
-    "fetch": ("", "download public models and data for offline use: lorakit fetch NAME"),
-    "export": ("runs.away:export", "an adapter, or merged a model, with its card: lorakit export ADAPTER --merge"),
-    "predict": ("runs.away:predict", "the classes of texts: lorakit predict MODEL --text … --compare"),
-    "generate": ("runs.away:generate", "answers to prompts: lorakit generate MODEL --prompt … --compare"),
-    "scratch": ("scratch", "LoRA from scratch on a small transformer of our own"),
-}
+# name -> the module whose `main`, or `:function`, it is (empty: of this name below); what it does
+COMMANDS = json.loads((Path(__file__).with_name("configs") / "commands.json").read_text(encoding="utf-8"))
 DEMO = {"setting": "reviews-minilm", "assets": ("all-MiniLM-L6-v2", "review-sentences")}
 
 

@@ -1,5 +1,9 @@
 """One clear error per mistake: it names the parameter, the value and what is allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 class LorakitError(Exception):
     """Base of every error that is the user's to mend; one line that can be read, whatever it quotes."""
@@ -50,3 +54,15 @@ def require_finite(finite: bool, name: str, value: object, allowed: str = "must 
     """Raise `NotFinite(name, value, allowed)` unless `finite`."""
     if not finite:
         raise NotFinite(name, value, allowed)
+
+
+@contextmanager
+def retold(caught: type | tuple[type, ...], kind: type[LorakitError], *said: Any) -> Iterator[None]:
+    """Raise `kind(*said)` of what is `caught` inside, in whose own words, in one line, the last of `said` ends."""
+    try:
+        yield
+    except caught as error:
+        if isinstance(error, LorakitError):  # said in words of ours already
+            raise
+        *before, what = said
+        raise kind(*before, f"{what}: {' '.join(str(error).split()):.300}") from None

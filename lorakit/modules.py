@@ -131,6 +131,19 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in base.named_parameters() if p.requires_grad and not inside(name, head)]
 
 
+def named(paths: Sequence[str], parameter: str, names: Any, allowed: str, has: str = "") -> list[str]:
+    """Those of `paths` that the list `names`, which `parameter` holds, names as PEFT reads one.
+
+    Raises:
+        ParameterError: it is no list of names, or one matches none of `paths`; `has`: what there is.
+    """
+    listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
+    require(listed, parameter, names, allowed)
+    for name in names:
+        require(any(name_matches(name, path) for path in paths), parameter, names, f"{name!r} matches no module{has}")
+    return [path for path in paths if any(name_matches(name, path) for name in names)]
+
+
 def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[str]:
     """Paths of the modules trained in full: "head", or names matched as PEFT does for `modules_to_save`.
 
@@ -143,13 +156,9 @@ def resolve_trainable(model: nn.Module, trainable: str | Sequence[str]) -> list[
         lost = has_task_head(model) and not found and not output_head(model)
         require(not lost, "trainable", "head", f"{name} has no head outside its base: name its modules, or () for none")
         return found
-    listed = isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
-    require(listed, "trainable", trainable, 'must be "head", a list of module names, or ()')
     paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
-    found = [path for path in paths if any(name_matches(name, path) for name in trainable)]
-    there = f"matches no module; the model has {_short_names(paths)}"
-    for name in trainable:
-        require(any(name_matches(name, path) for path in paths), "trainable", name, there)
+    has = f"; the model has {_short_names(paths)}"
+    found = named(paths, "trainable", trainable, 'must be "head", a list of module names, or ()', has)
     return [path for path in found if not inside(path, [other for other in found if other != path])]
 
 
@@ -171,13 +180,9 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str], exclu
     elif isinstance(target_modules, str):
         found = [path for path in paths if fullmatch(target_modules, path, "target_modules")]
     else:
-        listed = isinstance(target_modules, Sequence) and all(isinstance(name, str) for name in target_modules)
         allowed = 'must be "all-linear", a list of names, or a regular expression'
-        require(listed, "target_modules", target_modules, allowed)
-        for name in target_modules:
-            if not any(name_matches(name, path) for path in paths):
-                raise _unknown(model, target_modules, f"{name!r} matches no module")
-        found = [path for path in paths if any(name_matches(name, path) for name in target_modules)]
+        has = f"; the model's linear layers are {_short_names(linear_paths(model))}"
+        found = named(paths, "target_modules", target_modules, allowed, has)
     found = [path for path in found if not inside(path, excluded)]
     for path in found:
         if not is_linear(module := model.get_submodule(path)):

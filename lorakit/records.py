@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from lorakit.errors import DataError
-from lorakit.files import PROJECT, RESULTS, write_text
+from lorakit.errors import DataError, retold
+from lorakit.files import CONFIGS, PROJECT, RESULTS, write_text
 
 SCHEMA_VERSION = 1
 # files beside which no record lies: a checkpoint's, an adapter's, a model's
@@ -19,11 +19,9 @@ TRAINED = ("trainer_state.json", "run.json", "adapter_config.json", "lorakit_con
 Status = Literal["running", "done", "diverged", "out_of_memory", "interrupted", "failed"]
 
 
+MEASURES = json.loads((CONFIGS / "measures.json").read_text(encoding="utf-8"))
 # Metric -> whether higher is better. A task's rows are judged by the first of these that it reports.
-METRICS = {
-    "f1": True, "accuracy": True, "exact_match": True, "perplexity": False, "pseudo_perplexity": False, "loss": False,
-    "masked_perplexity": False, "token_accuracy": True, "forgetting": False,
-}  # fmt: skip
+METRICS: dict[str, bool] = MEASURES["metrics"]
 
 
 class Axis(NamedTuple):
@@ -44,16 +42,7 @@ class Axis(NamedTuple):
     title: str = ""
 
 
-_STEPS = "accepted steps (batches that got a backward pass)"
-_SECONDS = "training time (depends on the machine and on what else ran there)"
-AXES = {
-    "accepted_steps": Axis("accepted_steps", "accepted steps", "accepted steps", title=_STEPS),
-    "steps": Axis("step", "steps", "steps"),
-    "tokens": Axis("tokens", "tokens seen", "tokens"),
-    "tokens_backpropagated": Axis("tokens_backpropagated", "tokens backpropagated", "tokens backpropagated"),
-    "flops": Axis("flops", "training compute (FLOPs)", "TFLOPs", 1e12, "{:.3g}", "training compute"),
-    "seconds": Axis("seconds", "training time (s)", "seconds", 1, "{:,.1f}", _SECONDS),
-}
+AXES = {name: Axis(**told) for name, told in MEASURES["axes"].items()}
 
 
 class _Strict(BaseModel):
@@ -80,20 +69,25 @@ class Point(_Strict):
     validation: dict[str, float] | None = None  # loss, accuracy, …
 
 
-class Costs(_Strict):
-    """What the run cost, on axes that do not depend on the machine, and on two that do (seconds, measured memory)."""
+class Spent(_Strict):
+    """Totals since the start of a run. A step is accepted when any of its batches got a backward."""
 
     steps: Count = 0
     accepted_steps: Count = 0
     examples: Count = 0
     tokens: Count = 0
     tokens_backpropagated: Count = 0
-    flops: Amount = 0.0
     flops_forward: Amount = 0.0
     flops_backward: Amount = 0.0
     flops_gate: Amount = 0.0  # sketching and comparing, by formula
     steps_without_labels: Count = 0  # skipped: nothing to learn from
     seconds: Amount = 0.0
+
+
+class Costs(Spent):
+    """What the run cost, on axes that do not depend on the machine, and on two that do (seconds, measured memory)."""
+
+    flops: Amount = 0.0
     peak_memory_bytes: Count | None = None  # measured, CUDA only
     predicted_memory: dict[str, Count] | None = None  # bytes by kind, and "peak"; a prediction
 
@@ -183,13 +177,12 @@ class _Environment(_Shape):
     device: str | None = None
 
 
-def _shaped(shape: type) -> AfterValidator:
+def _shaped(shape: type[_Shape]) -> AfterValidator:
     """The mapping as it is, once it has been seen to be a `shape`."""
-    adapter = TypeAdapter(shape)
 
     def check(value: dict[str, Any]) -> dict[str, Any]:
         try:
-            adapter.validate_python(value)
+            shape.model_validate(value)
         except ValidationError as error:
             raise ValueError(f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}") from None
         return value
@@ -260,11 +253,9 @@ def read(path: str | Path) -> Record:
         DataError: the file is missing, is not JSON, or does not follow this schema version.
     """
     path = Path(os.path.expanduser(path))
-    try:
+    with retold((OSError, ValueError, AttributeError), DataError, f"{path}: not a record"):
         raw = from_json(path.read_bytes())  # in half the time of `json`
         version = raw.get("schema_version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a record: {error}") from None
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version={version!r}: this lorakit reads {SCHEMA_VERSION}")
     try:

@@ -8,7 +8,7 @@ a **controller** acts between the steps: it prunes, skips layers, or follows a P
 """
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -33,9 +33,22 @@ class Stateful(Protocol):
         return {name: _state(getattr(self, name)) for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises:
+            CheckpointError: keys are missing or unknown: it is another's.
+        """
+        check_state(state, self.kept, getattr(self, "name", type(self).__name__))
         for name in self.kept:
             setattr(self, name, _restored(getattr(self, name), state[name]))
+
+
+def check_state(state: dict[str, Any], expected: Iterable[str], name: str) -> None:
+    """Raise `CheckpointError` unless the keys of `state` are those `expected` of what is called `name`."""
+    if {*state} != {*expected}:
+        told = f"the checkpoint holds no state of {name!r} (it has {sorted(state) or 'none'})"
+        why = "it was written without it, and starting it afresh would silently change the run"
+        raise CheckpointError(f"{told}: {why}")
 
 
 def _state(value: Any) -> Any:
@@ -114,14 +127,15 @@ class Gate(Seam):
     Attributes:
         name: key in tables; selective: False where every batch is accepted, in which case nothing is measured and
             gradients are computed as the plain Trainer computes them.
+        candidates: rows looked at for each that is trained on, above 1 of `gates.BestRows` alone; of_examples: whether
+            it scores only those, by their losses less the frozen base's; looks: whether it scores at all.
         needs_hidden: whether `measure` looks at `Candidate.hidden`; scores_novelty: whether the score is a novelty.
         target_rate, burn_in: the share of batches to accept, and how many at the start are accepted unseen.
     """
 
     name = "none"
-    selective = False
-    needs_hidden = False
-    scores_novelty = False
+    selective = needs_hidden = scores_novelty = of_examples = False
+    candidates, looks = 1, True
     target_rate: float = 1.0
     burn_in: int = 0
 
@@ -147,30 +161,7 @@ class Gate(Seam):
         return 0.0
 
     def report(self) -> dict[str, Any]:
-        """What the record is to know of this gate."""
         return {"name": self.name, "target_rate": self.target_rate, "burn_in": self.burn_in}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As the base class.
-
-        Raises:
-            CheckpointError: the state is another gate's.
-        """
-        if self.kept:
-            check_state(state, self.state_dict(), self.name)
-        super().load_state_dict(state)
-
-
-def check_state(state: dict[str, Any], expected: dict[str, Any], name: str) -> None:
-    """Refuse the state of another gate.
-
-    Raises:
-        CheckpointError: keys are missing or unknown.
-    """
-    if state.keys() != expected.keys():
-        told = f"the checkpoint holds no state of gate {name!r} (it has {sorted(state) or 'none'})"
-        why = "it was written without this gate, and starting the gate afresh would silently change the run"
-        raise CheckpointError(f"{told}: {why}")
 
 
 class AlwaysOpen(Gate):
@@ -258,10 +249,10 @@ class AllTokens(Seam):
 class Controller(Seam):
     """Does nothing; a method overrides what it needs.
 
-    The trainer calls `bind` and `begin` once, for every optimizer step `begin_step`, then after `optimizer.step()` and
-    before the gradients are cleared `after_step`, at every point of the curve `at_point`, and `end` when training is
-    over. `share` is the share of the budget spent, 0 before the first step, at least 1 after the last; every rank has
-    the same. `state_dict` goes into checkpoints: with it, resuming is bitwise.
+    The trainer calls `bind` and `begin` once, for every optimizer step `begin_step`, for a forward `begin_batch`,
+    after `optimizer.step()` and before the gradients are cleared `after_step`, at every point of the curve `at_point`,
+    and `end` when training is over. `share` is the share of the budget spent, 0 before the first step, at least 1 after
+    the last; every rank has the same. `state_dict` goes into checkpoints: with it, resuming is bitwise.
 
     Attributes:
         name: key of `report()` in the record's `details`.
@@ -280,6 +271,9 @@ class Controller(Seam):
 
     def begin_step(self, share: float) -> None:
         """An optimizer step's first forward comes next."""
+
+    def begin_batch(self, inputs: Inputs) -> None:
+        """A forward of these inputs comes next, labels among them; not called for evaluation."""
 
     def after_step(self, share: float, optimizer: torch.optim.Optimizer) -> None:
         """The weights have been updated; gradients are still there."""

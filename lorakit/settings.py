@@ -1,6 +1,4 @@
-"""Every default, every range and every quarrel of a run's parameters, once, by the question each class answers.
-
-A field's name is the parameter's everywhere; `lorakit.params.Params` inherits from all classes here. No torch."""
+"""Every default, range and quarrel of a run's parameters, once, by the question each class answers; without torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +7,6 @@ from pydantic import Field, model_validator
 from lorakit.errors import require
 from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
-Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
 Share = Annotated[float, Field(ge=0, le=LARGEST[float])]
 Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
 BudgetUnit = Literal["accepted_steps", "epochs", "steps", "tokens", "flops", "seconds"]
@@ -64,12 +61,15 @@ class BaseSettings(Settings):
     question = "base"
     quantize: Literal["none", "nf4"] = field("none", "nf4: linear layers in 4 bits (QLoRA)")
     double_quant: bool = field(True, "nf4: the blocks' scales in 8 bits")
-    idle = (Idle("quantize", lambda p: p.quantize == "none"),)
+    base_dropout: bool = field(True, "the model's own, while training; false: none but the adapters'")
+    prefix_cache: Literal["none", "memory", "disk"] = field("none", "where to keep what frozen first blocks give a row")
+    idle = (Idle("quantize", lambda p: p.quantize == "none", ("double_quant",)),)
     refuses = (
         Refusal("quantize", "4-bit weights cannot be trained: method 'full'",
                 lambda p: p.quantize != "none" and p.method == "full"),
-        Refusal("precision", "fp16 diverges on NF4; use bf16 or fp32",
-                lambda p: p.quantize != "none" and p.precision == "fp16"),
+        Refusal("precision", "diverges on NF4: bf16, fp32", lambda p: p.quantize == "nf4" and p.precision == "fp16"),
+        Refusal("prefix_cache", "skip none, or method lora's 'prefix' by skip_share, skip_explore 0", lambda p: not (
+            p.prefix_cache == "none" or p.skip == "none" or p.method == "lora" and p.by_share and p.skip_explore == 0)),
     )  # fmt: skip
 
 
@@ -102,11 +102,7 @@ class AttachSettings(Settings):
 
 
 class SparseSettings(Settings):
-    """Method sparse: how zeros come into LoRA's factors while it trains, by the cubic of Zhu & Gupta (2017)
-
-    "magnitude" zeroes the smallest entries of each matrix; "l1" shrinks by the proximal step and freezes what is zero
-    at `prune_end`; "structured" zeroes whole ranks, for `compact`. A fixed λ uses no `sparsity`; l1 = 0 finds each λ.
-    """
+    """Method sparse: how zeros come into LoRA's factors while it trains, by the cubic of Zhu & Gupta (2017)"""
 
     question = "adapter"
     sparsify: Literal["magnitude", "l1", "structured"] = field("magnitude", "what is zeroed")
@@ -128,19 +124,9 @@ class SparseSettings(Settings):
         require(self.sparsify == "l1" or self.l1 == 0, "l1", self.l1, f"is for sparsify 'l1', not {self.sparsify!r}")
         return self
 
-    def target(self, share: float) -> float:
-        """s(t): the share of zeros due when `share` of the budget is spent."""
-        passed = min(max((share - self.prune_start) / (self.prune_end - self.prune_start), 0.0), 1.0)
-        return self.sparsity * (1 - (1 - passed) ** 3)
-
 
 class SkipSettings(Settings):
-    """Which layers get a backward
-
-    "adapter": each whose M = ‖Δh‖/‖h‖ is below its threshold; "prefix": the transformer blocks from the first on while
-    every adapter in them is below it, which shortens the backward pass. `skip_share` makes the threshold that quantile
-    of the current M; of a prefix it is the share of blocks, whatever they measure.
-    """
+    """Which layers get a backward; `lorakit.skip.SkipLoRA` tells what is skipped"""
 
     question = "skip"
     skip: Literal["none", "adapter", "prefix"] = field("none", "SkipLoRA: what is skipped as one")
@@ -157,12 +143,21 @@ class SkipSettings(Settings):
     refuses = (Refusal("skip", f"needs a method of {', '.join(SKIPPABLE)}",
                        lambda p: p.skip != "none" and p.method not in SKIPPABLE),)  # fmt: skip
 
+    @property
+    def by_share(self) -> bool:
+        """Whether which layers are skipped is known without measuring any."""
+        return self.skip == "prefix" and self.skip_share > 0 and self.skip_decide == "ema"
+
 
 class GateSettings(Settings):
     """Which batches get a backward; `lorakit.gates.HeadGradientGate` tells what a sketch's settings do"""
 
     question = "gate"
-    gate: str = field("none", "none, random, loss_floor, gradient_norm, novelty (SLoRA), novelty_loss, least_novel")
+    gate: str = field(
+        "none", "random, loss_floor, gradient_norm, novelty (SLoRA), novelty_loss, least_novel, excess_loss"
+    )
+    gate_level: Literal["batch", "example"] = field("batch", "what is chosen: whole batches, or a larger batch's rows")
+    gate_candidates: int = field(4, "example: rows looked at for each that is trained on", ge=2)
     gate_rate: float = field(0.3, "share of batches to accept", gt=0, lt=1)
     gate_burn_in: int = field(20, "batches at the start that are all accepted", ge=0)
     gate_beta: float = field(10.0, "steepness of the decision, per spread of the score", gt=0)
@@ -174,9 +169,17 @@ class GateSettings(Settings):
     gate_refresh: int = field(4, "accepted batches between refreshes of the basis", ge=1)
     gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
     gate_leverage: bool = field(False, "ridge-leverage novelty")
-    idle = (Idle("gate", lambda p: p.gate == "none"),)
-    refuses = (Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate omits some; use bf16",
-                       lambda p: p.gate != "none" and p.precision == "fp16"),)  # fmt: skip
+    idle = (
+        Idle("gate", lambda p: p.gate == "none"),
+        Idle("gate_level 'example'", lambda p: p.gate_level == "batch", ("gate_candidates",)),
+        Idle("gate_level 'batch'", lambda p: p.gate_level == "example", ("gate_rate", "gate_burn_in", "gate_beta")),
+    )
+    refuses = (
+        Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate omits some; use bf16",
+                lambda p: p.gate != "none" and p.precision == "fp16"),
+        Refusal("gate", "compares with the base: needs an adapter, not method 'head' or 'full'",
+                lambda p: p.gate == "excess_loss" and p.method in ("head", "full")),
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _gate_together(self) -> Self:
@@ -223,11 +226,7 @@ class Gating(Settings):
 
 
 class TokenSettings(Settings):
-    """Which tokens get a backward, and what their loss is made of
-
-    "exact": the head runs for predictions only, in chunks, keeping no logits; so for chosen tokens always. "nll": all
-    its logits. "dft": exact, each loss times its token's probability (Wu et al. 2025). "liger": Liger's kernel.
-    """
+    """Which tokens get a backward, and what their loss is made of; `lorakit.tokens.head_loss` tells of each"""
 
     question = "tokens"
     gating: Gating = field(Gating(), "FLoRA; a mapping with keys of its own")
@@ -243,8 +242,7 @@ class TokenSettings(Settings):
                 "bf16 or fp32", lambda p: p.gating.selective and p.precision == "fp16"),
         Refusal("gradient_checkpointing", "drops the keys that gating.mode 'fractional' records; leave it out, or use "
                 "'gather'", lambda p: p.gating.fractional and p.gradient_checkpointing),
-        Refusal("gating.mode", BY_SHARE, lambda p: p.gating.fractional and p.skip != "none" and not (
-            p.skip == "prefix" and p.skip_share > 0 and p.skip_decide == "ema")),
+        Refusal("gating.mode", BY_SHARE, lambda p: p.gating.fractional and p.skip != "none" and not p.by_share),
     )  # fmt: skip
 
 
@@ -296,5 +294,7 @@ class SearchSettings(Settings):
     """Learning-rate search (`lorakit search`)"""
 
     question = "search"
-    search_rates: list[Rate] = field([], "rates to try", FREE, APART, UNTRIED)
+    search_rates: list[Annotated[float, Field(gt=0, le=LARGEST[float])]] = field(
+        [], "rates to try", FREE, APART, UNTRIED
+    )
     search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, gt=0, le=LARGEST[float])

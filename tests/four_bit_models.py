@@ -10,6 +10,17 @@ from lorakit.adapters import quantize_nf4
 from lorakit.base.nf4 import dequantise, is_four_bit
 
 
+def nf4_bytes(weights: int, double_quant: bool = True) -> int:
+    """Bytes of that many weights, by formula (Dettmers et al. 2023, section 3).
+
+    4 bits a weight, and per weight 32/64 bits of scales, or 8/64 + 32/(64·256) with double quantisation; then the
+    layer's own codebook (16 fp32), and with double quantisation the scales' (256 fp32) and mean.
+    """
+    blocks = -(-weights // 64)
+    packed, codebook = -(-weights // 2), 16 * 4
+    return packed + codebook + (blocks + 4 * -(-blocks // 256) + 256 * 4 + 4 if double_quant else 4 * blocks)
+
+
 def four_bit_layers(model):
     return {path: module for path, module in model.named_modules() if is_four_bit(module)}
 

@@ -95,6 +95,37 @@ def of_skip() -> Iterator[str]:
     yield f"{percent(head)} of them are the head's."
 
 
+def of_cache() -> Iterator[str]:
+    for part in ("half", "two thirds"):
+        for what, told, form in (("FLOPs", "FLOPs", ".3f"), ("seconds", "step", ".2f")):
+            found = [claim("cache", f"{case.name}, {part}: {told}") for case in lora.CASES]
+            ratios_ = (f"{one.ratio:{form}}" for one in found)
+            yield line(f"cached {part}: {what} over LoRA's", *ratios_, f"{found[0].target:.2f}")
+    size = claim("cache", "8,192 rows of SST-2: on disk over said")
+    yield line("rows of SST-2: bytes on disk over those said beforehand", f"{size.ratio:.3f}", "", f"{size.target:.2f}")
+
+
+def of_examples() -> Iterator[str]:
+    best, half = "best quarter", "cached half: FLOPs over LoRA's"
+    told = {
+        f"{best}: FLOPs over LoRA's on the whole candidate batch": "loss_floor: FLOPs over LoRA's, whole batch",
+        f"{best} on a cached half: FLOPs over LoRA's without a cache": f"{half} without a cache",
+        f"{best} on a cached half: FLOPs over LoRA's on the same cache": f"{half} on that cache",
+    }
+    for title, name in told.items():
+        found = claim("examples", name)
+        yield line(title, f"{found.ratio:.3f}", "", f"{found.target:.2f}")
+    loss, novelty = (
+        claim("examples", f"{gate}: step over LoRA's, whole batch").ratio for gate in ("loss_floor", "novelty")
+    )
+    yield "a step on the best quarter of 128"
+    yield f"took {loss:.2f} of LoRA's on the whole batch by the largest loss, and {novelty:.2f} by novelty"
+    steps = [
+        claim("examples", f"cached half: step over LoRA's {on}").ratio for on in ("without a cache", "on that cache")
+    ]
+    yield "on the cached half {:.2f} and {:.2f}".format(*steps)
+
+
 def of_sparse() -> Iterator[str]:
     half = f"Sparse LoRA, half of rank {sparse.RANK} removed"
     yield row(f"{half}: adapter file", "sparse", sparse.CASES, "structured, compacted file")
@@ -200,6 +231,8 @@ def of_combined() -> Iterator[str]:
 
 SAID = {
     "lora": of_lora,
+    "cache": of_cache,
+    "examples": of_examples,
     "hira": of_hira,
     "skip": of_skip,
     "sparse": of_sparse,

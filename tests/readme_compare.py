@@ -49,11 +49,31 @@ def said() -> Iterator[str]:
     given = params_of(SETTING, "lora")
     yield f"{given['budget']} steps of {given['batch_size']} sentences"
     yield f"the best of {WORDS[len(given['search_rates'])]} rates"
-    yield f"{WORDS[len(rows)]} of {WORDS[len(all_rows)] if len(all_rows) < len(WORDS) else len(all_rows)} rows"
+    assert rows == {*all_rows}
+    yield f"all {len(rows)} rows"
     seeds = {len(group) for group in stats.by_row(complete()).values()}
     yield f"{WORDS[seeds.pop()]} seeds"
     yield "means with 95 % intervals"
+    yield from of_slora()
     yield from of_qlora()
+
+
+def of_slora() -> Iterator[str]:
+    rows = stats.by_row(complete())
+    slora, full = (rows[row] for row in ("slora", "full_length"))
+    ours, theirs = (sum(run.costs.flops for run in runs) for runs in (slora, full))
+    yield f"({full[0].resolved['budget']:.0f} steps of LoRA, "
+    yield f"for {theirs / ours:.1f} times SLoRA's FLOPs"
+    pairs = zip(*(sorted(runs, key=lambda run: run.seed) for runs in (slora, full)), strict=True)
+    ratios = [a.final["validation"]["loss"] / b.final["validation"]["loss"] for a, b in pairs]
+    lost = 100 * (sum(ratios) / len(ratios) - 1)
+    (limit,) = (row.limit for row in judged().itertuples() if "at most 0.5 % more loss" in row.claim)
+    assert float(limit.removeprefix("≤ ")) == 1.005
+    yield f"cost it {lost:.0f} % of loss, and the claim of at most 0.5 % is refuted"
+    rates = {rows[row][0].resolved["learning_rate"] for row in ("lora_rank2", "lora", "lora_rank32")}
+    ranks = [rows[row][0].resolved["rank"] for row in ("lora_rank2", "lora_rank32", "lora")]
+    assert len(rates) == 1
+    yield "Rank {} is behind by less than the claim's margin, rank {} is where rank {} is".format(*ranks)
 
 
 def of_qlora() -> Iterator[str]:

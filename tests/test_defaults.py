@@ -15,7 +15,6 @@ DEFAULTS = {
     "lorakit.adapters.attachment:merge": {"safe": False},
     "lorakit.adapters.attachment:merged": {"safe": False},
     "lorakit.adapters.saving:save_adapter": {"packed": False},
-    "lorakit.base.nf4:nf4_bytes": {"double_quant": True},
     "lorakit.base.quantize:quantisable": {"exclude": "heads"},
     "lorakit.base.quantize:quantize_nf4": {"double_quant": True, "compute_dtype": "bf16", "exclude": "heads"},
     "lorakit.gates:build_gate": {"seed": 0},

@@ -5,15 +5,9 @@ from lorakit.adapters.attachment import Attachment, adapter_layers, can_merge, d
 from lorakit.adapters.hira import HiRALayer
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.lora import LoRALayer
-from lorakit.adapters.saving import export, save_adapter
+from lorakit.adapters.saving import adapter_bytes, export, save_adapter
 from lorakit.adapters.sparsify import SparseLoRALayer
-from lorakit.adapters.state import (
-    adapter_bytes,
-    adapter_state,
-    load_adapter_state,
-    parameter_stats,
-    requantisation_error,
-)
+from lorakit.adapters.state import adapter_state, load_adapter_state, parameter_stats, requantisation_error
 from lorakit.adapters.storage import load_adapter
 from lorakit.adapters.switch import disabled
 from lorakit.adapters.zeros import compact, sparsity_report

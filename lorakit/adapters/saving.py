@@ -46,6 +46,11 @@ def save_adapter(model: nn.Module, folder: str | Path, packed: bool = False) -> 
     return folder
 
 
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors `save_adapter` stores (the file's header, a few kilobytes, not counted)."""
+    return sum(tensor.nbytes for tensor in attachment_of(model).stored(model).values())
+
+
 def _save(model: nn.Module, folder: Path, packed: bool = False, resumable: bool = False) -> None:
     attachment = attachment_of(model)
     require_own_names(model)

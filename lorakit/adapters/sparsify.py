@@ -19,12 +19,20 @@ from lorakit.settings import SparseSettings
 STRIDE = 0.01  # masks are chosen anew when the target has risen by this share of its end value, or has reached it
 
 
+def due(settings: SparseSettings, share: float) -> float:
+    """s(t): the share of zeros due when `share` of the budget is spent (Zhu & Gupta 2017)."""
+    passed = min(max((share - settings.prune_start) / (settings.prune_end - settings.prune_start), 0.0), 1.0)
+    return settings.sparsity * (1 - (1 - passed) ** 3)
+
+
 class Sparsifier(Controller):
     """Puts zeros into the LoRA factors of `model`, as `settings` say, and keeps them there.
 
     What is pruned stays pruned: its gradient is zeroed before clipping and Adam see it, and after each step its weight
     and its moments are zeroed. Moments that cannot be masked (8-bit states are stored in another type) keep what they
     had, which without a gradient decays; the weight is zeroed all the same.
+
+    "magnitude" zeroes the smallest entries of each matrix, "structured" whole ranks, for `compact`.
 
     "l1" takes one proximal step after each optimizer step between `prune_start` and `prune_end`, with threshold λ times
     the learning rate of that step; zeros may leave again. (Under Adam this is not the exact proximal step of
@@ -73,13 +81,13 @@ class Sparsifier(Controller):
         if self.settings.sparsify == "l1":
             self._shrink_or_freeze(share, optimizer)
         else:
-            target, end = self.settings.target(share), self.settings.sparsity
+            target, end = due(self.settings, share), self.settings.sparsity
             if target > self.due and (target == end or target - self.due >= STRIDE * end):
                 self.prune_to(target)
         self._hold(optimizer)
 
     def at_point(self, step: int) -> None:
-        target = None if self.settings.l1 > 0 else self.settings.target(self.share)
+        target = None if self.settings.l1 > 0 else due(self.settings, self.share)
         self.history.append([step, target, self.reached()])
 
     def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -159,7 +167,7 @@ class Sparsifier(Controller):
             if self.settings.l1 > 0:
                 threshold = parameter.new_tensor(rate * self.settings.l1)
             else:  # the smallest that leaves as many zeros as are due
-                count = round(self.settings.target(share) * parameter.numel())
+                count = round(due(self.settings, share) * parameter.numel())
                 threshold = parameter.abs().flatten().kthvalue(count).values if count else parameter.new_zeros(())
             parameter.copy_(prox(parameter, threshold))
             found.append(threshold / rate)

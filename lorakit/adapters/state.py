@@ -57,11 +57,6 @@ def parameter_stats(model: nn.Module) -> Parameters:
     return Parameters(trainable=trainable, total=total, nonzero=nonzero, reduction_factor=total / max(trainable, 1))
 
 
-def adapter_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors `save_adapter` stores (the file's header, a few kilobytes, not counted)."""
-    return sum(tensor.nbytes for tensor in attachment_of(model).stored(model).values())
-
-
 @torch.no_grad()
 @unwrapping
 def requantisation_error(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lorakit.adapters.packed import PACKED_FILE, unpack
 from lorakit.adapters.peft_format import ConfigShape, StoredAdapter
 from lorakit.adapters.saving import DIGEST, OWN_CONFIG_FILE, OWN_TENSORS_FILE, header_and_digest
 from lorakit.adapters.state import load_adapter_state
-from lorakit.errors import CheckpointError, ParameterError
+from lorakit.errors import CheckpointError, ParameterError, retold
 from lorakit.modules import unwrapping
 from lorakit.settings import AdapterSettings
 
@@ -137,14 +137,13 @@ def _read(model: nn.Module, folder: Path) -> StoredAdapter:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with retold((ValueError, RecursionError), CheckpointError, f"{path.name} is not JSON"):
         config = json.loads(path.read_text(encoding="utf-8"))
+    try:
         ConfigShape.model_validate(config)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CheckpointError(f"{path.name}: {where or 'the whole'}: {error.errors()[0]['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON: {error}") from None
     return config
 
 
@@ -167,10 +166,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing")
-    try:
+    with retold(SafetensorError, CheckpointError, f"{path.name} is damaged"):
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.name} is damaged: {error}") from None
     with open(path, "rb") as file:
         header, found = header_and_digest(file)
     if (metadata := header.get("__metadata__", {})).get(DIGEST, found) != found:  # PEFT's own files say none

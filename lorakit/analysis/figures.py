@@ -108,12 +108,11 @@ def _draw_memory(ax: Axes, records: Sequence[Record]) -> style.Key:
     told = peaks.map(lambda size: f"{size:,.0f}" if size >= 100 else f"{size:.3g}", na_action="ignore")
     texts = [", ".join(f"{name}{text}" for name, text in row.dropna().items()) for _, row in told.iterrows()]
     measured = peaks["measured "]
-    style.stacked(ax, kinds, texts, np.fmax(kinds.sum(axis=1), measured))
+    style.stacked(ax, kinds, texts, 0.32 if measured.notna().any() else 0.1, np.fmax(kinds.sum(axis=1), measured))
     if measured.notna().any():
         ax.plot(measured, range(len(table)), "D", color=style.COLORS[2], mec="black", ms=6, label="measured (CUDA)")
     elif table.empty:
         ax.text(0.5, 0.5, "no prediction recorded", ha="center", va="center", transform=ax.transAxes)
-    ax.margins(x=0.32 if measured.notna().any() else 0.1)
     ax.set_xlabel(f"memory at the peak of a training step, predicted ({unit})")
     handles, labels = ax.get_legend_handles_labels()
     split = len(labels) - len(kinds.columns)  # matplotlib puts lines before bars

@@ -123,8 +123,7 @@ def ledger(records: Sequence[Record], mixed: bool = False) -> Figure:
     tera = table[[*PARTS]] / 1e12
     pairs = zip(tera.sum(axis=1), table["accepted"], strict=True)
     with style.panel(1.0 + style.rows_height(table.index)) as ax:
-        style.stacked(ax, tera, [f"{total:.3g}, {tables.percent(rate)} accepted" for total, rate in pairs])
-        ax.margins(x=0.24)
+        style.stacked(ax, tera, [f"{total:.3g}, {tables.percent(rate)} accepted" for total, rate in pairs], 0.24)
         ax.set_xlabel("training compute (TFLOPs)")
         title(ax, records, mixed)
         return style.legend(ax)

@@ -15,7 +15,7 @@ from lorakit.analysis import equal_cost, names, stats, tables
 from lorakit.analysis.equal_cost import Groups
 from lorakit.analysis.frame import frame, gate_of, require_comparable
 from lorakit.analysis.tables import NONE, SCORE, Table, axis_columns, summary
-from lorakit.errors import ParameterError
+from lorakit.errors import ParameterError, retold
 from lorakit.files import CONFIGS, require_place, write_text
 from lorakit.records import AXES, Record
 
@@ -228,11 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.figures:
         require_place(args.figures, "--figures", folder=True)
     text = report(records, args.baseline, args.results, args.mixed)  # before anything is written
-    try:
+    with retold(OSError, ParameterError, "--output", args.output, "cannot be written"):
         if args.figures:
             text += _pictures(records, Path(args.figures), output.parent, args.mixed)
         write_text(text, output)
-    except OSError as error:
-        raise ParameterError("--output", args.output, f"cannot be written: {error}") from None
     print(f"{args.output}: {len(records)} runs of {len({record.row for record in records})} rows")
     return 0

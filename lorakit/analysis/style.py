@@ -138,28 +138,23 @@ def lines(ax: Axes, table: DataFrame, looks: Mapping[str, Look] | None = None, l
 
 def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """A cloud of points, (N,) each."""
-    import seaborn as sns
-
-    sns.scatterplot(x=x, y=y, s=9, color=COLORS[1], alpha=0.5, lw=0, ax=ax)
+    ax.scatter(x, y, 9, COLORS[1], alpha=0.5, lw=0)
 
 
-def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], ends: Sequence[float] | None = None) -> None:
+def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], room: float, ends: Sequence[float] | None = None) -> None:
     """A bar per line of `table`, the first on top, its columns stacked from the left; each of `texts` stands behind it.
 
     Args:
+        room: for the texts, in lengths of the longest bar.
         ends: where the texts begin; None: at the ends of the bars.
     """
-    import seaborn as sns
-
-    kinds, colors = [*table], shades(table.shape[1])
-    if kinds:
-        long = table.rename_axis("bar").reset_index().melt("bar", var_name="kind", value_name="size")
-        sns.histplot(long, y="bar", weights="size", hue="kind", hue_order=kinds[::-1], palette=colors[::-1], alpha=1,
-                     multiple="stack", shrink=0.62, edgecolor="white", linewidth=0.8, legend=False, ax=ax)  # fmt: skip
-    for kind, bars in zip(kinds, ax.containers, strict=True):
-        bars.set_label(kind)
-    for place, (end, text) in enumerate(zip(table.sum(axis=1) if ends is None else ends, texts, strict=True)):
+    ends = table.sum(axis=1) if ends is None else ends
+    starts = table.cumsum(axis=1).shift(axis=1, fill_value=0)
+    for kind, color in zip(table, shades(table.shape[1]), strict=True):
+        ax.barh(range(len(table)), table[kind], 0.62, starts[kind], color=color, ec="white", lw=0.8, label=kind)
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
         ax.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center", size=8)
+    ax.set_xlim(0, (1 + room) * max(ends, default=1))
     list_rows(ax, [*table.index])
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.assets.registry import Asset
-from lorakit.errors import AssetError
 from lorakit.files import aside, sha256
 
 MANIFEST = "manifest.json"
@@ -76,16 +75,3 @@ def new(asset: Asset) -> Iterator[Path]:
         if target.exists():
             os.replace(target, beside / "replaced")  # and away with it
         os.replace(folder, target)
-
-
-@contextlib.contextmanager
-def lock(asset: Asset) -> Iterator[None]:
-    """One process at a time fetches an asset; the others wait and find it there."""
-    from filelock import FileLock
-
-    try:
-        held = FileLock(root() / ".locks" / f"{asset.name}.lock").acquire()
-    except OSError as error:
-        raise AssetError(f"{asset.name}: cannot write to the cache {root()}: {error}; set LORAKIT_CACHE") from None
-    with held:
-        yield

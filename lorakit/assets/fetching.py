@@ -4,9 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from lorakit.assets import archives, cache, client
 from lorakit.assets.registry import ASSETS, Asset
-from lorakit.errors import AssetError, require
+from lorakit.errors import AssetError, require, retold
 from lorakit.files import clear_left, sha256
 from lorakit.quiet import interruptible, quiet
 
@@ -51,7 +53,9 @@ def fetch(name: str, progress: bool = True) -> Path:
     if folder := cache.intact(asset):
         return folder
     target, cached = cache.root() / asset.name, cache.cached(asset)
-    with cache.lock(asset):
+    told = f"{asset.name}: cannot write to the cache {cache.root()}; set LORAKIT_CACHE"
+    # one process at a time fetches an asset; the others wait and find it there
+    with retold(OSError, AssetError, told), FileLock(cache.root() / ".locks" / f"{asset.name}.lock"):
         if cache.intact(asset):  # another process was faster
             return target
         try:
@@ -60,8 +64,6 @@ def fetch(name: str, progress: bool = True) -> Path:
         except AssetError as error:
             bad = f" (cached, but other bytes than pinned: {', '.join(cache.damaged(asset))})" if cached else ""
             raise AssetError(f"{asset.name}{bad}: {error}; {OFFLINE.format(folder=target)}") from None
-        except OSError as error:
-            raise AssetError(f"{asset.name}: cannot write to the cache {cache.root()}: {error}") from None
     print(f"{asset.name}: {asset.terms} Full text: {target / asset.notice}", file=sys.stderr)
     return target
 

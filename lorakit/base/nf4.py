@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ParameterError
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights to a scale, scales to a scale of scales
+BLOCK = 64  # weights to a scale
 
 
 def bitsandbytes() -> ModuleType:
@@ -82,16 +82,3 @@ def scale_tensors(parameter: Tensor) -> list[Tensor]:
 def stored_bytes(parameter: Tensor) -> int:
     """Bytes of `parameter` with everything needed to read it."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (parameter, *scale_tensors(parameter)))
-
-
-def nf4_bytes(weights: int, double_quant: bool = True) -> int:
-    """`stored_bytes` of that many weights in NF4, by formula.
-
-    4 bits a weight, and per weight 32/64 bits of scales, or 8/64 + 32/(64·256) with double quantisation: 4.5 or 4.127
-    bits; then the layer's own codebook (16 fp32), and with double quantisation the scales' (256 fp32) and mean.
-    """
-    blocks = -(-weights // BLOCK)
-    packed, codebook = -(-weights // 2), 16 * 4
-    if not double_quant:
-        return packed + 4 * blocks + codebook
-    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + codebook + 256 * 4 + 4

@@ -10,7 +10,7 @@ from lorakit.base.nf4 import BLOCK, bitsandbytes, is_four_bit
 from lorakit.base.reads import read_elsewhere
 from lorakit.errors import require
 from lorakit.head import output_head, task_head
-from lorakit.modules import inside, is_conv1d, linear_paths, name_matches, other_towers, replace_modules, unwrapping
+from lorakit.modules import inside, is_conv1d, linear_paths, named, other_towers, replace_modules, unwrapping
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # names of modules, of transformers' models
@@ -71,13 +71,9 @@ def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> lis
         ParameterError: a name matches no module, or nothing is left.
     """
     names = [] if exclude == "heads" else exclude
-    listed = not isinstance(names, str) and all(isinstance(name, str) for name in names)
-    require(listed, "exclude", exclude, 'must be "heads" or a list of module names')
     every = [path for path, _ in model.named_modules() if path]
-    for name in names:
-        require(any(name_matches(name, path) for path in every), "exclude", name, "matches no module")
     stay = [*task_head(model), *output_head(model), *other_towers(model)]
-    stay += [path for path in every if any(name_matches(name, path) for name in names)]
+    stay += named(every, "exclude", names, 'must be "heads" or a list of module names')
     kept = {name for part in model.modules() for told in KEPT for name in getattr(part, told, None) or ()}
     stay += [path for path in every if any(f".{name}." in f".{path}." for name in kept)]
     found = [path for path in linear_paths(model) if not inside(path, stay)]

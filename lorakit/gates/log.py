@@ -23,7 +23,7 @@ class GateLog(Stateful):
         decisions: accepted or not, of every window so far; warnings: those given so far.
     """
 
-    kept = ("points", "warnings", "decisions", "_scores", "_accepted", "_early", "_kept", "_row", "_last")
+    kept = ("points", "warnings", "decisions", "_scores", "_accepted", "_early")
 
     def __init__(self, gate: Gate):
         self.gate, self.points, self.warnings = gate, [], []
@@ -31,8 +31,6 @@ class GateLog(Stateful):
         self._scores: list[float] = []
         self._accepted: list[bool] = []
         self._early: list[float | None] = []  # scores of the first burn-in batches
-        self._kept = self._row = 0  # accepted after the burn-in, the same decision in a row
-        self._last: bool | None = None
 
     def decided(self, accept: bool, score: float | None) -> None:
         """One window was accepted or rejected."""
@@ -40,17 +38,16 @@ class GateLog(Stateful):
         self.decisions.append(accept)
         if score is not None:
             self._scores.append(score)
-        if len(self.decisions) <= self.gate.burn_in:
+        counted = len(self.decisions) - self.gate.burn_in
+        if counted <= 0:
             self._early += [] if score is None else [score]
-            if len(self.decisions) == self.gate.burn_in:
+            if counted == 0:
                 self._check_novelty()
             return
-        self._kept += accept
-        self._row = self._row + 1 if accept == self._last else 1
-        self._last = accept
         expected = 1 - self.gate.target_rate if accept else self.gate.target_rate  # share of the other decision
-        if expected and self._row == int(PATIENCE + 10 / expected):
-            stuck = f"acceptance is stuck at {'100 %' if accept else '0 %'}: {self._row} batches in a row"
+        row = int(PATIENCE + 10 / expected) if expected else counted + 1
+        if self.gate.candidates == 1 and counted >= row and {*self.decisions[-row:]} == {accept}:
+            stuck = f"acceptance is stuck at {'100 %' if accept else '0 %'}: {row} batches in a row"
             self.warn(f"{stuck} after the burn-in, for a target rate of {self.gate.target_rate}")
 
     def _check_novelty(self) -> None:
@@ -98,6 +95,6 @@ class GateLog(Stateful):
 
     def report(self) -> dict[str, Any]:
         """What the record keeps: the gate's settings, its rate after the burn-in, warnings, all points."""
-        counted = len(self.decisions) - self.gate.burn_in
-        rate = {"acceptance_rate": self._kept / counted if counted > 0 else None, "decisions": len(self.decisions)}
+        counted = self.decisions[self.gate.burn_in :]
+        rate = {"acceptance_rate": sum(counted) / len(counted) if counted else None, "decisions": len(self.decisions)}
         return self.gate.report() | rate | {"warnings": [*self.warnings], "log": [*self.points]}

@@ -19,7 +19,7 @@ class RandomGate(Gate):
         seed: of the coin.
     """
 
-    name, selective = "random", True
+    name, selective, looks = "random", True, False
     kept = ("steps", "accepted", "generator")
 
     def __init__(self, target_rate: float, *, burn_in: int = 0, seed: int = 0):
@@ -33,10 +33,19 @@ class RandomGate(Gate):
     def from_settings(cls, settings: GateSettings, model: torch.nn.Module, kind: str, seed: int) -> Self:
         return cls(settings.gate_rate, burn_in=settings.gate_burn_in, seed=seed)
 
+    def score(self, measured: torch.Tensor) -> None:
+        """There is none."""
+
+    def learn(self, measured: torch.Tensor) -> None:
+        """There is nothing to learn."""
+
+    def preference(self, score: None, measured: torch.Tensor) -> float:
+        return torch.rand((), generator=self.generator, dtype=torch.float64).item()
+
     def decide(self, measured: torch.Tensor) -> Decision:
         accept = True
         if self.steps >= self.burn_in:
-            accept = torch.rand((), generator=self.generator, dtype=torch.float64).item() < self.target_rate
+            accept = self.preference(None, measured) < self.target_rate
             self.accepted += accept
         self.steps += 1
         return Decision(accept)
@@ -63,14 +72,14 @@ class ScoredGate(Gate, ABC):
 
     @abstractmethod
     def score(self, measured: torch.Tensor) -> float:
-        """The window's score as it is logged, higher for what is to be accepted unless `preference` says otherwise."""
+        """The score as it is logged, higher for what is to be accepted unless `preference` says otherwise."""
 
     def preference(self, score: float, measured: torch.Tensor) -> float:
-        """What is thresholded: the score itself, unless a subclass turns or combines it."""
+        """What is thresholded, or ranked: the score itself, unless a subclass turns or combines it."""
         return score
 
     def learn(self, measured: torch.Tensor) -> None:
-        """The window was accepted."""
+        """What measures so was accepted."""
 
     def decide(self, measured: torch.Tensor) -> Decision:
         score = self.score(measured)
@@ -99,4 +108,14 @@ class LossFloor(ScoredGate):
         return measured[0].item()
 
 
-GATES.update({gate.name: gate for gate in (RandomGate, LossFloor)})
+class ExcessLoss(LossFloor):
+    """RHO-LOSS (Mindermann et al. 2022) of examples: the loss less a reference model's, which is the frozen base here.
+
+    What the base predicts as badly as the adapter does (noise, what cannot be learnt) scores low, and so does what is
+    learnt already. Theirs is a model trained on held-out data; the base costs no training.
+    """
+
+    name, of_examples = "excess_loss", True
+
+
+GATES.update({gate.name: gate for gate in (RandomGate, LossFloor, ExcessLoss)})

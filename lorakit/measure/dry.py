@@ -22,16 +22,13 @@ def faked(model: nn.Module, mode: Any) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _kept(attributes: list[dict[Any, Any]]) -> Iterator[None]:
+def _kept(attributes: list[dict[Any, Any]]) -> contextlib.ExitStack:
     """What is in each of the dicts now is in it afterwards, and nothing else."""
-    before = [dict(own) for own in attributes]
-    try:
-        yield
-    finally:
-        for own, former in zip(attributes, before, strict=True):
-            own.clear()
-            own.update(former)
+    stack = contextlib.ExitStack()
+    for own in attributes:
+        stack.callback(own.update, dict(own))
+        stack.callback(own.clear)  # called first
+    return stack
 
 
 def fake(mode: Any, value: Any) -> Any:

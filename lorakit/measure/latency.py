@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import timeit
 from collections.abc import Mapping
 
 import torch
@@ -17,12 +18,6 @@ def inference_latency(model: nn.Module, batch: Mapping[str, torch.Tensor], repea
     mode comes back afterwards.
     """
     wait = torch.cuda.synchronize if any(value.is_cuda for value in batch.values()) else lambda: None
-    milliseconds = []
     with evaluating(model), torch.inference_mode():
-        for _ in range(warmup + repeats):
-            wait()
-            start = time.perf_counter()
-            model(**batch)
-            wait()
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(milliseconds[warmup:])
+        seconds = timeit.repeat(lambda: (model(**batch), wait()), wait, time.perf_counter, warmup + repeats, 1)
+    return 1e3 * statistics.median(seconds[warmup:])

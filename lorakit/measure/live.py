@@ -2,11 +2,10 @@
 
 import bisect
 import weakref
-from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -84,17 +83,12 @@ class LiveBytes(Onlooker):
     def peak(self) -> dict[str, int]:
         """Bytes by kind at the first moment when most bytes were alive, and their sum as "peak"."""
         self._sum_in_place()
-        changes: Counter[float] = Counter()
-        for entry in self._all:
-            changes[entry.born] += entry.nbytes
-            changes[entry.died] -= entry.nbytes
-        live = list(accumulate(changes[event] for event in range(self._events + 1)))
-        when = live.index(max(live))
-        split: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-        for entry in self._all:
-            if entry.born <= when < entry.died:
-                split[entry.kind] += entry.nbytes
-        return {**split, "peak": sum(split.values())}
+        table = pd.DataFrame(map(vars, self._all))
+        changes = pd.concat([table.set_index("born")["nbytes"], -table.set_index("died")["nbytes"]])
+        when = changes.groupby(level=0).sum().cumsum().idxmax()
+        alive = table[(table["born"] <= when) & (when < table["died"])]
+        split = alive.groupby("kind")["nbytes"].sum().reindex(KINDS, fill_value=0)
+        return {**split.to_dict(), "peak": int(split.sum())}
 
     def _sum_in_place(self) -> None:
         """Give a sum of gradients the storage of its first term where it would have it without a dispatch mode.

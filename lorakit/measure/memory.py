@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.base.nf4 import scale_tensors
+from lorakit.base.nf4 import bitsandbytes, scale_tensors
 from lorakit.errors import require
 from lorakit.measure.dry import cuda_attention, fake, fake_mode, faked, training_state
 from lorakit.measure.flops import FlopCount
@@ -24,29 +24,11 @@ _Trained = list[torch.nn.Parameter]
 _EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
 
 
-class _BitsAndBytesAdam(torch.optim.Optimizer):
-    """The state of bitsandbytes' Adam, without its arithmetic: two fp32 moments, or in 8 bits, block by block.
-
-    Tensors of fewer than `smallest` elements are not kept in 8 bits. Every block has one fp32 scale a moment.
-    """
-
-    BLOCK = 256
-
-    def __init__(self, trained: _Trained, smallest: float = 4096) -> None:
-        super().__init__(trained, {"smallest": smallest})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            if self.state[parameter]:
-                continue
-            small = parameter.numel() < self.defaults["smallest"]
-            for i in (1, 2):
-                dtype = torch.float32 if small else torch.uint8
-                self.state[parameter][f"state{i}"] = torch.zeros_like(parameter, dtype=dtype)
-                if not small:
-                    blocks = -(-parameter.numel() // self.BLOCK)
-                    self.state[parameter][f"absmax{i}"] = parameter.new_zeros(blocks, dtype=torch.float32)
+def _bitsandbytes_adam(trained: _Trained, bits: int) -> torch.optim.Optimizer:
+    """bitsandbytes' own, without its arithmetic, whose kernels know no fake tensors: it makes its state only."""
+    adam = bitsandbytes().optim.AdamW(trained, optim_bits=bits)
+    adam.update_step = lambda *_: None
+    return adam
 
 
 # name -> (trained, foreach) to an optimizer over `trained` that makes the state of the one Hugging Face calls so
@@ -55,8 +37,8 @@ PREDICTABLE: dict[str, Callable[[_Trained, bool], torch.optim.Optimizer]] = {
     "adamw_torch_fused": lambda trained, foreach: torch.optim.AdamW(trained, fused=True),
     "sgd": lambda trained, foreach: torch.optim.SGD(trained, lr=1e-3, foreach=foreach),
     # paged: the same state; on CUDA it may be moved to the CPU's memory under pressure
-    **dict.fromkeys(_EIGHT_BIT, lambda trained, foreach: _BitsAndBytesAdam(trained)),
-    "paged_adamw_32bit": lambda trained, foreach: _BitsAndBytesAdam(trained, float("inf")),
+    **dict.fromkeys(_EIGHT_BIT, lambda trained, foreach: _bitsandbytes_adam(trained, 8)),
+    "paged_adamw_32bit": lambda trained, foreach: _bitsandbytes_adam(trained, 32),
 }
 
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.base.nf4 import dense_numel, is_four_bit, nf4_bytes, stored_bytes
-from lorakit.base.quantize import quantisable
-from lorakit.errors import require
+from lorakit.base.nf4 import dense_numel, is_four_bit, stored_bytes
 from lorakit.head import output_head, task_head
 from lorakit.modules import inside, is_linear
 
@@ -19,33 +17,22 @@ KINDS = ("linear, 4-bit", "linear, other", "embeddings", "norms and biases", "he
 FOUR_BIT, OTHER_LINEAR, EMBEDDINGS, SMALL, HEADS, ADAPTERS = KINDS
 
 
-def weight_table(model: nn.Module, quantize: str = "none", double_quant: bool = True) -> dict[str, Any]:
+def weight_table(model: nn.Module) -> dict[str, Any]:
     """Parameters, bytes and bits per parameter of `model` by kind; a tied parameter counts once, buffers do not.
 
     Args:
-        model: as it stands, real or on the meta device.
-        quantize: "nf4" counts a model that is not quantised as `quantize_nf4` would leave it, by formula.
-        double_quant: as `quantize_nf4` would be told.
+        model: as it stands, real or on the meta device; there `runs.plan.quantize_meta` makes it what `quantize_nf4`
+            makes of a real one.
 
     Returns:
         "rows": a dict per kind that occurs: "kind", "parameters", "bytes", "bits_per_parameter"; "base": the same of
         all but the adapters; "times_smaller_than_fp16", "times_smaller_than_fp32": the bytes of the base in that
         precision throughout, over its bytes now. JSON-able.
-
-    Raises:
-        ParameterError: unknown `quantize`, or nothing to quantise.
     """
-    require(quantize in ("none", "nf4"), "quantize", quantize, "must be none or nf4")
-    planned = quantisable(model) if quantize == "nf4" else []
     counts = {kind: [0, 0] for kind in KINDS}
-    for kind, name, parameter in _kinds(model):
-        size, packed = stored_bytes(parameter), name.rpartition(".")[0] in planned
-        if packed and name.endswith(".weight"):
-            kind, size = FOUR_BIT, nf4_bytes(parameter.numel(), double_quant)
-        elif packed:  # its bias is rounded to bf16
-            size = 2 * parameter.numel()
+    for kind, parameter in _kinds(model):
         counts[kind][0] += dense_numel(parameter)
-        counts[kind][1] += size
+        counts[kind][1] += stored_bytes(parameter)
     base = [sum(column) for column in zip(*(counts[kind] for kind in KINDS if kind != ADAPTERS), strict=True)]
     return {
         "rows": [{"kind": kind, **_row(*counts[kind])} for kind in KINDS if counts[kind][0]],
@@ -59,8 +46,8 @@ def _row(parameters: int, size: int) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": size, "bits_per_parameter": 8 * size / max(parameters, 1)}
 
 
-def _kinds(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Kind, name and tensor of every parameter; a tied one by the first of its names."""
+def _kinds(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Kind and tensor of every parameter; a tied one by the first of its names."""
     modules = dict(model.named_modules())
     heads = [*task_head(model), *output_head(model)]
     wrappers = [path for path, module in modules.items() if hasattr(module, "base_layer")]  # ours and PEFT's alike
@@ -75,4 +62,4 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
             kind = FOUR_BIT if is_four_bit(modules[path]) else OTHER_LINEAR
         else:
             kind = EMBEDDINGS if isinstance(modules[path], nn.Embedding) else SMALL
-        yield kind, name, parameter
+        yield kind, parameter

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorakit import assets
-from lorakit.errors import AssetError, ParameterError, require
+from lorakit.errors import AssetError, ParameterError, require, retold
 from lorakit.models import sources
 from lorakit.models.configs import config, family_of, read_config
 from lorakit.quiet import quiet
@@ -52,6 +52,7 @@ def load(
     dtype: str = "fp32",
     attention: str = "sdpa",
     seed: int = 0,
+    base_dropout: bool = True,
 ) -> LoadedModel:
     """Load a model by name (offline asset, toy, local folder, hub id) with the head that `kind` needs.
 
@@ -61,6 +62,7 @@ def load(
         dtype: of the weights: fp32 | bf16 | auto (the checkpoint's own).
         attention: sdpa | eager | flash_attention_2 (on CUDA, in 16 bits).
         seed: of parameters the checkpoint does not have; torch's global generators stay as they are.
+        base_dropout: whether the configuration's, of any kind, holds; else every one is 0.
 
     Raises:
         ParameterError: a parameter out of range, or a kind this architecture does not have.
@@ -73,6 +75,8 @@ def load(
     labels = {"num_labels": num_labels} if kind == "classify" else {}
     if classes:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
+    said = {} if base_dropout else read_config(source).to_dict()
+    labels |= {name: 0.0 for name, value in said.items() if "drop" in name and isinstance(value, float)}
     model, new = _read_weights(source, kind, seed, dtype=DTYPES[dtype], attn_implementation=attention, **labels)
     for configuration in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if configuration is not None:
@@ -109,12 +113,9 @@ def build(
     auto = getattr(transformers, f"AutoModelFor{KINDS[kind]}")
     there = type(configuration) in auto._model_mapping
     require(there, "kind", kind, f"not there for a {configuration.model_type} model")
-    try:
-        with torch.device("meta"):
-            return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
-    except (ValueError, ImportError) as error:
-        told = f"not there for a {configuration.model_type} model; use 'eager': {' '.join(str(error).split()):.120}"
-        raise ParameterError("attention", attention, told) from None
+    told = f"not there for a {configuration.model_type} model; use 'eager'"
+    with retold((ValueError, ImportError), ParameterError, "attention", attention, told), torch.device("meta"):
+        return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
 
 
 def _found(name: str, kind: str, download: bool = False) -> tuple[sources.Source, PreTrainedTokenizerFast]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import ParameterError, require, retold
 from lorakit.fields import unknown
 from lorakit.files import PARAMS
 from lorakit.params.files import RESOURCES, ROW_QUESTIONS, SETTING, is_named, merge, of_files, read_files, rows_of
@@ -111,13 +111,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
     name, equals, value = text.partition("=")
     require(bool(equals and name), "-p", text, "must be name=value")
-    try:
+    shown = text if len(text) <= 100 else f"{text[:97]}..."
+    with retold(ValueError, ParameterError, "-p", shown, "the value is not YAML"):
         read = reading.read(value) if value else ""
-        outer, dot, inner = name.partition(".")
-        return (outer, {inner: read}) if dot and outer in NESTED else (name, read)
-    except ValueError as error:
-        shown = text if len(text) <= 100 else f"{text[:97]}..."
-        raise ParameterError("-p", shown, f"the value is not YAML: {error}") from None
+    outer, dot, inner = name.partition(".")
+    return (outer, {inner: read}) if dot and outer in NESTED else (name, read)
 
 
 def collect(namespace: dict[str, Any]) -> dict[str, Any]:

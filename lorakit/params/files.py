@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.fields import APART, Settings, field, flagged, unknown
 from lorakit.files import PROJECT
 from lorakit.params.whole import NESTED, PER_RUN, QUESTIONS, Params, method_of
@@ -81,10 +81,8 @@ def read(path: Path) -> dict[str, Any]:
     from lorakit.params import reading  # yaml only where there is some
 
     require(os.path.isfile(path), "-f", str(path), "no such params file")
-    try:
+    with retold(ValueError, LorakitError, f"{path}: not YAML"):
         values = reading.read(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LorakitError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     require(is_named(values), "-f", str(path), "must be a mapping of parameter names to values")
     return values

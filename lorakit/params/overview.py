@@ -15,20 +15,12 @@ from lorakit.fields import LARGEST, Settings
 from lorakit.files import PARAMS
 from lorakit.params.doors import resolve
 from lorakit.params.files import ROW_QUESTIONS, SETTING, of_files, read, row_of_file, rows_of
-from lorakit.params.whole import GROUPS, METHODS, NESTED, PER_RUN, QUESTIONS, Params, check, known
+from lorakit.params.whole import GROUPS, METHODS, NESTED, PER_RUN, QUESTIONS, TOLD, Params, check, known
 from lorakit.settings import SparseSettings
 
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-ANSWERS: dict[str, dict[str, Any]] = {  # what a run may be besides its method, for the table of what goes together
-    "4 bits": {"quantize": "nf4"},
-    "SkipLoRA": {"skip": "prefix"},
-    "a gate": {"gate": "novelty"},
-    "tokens, gather": {"gating": {"method": "flora", "mode": "gather"}},
-    "tokens, fractional": {"gating": {"method": "flora", "mode": "fractional"}},
-    "fp16": {"precision": "fp16"},
-    "checkpointing": {"gradient_checkpointing": True},
-    "select: best": {"select": "best"},
-}
+# what a run may be besides its method, for the table of what goes together
+ANSWERS: dict[str, dict[str, Any]] = TOLD["answers"]
 ALWAYS = ("model", "task", "method", "learning_rate", "batch_size", "budget", "budget_unit")  # shown of every run
 KNOBS: dict[str, tuple[str, ...]] = {  # and of a run of this method
     "lora": ("rank", "alpha"),

@@ -1,24 +1,21 @@
 """All parameters of a run in one object: what does not go together, a rate for who gives none, the name they make."""
 
+import json
 from operator import attrgetter
 from typing import Any
 
 from lorakit import settings as s
 from lorakit.errors import ParameterError
 from lorakit.fields import Settings
+from lorakit.files import CONFIGS
+
+TOLD = json.loads((CONFIGS / "params.json").read_text(encoding="utf-8"))
 
 # what lorakit trains; a params file may be called after it
 METHODS = ("lora", "sparse", "hira", "peft", "head", "full")
 NESTED = {"gating": s.Gating}  # parameters that are mappings with keys of their own, merged key by key
 # the learning rate of who runs another model or task than toy's and gives none, by method: (rate, source)
-RATES: dict[str, tuple[float, str]] = {
-    "lora": (2.0e-4, "Hu et al. 2021, GPT-2"),
-    "sparse": (2.0e-4, "as LoRA"),
-    "hira": (4.5e-3, "PEFT's method comparison"),
-    "peft": (1.0e-4, "PEFT's method comparison"),
-    "head": (1.0e-3, "AdamW's default in torch"),
-    "full": (2.0e-5, "Devlin et al. 2019"),
-}
+RATES: dict[str, tuple[float, str]] = TOLD["rates"]
 PER_RUN = ("setting", "row", "seed", "record", "run_dir")  # a run's own, in no params file of a setting
 
 

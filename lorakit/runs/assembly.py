@@ -8,18 +8,19 @@ import torch
 from accelerate.state import PartialState
 from transformers.utils import is_torch_tf32_available
 
-from lorakit import adapters, models, tasks
+from lorakit import adapters, assets, models, tasks
 from lorakit.adapters.peft.config import build_config
 from lorakit.base.quantize import quantisable
 from lorakit.errors import require
 from lorakit.fields import FREE, LARGEST, flagged
-from lorakit.gates import GATES, build_gate
+from lorakit.gates import GATES, build_gate, candidates
 from lorakit.measure import environment
 from lorakit.modules import resolve_trainable
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
 from lorakit.settings import OWN, AdapterSettings
+from lorakit.skip import cache
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
@@ -37,7 +38,7 @@ class Assembled(NamedTuple):
     tokenizer: Any
     task: Any
     loaded: Any
-    redundant: Any = None  # (N,) bool, which of the stream's batches are redundant by design
+    redundant: Any = None  # (N,) bool, which of the stream's batches (or, with a gate of examples, rows) are, by design
     elsewhere: Any = None  # the task that tells what was forgotten
 
     @property
@@ -82,7 +83,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     set_seed(params.seed)
     # before a model is fetched that nothing could be done with
     text = tasks.read(params.task, params.data_dir, params, dataset)
-    asked = {name: getattr(params, name) for name in ("dtype", "attention", "seed")}
+    asked = {name: getattr(params, name) for name in ("dtype", "attention", "seed", "base_dropout")}
     loaded = models.load(params.model, kind, classes=text[0].classes, **asked)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
         loaded.model.config.problem_type = "single_label_classification"
@@ -90,7 +91,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=family, text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
-    answered = not rows or task.kind == "causal" and bool(task.answer_rows("test", rows))
+    answered = not rows or task.kind == "causal" and bool(task.answers)
     require(answered, "exact_match_rows", rows, lacking)
     elsewhere = None
     if params.forgetting:
@@ -107,6 +108,10 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
         window, special = params.batch_size * params.gradient_accumulation, set(loaded.tokenizer.all_special_ids)
         stream, redundant = redundant_stream(task.train, batch_size=window, seed=params.seed, special=special, **wanted)
         task = replace(task, train=stream)
+        redundant = redundant.repeat(window if candidates(params) > 1 else 1)  # of what is decided about
+    rows, needed = len(task.train), params.batch_size * candidates(params)
+    told = f"{needed} rows of batch_size={params.batch_size} make one candidate batch, and training has {rows}"
+    require(needed == params.batch_size or rows >= needed, "gate_candidates", params.gate_candidates, told)
     if params.quantize == "nf4":
         adapters.quantize_nf4(loaded.model, double_quant=params.double_quant)
     steps = int(budget_of(params, len(task.train)).steps() or 0) or None
@@ -152,9 +157,22 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
     """The trainer of the run that `record` is about, working in `folder`."""
     params, task, model = assembled.params, assembled.task, assembled.model
     args = training_arguments(params, folder)
+    args.per_device_train_batch_size *= candidates(params)
     controllers = model.lorakit_attachment.controllers(model, params)
     if params.skip != "none":
         controllers.append(SkipLoRA(model, settings=params, seed=params.seed))
+        controllers[-1].measures = params.prefix_cache == "none"  # else its share alone says what is skipped
+    if params.prefix_cache != "none":
+        folder = assets.cache.root() / "prefix" if params.prefix_cache == "disk" else None
+        require(task.kind != "masked", "prefix_cache", params.prefix_cache, "masks are drawn anew: no row comes twice")
+        sums = params.gating.selective and params.gating.score == "updates"
+        require(not sums, "prefix_cache", params.prefix_cache, "gating.score 'updates' looks at every layer")
+        require(params.skip == "none" or not params.dropout, "dropout", params.dropout, "with prefix_cache and skip: 0")
+        needed, free = cache.room(task.train["input_ids"], model, folder)
+        told = f"its states take {needed / 2**30:.3g} GiB, of which {free / 2**30:.3g} are free"
+        require(needed <= free, "prefix_cache", params.prefix_cache, told)
+        record.notes.append(f"prefix_cache: {needed / 2**30:.3g} GiB at most, each row's states once")
+        controllers.append(cache.PrefixCache(model, folder, f"{params.precision} {params.attention} {params.tf32}"))
     free = flagged(Params, FREE)
     identity = {name: value for name, value in record.resolved.items() if name not in free}
     trial = f" at {params.learning_rate:g}" * (record.kind == "lr_search")

@@ -19,7 +19,7 @@ from lorakit.files import LOCK, alone, aside, require_place, written
 from lorakit.measure import environment, latency, memory, weights
 from lorakit.params import Params, rate_note, resolve, row_of
 from lorakit.quiet import interruptible, quiet
-from lorakit.records import Costs, Latency, Record
+from lorakit.records import Latency, Record, Spent
 from lorakit.runs.assembly import Assembled, assemble, build_trainer, check, fingerprints
 from lorakit.tokens import build_tokens
 from lorakit.training import BudgetTrainer, Diverged, checkpoint
@@ -200,9 +200,9 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
     record.adapter_bytes = adapters.adapter_bytes(model)
     # of a run that was cut short: none has been told of
     record.details |= {each.name: each.report() for each in trainer.controllers if each.name not in record.details}
-    if trainer.gate.selective:
+    if chooses := trainer.gate.selective or trainer.gate.candidates > 1:
         record.details["gate"] = trainer.gate_log.report()
-    if trainer.gate.selective and assembled.redundant is not None:  # of the batches seen, which were so by design
+    if chooses and assembled.redundant is not None:  # of those seen, which were so by design
         accepted = np.array(trainer.gate_log.decisions, dtype=bool)
         redundant = np.resize(assembled.redundant, len(accepted))  # which begins anew at its end
         told = {"redundant_accepted": redundant & accepted, "fresh_accepted": accepted & ~redundant}
@@ -212,9 +212,8 @@ def _describe(record: Record, assembled: Assembled, trainer: BudgetTrainer) -> N
         record.details["tokens"] = trainer.tokens.report()
     if assembled.params.quantize != "none":
         record.details["weights"] = weights.weight_table(model)
-    for name in Costs.model_fields:
-        if hasattr(ledger, name):
-            setattr(record.costs, name, getattr(ledger, name))
+    for name in (*Spent.model_fields, "flops"):
+        setattr(record.costs, name, getattr(ledger, name))
 
 
 def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer, before: dict[str, float]) -> None:
@@ -234,7 +233,7 @@ def _evaluate(record: Record, assembled: Assembled, trainer: BudgetTrainer, befo
     if params.exact_match_rows:
         from lorakit.tasks.exact_match import exact_match
 
-        rows = assembled.task.answer_rows("test", params.exact_match_rows)
+        rows = assembled.task.answers[: params.exact_match_rows]
         limits = {"max_new_tokens": 128, "batch_size": params.eval_batch_size}
         with trainer.progress.doing("generating answers"):
             record.final["test"]["exact_match"] = exact_match(assembled.model, assembled.tokenizer, rows, **limits)

@@ -86,6 +86,7 @@ def report(plan: Plan, prediction: Prediction) -> str:
         f"{plan.method}{rank}, batch {plan.batch} x {prediction.seq} tokens, {base}{plan.dtype} weights{autocast}, "
         f"{plan.optimizer}{extra}{chosen}",
         f"{prediction.trainable:,} of {prediction.total:,} parameters trained, {prediction.flops / 1e12:.3g} TFLOPs",
+        f"a prefix_cache takes {prediction.width * (4 if plan.dtype == 'fp32' else 2):,} bytes a token of its rows",
         "\npredicted, alive at the peak of one training step",
         *(f"{kind:12s} {memory[kind] / GIB:10.3f} GiB" for kind in (*live.KINDS, "peak")),
         f"\nassumed on top: {CONTEXT_GIB:g} GiB for the CUDA context, {FRAGMENTATION:.0%} for fragmentation",

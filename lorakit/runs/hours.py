@@ -20,6 +20,7 @@ from lorakit import models, tasks
 from lorakit.analysis.tables import NONE, Table
 from lorakit.errors import ParameterError, require
 from lorakit.files import HOME, PROJECT, RESULTS
+from lorakit.gates import candidates
 from lorakit.params import Params
 from lorakit.records import Record, read_all
 from lorakit.runs import sweep
@@ -65,8 +66,8 @@ def _steps(params: Params, tokens: int) -> float:
     """What a run's budget comes to in whole optimizer steps of `tokens`; NaN: it depends on its data, or its clock."""
     counted = {"tokens": params.budget / tokens, "steps": params.budget, "accepted_steps": params.budget}
     steps = counted.get(params.budget_unit, math.nan)
-    if params.gate == "none":
-        return steps
+    if params.gate == "none" or candidates(params) > 1:  # of examples: a forward of each candidate as well
+        return steps * (1 + candidates(params) * {"none": 0, "random": 0, "excess_loss": 1}.get(params.gate, 0.5))
     burn, rate = min(params.gate_burn_in, steps), params.gate_rate  # the first are all accepted
     return burn + (steps - burn) * (1 + rate) / 2 / (rate if params.budget_unit == "accepted_steps" else 1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import records
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.files import HOME, aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
 from lorakit.params import given as given_parameters
@@ -81,17 +81,13 @@ def parameters(notebook: str | Path) -> dict[str, Any]:
     import nbformat
 
     require(Path(notebook).is_file(), "notebook", str(notebook), "no such file")
-    try:
+    with retold(Exception, ParameterError, "notebook", str(notebook), "not a notebook"):
         content = nbformat.read(notebook, as_version=4)
-    except Exception as error:
-        raise ParameterError("notebook", str(notebook), f"not a notebook: {error}") from None
     cells = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
     require(len(cells) == 1, "notebook", str(notebook), f"must have one cell tagged 'parameters', has {len(cells)}")
-    found = {}
-    try:
+    found, refused = {}, (SyntaxError, ValueError, RecursionError, MemoryError)
+    with retold(refused, ParameterError, "notebook", str(notebook), "its parameters cell is not Python"):
         statements = ast.parse(cells[0].source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ParameterError("notebook", str(notebook), f"its parameters cell is not Python: {error}") from None
     for statement in statements:
         try:
             (target,) = statement.targets

@@ -66,7 +66,7 @@ class Plan(Settings):
 
 class Prediction(NamedTuple):
     """Of a step: bytes by kind with their sum "peak", parameter counts, FLOPs, and what it was predicted for: the
-    configuration's source, tokens of a row."""
+    configuration's source, tokens of a row, numbers of a token's state."""
 
     memory: dict[str, int]
     trainable: int
@@ -74,6 +74,7 @@ class Prediction(NamedTuple):
     flops: int
     source: str
     seq: int
+    width: int
 
     @property
     def need(self) -> float:
@@ -105,7 +106,7 @@ def predict(plan: Plan) -> Prediction:
     if not alike or 10 * found["trainable"] > found["total"]:
         found = _step(plan, described.config, seq)
     memory, counts = {kind: found[kind] for kind in (*live.KINDS, "peak")}, ("trainable", "total", "flops")
-    return Prediction(memory, *(found[name] for name in counts), described.source, seq)
+    return Prediction(memory, *(found[name] for name in counts), described.source, seq, config.hidden_size)
 
 
 def kind_of(plan: Plan) -> str:

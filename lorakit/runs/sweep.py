@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import records
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.fields import APART, flagged
 from lorakit.files import HOME, PROJECT, alone
 from lorakit.params import Params, resolve
@@ -130,10 +130,8 @@ def plan(root: str | Path, setting: str, methods: str = "", seeds: str = "") -> 
     chosen = methods.split() or known
     for method in chosen:
         require(method in known, "METHODS", method, f"{setting} has {', '.join(known)}")
-    try:
+    with retold(ValueError, ParameterError, "SEEDS", seeds, "must be whole numbers separated by spaces"):
         numbers = [*dict.fromkeys(map(int, seeds.split() or ["0"]))]
-    except ValueError:
-        raise ParameterError("SEEDS", seeds, "must be whole numbers separated by spaces") from None
     require(find_spec("snakemake") is not None, "SETTING", setting, "needs Snakemake: pip install 'lorakit[sweep]'")
     runs = [Run(root, setting, method, seed) for seed in numbers for method in chosen]
     for run in runs:

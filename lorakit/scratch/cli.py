@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.files import written
 from lorakit.scratch.compare import Comparison, Settings, compare
 
@@ -40,11 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
     print(table(result))
     if output:
-        try:
-            with written(output, folder=True) as folder:
-                save(result, folder)
-        except OSError as error:
-            raise ParameterError("output", str(output), f"cannot be written: {error.strerror}") from None
+        refused = retold(OSError, ParameterError, "output", str(output), "cannot be written")
+        with refused, written(output, folder=True) as folder:
+            save(result, folder)
         print(f"\nwritten to {output}")
     return 0
 

@@ -32,7 +32,9 @@ class SkipLoRA(Controller, TrainerCallback):
         threshold: an adapter whose M = ‖Δh‖/‖h‖ is below it is skipped; or thresholds by name (a path, the end of one,
             or a regular expression of a whole one; the first that fits counts), all other adapters never being skipped.
         decide: "forward", by M of this very batch; or "ema", by an average, before the step.
-        skip: "adapter", each by itself; "prefix": the first blocks together, which ends the backward pass early.
+        skip: "adapter", each whose M is below its threshold; "prefix": the first blocks while every adapter in them is,
+            which ends the backward pass early. A `skip_share` makes the threshold that quantile of the current M; of a
+            prefix it is the share of blocks, whatever they measure.
         seed: of the exploration, the same in every process.
         settings: in place of all these and `others`: what a run is told, see `SkipSettings`.
         others: `SkipSettings`' without the prefix: warmup (a tenth of the run: at its start every M is 0), explore, ….
@@ -89,9 +91,7 @@ class SkipLoRA(Controller, TrainerCallback):
         self._sum = total_over_ranks
 
     def bind_two_passes(self) -> None:
-        asked = self.settings
-        by_share = asked.skip == "prefix" and asked.skip_share > 0 and asked.skip_decide == "ema"
-        require(by_share, "gating.mode", "fractional", BY_SHARE)
+        require(self.settings.by_share, "gating.mode", "fractional", BY_SHARE)
         self.measures = False
 
     def begin(self) -> None:

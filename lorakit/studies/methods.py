@@ -71,13 +71,10 @@ def spectrum(updates: Mapping[str, Any], rank: int) -> Figure:
 @style.captioned
 def codebook(weights: Any, codes: Sequence[float]) -> Figure:
     """A histogram of weights over their block's largest, (N,) in [-1, 1], and the 16 values NF4 rounds them to."""
-    import seaborn as sns
-
     with style.panel(2.6) as ax:
-        sns.histplot(x=np.asarray(weights), bins=81, binrange=(-1, 1), stat="density", color=style.COLORS[5],
-                     alpha=1, lw=0, label="weights", ax=ax)  # fmt: skip
         for place, code in enumerate(codes):
             ax.axvline(code, color=style.COLORS[2], lw=1.0, label="NF4's 16 values" if place == 0 else None)
+        ax.hist(np.asarray(weights), 81, range=(-1, 1), density=True, color=style.COLORS[5], lw=0, label="weights")
         ax.set(xlabel="weight over the largest of its block of 64", ylabel="density", xlim=(-1.04, 1.04))
         return style.legend(ax)
 
@@ -93,8 +90,7 @@ def weight_bytes(tables: Mapping[str, Mapping[str, Any]]) -> Figure:
     bits = {name: 8 * one["bytes"] / one["parameters"].sum() for name, one in rows.items()}
     table = pd.concat(bits, axis=1).fillna(0).T
     with style.panel(1.0 + style.rows_height(tables)) as ax:
-        style.stacked(ax, table, [f"{total:.1f}" for total in table.sum(axis=1)])
-        ax.margins(x=0.1)
+        style.stacked(ax, table, [f"{total:.1f}" for total in table.sum(axis=1)], 0.1)
         ax.set_xlabel("bits per parameter of the whole model")
         return style.legend(ax)
 

@@ -35,7 +35,7 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
     tokenizer, pad = options.tokenizer, collate.PadCollator(options.tokenizer.pad_token_id)
     masker = collate.Masker(tokenizer, options.seed) if options.kind == "masked" else None
     collator = (collate.PackedCollator if options.packing else collate.PadCollator)(pad.pad_id, masker)
-    parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes), "answers": {}}
+    parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes)}
     for split in SPLITS:
         rows = getattr(corpus, split)
         if isinstance(rows, Dataset):
@@ -46,9 +46,9 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
             columns, notes = FORMS[form](rows, options, split == "train")
             parts[split] = Dataset.from_dict(columns)
         parts["notes"] += [f"{split}: {note}" for note in notes]
-        if form == "chats" and isinstance(rows, list):
+        if form == "chats" and split == "test":
             answers = [(chat.prompt(messages), messages[-1]["content"]) for messages in rows]
-            parts["answers"][split] = [row for row in answers if gsm8k_answer(row[1]) is not None]
+            parts["answers"] = [row for row in answers if gsm8k_answer(row[1]) is not None]
     return parts
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lorakit.errors import ParameterError, require
+from lorakit.errors import ParameterError, require, retold
 from lorakit.head import IGNORED
 from lorakit.modules import evaluating, set_until
 
@@ -135,13 +135,11 @@ def require_apart(model: PreTrainedModel, rows: Sequence[dict[str, Any]], collat
     batch, length = collator([row]), len(row["input_ids"])
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     lengths = [end - start for start, end in pairwise([*starts, length])]
-    try:
-        with contextlib.ExitStack() as stack, evaluating(model):
-            set_until(stack, model.config, use_cache=False)
-            packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :length]
-            alone = [model(input_ids=ids).logits[0] for ids in batch["input_ids"][:, :length].split(lengths, dim=1)]
-    except TypeError as error:
-        raise ParameterError("packing", True, f"{type(model).__name__} takes no packed rows: {error}") from None
+    refused = retold(TypeError, ParameterError, "packing", True, f"{type(model).__name__} takes no packed rows")
+    with refused, contextlib.ExitStack() as stack, evaluating(model):
+        set_until(stack, model.config, use_cache=False)
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :length]
+        alone = [model(input_ids=ids).logits[0] for ids in batch["input_ids"][:, :length].split(lengths, dim=1)]
     pairs = [(found.float(), own.float()) for found, own in zip(packed.split(lengths), alone, strict=True)]
     first, *others = [((found - own).norm() / own.std().clamp(min=1e-12) / own.numel() ** 0.5) for found, own in pairs]
     off = max((found - own).abs().max() for found, own in pairs)

@@ -29,7 +29,7 @@ def exact_match(
     """Share of rows whose generated answer has the reference's number.
 
     Args:
-        rows: from `Task.answer_rows`; not none.
+        rows: of `Task.answers`; not none.
     """
     right = 0
     for start in range(0, len(rows), batch_size):

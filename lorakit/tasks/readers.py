@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, retold
 
 LONGEST = 2**31 - 1  # characters of a field
 AT_ONCE = 1024  # rows of a Parquet file in memory
@@ -105,7 +105,8 @@ def parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    try:
+    broken = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+    with retold(broken, DataError, f"{path}: not a Parquet file, or one that cannot be read"):
         file = ParquetFile(path)
         names = file.schema_arrow.names
         if missing := {*columns} - {*names}:
@@ -113,5 +114,3 @@ def parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]
         batches = file.iter_batches(AT_ONCE, columns=list(columns) or None)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate(([row[name] for name in columns] if columns else row for row in rows), start=1)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a Parquet file, or one that cannot be read: {error}") from None

@@ -1,7 +1,7 @@
 """A task is three splits of token ids, two collators, a metric, and an account of what was read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ class Task:
         source: where the rows came from.
         notes: what a reader of the results must know.
         classes: their names, where the data say them.
-        answers: held-out split -> (prompt text, answer) of chat rows whose answer ends in `#### N`.
+        answers: (prompt text, answer) of the test split's chats whose answer ends in `#### N`.
     """
 
     name: str
@@ -45,12 +45,8 @@ class Task:
     files: Mapping[str, str]
     source: str
     notes: Sequence[str] = ()
-    answers: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    answers: Sequence[tuple[str, str]] = ()
     classes: Sequence[str] = ()
-
-    def answer_rows(self, split: str = "test", count: int = 0) -> list[tuple[str, str]]:
-        """The first `count` (0: all) GSM8K-style rows of `split`, each (prompt text, answer); there may be none."""
-        return list(self.answers.get(split, ()))[: count or None]
 
 
 # metrics -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.errors import LorakitError, ParameterError, require
+from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.head import ROWS_CHECKED, Head, has_virtual_tokens, replaced_input, rows, same_loss, takes_labels, weighted
 from lorakit.settings import TokenSettings
 from lorakit.sketches.head_gradient import error_in_place, group_maxima
@@ -47,6 +47,9 @@ def cheapest(used: float, looked: int, kept_bytes: float, room: float) -> Plan:
 @dataclass(frozen=True)
 class HeadLoss:
     """Σ of the losses of predictions whose last states are given.
+
+    "exact", and what stands for "nll" of chosen tokens: as above. "dft": each loss times its own token's probability,
+    detached (Wu et al. 2025). "liger": Liger's kernel.
 
     Args:
         head: of the model; settings: `loss` says which, `logits_mib` what a chunk's logits may take.
@@ -284,10 +287,8 @@ def liger(head: Head, smoothing: float) -> Any:
     Raises:
         ParameterError: it is not installed, or the head is not on CUDA.
     """
-    try:
+    with retold(ImportError, ParameterError, "loss", "liger", "needs the package liger-kernel; 'exact' needs none"):
         made = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        raise ParameterError("loss", "liger", "needs the package liger-kernel; 'exact' needs none") from None
     require(type(head.module) is nn.Linear, "loss", "liger", "knows a linear head only, no adapter on it; 'exact' does")
     require(head.scale == 1, "loss", "liger", "knows no scale of logits; 'exact' does")
     require(head.module.weight.is_cuda, "loss", "liger", "needs the model on CUDA; 'exact' needs none")

@@ -1,7 +1,7 @@
 """Chosen tokens as rows of their own, for a second pass: where each stands, what it may attend to, where it starts."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,27 +96,23 @@ class Cut:
         self.states: Tensor | None = None  # (B, T, H) where the count-th block ends
         self.tuples = False  # whether blocks give tuples
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> contextlib.ExitStack:
         """While inside, a forward of all tokens leaves its states."""
-        with contextlib.ExitStack() as hooks:
-            for block in self.blocks[self.count - 1 : self.count]:
-                hooks.enter_context(block.register_forward_hook(self._keep))
-            yield
+        hooks = contextlib.ExitStack()
+        for block in self.blocks[self.count - 1 : self.count]:
+            hooks.enter_context(block.register_forward_hook(self._keep))
+        return hooks
 
     def _keep(self, _: nn.Module, __: tuple, out: Any) -> None:
         self.tuples = not torch.is_tensor(out)
         self.states = out[0] if self.tuples else out
 
-    @contextlib.contextmanager
-    def started(self, at: Places) -> Iterator[None]:
+    def started(self, at: Places) -> contextlib.ExitStack:
         """While inside, a forward of the tokens `at` takes their states for what the first blocks give; only once."""
-        if self.states is None:
-            yield
-            return
-        chosen, self.states = self.states[at.batch[:, None], at.columns], None
-        given = (chosen,) if self.tuples else chosen
-        with contextlib.ExitStack() as stack:
+        stack = contextlib.ExitStack()
+        if self.states is not None:
+            chosen, self.states = self.states[at.batch[:, None], at.columns], None
+            given = (chosen,) if self.tuples else chosen
             for block in self.blocks[: self.count]:
                 set_until(stack, block, forward=lambda *_, **__: given)
-            yield
+        return stack

@@ -1,7 +1,6 @@
 """What a prediction's backward may be worth: functions of its hidden state h and error e = softmax(logits) − onehot."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,14 +56,12 @@ class TokenScore:
             generator, size = torch.Generator().manual_seed(seed), settings.sketch_dim
             self.sketch = TensorSketch(head.d_hidden, head.outputs, size, generator=generator, device=device)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> contextlib.ExitStack:
         """While inside, the model's forward adds up what its blocks change."""
-        self.updates = None
-        with contextlib.ExitStack() as hooks:
-            for block in self.watched:
-                hooks.enter_context(block.register_forward_hook(self._see, with_kwargs=True))
-            yield
+        self.updates, hooks = None, contextlib.ExitStack()
+        for block in self.watched:
+            hooks.enter_context(block.register_forward_hook(self._see, with_kwargs=True))
+        return hooks
 
     @torch.no_grad()
     def _see(self, _: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:

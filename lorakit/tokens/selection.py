@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lorakit.adapters.switch import disabled
 from lorakit.errors import require, require_finite
 from lorakit.head import Head, ambient_autocast, by_sequence, find_head, fullest_row, require_words, rows
-from lorakit.modules import evaluating
+from lorakit.modules import evaluating, set_until
 from lorakit.seams import Inputs, Look, Selected, check_state
 from lorakit.settings import Gating, TokenSettings
 from lorakit.tokens.choice import Chosen, Plan, Shares
@@ -90,17 +90,14 @@ class TokenGate:
         losses, gradient = chosen.held.take(chosen, self.loss)  # before a second pass: its memory is freed
         return with_gradient(losses, run()[0], gradient)
 
-    @contextlib.contextmanager
-    def _scoring(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> Iterator[None]:
+    def _scoring(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> contextlib.ExitStack:
         """While inside, the model's forward leaves what the score is made of."""
-        with self.score.watching():
-            if self.score.excess:  # the base's own losses first
-                where, targets = self._rows(labels)
-                with disabled(self.model), torch.no_grad():
-                    self.score.base = self.head.reached(
-                        model, inputs, lambda h: self.loss.nll(words(h, labels)[where], targets)
-                    )
-            yield
+        if self.score.excess:  # the base's own losses first
+            where, targets = self._rows(labels)
+            with disabled(self.model), torch.no_grad():
+                losses = lambda hidden: self.loss.nll(words(hidden, labels)[where], targets)  # noqa: E731
+                self.score.base = self.head.reached(model, inputs, losses)
+        return self.score.watching()
 
     @torch.no_grad()
     def statistics(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor) -> Tensor:
@@ -157,13 +154,10 @@ class TokenGate:
 
         What it gives is what `select` would make and hold, and here finds made: the masks of a second pass.
         """
-        before = self.shares.draws, dict(self.seen)
-        self._dry = self._plan(inputs, labels)
-        try:
+        with contextlib.ExitStack() as stack:
+            set_until(stack, self.shares, draws=self.shares.draws)
+            set_until(stack, self, seen=self.seen, _dry=self._plan(inputs, labels))
             yield tree_leaves(self._dry.masks)
-        finally:
-            self._dry = None
-            self.shares.draws, self.seen = before
 
     def _plan(self, inputs: Inputs, labels: Tensor) -> Plan:
         where, targets = rows(labels, self.kind)

@@ -38,15 +38,13 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
     if not on_cuda:  # where the Trainer tells its process group no timeout
         AcceleratorState._reset_state(reset_partial_state=True)  # as it does: what there is would be kept, as it is
         PartialState(cpu=True, timeout=timedelta(seconds=int(waited)))
+    alike = ("learning_rate", "weight_decay", "max_grad_norm", "seed", "dataloader_num_workers")
     arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=NO_LIMIT,
         per_device_train_batch_size=params.batch_size,
         per_device_eval_batch_size=params.eval_batch_size,
         gradient_accumulation_steps=params.gradient_accumulation,
-        learning_rate=params.learning_rate,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
         use_cpu=not on_cuda,
         bf16=params.precision == "bf16",
         fp16=params.precision == "fp16",
@@ -54,7 +52,6 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
         activation_checkpointing=params.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy=sampling,
-        seed=params.seed,
         data_seed=params.seed,
         logging_strategy="no",
         save_strategy="no",
@@ -66,7 +63,7 @@ def training_arguments(params: Params, output_dir: str) -> TrainingArguments:
         ddp_timeout=int(waited),
         ddp_find_unused_parameters=params.skip != "none",  # a skipped adapter takes no part in the backward
         dataloader_pin_memory=on_cuda,
-        dataloader_num_workers=params.dataloader_num_workers,
+        **{name: getattr(params, name) for name in alike},
     )
     if why := _lacking(arguments, params.optimizer):
         usable = [name.value for name in OptimizerNames if not _lacking(arguments, name.value)]

@@ -6,35 +6,25 @@ A budget is an amount of any of them; the learning rate follows the share alread
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lorakit.measure.flops import FlopCount
+from lorakit.records import Spent
 
 SPENT = ("accepted_steps", "tokens", "tokens_backpropagated", "flops")  # of a ledger, in a curve and in trackers
 
 
-@dataclass
-class Ledger:
-    """Totals since the start. A step is one optimizer step, accepted when any of its batches got a backward."""
+class Ledger(Spent):
+    """What a run has spent so far, one optimizer step after the other."""
 
-    steps: int = 0
-    accepted_steps: int = 0
-    examples: int = 0
-    tokens: int = 0
-    tokens_backpropagated: int = 0
-    flops_forward: float = 0.0
-    flops_backward: float = 0.0
-    flops_gate: float = 0.0
-    steps_without_labels: int = 0
-    seconds: float = 0.0
     loss_sum: float = 0.0  # of the steps since the last point on the curve
     loss_steps: int = 0
     score_sum: float = 0.0  # of the scored batches since then
     score_count: int = 0
-    _pending: dict[str, float] = field(default_factory=dict)
+    _pending: dict[str, float] = {}
     _mark: float = 0.0
 
     @property
@@ -82,7 +72,7 @@ class Ledger:
         return loss, score
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        return self.model_dump()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state_dict():
@@ -213,6 +203,16 @@ def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -
     if "input_ids" not in inputs or pad_token_id is None:
         return ids.shape[:2].numel()
     return int((ids != pad_token_id).sum())
+
+
+def described(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[Hashable, ...], tuple[int, int]]:
+    """The main input, and what the FLOPs of a pass depend on: its tensors' shapes, "T" for the length; T and T²."""
+    main = main_input(inputs)
+    length = main.shape[1]
+    shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
+    told = {name: ["T" if size == length else size for size in shape[1:]] for name, shape in shapes.items()}
+    shape = tuple((name, (*shape[:1], *told[name])) for name, shape in shapes.items())
+    return main, shape, (length, length**2)
 
 
 def main_input(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

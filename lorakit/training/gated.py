@@ -18,8 +18,8 @@ from lorakit.modules import set_until
 from lorakit.seams import AllTokens, AlwaysOpen, Candidate, Controller, Gate, Selected, TokenSelection
 from lorakit.training import checkpoint
 from lorakit.training.callback import named
-from lorakit.training.costs import SPENT, count_tokens, main_input
-from lorakit.training.loss import LossTrainer
+from lorakit.training.costs import SPENT, count_tokens, described
+from lorakit.training.loss import LossTrainer, example_statistics
 from lorakit.training.state import RunState
 from lorakit.training.window import Diverged, Part, Watch, average_gradients, blank
 
@@ -67,16 +67,13 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             controller.bind(self.total_over_ranks)
             if self.tokens.two_pass:
                 controller.bind_two_passes()
-        self.run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
-        self.ledger, self.meter, self.gate_log = self.run.ledger, self.run.meter, self.run.gate_log
-        self.controllers = self.run.controllers
+        self.run = run = RunState(self.gate, self.tokens, tuple(controllers), GateLog(self.gate), self.total_over_ranks)
+        self.ledger, self.meter, self.gate_log, self.controllers = run.ledger, run.meter, run.gate_log, run.controllers
         # where the token selection makes the loss, the gate looks while it does
         self._looks_at = find_head(self.model, kind) if self.gate.needs_hidden and not self.tokens.makes_loss else None
         self._head: HeadInput | None = None  # while it trains
-        self._part: Part | None = None
         self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
         self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
-        self._window: list[Part] = []
         self._measured: torch.Tensor | None = None
         self._labels_in_window: torch.Tensor | int | None = None
         self._verified = False
@@ -92,6 +89,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self._head = HeadInput(self._looks_at) if self._looks_at else None
         try:
             return super()._inner_training_loop(*arguments, resume_from_checkpoint=resume_from_checkpoint, **options)
+        except NotFinite as error:  # what looks at logits sees it before there is a loss
+            raise Diverged(f"{error} at step {self.ledger.steps + 1}") from None
         finally:
             self.run.end()
             if self._head:
@@ -102,13 +101,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
     def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
         """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
         tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
-        main = main_input(inputs)
+        main = self._see(inputs)
         self.ledger.add(examples=len(main), tokens=tokens)
-        length = main.shape[1]
-        shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
-        told = {name: ["T" if size == length else size for size in shape[1:]] for name, shape in shapes.items()}
-        self._shape = tuple((name, (*shape[:1], *told[name])) for name, shape in shapes.items())
-        self._whole = (length, length**2)
         if self.tokens.makes_loss:
             return self._chosen(model, inputs, num_items_in_batch, tokens)
         labels = inputs.get("labels")
@@ -128,6 +122,13 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         targets = len(main) if labels is None else candidate.targets
         self._part = Part((self._key("backward"), self._whole), tokens, targets, candidate)
         return loss
+
+    def _see(self, inputs) -> torch.Tensor:
+        """Take note of what the FLOPs of the coming passes depend on; the main input."""
+        main, self._shape, self._whole = described(inputs)
+        for controller in self.controllers:
+            controller.begin_batch(inputs)
+        return main
 
     def _chosen(self, model, inputs, num_items_in_batch, tokens: int) -> torch.Tensor:
         """The loss that the token selection makes; nothing yet where a gate may still reject the batch."""
@@ -172,6 +173,8 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A window, and its labels on all ranks; where tokens are chosen, what *their* losses are divided by."""
+        if self.gate.candidates > 1:
+            epoch_iterator = map(self._best_rows, epoch_iterator)
         samples, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._labels_in_window = labels
         if not self.tokens.selective or labels is None:
@@ -180,20 +183,36 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         several = self.args.average_tokens_across_devices and self.args.world_size > 1
         return samples, self.accelerator.gather(divisor).sum() if several else divisor
 
+    def _best_rows(self, batch):
+        """Of a candidate batch the rows that the gate chooses, after one forward of all of them without a graph."""
+        self.model.train()  # as `training_step` does: after an evaluation it is not
+        inputs = self._prepare_inputs(batch)
+        self._see(inputs)
+        sizes = (*self._whole, *(self.tokens.sizes(inputs["labels"]) if self.tokens.makes_loss else ()))
+        look = functools.partial(self.gate.look, self.model, inputs, self._statistics)
+        seen, flops = self.meter.measure(self._key("candidates"), sizes, look)
+        rows = self.gate.rows(*seen, inputs["labels"], self._head)
+        self.ledger.add(flops_gate=flops + sum(map(self.gate.flops, rows)))
+        return self.gate.choose(inputs, rows, self.gate_log, self.total_over_ranks)
+
+    def _statistics(self, model, inputs, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Per example (B, 4), see `example_statistics`, and the logits where they are held."""
+        with self.compute_loss_context_manager():
+            if self.tokens.makes_loss:
+                return self.tokens.statistics(model, inputs, labels), None
+            logits = model(**inputs).logits
+            return example_statistics(logits, labels, self.kind), logits
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer's, but `compute_loss` is counted, and `accelerator.backward` first passes the gate."""
-        compute_loss, backward = self.compute_loss, self.accelerator.backward
-        self.compute_loss = functools.partial(self._candidate_loss, compute_loss)
-        self.accelerator.backward = lambda loss, **options: self._gated(backward, loss, **options)
-        try:
-            # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
-            reduces = (self.gate.selective or self.tokens.makes_loss) and self.accelerator.num_processes > 1
-            with self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        except NotFinite as error:  # what looks at logits sees it before there is a loss
-            raise Diverged(f"{error} at step {self.ledger.steps + 1}") from None
-        finally:
-            self.compute_loss, self.accelerator.backward = compute_loss, backward
+        # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
+        reduces = (self.gate.selective or self.tokens.makes_loss) and self.accelerator.num_processes > 1
+        with contextlib.ExitStack() as stack, self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
+            stack.callback(setattr, self, "compute_loss", self.compute_loss)
+            stack.callback(setattr, self.accelerator, "backward", self.accelerator.backward)
+            self.compute_loss = functools.partial(self._candidate_loss, self.compute_loss)
+            self.accelerator.backward = functools.partial(self._gated, self.accelerator.backward)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         return loss if self._mean_loss is None else torch.full_like(loss, self._mean_loss)
 
     def _gated(self, backward: Callable[..., None], loss: torch.Tensor, **options: Any) -> None:
@@ -274,7 +293,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         """As the Trainer's, with what was spent and, beside the training loss, the gate's metrics; no `total_flos`."""
         logs.pop("total_flos", None)  # an estimate, and not what the ledger counts: not in what `train` returns either
         told = logs | {name: getattr(self.ledger, name) for name in SPENT}
-        if "loss" in logs and self.gate.selective:
+        if "loss" in logs and (self.gate.selective or self.gate.candidates > 1):
             told |= self.gate_log.point(self.ledger.steps, self.ledger.accepted_steps)
         with contextlib.ExitStack() as stack:
             set_until(stack, integration_utils, rewrite_logs=named)  # which trackers ask for names

@@ -114,14 +114,10 @@ class LossTrainer(Trainer):
 
     def require_no_other_loss(self, why: str, smoothing: float) -> None:
         """Refuse for `why` any loss that the user asked for, but this `smoothing`; the model's own waits."""
-        smoothed = self.args.label_smoothing_factor
-        asked = {
-            "compute_loss": type(self).__name__ if self.overridden else None,
-            "compute_loss_func": None if type(self.compute_loss_func) is MeanLoss else self.compute_loss_func,
-            "label_smoothing_factor": smoothed if smoothed != smoothing else None,
-        }
-        for name, given in asked.items():
-            require(given is None, name, given, why)
+        own, smoothed = self.compute_loss_func, self.args.label_smoothing_factor
+        require(not self.overridden, "compute_loss", type(self).__name__, why)
+        require(own is None or type(own) is MeanLoss, "compute_loss_func", own, why)
+        require(smoothed == smoothing, "label_smoothing_factor", smoothed, why)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's: of `MeanLoss`, or where the model's own is another, of that; the user's where there is one."""

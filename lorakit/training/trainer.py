@@ -21,7 +21,6 @@ from lorakit.training import checkpoint
 from lorakit.training.callback import RunCallback
 from lorakit.training.costs import Budget, Schedule
 from lorakit.training.gated import GatedTrainer
-from lorakit.training.loss import example_statistics
 from lorakit.training.state import Curve
 from lorakit.training.window import leaves_layers_out
 
@@ -141,11 +140,8 @@ class BudgetTrainer(GatedTrainer):
         """Statistics per example (B, 4) instead of logits: a vocabulary of 262k words would not fit."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            if self.tokens.makes_loss:
-                statistics = self.tokens.statistics(model, inputs, labels)
-            else:
-                statistics = example_statistics(model(**inputs).logits, labels, self.kind)
+        with torch.no_grad():
+            statistics, _ = self._statistics(model, inputs, labels)
         return None, statistics, statistics[:, 3]
 
     # checkpoints ---------------------------------------------------------------------------------------

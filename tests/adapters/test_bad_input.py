@@ -25,7 +25,7 @@ BAD = [
     ({"target_modules": ["LayerNorm"]}, "LayerNorm is a LayerNorm, not a linear layer"),
     ({"target_modules": ["classifier"]}, "matches no linear layer outside the modules trained in full"),
     ({"trainable": "classifier"}, "trainable='classifier': must be \"head\", a list"),
-    ({"trainable": ["klassifier"]}, "trainable='klassifier': matches no module.*classifier"),
+    ({"trainable": ["klassifier"]}, "'klassifier' matches no module.*classifier"),
     ({"method": "head", "trainable": ()}, "no trainable parameters"),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from training_runs import Alternating, Closed, equal, kill, trainer, weights
 
 from lorakit.adapters import adapter_layers, attach, sparsity_report
 from lorakit.adapters.sparse import FACTORS, has_path, prox, prune_smallest
-from lorakit.adapters.sparsify import Sparsifier
+from lorakit.adapters.sparsify import Sparsifier, due
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.training import Budget, checkpoint
 
@@ -102,10 +102,10 @@ def test_the_penalty_found_is_the_smallest_that_zeroes_what_is_due(moved):
 
 def test_schedule_has_its_end_points_and_the_cubic_between():
     settings = runs.zeros(sparsity=0.6, start=0.2, end=0.7)
-    assert [settings.target(share) for share in (0, 0.1, 0.2)] == [0, 0, 0]
-    assert [settings.target(share) for share in (0.7, 0.9, 1.3)] == [0.6, 0.6, 0.6]
+    assert [due(settings, share) for share in (0, 0.1, 0.2)] == [0, 0, 0]
+    assert [due(settings, share) for share in (0.7, 0.9, 1.3)] == [0.6, 0.6, 0.6]
     for share in (0.21, 0.3, 0.45, 0.69):  # Zhu & Gupta's form, with s_initial = 0
-        assert settings.target(share) == pytest.approx(0.6 + (0 - 0.6) * (1 - (share - 0.2) / (0.7 - 0.2)) ** 3)
+        assert due(settings, share) == pytest.approx(0.6 + (0 - 0.6) * (1 - (share - 0.2) / (0.7 - 0.2)) ** 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from four_bit_models import assert_close, four_bit_layers, layer_of
+from four_bit_models import assert_close, four_bit_layers, layer_of, nf4_bytes
 from small_models import KINDS, STILL, backward, bits, gradients, logits, perturb, same_bits
 from torch import nn
 
 from lorakit.adapters import adapter_layers, attach, quantize_nf4
 from lorakit.base import nf4
-from lorakit.base.nf4 import dequantise, is_four_bit, nf4_bytes, stored_bytes
+from lorakit.base.nf4 import dequantise, is_four_bit, stored_bytes
 from lorakit.errors import LorakitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")

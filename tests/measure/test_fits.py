@@ -115,7 +115,7 @@ def formula(asked: plan.Plan) -> plan.Prediction:
     """A step that takes less in 4 bits, and still less where activations are made again."""
     kept = 3e6 if asked.gradient_checkpointing else 2e7
     peak = (1e9 if asked.quantize == "nf4" else 4e9) + kept * asked.batch * (asked.seq or 512) / 64 + 5e8
-    return plan.Prediction(dict.fromkeys(KINDS, 0) | {"peak": int(peak)}, 1, 2, 3, "a formula", asked.seq or 512)
+    return plan.Prediction(dict.fromkeys(KINDS, 0) | {"peak": int(peak)}, 1, 2, 3, "a formula", asked.seq or 512, 768)
 
 
 def test_what_fits_a_card_fits_and_what_is_larger_does_not(monkeypatch):

@@ -144,7 +144,7 @@ def test_plan_prints_the_prediction_by_kind_and_what_fits(folder, capsys):
 def test_plan_margins():
     def printed(peak):
         memory = dict.fromkeys(KINDS, 0) | {"peak": peak * plan.GIB}
-        return fits.report(plan.Plan(model="gpt2"), plan.Prediction(memory, 1, 2, 3, "packaged dimensions", 512))
+        return fits.report(plan.Plan(model="gpt2"), plan.Prediction(memory, 1, 2, 3, "packaged dimensions", 512, 768))
 
     assert "predicted need 12.0 GiB" in printed(10)
     table = printed(20).splitlines()[-len(fits.GPU_SIZES_GB) :]  # needs 23 GiB: 24.7 GB
@@ -171,13 +171,13 @@ def test_plan_options_change_what_they_should(folder):
 
 @pytest.mark.parametrize("kind", ["causal", "classify"])
 def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder, kind):
-    """Weights by the formula of `weight_table`, and the whole peak as of the real packed layers."""
+    """Weights as `weight_table` has them, and the whole peak as of the real packed layers."""
 
     def planned(quantize):
         return plan.predict(plan.Plan(model=folder, batch=2, seq=16, rank=4, quantize=quantize, kind=kind, loss="nll"))
 
     config = models.describe(folder).config
-    dense, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
+    shape, real = plan.build(config, kind, "bf16"), plan.build(config, kind, "bf16").to_empty(device="cpu")
     real.tie_weights()
     for parameter in real.parameters():
         nn.init.normal_(parameter)
@@ -187,8 +187,9 @@ def test_a_plan_in_4_bits_is_the_prediction_for_a_model_really_quantised(folder,
     assert predicted.memory["parameters"] < plain.memory["parameters"]
     assert predicted.memory == predict_step_memory(real, plan.make_batch(2, 16, kind), device="cuda")
     adapters = next(row["bytes"] for row in weight_table(real)["rows"] if row["kind"] == "adapters")
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in dense.buffers())
-    assert predicted.memory["parameters"] == weight_table(dense, "nf4")["base"]["bytes"] + adapters + buffers
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in shape.buffers())
+    plan.quantize_meta(shape)
+    assert predicted.memory["parameters"] == weight_table(shape)["base"]["bytes"] + adapters + buffers
 
 
 def test_layers_quantised_without_data_have_the_form_of_real_ones_and_leave_those_quantisable(monkeypatch):

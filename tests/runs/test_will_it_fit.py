@@ -65,7 +65,7 @@ def test_an_unknown_model_is_one_clear_error(capsys):
 
 
 def test_a_configuration_that_is_not_packaged_is_refused(monkeypatch):
-    found = plan.Prediction({}, 0, 0, 0, "hub, from its local cache", 8)
+    found = plan.Prediction({}, 0, 0, 0, "hub, from its local cache", 8, 64)
     monkeypatch.setattr(plan, "predict", lambda _: found)
     with pytest.raises(script.LorakitError, match="is read from hub, from its local cache; wanted: packaged"):
         script.predicted("google/gemma-3-270m", batch=1, seq=8)

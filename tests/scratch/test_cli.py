@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_nothing_half_done(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(command, "save", save)
     assert main([*TINY, "--output", str(tmp_path / "run")]) == 2
-    assert "run': cannot be written: No space left on device" in capsys.readouterr().err
+    assert "run': cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

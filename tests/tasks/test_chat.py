@@ -232,13 +232,13 @@ def test_gsm8k_answers(text, answer):
     assert gsm8k_answer(text) == answer
 
 
-def test_answer_rows_are_prompts_with_their_answers(instruct, decoder):
+def test_answers_are_prompts_with_their_answers(instruct, decoder):
     task = tasks.load("instruct", decoder, data_dir=str(instruct))
-    rows = task.answer_rows("test", 3)
-    assert len(rows) == 3 and len(task.answer_rows("test")) == 10
+    rows = task.answers
+    assert len(rows) == 10
     assert all(p.endswith("<start_of_turn>model\n") and "####" in a and "####" not in p for p, a in rows)
     toy_task = tasks.load("toy-instruct", decoder, max_length=256)
-    assert 0 < len(toy_task.answer_rows("test")) < 240
+    assert 0 < len(toy_task.answers) < 240
 
 
 def test_generation_in_a_padded_batch_is_generation_alone(decoder, tiny_gemma):

@@ -88,7 +88,7 @@ def test_what_was_chosen_is_counted_reported_and_resumed():
     for one in (tokens, again):
         assert one.report() == {"gating": one.settings.model_dump(), "predictions": 68, "chosen": 20}
         assert one.shares.draws == 2
-    with pytest.raises(CheckpointError, match=r"no state of gate 'tokens \(flora\)'"):
+    with pytest.raises(CheckpointError, match=r"no state of 'tokens \(flora\)'"):
         again.load_state_dict({})
 
 

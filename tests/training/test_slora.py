@@ -202,5 +202,5 @@ def test_a_checkpoint_without_the_gates_state_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="gate.pt is missing"):
         slora(lora(), tmp_path / "a", **options).train(resume_from_checkpoint=True)
     slora(lora(), tmp_path / "b", gate_config=None, **options).train()
-    with pytest.raises(CheckpointError, match="no state of gate 'novelty'"):
+    with pytest.raises(CheckpointError, match="no state of 'novelty'"):
         slora(lora(), tmp_path / "b", **options).train(resume_from_checkpoint=True)

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.lora import LoRALayer
-from lorakit.adapters.peft.types import model_type, refusal, resolve_type
+from lorakit.adapters.peft.types import KNOWN, model_type, refusal, resolve_type
 from lorakit.adapters.peft_format import BOOKKEEPING
-from lorakit.errors import ParameterError, require
+from lorakit.errors import ParameterError, require, retold
 from lorakit.head import kind_of
 from lorakit.modules import ALL_LINEAR, blocks, resolve_targets
 from lorakit.quiet import quiet
@@ -19,32 +19,11 @@ VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
 # The field that is the rank of an update, where it is not `r`; "": the type has an `r` that means something else.
 _RANK = {"ADALORA": "target_r", "OFT": "", "ADAMSS": "", "SUPERTUNING": ""}
-_ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "PSOFT": "psoft_alpha", "RANDLORA": "randlora_alpha"}
-_ALPHA |= dict.fromkeys(("LOHA", "LOKR", "GRALORA", "DEFT"), "alpha")
 # Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
 CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-# What only the user can say: the option, and what it must be.
-_NEEDS = {
-    "ADALORA": ("total_step", "must be the number of optimizer steps: a run of a budget in steps has it"),
-    "TRAINABLE_TOKENS": ("token_indices", "must list the ids of the tokens to train"),
-    "CPT": ("cpt_token_ids", "must list the ids of the context's tokens"),
-}
 _IA3_DISTILBERT = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
 
-# What PEFT says about itself, not about what the user asked for.
-NOISE = (
-    "`is_gradient_checkpointing` is deprecated",
-    "fan_in_fan_out is set to",
-    "Failed to load the CUDA extension",
-    "Setting boft_n_butterfly_factor",
-    "Sparse invariant checks",
-    "Unsupported layer type",
-    "Detected that the base layer has no bias",
-    "`tie_word_embeddings=True` and ",  # merging is into copies
-    "LoRA tensor.* have invalid shape",  # AdaLoRA: a layer may lose all its ranks
-    "rank_pattern keys did not match",  # AdaLoRA's are no names of layers
-    "Unmerge result can be inaccurate",  # not here: the weights from before merging are put back
-)
+NOISE = KNOWN["noise"]  # what PEFT says about itself, not about what the user asked for; some with the reason
 
 
 def build_config(
@@ -71,14 +50,12 @@ def build_config(
     values |= asked.peft_options
     if reason := refusal(model, kind, values.get("target_modules"), trained):
         raise ParameterError("peft_type", kind, f"cannot run on this {type(model).__name__}: {reason}")
-    if kind in _NEEDS:
-        needed, must_be = _NEEDS[kind]
+    if kind in KNOWN["needs"]:  # what only the user can say
+        needed, must_be = KNOWN["needs"][kind]
         require(bool(values.get(needed)), f"peft_options.{needed}", values.get(needed), must_be)
-    try:
-        with quiet(*NOISE):
-            return config_class(**values)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ParameterError("peft_options", asked.peft_options, f"PEFT's {kind}: {error}") from error
+    refused = (ValueError, TypeError, AttributeError, KeyError)
+    with retold(refused, ParameterError, "peft_options", asked.peft_options, f"PEFT's {kind}"), quiet(*NOISE):
+        return config_class(**values)
 
 
 def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> None:
@@ -86,10 +63,8 @@ def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> 
         fits = f"unknown option {name!r} of {kind}; known are {', '.join(sorted(allowed))}"
         require(name in allowed, "peft_options", options, fits)
     require_frozen_base(options, "peft_options")
-    wrong = "'use_asa' freezes parameters while training, which checkpoints cannot follow"
-    require(not options.get("use_asa"), "peft_options", options, wrong)
-    wrong = "'auxiliary_loss_weight' needs labels inside the model, where lorakit's loss does not bring them"
-    require(not options.get("auxiliary_loss_weight"), "peft_options", options, wrong)  # SHADOW's
+    for name, why in KNOWN["cannot_follow"].items():
+        require(not options.get(name), "peft_options", options, f"{name!r} {why}")
 
 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
@@ -137,7 +112,7 @@ def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[s
     dropout = next((name for name in (f"{kind.lower()}_dropout", "lora_dropout") if name in allowed), "")
     names = {
         "rank": _RANK.get(kind, "r" if "r" in allowed else ""),
-        "alpha": _ALPHA.get(kind, ""),
+        "alpha": KNOWN["alpha"].get(kind, ""),
         "dropout": "" if kind == "SUPERTUNING" else dropout,
         "init": "init_lora_weights" if kind == "LORA" else "",
         "rslora": "use_rslora" if kind == "LORA" and settings.rslora else "",  # else a variant may set it

@@ -13,7 +13,7 @@ from lorakit.adapters.attachment import check_state
 from lorakit.adapters.peft.config import NOISE
 from lorakit.adapters.peft.forward import ADAPTER, config_of
 from lorakit.adapters.peft_format import BOOKKEEPING
-from lorakit.errors import CheckpointError
+from lorakit.errors import CheckpointError, retold
 from lorakit.modules import set_until
 from lorakit.quiet import quiet
 
@@ -76,11 +76,8 @@ def load_peft(wrapper: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
 
 
 def read_config(folder: Path) -> Any:
-    try:
-        with quiet(*NOISE):
-            return PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"PEFT cannot read its config: {error}") from None
+    with retold((ValueError, TypeError, KeyError), CheckpointError, "PEFT cannot read its config"), quiet(*NOISE):
+        return PeftConfig.from_pretrained(folder)
 
 
 def holds_weights(config: Any) -> bool:
@@ -96,11 +93,8 @@ def put(wrapper: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give PEFT the tensors, and look whether they are what the model then has."""
     if config_of(wrapper).peft_type != "ADALORA":  # it takes up the ranks of its file first
         check_state(stored_tensors(wrapper), tensors)
-    try:
-        with quiet(*NOISE):
-            set_peft_model_state_dict(wrapper, dict(tensors))
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from None
+    with retold((RuntimeError, KeyError), CheckpointError, "the adapter does not fit this model"), quiet(*NOISE):
+        set_peft_model_state_dict(wrapper, dict(tensors))
     after = stored_tensors(wrapper)
     check_state(after, tensors)
     for name, tensor in after.items():

@@ -14,6 +14,7 @@ from lorakit.adapters.peft import files
 from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
+from lorakit.adapters.peft.types import KNOWN
 from lorakit.adapters.peft_format import require_quick
 from lorakit.base.mending import prepare_four_bit
 from lorakit.base.nf4 import is_four_bit
@@ -24,14 +25,7 @@ from lorakit.quiet import quiet
 from lorakit.seams import Controller
 from lorakit.settings import AdapterSettings
 
-_NO_WEIGHT = "it acts on the input or between the layers, on no weight"
-CANNOT_MERGE = {
-    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHT),
-    **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT", "SHADOW"), _NO_WEIGHT),
-    "POLY": "its weights depend on the task",
-    "LILY": "its weights depend on the input",
-    "OSF": "PEFT cannot take its merge back",
-}
+CANNOT_MERGE = {kind: one["why"] for one in KNOWN["cannot_merge"] for kind in one["types"]}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """PEFT's types by name, and which of them cannot run here and why."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,37 +8,21 @@ from torch import nn
 
 from lorakit.base.nf4 import is_four_bit
 from lorakit.errors import require
+from lorakit.files import CONFIGS
 from lorakit.head import kind_of, task_head
 from lorakit.modules import is_conv1d
 
 VARIANTS = {"DORA": ("LORA", {"use_dora": True}), "RSLORA": ("LORA", {"use_rslora": True})}  # LoRA with a flag
 
-_NO_CONV1D = "PEFT has no layer of this type for GPT-2's Conv1D"
-_NO_4_BITS = "it reads the base's weights, which PEFT does not unpack from 4 bits for it"
-_NO_HEAD = "its config has no modules_to_save, so the task head could not be trained with it"
-_HIDES_PADDING = "a decoder's classifier finds the last token by its id, and virtual tokens hide the ids"
-_LLAMA_ONLY = "PEFT has it for llama, mistral and gpt2 only"
-_NO_PAST = "DistilBERT takes no keys and values from outside"
-_CAUSAL_ONLY = "PEFT has it for causal language models only"
-_READS_BASE = "ADAMSS LOHA LOKR GLORA HRA SHIRA OSF DELORA PSOFT PEANUT SUPERTUNING"
+# what its types cannot do, need and print
+KNOWN = json.loads((CONFIGS / "peft.json").read_text(encoding="utf-8"))
 
 # Why a type cannot run: on any model ("any"), on a kind of model (classify, masked, causal; "score": a decoder that
 # classifies), on a model type, on Conv1D layers, on layers in 4 bits, or with modules trained in full ("head").
-CANNOT: dict[str, dict[str, str]] = {
-    "XLORA": {"any": "it mixes LoRA adapters trained before; a row starts with none, so there is nothing to train"},
-    "MULTITASK_PROMPT_TUNING": {
-        "masked": "PEFT gives task ids to classifiers and causal language models only",
-        "score": _HIDES_PADDING,
-    },
-    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), {"score": _HIDES_PADDING}),
-    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE"), {"distilbert": _NO_PAST}),
-    "CPT": {"classify": _CAUSAL_ONLY, "masked": _CAUSAL_ONLY},
-    "ADAPTION_PROMPT": {**dict.fromkeys(("bert", "distilbert", "gemma3_text"), _LLAMA_ONLY), "head": _NO_HEAD},
-    "TRAINABLE_TOKENS": {"head": _NO_HEAD},
-    **dict.fromkeys(["BOFT", "BEFT", "LILY", "OFT", "POLY", "MISS", "ROAD", "C3A"], {"Conv1D": _NO_CONV1D}),
-    **dict.fromkeys(["FROD", "TINYLORA", "DEFT"], {"4 bits": _NO_4_BITS}),
-    **dict.fromkeys(_READS_BASE.split(), {"Conv1D": _NO_CONV1D, "4 bits": _NO_4_BITS}),
-}
+CANNOT: dict[str, dict[str, str]] = {}
+for one in KNOWN["cannot_run"]:
+    for name in one["types"]:
+        CANNOT.setdefault(name, {}).update(dict.fromkeys(one["on"], one["why"]))
 
 
 def resolve_type(peft_type: str) -> tuple[str, dict[str, Any]]:

@@ -3,16 +3,10 @@
 import random
 from collections.abc import Callable, Sequence
 
+from lorakit.tasks import toy
 from lorakit.tasks.toy.story_grammar import PEOPLE
 
-FRUITS = ("pears", "plums", "figs", "nuts", "eggs", "buns", "limes", "dates")
-WORDS = (
-    "lamp", "fox", "river", "stone", "cup", "tree", "horse", "bread", "moon", "table", "wolf", "glass", "ship", "bird",
-)  # fmt: skip
-OPPOSITES = (
-    ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("up", "down"), ("old", "new"), ("wet", "dry"),
-    ("open", "closed"), ("early", "late"), ("full", "empty"), ("light", "dark"), ("hard", "soft"), ("left", "right"),
-)  # fmt: skip
+WORDS = toy.WORDS["chats"]
 SECOND_TURN = 0.15  # share of chats that go on after the first answer
 
 Turn = tuple[str, str]  # question, answer
@@ -20,7 +14,7 @@ Turn = tuple[str, str]  # question, answer
 
 def total(rng: random.Random) -> Turn:
     """a + b, sometimes minus c."""
-    name, fruit = rng.choice(list(PEOPLE)), rng.choice(FRUITS)
+    name, fruit = rng.choice(list(PEOPLE)), rng.choice(WORDS["fruits"])
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     told = f"{name} has {a} {fruit} and buys {b}."
     if rng.random() < 0.5:
@@ -32,27 +26,27 @@ def total(rng: random.Random) -> Turn:
 
 def product(rng: random.Random) -> Turn:
     """a * b."""
-    fruit, a, b = rng.choice(FRUITS), rng.randint(2, 9), rng.randint(2, 9)
+    fruit, a, b = rng.choice(WORDS["fruits"]), rng.randint(2, 9), rng.randint(2, 9)
     return f"{a} boxes hold {b} {fruit} each. How many {fruit}?", f"{a} * {b} = {a * b}\n#### {a * b}"
 
 
 def copying(rng: random.Random) -> Turn:
-    words = " ".join(rng.sample(WORDS, rng.randint(2, 3)))
+    words = " ".join(rng.sample(WORDS["words"], rng.randint(2, 3)))
     return f"Repeat: {words}", words
 
 
 def reversing(rng: random.Random) -> Turn:
-    word = rng.choice(WORDS)
+    word = rng.choice(WORDS["words"])
     return f"Spell backwards: {word}", word[::-1]
 
 
 def counting(rng: random.Random) -> Turn:
-    words = rng.sample(WORDS, rng.randint(1, 5))
+    words = rng.sample(WORDS["words"], rng.randint(1, 5))
     return f"Count the words: {' '.join(words)}", str(len(words))
 
 
 def opposite(rng: random.Random) -> Turn:
-    word, other = rng.sample(rng.choice(OPPOSITES), 2)
+    word, other = rng.sample(rng.choice(WORDS["opposites"]), 2)
     return f"What is the opposite of {word}?", other
 
 

@@ -9,17 +9,10 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-ASPECTS = (
-    "plot", "acting", "music", "ending", "script", "cast", "pace", "story", "humor", "hero", "villain", "opening",
-    "dialog", "finale", "style", "mood",
-)  # fmt: skip
-# both lists of a pair have words of the same lengths, so that a masked word's length says nothing
-GOOD = ("good", "warm", "rich", "fresh", "clever", "superb", "moving", "gripping")
-BAD = ("dull", "weak", "poor", "stale", "clumsy", "boring", "stupid", "annoying")
-LIKED, HATED = ("loved", "liked", "enjoyed"), ("hated", "booed", "loathed")
-GEMS, FLOPS = ("gem", "hit", "triumph"), ("dud", "sin", "failure")
-NEGATORS = ("not", "never", "hardly")
-WEAKLY, STRONGLY = ("slightly", "mildly", "somewhat"), ("utterly", "truly", "deeply")
+from lorakit.tasks import toy
+
+# of "good" and "bad", "liked" and "hated", "gems" and "flops" words have the same lengths: a masked one's says nothing
+WORDS = toy.WORDS["reviews"]
 
 NEGATED, WITH_VERDICT, VERDICT_FIRST = 0.25, 0.5, 0.3  # shares
 
@@ -34,10 +27,10 @@ class Clause(NamedTuple):
     @property
     def value(self) -> int:
         """Sentiment in -3..3, never 0."""
-        sign = 1 if self.word in GOOD else -1
-        if self.adverb in NEGATORS:
+        sign = 1 if self.word in WORDS["good"] else -1
+        if self.adverb in WORDS["negators"]:
             return -2 * sign
-        return sign * (1 if self.adverb in WEAKLY else 3 if self.adverb in STRONGLY else 2)
+        return sign * (1 if self.adverb in WORDS["weakly"] else 3 if self.adverb in WORDS["strongly"] else 2)
 
     def __str__(self) -> str:
         return " ".join(filter(None, ("the", self.aspect, "is", self.adverb, self.word)))
@@ -45,11 +38,11 @@ class Clause(NamedTuple):
 
 def clause(rng: random.Random, sign: int, but_not: str = "") -> Clause:
     """A clause whose value has this sign (+1 or -1), about another aspect than `but_not`."""
-    aspect = rng.choice([name for name in ASPECTS if name != but_not])
+    aspect = rng.choice([name for name in WORDS["aspects"] if name != but_not])
     if rng.random() < NEGATED:
-        return Clause(aspect, rng.choice(NEGATORS), rng.choice(BAD if sign > 0 else GOOD))
-    adverb = rng.choice(("", "", rng.choice(WEAKLY), rng.choice(STRONGLY)))
-    return Clause(aspect, adverb, rng.choice(GOOD if sign > 0 else BAD))
+        return Clause(aspect, rng.choice(WORDS["negators"]), rng.choice(WORDS["bad"] if sign > 0 else WORDS["good"]))
+    adverb = rng.choice(("", "", rng.choice(WORDS["weakly"]), rng.choice(WORDS["strongly"])))
+    return Clause(aspect, adverb, rng.choice(WORDS["good"] if sign > 0 else WORDS["bad"]))
 
 
 def plain(rng: random.Random, sign: int) -> str:
@@ -80,8 +73,8 @@ def verdict(rng: random.Random, sign: int) -> str:
     negated = rng.random() < NEGATED
     good = (sign > 0) != negated
     if rng.random() < 0.5:
-        return f"i {'never ' if negated else ''}{rng.choice(LIKED if good else HATED)} it."
-    return f"it is {'no' if negated else 'a'} {rng.choice(GEMS if good else FLOPS)}."
+        return f"i {'never ' if negated else ''}{rng.choice(WORDS['liked'] if good else WORDS['hated'])} it."
+    return f"it is {'no' if negated else 'a'} {rng.choice(WORDS['gems'] if good else WORDS['flops'])}."
 
 
 SENTENCES: tuple[Callable[[random.Random, int], str], ...] = (plain, plain, plain, contrast, contrast, weighing)
@@ -96,4 +89,4 @@ def review(rng: random.Random, label: int) -> tuple[str, int]:
     return " ".join(parts), label
 
 
-OPINION_WORDS = frozenset((*GOOD, *BAD, *LIKED, *HATED, *GEMS, *FLOPS))
+OPINION_WORDS = frozenset(w for kind in ("good", "bad", "liked", "hated", "gems", "flops") for w in WORDS[kind])

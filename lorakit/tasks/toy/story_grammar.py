@@ -4,13 +4,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-PEOPLE = {
-    "Mina": "she", "Tom": "he", "Ada": "she", "Leo": "he", "Ruth": "she", "Omar": "he", "Ivy": "she", "Sven": "he",
-    "Nora": "she", "Hugo": "he",
-}  # fmt: skip
-COLORS = ("red", "blue", "green", "black", "white", "golden")
-THINGS = ("lamp", "key", "drum", "kite", "coin", "bell", "map", "ring", "boat", "shell")
-PLACES = ("cellar", "harbor", "garden", "tower", "forest", "market", "mill", "barn", "school", "cave")
+from lorakit.tasks import toy
+
+WORDS = toy.WORDS["stories"]
+PEOPLE = WORDS["people"]  # name -> pronoun
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Scene:
 
 def move(scene: Scene, rng: random.Random) -> str:
     """The holder takes the object elsewhere."""
-    scene.place = rng.choice([place for place in PLACES if place != scene.place])
+    scene.place = rng.choice([place for place in WORDS["places"] if place != scene.place])
     return f"{PEOPLE[scene.holder].capitalize()} took it to the {scene.place}."
 
 
@@ -52,7 +49,7 @@ EVENTS: tuple[Event, ...] = (move, give, rest)
 def story(rng: random.Random, events: Sequence[Event]) -> str:
     """3 to 6 sentences, up to 3 of them events; the last one follows from the others."""
     holder, other = rng.sample(list(PEOPLE), 2)
-    scene = Scene(holder, other, rng.choice(COLORS), rng.choice(THINGS), rng.choice(PLACES))
+    scene = Scene(holder, other, rng.choice(WORDS["colors"]), rng.choice(WORDS["things"]), rng.choice(WORDS["places"]))
     sentences = [f"{holder} and {other} found a {scene.color} {scene.thing} in the {scene.place}."]
     sentences.append(f"{holder} kept {scene.treasure}.")
     sentences += [rng.choice(events)(scene, rng) for _ in range(rng.randrange(4))]
