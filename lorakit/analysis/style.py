@@ -141,12 +141,12 @@ def points(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     ax.scatter(x, y, 9, COLORS[1], alpha=0.5, lw=0)
 
 
-def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], room: float, ends: Sequence[float] | None = None) -> None:
+def stacked(ax: Axes, table: DataFrame, texts: Sequence[str], room: float = 0.1, ends: Any = None) -> None:
     """A bar per line of `table`, the first on top, its columns stacked from the left; each of `texts` stands behind it.
 
     Args:
         room: for the texts, in lengths of the longest bar.
-        ends: where the texts begin; None: at the ends of the bars.
+        ends: (N,), where the texts begin; None: at the ends of the bars.
     """
     ends = table.sum(axis=1) if ends is None else ends
     starts = table.cumsum(axis=1).shift(axis=1, fill_value=0)

@@ -74,7 +74,7 @@ class Prediction(NamedTuple):
     flops: int
     source: str
     seq: int
-    width: int
+    width: int = 0
 
     @property
     def need(self) -> float:
