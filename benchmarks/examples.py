@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
@@ -84,9 +82,9 @@ def rate_claims() -> list[Claim]:
     for rate in (0.1, 0.25, 0.5):
         gate = BestRows(build_gate(GateSettings(gate="loss_floor"), nn.Identity(), "classify"), round(1 / rate))
         log, ids = GateLog(gate), {"input_ids": torch.zeros(20, 1)}
-        for step_ in range(2000):
-            losses = torch.randn(20, generator=generator) * (1 + step_ / 500) - step_ / 100
-            gate.choose(copy.copy(ids), [Candidate(loss, None, None) for loss in losses], log, lambda vector: vector)
+        for number in range(2000):
+            losses = torch.randn(20, generator=generator) * (1 + number / 500) - number / 100
+            gate.choose(ids, [Candidate(loss, None, None) for loss in losses], log, lambda vector: vector)
         share = log.report()["acceptance_rate"]
         claims.append(Claim(f"share accepted at {rate}: |share - target|", abs(share - rate), 0.01, 1.0, "share"))
     return claims

@@ -99,8 +99,8 @@ def of_cache() -> Iterator[str]:
     for part in ("half", "two thirds"):
         for what, told, form in (("FLOPs", "FLOPs", ".3f"), ("seconds", "step", ".2f")):
             found = [claim("cache", f"{case.name}, {part}: {told}") for case in lora.CASES]
-            ratios_ = (f"{one.ratio:{form}}" for one in found)
-            yield line(f"cached {part}: {what} over LoRA's", *ratios_, f"{found[0].target:.2f}")
+            shown = (f"{one.ratio:{form}}" for one in found)
+            yield line(f"cached {part}: {what} over LoRA's", *shown, f"{found[0].target:.2f}")
     size = claim("cache", "8,192 rows of SST-2: on disk over said")
     yield line("rows of SST-2: bytes on disk over those said beforehand", f"{size.ratio:.3f}", "", f"{size.target:.2f}")
 

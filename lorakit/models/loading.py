@@ -62,7 +62,7 @@ def load(
         dtype: of the weights: fp32 | bf16 | auto (the checkpoint's own).
         attention: sdpa | eager | flash_attention_2 (on CUDA, in 16 bits).
         seed: of parameters the checkpoint does not have; torch's global generators stay as they are.
-        base_dropout: whether the configuration's, of any kind, holds; else every one is 0.
+        base_dropout: whether the configuration's rates of dropout hold; else those it names itself are 0.
 
     Raises:
         ParameterError: a parameter out of range, or a kind this architecture does not have.

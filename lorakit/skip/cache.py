@@ -139,9 +139,9 @@ class PrefixCache(Controller):
         new = {name: states[at].cpu() for name, states, at in zip(names, out.detach(), mask, strict=True)}
         if not self._checked:
             for name in new.keys() & self._kept.keys():
-                off = float((self._states(name).float() - new[name].float()).norm() / new[name].float().norm())
-                told = f"{self._kept[name]} does not hold what this model computes ({off:.1e} off); remove its folder"
-                self._require(off < 1e-3, told)  # beyond rounding
+                kept, now = self._states(name).float(), new[name].float()
+                same = kept.shape == now.shape and bool((kept - now).norm() <= 1e-3 * now.norm())  # but for rounding
+                self._require(same, f"{self._kept[name]} does not hold what this model computes; remove its folder")
             self._checked = torch.is_grad_enabled()  # else what is trained below would not show
         self._keep({name: states for name, states in new.items() if name not in self._kept})
         return out

@@ -53,6 +53,12 @@ def trainer(folder, name, model=None, language=False, candidates=4, **options):
     )
 
 
+def statistics(model, inputs, labels):
+    """As the trainer's, of a classifier."""
+    logits = model(**inputs).logits
+    return example_statistics(logits, labels, "classify"), logits
+
+
 def watched(run):
     """The candidate batches that `run` sees, and the rows of each it steps on, as they come."""
     seen, taken, best, step = [], [], run._best_rows, run.training_step
@@ -197,10 +203,6 @@ def test_novelty_and_norm_of_rows_follow_their_true_head_gradients():
             found.append(torch.autograd.grad(loss, head.module.weight)[0].flatten())
         return torch.stack(found).double()
 
-    def statistics(model, inputs, labels):
-        logits = model(**inputs).logits
-        return example_statistics(logits, labels, "classify"), logits
-
     def seen(name, batch):
         return gates[name].rows(*gates[name].look(model, batch, statistics), batch["labels"], kept)
 
@@ -267,10 +269,6 @@ def test_what_is_chosen_does_not_depend_on_the_order_of_rows(name):
     for z in torch.randn(6, 64, generator=torch.Generator().manual_seed(1)):
         gate.gate.update(z)
     batch = runs.collate([runs.rows()[n] for n in range(32)])
-
-    def statistics(model, inputs, labels):
-        logits = model(**inputs).logits
-        return example_statistics(logits, labels, "classify"), logits
 
     found = []
     for order in (slice(None), torch.arange(31, -1, -1)):

@@ -244,7 +244,7 @@ def test_rows_out_of_order_are_seen(tmp_path):
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         kept = load_file(path)
         save_file(dict(zip(kept, [*kept.values()][::-1], strict=True)), path)
-    with pytest.raises((ParameterError, RuntimeError), match="does not hold|must match"):
+    with pytest.raises(ParameterError, match="does not hold what this model computes"):
         trainer(tmp_path / "b", tmp_path / "cache").train()
 
 
