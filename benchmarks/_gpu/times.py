@@ -162,20 +162,22 @@ def of_gates(sizes: Sizes, device: str) -> Iterator[Comparison]:
 def of_savings(sizes: Sizes, device: str) -> Iterator[Comparison]:
     """A cached prefix from its second epoch on, and the best quarter of a batch, as in their own benchmarks."""
     case = sizes.classifier
-    batch = {name: value.to(device) for name, value in make_batch(case).items()}
+
+    def batch() -> dict[str, torch.Tensor]:
+        return {name: value.to(device) for name, value in make_batch(case).items()}
+
+    def whole() -> nn.Module:
+        return lora.build_ours(cache.still(case).to(device)).train()
 
     def cached() -> Sides:
         model, kept = cache.above(cache.still(case).to(device), 2)
         kept.begin()
-        above = cache.step(model, batch, kept)
+        above = cache.step(model, batch(), kept)
         above()  # the first epoch
-        return above, cache.step(whole(), batch)
+        return above, cache.step(whole(), batch())
 
     def best() -> Sides:
-        return examples.Best(whole(), "loss_floor", batch), cache.step(whole(), batch)
-
-    def whole() -> nn.Module:
-        return lora.build_ours(cache.still(case).to(device)).train()
+        return examples.Best(whole(), "loss_floor", batch()), cache.step(whole(), batch())
 
     yield Comparison(f"{case.name}, fp32: LoRA above a cached half over LoRA on all blocks", 0.55, cached)
     yield Comparison(f"{case.name}, fp32: the best quarter by loss over LoRA on the whole batch", NO_TARGET, best)
