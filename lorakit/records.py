@@ -268,8 +268,8 @@ def read(path: str | Path) -> Record:
 def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> list[Record]:
     """Records of one kind in files and, recursively, folders; ordered by path.
 
-    What lies in the folder of a checkpoint, an adapter or a model is none. What `RESULTS` lacks is read from what the
-    package brings.
+    What lies in the folder of a checkpoint (JupyterLab's, too), an adapter or a model is none. What `RESULTS` lacks is
+    read from what the package brings.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -279,5 +279,5 @@ def read_all(paths: str | Path | Iterable[str | Path], kind: str = "run") -> lis
             path = PROJECT / "results" / path.absolute().relative_to(RESULTS)
         found = sorted(path.rglob("*.json")) if os.path.isdir(path) else [path]
         others = {file.parent for file in found if file.name in TRAINED and file != path}
-        files += [file for file in found if others.isdisjoint(file.parents)]
+        files += [one for one in found if others.isdisjoint(one.parents) and ".ipynb_checkpoints" not in one.parts]
     return [record for record in map(read, files) if record.kind == kind]

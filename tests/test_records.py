@@ -141,6 +141,7 @@ def test_read_all_finds_records_of_one_kind_in_files_and_folders(tmp_path):
     records.write(search("lora"), tmp_path / "deep" / "search.json")
     records.write(record("full"), tmp_path / "alone.json")
     (tmp_path / "deep" / "note.txt").write_text("not JSON, not read")
+    records.write(record("lora", 1), tmp_path / "deep" / "lora" / ".ipynb_checkpoints" / "s1-checkpoint.json")
     found = records.read_all([tmp_path / "deep", tmp_path / "alone.json"])
     assert [(run.method, run.seed) for run in found] == [("lora", 0), ("lora", 1), ("full", 0)]
     assert [run.kind for run in records.read_all(str(tmp_path), kind="lr_search")] == ["lr_search"]

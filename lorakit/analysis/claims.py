@@ -126,7 +126,7 @@ def find(claim: Claim, records: Sequence[Record], written: datetime | None = Non
         told = [f"{seed}{end}" for seed, end in ends.items() if end != " (done)"]
         missing += [f"{name}: {', '.join(told)}"] if told else []
     if missing:
-        return Finding(claim, missing=f"no run of {'; '.join(missing)}")
+        return Finding(claim, missing=f"no finished run of {'; '.join(missing)}")
     used = [groups[name][seed] for name in groups for seed in claim.seeds]
     require_comparable(used)
     runs = frame(used).runs
@@ -184,7 +184,7 @@ def verdicts(found: Sequence[Finding]) -> list[str]:
 
 def seen(values: Sequence[float], form: str) -> str:
     """Their mean with Student's 95 % interval, where it has one."""
-    found = stats.estimate(values, student=True)
+    found = stats.estimate(values)
     return f"{form.format(found.mean)} {found.interval(form) if np.ptp(values) > 0 else ''}".rstrip()
 
 

@@ -30,8 +30,9 @@ def curve_points(records: Sequence[Record], x: str = "accepted_steps", y: str = 
         ParameterError: `x` is no axis, or `y` is in none of the records while others are.
     """
     table, y = frame(records).curves, stats.named(y, "validation")
-    known = sorted(name for name in table if name.startswith(("train ", "validation ")) and table[name].notna().any())
-    require(not known or y in known, "y", y.removeprefix("validation "), f"must be one of {', '.join(known)}")
+    known = {name for name in table if name.startswith(("train ", "validation ")) and table[name].notna().any()}
+    told = f"must be one of {', '.join(sorted(known))}"
+    require(not known or y in known | {stats.LOSS}, "y", y.removeprefix("validation "), told)
     points = [(r.row, r.seed, r.status, *point) for r in records for point in zip(*stats.curve(r, x, y), strict=True)]
     return pd.DataFrame(points, columns=["row", "seed", "status", "x", "y"]).sort_values(["row", "seed", "x"])
 

@@ -34,7 +34,7 @@ def rows_of(records: Sequence[Record], baseline: str = "") -> Groups:
 def random_for(groups: Groups, row: str) -> str | None:
     """The row that chooses at random what `row` chooses, at its rate; None: there is none, or `row` has no such gate.
 
-    A row of random batches has itself.
+    A row of random batches has itself; one that chooses examples, with no row of random ones, an ungated row.
     """
     name, rate = gate_of(groups[row])
     _, space, mode = name.partition(" ")
@@ -42,7 +42,7 @@ def random_for(groups: Groups, row: str) -> str | None:
         its_name, its_rate = gate_of(group)
         if its_name == f"random{space}{mode}" and None not in (rate, its_rate) and abs(its_rate - rate) < ROUNDING:
             return other
-    return None
+    return next((other for other in groups if mode == "example" and other in UNGATED), None)
 
 
 def comparisons(groups: Groups, axis: str) -> list[stats.Comparison]:

@@ -77,11 +77,14 @@ def frame(records: Sequence[Record]) -> Frames:
 def gate_of(records: Sequence[Record]) -> tuple[str, float | None]:
     """The gate of a row and the acceptance rate it aims at; ("none", None) where every batch is accepted.
 
-    Where tokens are chosen instead: "flora" or "random" with its mode, and the share of tokens.
+    Where examples are chosen: the gate's name and "example". Where tokens are: "flora" or "random" with its mode, and
+    the share of tokens.
     """
     for record in records:
         report, asked = record.details.get("gate", {}), record.resolved
         name = report.get("name", asked.get("gate", "none"))
+        if name != "none" and report.get("level", asked.get("gate_level")) == "example":
+            return f"{name} example", 1 / (report.get("candidates") or asked["gate_candidates"])
         if name != "none":
             return name, report.get("target_rate", asked.get("gate_rate"))
         if chosen := record.details.get("tokens", {}).get("gating"):

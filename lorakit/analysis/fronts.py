@@ -101,8 +101,8 @@ def verdict(records: Sequence[Record], reference: str = "lora") -> str:
         said += [f"{text}: {'; '.join(rows['label'])}."] if len(rows) else []
     if len(few := table[table["standing"] == "too few seeds"]):
         count = f"{few['common'].max():g} common seed{'s' * int(few['common'].max() != 1)}"
-        told = f"{stats.MINIMUM_SEEDS} give an interval, {stats.BOOTSTRAP_SEEDS} a good one"
-        said.append(f"{'; '.join(few['label'])}: {count} cannot say whether they are worse ({told}).")
+        told = f"cannot say whether they are worse ({stats.MINIMUM_SEEDS} give an interval)"
+        said.append(f"{'; '.join(few['label'])}: {count} {told}.")
     if reference in table.index:
         one = table.loc[reference]
         for name, what in {"flops": "compute", "predicted_peak": "predicted peak memory"}.items():

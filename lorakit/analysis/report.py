@@ -19,7 +19,7 @@ from lorakit.errors import ParameterError, retold
 from lorakit.files import CONFIGS, require_place, write_text
 from lorakit.records import AXES, Record
 
-UNFAIR = "†"
+UNFAIR, REFERENCE = "†", "full_length"  # the row of the criterion
 TEXT = (CONFIGS / "report.md.jinja").read_text(encoding="utf-8")
 
 
@@ -38,16 +38,18 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     groups = equal_cost.rows_of(records, baseline)
     warning = require_comparable(records, mixed)
     counts = {len(stats.curve(r, "steps")[0]) for r in records if r.status == "done"} or {0}
-    rates = {row: gate_of(group)[1] for row, group in groups.items() if equal_cost.random_for(groups, row) is None}
+    rates = {names.label(row, group): gate_of(group)[1] for row, group in groups.items()
+             if equal_cost.random_for(groups, row) is None}  # fmt: skip
     return Template(TEXT, trim_blocks=True, keep_trailing_newline=True).render(
         setting=records[0].setting, groups=groups, warning=warning, header=header(groups, sources),
         quality=quality_table(groups), remarks=tables.remarks(groups), cost=cost_table(groups),
         evaluations=" to ".join(map(str, sorted({min(counts), max(counts)}))), unfair=UNFAIR,
         decayed=f"{100 * stats.DECAYED:.0f} %", equal=equal_tables(groups),
-        lonely=[f"{names.label(r)} (at {tables.percent(rate)})" for r, rate in rates.items() if rate is not None],
+        lonely=[f"{label} (at {tables.percent(rate)})" for label, rate in rates.items() if rate is not None],
         criterion=criterion_table(groups), loss=f"{100 * equal_cost.LOSS_LIMIT:.1f} %",
-        steps=f"{100 * equal_cost.STEPS_LIMIT:.0f} %", told=told(groups), label=names.label,
+        steps=f"{100 * equal_cost.STEPS_LIMIT:.0f} %", told=told(groups), label=names.label(REFERENCE, records),
         markdown=lambda table: Table(table).markdown(),
+        examples=any(gate_of(group)[0].endswith(" example") for group in groups.values()),
     )  # fmt: skip
 
 
@@ -121,13 +123,13 @@ def cost_table(groups: Groups) -> pd.DataFrame:
     return summary(runs, columns).assign(target=[NONE if rate is None else tables.percent(rate) for rate in rates])
 
 
-def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
+def equal_table(found: Sequence[stats.Comparison], records: Sequence[Record] = ()) -> pd.DataFrame:
     """Differences in validation loss at an equal amount of one axis, a line per pair of rows."""
     axis, lines = AXES[found[0].axis], []
     for one in found:
-        line = tables.told(one.gap, form="{:+.4f}")
+        line = tables.told(one.gap, records, form="{:+.4f}")
         ends = sorted(one.places.values())
-        late = [f"{names.label(row)} at {int(100 * x)} %" for row, x in one.shares.items() if x < stats.DECAYED]
+        late = [f"{names.label(r, records)} at {int(100 * x)} %" for r, x in one.shares.items() if x < stats.DECAYED]
         fair = f"no: {', '.join(late)}" if late else "yes"
         reached = dict.fromkeys(axis.form.format(x / axis.size) for x in ends[:: max(1, len(ends) - 1)])
         line[f"at {axis.unit}"] = " to ".join(reached) or NONE
@@ -140,27 +142,27 @@ def equal_table(found: Sequence[stats.Comparison]) -> pd.DataFrame:
 
 def equal_tables(groups: Groups) -> dict[str, pd.DataFrame]:
     """Title of an axis -> `equal_table`; of one row there is nothing to compare."""
-    axes = equal_cost.AXES if len(groups) > 1 else ()
-    return {AXES[x].title or AXES[x].label: equal_table(equal_cost.comparisons(groups, x)) for x in axes}
+    axes, records = equal_cost.AXES if len(groups) > 1 else (), [*chain(*groups.values())]
+    return {AXES[x].title or AXES[x].label: equal_table(equal_cost.comparisons(groups, x), records) for x in axes}
 
 
-def criterion_table(groups: Groups) -> tuple[str, pd.DataFrame] | None:
-    """The reference, and each row held against it: relative loss with its interval, steps saved, verdict.
+def criterion_table(groups: Groups) -> pd.DataFrame | None:
+    """Each row held against the one of full length: relative loss with its interval, steps saved, verdict.
 
-    None where the rows choose tokens, and none of them batches; or where there is nothing to compare.
+    None where the rows choose tokens or examples, and none of them batches; or where there is no such row.
     """
     gates = {gate_of(group)[0] for group in groups.values()} - {"none"}
-    if gates and all(" " in name for name in gates) or len(groups) == 1:
+    if gates and all(" " in name for name in gates) or REFERENCE not in groups or len(groups) == 1:
         return None
-    reference, lines = "full_length" if "full_length" in groups else next(iter(groups)), []
-    for row in [row for row in groups if row != reference]:
-        one = equal_cost.criterion(groups[row], groups[reference])
-        line = tables.told(one.gap, form="{:+.2%}")
+    lines, records = [], [*chain(*groups.values())]
+    for row in [row for row in groups if row != REFERENCE]:
+        one = equal_cost.criterion(groups[row], groups[REFERENCE])
+        line = tables.told(one.gap, records, form="{:+.2%}")
         line["fewer accepted steps"] = NONE if one.saved is None else f"{100 * one.saved:.1f} %"
         line["verdict"] = f"**{one.verdict}**" + (f" ({one.reason})" if one.reason else "")
         lines.append(line)
     table = pd.DataFrame(lines).rename(columns={"difference": (relative := "validation loss, relative")})
-    return reference, table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
+    return table[["row", relative, "95 % interval", "pairs", "fewer accepted steps", "verdict"]]
 
 
 def told(groups: Groups) -> dict[str, dict[str, str]]:

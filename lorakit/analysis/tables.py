@@ -219,10 +219,10 @@ def sentence(records: Sequence[Record], row: str, baseline: str) -> str:
         return f"{records[0].setting}: {labels[row]} and {labels[baseline]} have no seed that finished in both."
     require_comparable([*groups[row], *groups[baseline]])
     runs = frame([*groups[row], *groups[baseline]]).runs
-    means = runs[runs["seed"].isin(gaps[0].seeds)].groupby("row").mean(numeric_only=True)
-    ours, theirs = means.loc[row], means.loc[baseline]
-    reached = [f"{gap.value.replace('_', ' ')} {ours[gap.value]:.3f} against {theirs[gap.value]:.3f} ({gap.verdict})"
-               for gap in gaps]  # fmt: skip
+    means = [runs[runs["seed"].isin(gap.seeds)].groupby("row").mean(numeric_only=True).T for gap in gaps]
+    ours, theirs = means[0][row], means[0][baseline]
+    pairs = [(gap, *mean.loc[gap.value, [row, baseline]]) for gap, mean in zip(gaps, means, strict=True)]
+    reached = [f"{gap.value.replace('_', ' ')} {a:.3f} against {b:.3f} ({gap.verdict})" for gap, a, b in pairs]
     spent = {"trainable": "trained parameters", "flops": "FLOPs", "predicted_peak": "predicted peak memory"}
     shares = {word: ours[name] / theirs[name] for name, word in spent.items()}
     costs = [f"{word} × {share:.3g}" for word, share in shares.items() if math.isfinite(share)]

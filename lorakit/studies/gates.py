@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, RandomSampler
 
 from lorakit.analysis import names, stats, style, tables
+from lorakit.analysis.frame import gate_of
 from lorakit.errors import require
 from lorakit.files import RESULTS, aside
 from lorakit.gates import HeadGradientGate, ThresholdController
@@ -213,7 +214,8 @@ def redundant_shares(records: Sequence[Record]) -> pd.DataFrame:
     """
     found = [(record.row, gate["redundant_seen"] / gate["decisions"],
               gate["redundant_accepted"] / (gate["redundant_accepted"] + gate["fresh_accepted"]))
-             for record in records if "redundant_seen" in (gate := record.details.get("gate", {}))]  # fmt: skip
+             for record in records if record.status == "done"
+             and "redundant_seen" in (gate := record.details.get("gate", {}))]  # fmt: skip
     table = pd.DataFrame(found, columns=["row", "seen", "accepted"]).groupby("row").mean()
     return table.reindex(names.order(table.index))
 
@@ -232,7 +234,8 @@ def verdict(records: Sequence[Record], row: str, others: Sequence[str]) -> str:
     gaps = [stats.paired_differences(groups[row], groups[name], stats.LOSS) for name in others if name in groups]
     gaps = [(f'"{names.label(gap.baseline, records)}"', gap) for gap in gaps if gap.estimate is not None]
     unshown = ", ".join(other for other, gap in gaps if gap.verdict != "below")
-    end = f"accepting {_rate(groups[row])} of the batches, ended at a {stats.LOSS} of {loss:.3f}"
+    chosen = "examples" if gate_of(groups[row])[0].endswith(" example") else "batches"
+    end = f"accepting {_rate(groups[row])} of the {chosen}, ended at a {stats.LOSS} of {loss:.3f}"
     differs = "; ".join(f"from {other} by {in_words(gap)}" for other, gap in gaps)
     but = f"; it is not shown to be better than {unshown}" if unshown else ""
-    return f"On {records[0].setting}, {label}, {end}, which differs {differs}{but}."
+    return f"On {records[0].setting}, {label}, {end}{', which differs ' * bool(gaps)}{differs}{but}."

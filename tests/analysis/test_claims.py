@@ -157,7 +157,7 @@ def test_what_lacks_is_named():
     done = runs("hira", np.ones(6)) + runs("lora", np.ones(6))
     broken = record("hira", 5, status="diverged")
     found = claims.find(claim(), [*done[:4], broken, *done[6:9]])
-    assert found.missing == "no run of hira: 4, 5 (diverged); lora: 3, 4, 5"
+    assert found.missing == "no finished run of hira: 4, 5 (diverged); lora: 3, 4, 5"
     for name in ("test f1", "status", "seed"):
         assert claims.find(claim(metric=f"{name}, share, higher is better"), done).missing.startswith(f"no {name}")
     zero = runs("hira", np.ones(6)) + runs("lora", np.zeros(6))

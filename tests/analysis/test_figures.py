@@ -227,6 +227,10 @@ def cases():
     yield "search", lambda: figures.learning_rate_search(searches())
     yield "tiny", lambda: figures.loss_curve(runs(scale=1e-9), x="seconds")
     yield "large", lambda: figures.loss_curve(runs(scale=1e9), x="tokens", y="train loss")
+    early = record(status="diverged", points=1)
+    for point in early.curve:
+        point.validation = {}
+    yield "never evaluated", lambda: figures.loss_curve([early])
     yield "diverged only", lambda: figures.loss_curve([diverged()])
     yield "nothing", lambda: figures.overview([record(status="diverged", curve=[], costs=Costs())])
 

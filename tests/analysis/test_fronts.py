@@ -156,8 +156,7 @@ def test_the_verdict_says_what_one_seed_cannot_and_what_needs_none():
     one = fronts.verdict(runs(seeds=1)).split("\n")
     assert one[:2] == [
         "full fine-tuning has the best test accuracy, 0.900.",
-        "LoRA; head only; SkipLoRA: 1 common seed cannot say whether they are worse "
-        "(3 give an interval, 8 a good one).",
+        "LoRA; head only; SkipLoRA: 1 common seed cannot say whether they are worse (3 give an interval).",
     ]
     said = "Times LoRA's {}, which seeds hardly change: head only {}; SkipLoRA {}; full fine-tuning {}."
     assert one[2] == said.format("compute", "0.50", "1.25", "1.50")

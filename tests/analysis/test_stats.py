@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
-from scipy.stats import norm
 from synthetic_records import diverged, record
 
 from lorakit.analysis import stats
@@ -20,12 +19,13 @@ def final(method: str, seed: int, loss: float, **changes):
     return record(method, seed, final={"test": {"loss": loss}}, **changes)
 
 
-@pytest.mark.parametrize("count", [3, 5, 7])
-def test_few_seeds_give_scipys_t_interval(count):
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_seeds_give_scipys_t_interval(count):
     found = stats.estimate(SAMPLE[:count])
     exact = scipy_stats.ttest_1samp(SAMPLE[:count], 0).confidence_interval(0.95)
     assert found.mean == pytest.approx(np.mean(SAMPLE[:count]))
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high), rel=1e-12)
+    assert stats.estimate([0.25] * count) == stats.Estimate(0.25, 0.25, 0.25, count)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -34,40 +34,11 @@ def test_too_few_seeds_give_no_interval(count):
     assert (found.low, found.high, found.count) == (None, None, count)
 
 
-def bca_by_hand(sample: np.ndarray, draws: int = 100_000) -> tuple[float, float]:
-    """Efron (1987): percentiles shifted by the bias of the resampled means and by the sample's skewness."""
-    means = np.random.default_rng(9).choice(sample, size=(draws, len(sample))).mean(axis=1)
-    bias = norm.ppf((means < sample.mean()).mean() + (means == sample.mean()).mean() / 2)
-    left = (sample.sum() - sample) / (len(sample) - 1)  # means without one value
-    slope = ((left.mean() - left) ** 3).sum() / (6 * ((left.mean() - left) ** 2).sum() ** 1.5)
-    shifted = [bias + (bias + z) / (1 - slope * (bias + z)) for z in norm.ppf([0.025, 0.975])]
-    return tuple(np.quantile(means, norm.cdf(shifted)))
-
-
-def test_students_interval_may_be_asked_of_any_number():
-    exact = scipy_stats.ttest_1samp(SAMPLE, 0).confidence_interval(0.95)
-    found = stats.estimate(SAMPLE, student=True)
-    assert len(SAMPLE) == 8 and (found.low, found.high) == pytest.approx((exact.low, exact.high), rel=1e-12)
-
-
-def test_from_8_seeds_on_the_interval_is_a_bca_bootstrap():
-    skewed = np.exp(np.array(SAMPLE) * 2)
-    found = stats.estimate(skewed)
-    assert found.mean == pytest.approx(skewed.mean())
-    assert (found.low, found.high) == pytest.approx(bca_by_hand(skewed), rel=0.02)
-    assert found.high - found.mean > 1.1 * (found.mean - found.low)  # skewed as the sample, as no t-interval is
-
-
-def test_where_bca_is_undefined_it_is_students_t():
-    assert stats.estimate([0.25] * 8) == stats.Estimate(0.25, 0.25, 0.25, 8)
-    assert stats.estimate(SAMPLE) == stats.estimate(list(SAMPLE))
-
-
 @pytest.mark.parametrize(
-    ("count", "trials", "share"), [(3, 3000, 0.95), (4, 3000, 0.95), (7, 3000, 0.95), (8, 400, 0.89), (16, 400, 0.92)]
+    ("count", "trials", "share"), [(3, 3000, 0.95), (4, 3000, 0.95), (8, 3000, 0.95), (16, 3000, 0.95)]
 )
 def test_how_often_the_interval_covers_the_truth(count, trials, share):
-    """Student's t in 19 of 20 cases; BCa of few seeds less often: what it gains on skewed samples it loses on width."""
+    """In 19 of 20 cases, of few seeds as of many."""
     found = [stats.estimate(row) for row in np.random.default_rng(3).normal(size=(trials, count))]
     covered = np.mean([one.low <= 0 <= one.high for one in found])
     assert abs(covered - share) <= 4 * math.sqrt(share * (1 - share) / trials)
@@ -96,7 +67,7 @@ def test_pairing_removes_what_seeds_share():
 @pytest.mark.parametrize(
     ("gaps", "verdict"),
     [([0.1, 0.11, 0.09], "above"), ([-0.1, -0.11, -0.09], "below"), ([0.1, -0.1, 0.02], "within noise"),
-     ([0.1, 0.1], "too few seeds"), ([], "too few seeds")],
+     ([0.1, 0.1], "too few seeds"), ([], "not comparable")],
 )  # fmt: skip
 def test_verdicts(gaps, verdict):
     a = [final("lora", seed, 1 + gap) for seed, gap in enumerate(gaps)] or [diverged("lora")]

@@ -147,7 +147,7 @@ def test_gaps_say_what_is_noise():
     assert gap_of(0.1, 0.11, 0.09)[-1] == "above"
     assert gap_of(0.1) == ("+0.100", "-", "1", "too few seeds")
     assert gap_of(*[0.1, 0.2] * 4)[2:] == ("8", "above")
-    assert gap_of(math.nan) == ("-", "-", "0 (without seed 0)", "too few seeds")
+    assert gap_of(math.nan) == ("-", "-", "0 (without seed 0)", "not comparable")
 
 
 def test_gaps_name_the_seeds_left_out_and_take_another_baseline():
@@ -169,6 +169,10 @@ def test_a_sentence_says_what_a_row_bought_and_cost_or_why_it_cannot():
     assert tables.sentence(one, "lora", "full").endswith("have no seed that finished in both.")
     seed = tables.sentence([record("lora", 0), record("full", 0), record("full", 1)], "lora", "full")
     assert "made-up, 1 seed: " in seed and "too few seeds" in seed
+    blind = {"validation": {"loss": 9.0}, "test": {"loss": 9.0}}  # its accuracy was not taken
+    every = [run for run in runs() if (run.row, run.seed) != ("lora", 2)]
+    third = tables.sentence([*every, record("lora", 2, final=blind)], "lora", "full")
+    assert "made-up, 2 seeds: " in third and "validation loss 3.280 against 0.325 (within noise)" in third
     mixed = [record("lora", 0, resolved={"model": "m"}), record("full", 0, resolved={"model": "n"})]
     with pytest.raises(ParameterError, match="must be of one model"):
         tables.sentence(mixed, "lora", "full")

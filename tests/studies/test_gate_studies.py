@@ -141,12 +141,20 @@ def test_the_verdict_is_the_records_own():
     assert text.endswith('; it is not shown to be better than "random batches".')
     assert gates.verdict(better, "slora", ("random",)).endswith("(3 seeds: below).")
     assert gates.verdict(made("random"), "slora", ("random",)).endswith("no run of SLoRA has finished.")
+    assert gates.verdict(made("slora"), "slora", ("random",)).endswith("ended at a validation loss of 0.425.")
+    best = made("slora")
+    for record in best:
+        record.details["gate"] |= {"level": "example", "candidates": 4}
+    assert ", accepting 30 % of the examples, ended" in gates.verdict(best, "slora", ())
 
 
 def test_redundant_shares_are_of_seen_and_of_accepted():
     counts = {"redundant_seen": 80, "decisions": 100, "redundant_accepted": 15, "fresh_accepted": 15}
     records = made("random", "slora", seeds=1)
     records[1].details["gate"] |= counts
+    lost = synthetic.gated("slora", 1, status="interrupted")
+    lost.details["gate"] |= dict.fromkeys(counts, 0)
+    records.append(lost)
     assert gates.redundant_shares(records).T.to_dict("list") == {"slora": [0.8, 0.5]}
 
     assert gates.recorded("no-such-setting") == []
