@@ -112,6 +112,9 @@ def test_merged_or_trained_whole_it_is_a_plain_model(runs, tmp_path, capsys, nam
     model, tokenizer = plain(tmp_path / "out")
     torch.testing.assert_close(logits(model, tokenizer), logits(*on_base(folder)), atol=1e-5, rtol=1e-5)
     assert model.config.id2label == dict(enumerate(TOPICS))
+    told = json.loads((config := tmp_path / "out" / "config.json").read_text())  # other tools sort the numbers as text
+    config.write_text(json.dumps(told | {"id2label": dict(reversed(told["id2label"].items()))}))
+    assert opened(tmp_path / "out").model.config.id2label == dict(enumerate(TOPICS))
     assert records.read(tmp_path / "out" / "record.json") == record
     assert {"README.md", "tokenizer.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
 

@@ -9,7 +9,7 @@ import re
 import shlex
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
 import lorakit
 from lorakit import params, records, tasks
@@ -206,6 +206,29 @@ def test_what_would_change_classes_or_splits_unseen_does_not(tmp_path):
     written(tmp_path / "f", "rows.csv", [row | {"label": "0.5"} for row in rows])
     with pytest.raises(DataError, match="line 2: expected a class .*found '0.5'"):
         corpus("labelled", tmp_path / "f")
+
+
+def test_what_a_dataset_leaves_unsaid(tmp_path):
+    """Labels of no class are none (the hub's test splits have -1), a stream has no features, a list no fingerprint."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = [{"text": f"row {n}", "label": n % 2} for n in range(30)]
+    told = Dataset.from_list(rows, features=features)
+    for label in (-1, None):
+        bare = Dataset.from_list([{"text": "new", "label": label}], features=features)
+        with pytest.raises(DataError, match=r"dataset\['test'\], line 1: expected a class .*; found None"):
+            tasks.read("labelled", dataset={"train": told, "test": bare})
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    read = [tasks.read("labelled", dataset={"train": given})[0] for given in (stream, rows, rows[:-1])]
+    assert stream.features is None and splits(read[0]) == splits(read[1])
+    assert read[0].files == read[1].files != read[2].files
+
+
+def test_files_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        written(tmp_path / year / "jan", "rows.csv", [{"text": f"{year} {n}", "label": n % 2} for n in range(30)])
+    assert [*corpus("labelled", f"{tmp_path}/*/jan/rows.csv").files] == ["2023/jan/rows.csv", "2024/jan/rows.csv"]
+    assert [*corpus("labelled", f"{tmp_path}/2023/jan/rows.csv").files] == ["jan/rows.csv"]
 
 
 BROKEN = {
