@@ -19,7 +19,7 @@ import lorakit
 from lorakit import adapters, models, records
 from lorakit.cli import main
 from lorakit.files import PROJECT
-from lorakit.runs.away import Opened, card, opened
+from lorakit.runs.away import Opened, ask, card, opened
 
 TOPICS = {
     "billing": ["the invoice is wrong", "charged twice this month"], "login": ["cannot sign in", "locked out of it"],
@@ -288,6 +288,12 @@ def test_generate_is_the_model_s_own(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"prompt: The cat\nanswer: {answer}\n"
 
 
+def test_an_answer_ends_with_its_turn_though_no_token_is_its_end(monkeypatch):
+    monkeypatch.setattr("lorakit.runs.away.pipeline", lambda *_, **__: lambda _, **__: [[{"generated_text": SAID}]])
+    assert [*ask(opened("toy-decoder"), [("Late?",)])["answer"]] == ["Yes."]
+
+
+SAID = "Yes.<end_of_turn>\n<start_of_turn>user\nAnd now?"
 # what is refused ---------------------------------------------------------------------------------------
 
 ADAPTER = "{place}/lora/adapter"

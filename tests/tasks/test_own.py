@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 
+import pandas
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
@@ -261,12 +262,28 @@ def test_a_row_that_is_none_is_named_with_its_file_and_line(says, tmp_path):
     [
         ("", "line 1: expected a header line"), ("text,text\na,b\n", "line 1: expected a header line of different col"),
         ("text,label\na,b\nc\n", "line 3: expected 2 columns text, label; found .'c'."),
-        ('text,label\n"a,b\n', "line 2: .*unexpected end of data"), ("text,label\n", "line 2: expected a .*no rows"),
+        ('text,label\na,b\n\n"c,d\ne,f\n', "line 5: .*quote.*unexpected end of data; good to line 2"),
+        ('text,label\n"a" b,c\n', "line 2: expected a text that begins with a quote to end with one"),
+        (",text,label\n0,a,b\n", "line 1: expected a name for every column; found ..., .text"),
+        ("text,label\n", "line 2: expected a .*no rows"),
     ],
 )  # fmt: skip
 def test_a_csv_that_is_none_is_told_so(text, says, tmp_path):
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(DataError, match=says):
+        corpus("labelled", tmp_path)
+
+
+def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
+    """As pandas writes texts with quotes, tabs or line ends they are read; no rows between texts' own quotes."""
+    texts = ['say "no"', "a\ttab", "two\nlines", '"all of it"'] * 8
+    table = pandas.DataFrame({"text": [f"{text} {n}" for n, text in enumerate(texts)], "label": [0, 1] * 16})
+    table.to_csv(tmp_path / "rows.tsv", sep="\t", index=False)
+    assert {row.text for row in sum(splits(corpus("labelled", tmp_path)), [])} == {*table["text"]}
+    with open(tmp_path / "rows.tsv", "a") as file:
+        file.write('"hello there\t1\nmiddle\t0\nbye"\t1\n')
+    line = 1 + len((tmp_path / "rows.tsv").read_text().splitlines()) - 3
+    with pytest.raises(DataError, match=f"line {line}: expected no tab and line end in one text: a quote that opens"):
         corpus("labelled", tmp_path)
 
 
