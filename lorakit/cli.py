@@ -78,7 +78,7 @@ def train(argv: Sequence[str]) -> int:
     record = run(given)
     if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
         print(results_table([record]))
-        folder = Path(given.get("run_dir") or os.devnull)
+        folder = Path(given.get("run_dir") or os.devnull).expanduser()
         made = [path for name in MADE if (path := folder / name).is_dir()]
         if record.status == "done":
             print(f"trained weights: {' and '.join(map(str, made)) or 'not kept; -p run_dir=FOLDER keeps them'}")

@@ -50,13 +50,15 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert message in error and "\n" not in error
 
 
-def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, capsys):
+def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, capsys, monkeypatch):
     small = "budget=2 max_train=16 max_validation=8 max_test=8 latency_repeats=0 predict_memory=false"
     argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "LoRA" in printed and "trained weights: not kept; -p run_dir=FOLDER keeps them" in printed
-    assert cli.main([*argv, "-p", f"run_dir={tmp_path}"]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    (tmp_path.parent / "given.yaml").write_text(f"run_dir: ~/{tmp_path.name}\n")  # which no shell has seen
+    assert cli.main([*argv, "-f", str(tmp_path.parent / "given.yaml")]) == 0
     assert capsys.readouterr().out.endswith(f"trained weights: {tmp_path}/adapter\n")
     assert cli.main([*argv, "-p", f"run_dir={tmp_path}", "-p", "seed=1"]) == 0
     assert f"what earlier runs left there: {tmp_path}/earlier-1\n" in capsys.readouterr().out

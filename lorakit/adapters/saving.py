@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -147,6 +148,9 @@ def save_pretrained(
 
     transformers' own would write names that nobody can load. `RESUMED_FILE` is for a plain Trainer, whose checkpoints
     this writes.
+
+    Raises:
+        ParameterError: a whole model is in that folder, as the adapter's base may be.
     """
     require(not push_to_hub, "push_to_hub", True, "is not for adapted models; model.push_to_hub(…) is")
     if not is_main_process:
@@ -154,4 +158,10 @@ def save_pretrained(
     if is_merged(model):
         export(model, save_directory)
     else:
-        _save(model, Path(save_directory), resumable=True)
+        folder = Path(save_directory).expanduser()
+        files = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+        # transformers' say their format, ours nothing
+        whole = any(file.name != RESUMED_FILE or safe_open(file, "pt").metadata() for file in files)
+        told = "holds a whole model, which is not written over; name another folder"
+        require(not (whole and (folder / "config.json").is_file()), "save_directory", str(folder), told)
+        _save(model, folder, resumable=True)

@@ -69,7 +69,8 @@ def described(folder: str | Path) -> tuple[str | None, str | None, int | None]:
     heads = config.get("trained" if own else "modules_to_save") or []
     files = [folder / n for n in (PACKED_FILE, peft_format.TENSORS_FILE, OWN_TENSORS_FILE) if (folder / n).is_file()]
     tensors = [named for file in files for named in _read_tensors(file)[0].items()]
-    rows = [len(t) for name, t in tensors if t.ndim == 2 and any(f".{head}.weight" in f".{name}" for head in heads)]
+    ends = [f".{head}{last}.weight" for head in heads for last in ("", ".out_proj")]  # RoBERTa's has two layers
+    rows = [len(t) for name, t in tensors if t.ndim == 2 and any(end in f".{name}" for end in ends)]
     return config.get("base_model_name_or_path"), kind, min(rows, default=None)
 
 

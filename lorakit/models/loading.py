@@ -1,6 +1,7 @@
 """Name -> weights with a head for the task; a new head depends on the seed alone."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -44,16 +45,9 @@ class LoadedModel:
 
 
 def load(
-    name: str,
-    kind: str,
-    *,
-    num_labels: int = 2,
-    classes: Sequence[str] = (),
-    dtype: str = "fp32",
-    attention: str = "sdpa",
-    seed: int = 0,
-    base_dropout: bool = True,
-) -> LoadedModel:
+    name: str, kind: str, *, num_labels: int = 2, classes: Sequence[str] = (), dtype: str = "fp32",
+    attention: str = "sdpa", seed: int = 0, base_dropout: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Load a model by name (offline asset, toy, local folder, hub id) with the head that `kind` needs.
 
     Args:
@@ -116,6 +110,17 @@ def build(
     told = f"not there for a {configuration.model_type} model; use 'eager'"
     with retold((ValueError, ImportError), ParameterError, "attention", attention, told), torch.device("meta"):
         return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens of a row `model` has learned positions for; where it learned none, `sys.maxsize`."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    named = ("position_embeddings", "embed_positions", "wpe")
+    tables = [part for name, part in model.named_modules() if name.endswith(named) and hasattr(part, "num_embeddings")]
+    # RoBERTa's begin behind its padding token's, OPT's two are more; an image's are others
+    tables = [part for part in tables if part.num_embeddings in (most, most + 2)]
+    starts = [0 if part.padding_idx is None else part.padding_idx + 1 for part in tables]
+    return most - max(starts) if starts else sys.maxsize
 
 
 def _found(name: str, kind: str, download: bool = False) -> tuple[sources.Source, PreTrainedTokenizerFast]:

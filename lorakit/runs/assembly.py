@@ -100,6 +100,11 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
         require(kind == "causal" and params.forgetting in causal, "forgetting", params.forgetting, told)
         asked |= {"data_dir": "", "packing": False}
         elsewhere = tasks.load(params.forgetting, loaded.tokenizer, kind_of_model="decoder", **asked)
+    if params.max_length > (room := models.positions(loaded.model)):
+        parts = [getattr(task, split) for split in SPLITS] + ([elsewhere.test] if elsewhere else [])
+        longest = 1 + max(max(row.get("position_ids", range(len(row["input_ids"])))) for rows in parts for row in rows)
+        told = f"a row has {longest} tokens, the model {room} positions; must be at most that"
+        require(longest <= room, "max_length", params.max_length, told)
     if params.packing:
         require_apart(loaded.model, task.train, task.collator)
     redundant = None
@@ -177,23 +182,14 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
     identity = {name: value for name, value in record.resolved.items() if name not in free}
     trial = f" at {params.learning_rate:g}" * (record.kind == "lr_search")
     return BudgetTrainer(
-        model=model,
-        args=args,
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        data_collator=task.collator,
-        eval_collator=task.eval_collator,
+        model=model, args=args, kind=task.kind, processing_class=assembled.tokenizer, controllers=controllers,
+        train_dataset=task.train, eval_dataset=task.validation,
+        data_collator=task.collator, eval_collator=task.eval_collator,
         compute_metrics=lambda prediction: task.metrics(prediction.predictions),
-        processing_class=assembled.tokenizer,
-        kind=task.kind,
-        budget=budget_of(params, len(task.train)),
-        schedule=Schedule(params.schedule, params.warmup),
+        budget=budget_of(params, len(task.train)), schedule=Schedule(params.schedule, params.warmup),
         gate=build_gate(params, model, task.kind, seed=params.seed),
         tokens=build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed, rank=args.process_index),
-        controllers=controllers,
         identity=identity | {key: record.fingerprints.get(key) for key in ("data", "model", "code")},
-        evaluations=params.evaluations,
-        save_steps=params.save_steps if params.run_dir else 0,
-        keep_best=params.select == "best",
-        title=f"{params.setting}/{record.method} s{params.seed}{trial}",
-    )
+        evaluations=params.evaluations, save_steps=params.save_steps if params.run_dir else 0,
+        keep_best=params.select == "best", title=f"{params.setting}/{record.method} s{params.seed}{trial}",
+    )  # fmt: skip

@@ -56,8 +56,8 @@ def opened(place: str | Path, wanted: str = "", base: str | None = None, kind: s
         kind = kind or said_kind or ("task" in run and tasks.kind(run["task"], models.family(base)))
         require(bool(kind), "--kind", kind, f"{place} does not say it: give --kind")
     else:
-        configuration = models.config(str(place))
-        heads, made = str(configuration.architectures), {"classes": [*configuration.id2label.values()]}
+        said = models.config(str(place))
+        heads, made = str(said.architectures), {"classes": [name for _, name in sorted(said.id2label.items())]}
         found = next((kind for part, kind in NAMED.items() if part in heads), "")
         told = f"is no adapter, and of kind {found or 'none'}: {heads}"
         require(found != "" and kind in (None, found), "MODEL", str(place), told)
@@ -165,8 +165,7 @@ def _answer(command: str, argv: Sequence[str], word: str, option: str, **more: o
         require_place(output, "--output")
     columns = {name: column for name, column in vars(asked).items() if name.endswith("_column") and column}
     for name, column in columns.items():
-        told = f"is of --file, not of --{word}"
-        require(bool(asked.file), f"--{name.replace('_', '-')}", column, told)
+        require(bool(asked.file), f"--{name.replace('_', '-')}", column, f"is of --file, not of --{word}")
     columns = {"text_column": "text"} | columns
     rows = own.texts(Path(asked.file).expanduser(), columns) if asked.file else [(text,) for text in asked.texts]
     require(bool(rows), "--file", asked.file, "has no rows")
@@ -199,11 +198,17 @@ def ask(found: Opened, rows: Sequence[tuple[str, ...]], most: int = 128) -> Data
     pipe = pipeline(TAGS[found.kind], model=model, tokenizer=tokenizer)
     if found.kind == "causal":
         inputs = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for (text,) in rows]
+        form = {"add_generation_prompt": True, "return_dict": True}
+        asked = tokenizer.apply_chat_template(inputs, **form) if tokenizer.chat_template else tokenizer(inputs)
+        longest, room = max(map(len, asked["input_ids"])), models.positions(model)
+        told = f"with a prompt of {longest} tokens these are more than the model's {room} positions"
+        require(longest + most <= room + 1, "--max-new-tokens", most, told)  # the last is not read again
         said = pipe(inputs, max_new_tokens=most, do_sample=False, return_full_text=False)
-        return DataFrame({"answer": [told["generated_text"] for [told] in said]})
+        return DataFrame({"answer": [told["generated_text"].split(chat.END)[0] for [told] in said]})
     if tokenizer.sep_token_id is None:  # as in training: a decoder's template would run a pair's texts together
         rows = [("\n".join(row),) for row in rows]
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
+    said = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    longest = min(tokenizer.model_max_length, said, models.positions(model))
     inputs = [dict(zip(("text", "text_pair"), row, strict=False)) for row in rows]
     return DataFrame(pipe(inputs, truncation=True, max_length=longest)).set_axis(["class", "probability"], axis=1)
 

@@ -74,24 +74,25 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
     """A record of a run that begins; what contradicts itself, or names no place to write to, is refused here."""
     check(params)
     if params.run_dir:
+        base = Path(os.path.realpath(os.path.expanduser(params.model)))
         for name in ("", *MADE):
-            require_place(Path(params.run_dir) / name, "run_dir", folder=True)
+            require_place(folder := Path(params.run_dir) / name, "run_dir", folder=True)
+            told = "is what a run left in run_dir, from where the next one moves it; name another run_dir"
+            require(not name or not base.is_relative_to(os.path.realpath(folder)), "model", params.model, told)
+        if params.save_steps:
+            checkpoint.require_room(params.run_dir)
     if params.record:
         require_place(params.record, "record")
         run_dir = Path(os.path.realpath(params.run_dir or os.devnull))
         clash = Path(os.path.realpath(params.record)) in (*(run_dir / name for name in ("", *MADE)), *run_dir.parents)
         require(not clash, "record", params.record, "is a folder of run_dir; name a file")
+    apart = {"record", "run_dir", "data_dir"}
     return Record(
-        setting=params.setting,
-        method=row_of(params),
-        seed=params.seed,
-        status="running",
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        params={name: value for name, value in given.items() if name not in ("record", "run_dir", "data_dir")},
-        resolved=params.model_dump(exclude={"record", "run_dir", "data_dir"}),
-        environment=environment.environment(),
-        notes=[note for note in [rate_note(params)] if note],
-    )
+        setting=params.setting, method=row_of(params), seed=params.seed, status="running",
+        started=datetime.now(UTC).isoformat(timespec="seconds"), environment=environment.environment(),
+        params={name: value for name, value in given.items() if name not in apart},
+        resolved=params.model_dump(exclude=apart), notes=[note for note in [rate_note(params)] if note],
+    )  # fmt: skip
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import records
+from lorakit.assets import ASSETS
 from lorakit.errors import LorakitError, ParameterError, require, retold
 from lorakit.files import HOME, aside, require_place, write_text
 from lorakit.params import PER_RUN, merge, resolve
@@ -200,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     require(len(arguments.notebooks) == 1, "NOTEBOOK", arguments.notebooks, "must be one notebook")
     params = given_parameters(arguments.files, arguments.pairs)
-    params |= {name: str(Path(params[name]).expanduser().absolute()) for name in PATHS if params.get(name)}
+    own = Path(params.get("model") or os.devnull).expanduser().is_dir() and params["model"] not in ASSETS
+    for name in filter(params.get, (*PATHS, *["model"] * own)):
+        params[name] = str(Path(params[name]).expanduser().absolute())
     (notebook,) = arguments.notebooks
     if arguments.files:
         params = whole(notebook, params)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lorakit import records, tasks
+from lorakit import models, records, tasks
 from lorakit.errors import require
 from lorakit.fields import UNTRIED, flagged
 from lorakit.params import Params, resolve
@@ -52,10 +52,10 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
     asked = {name: value for name, value in earlier.resolved.items() if name not in flagged(Params, UNTRIED)}
     if earlier.kind != "lr_search" or not asked.items() <= record.resolved.items():
         return {}
-    if params.task in OWN:  # whose files may be others
-        files = tasks.read(params.task, params.data_dir, params)[0].files
-        if not files.items() <= earlier.fingerprints["data"].items():
-            return {}
+    told, model = earlier.fingerprints, params.model  # the files under a name may be others
+    same = params.task not in OWN or tasks.read(params.task, params.data_dir, params)[0].files == told.get("data")
+    if not same or Path(model).expanduser().is_dir() and models.sources.resolve(model).fingerprint != told.get("model"):
+        return {}
     record.fingerprints = earlier.fingerprints
     known = {point.learning_rate: point for point in earlier.search if point.status != "failed"}
     taken = [f"{rate:g}" for rate in params.search_rates if rate in known]
@@ -65,9 +65,9 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
 
 
 def best_rate(record: Record) -> float:
-    """The learning rate with the lowest validation loss among those that did not diverge."""
-    finished = [point for point in record.search if point.status == "done" and point.validation]
-    require(len(finished) > 0, "search_rates", [point.learning_rate for point in record.search], "all of them diverged")
+    """The learning rate with the lowest validation loss among those that finished."""
+    finished, tried = [point for point in record.search if point.status == "done" and point.validation], record.search
+    require(len(finished) > 0, "search_rates", [point.learning_rate for point in tried], "none of them finished")
     return min(finished, key=lambda point: point.validation["loss"]).learning_rate
 
 

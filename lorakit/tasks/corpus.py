@@ -5,9 +5,10 @@ rows whose text is the same never stand on two sides.
 """
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -64,9 +65,10 @@ class Recipe:
     f1: bool = False
 
 
-def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 by `folder/file` name."""
-    return {f"{path.parent.name}/{path.name}": files.sha256(path) for path in paths}
+def fingerprints(paths: Collection[Path]) -> dict[str, str]:
+    """sha256 by `folder/file` name, where two have the same one by as many folders more as tell them apart."""
+    depth = next(n for n in itertools.count(2) if len({path.parts[-n:] for path in paths}) == len({*paths}))
+    return {"/".join(["", *path.parts][-depth:]): files.sha256(path) for path in paths}
 
 
 def required(folder: Path, name: str, layout: str) -> Path:
@@ -87,7 +89,7 @@ def content(row: Any) -> str:
     return row if isinstance(row, str) else json.dumps(row[:-1], ensure_ascii=False)
 
 
-def apart(train: list[Row], validation: list[Row], test: list[Row], paths: Iterable[Path], *notes: str) -> Corpus:
+def apart(train: list[Row], validation: list[Row], test: list[Row], paths: Collection[Path], *notes: str) -> Corpus:
     """A corpus of the files at `paths`, without rows whose content is in a later split; a note counts them."""
     seen: set[str] = set()
     kept: list[list[Row]] = []
@@ -122,12 +124,9 @@ def held_out_share(rows: int) -> float:
 
 
 def cut(
-    rows: Sequence[Row],
-    group: Callable[[Row], str],
-    parts: int,
-    weight: Callable[[Row], float] = lambda row: 1,
+    rows: Sequence[Row], group: Callable[[Row], str], parts: int, weight: Callable[[Row], float] = lambda row: 1,
     share: float | None = None,
-) -> list[list[Row]]:
+) -> list[list[Row]]:  # fmt: skip
     """`parts` held-out lists of `share` each by weight (None: `held_out_share`), then the rest; groups stay whole.
 
     Raises:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
         whole, told = {split: Path(f"dataset[{split!r}]") for split in dataset}, []
         given = {split: [(at, n, row) for n, row in enumerate(_named(dataset[split], asked), 1)]
                  for split, at in whole.items()}  # fmt: skip
-        files = {str(at): getattr(dataset[split], "_fingerprint", "") for split, at in whole.items()}
+        files = {str(whole[split]): getattr(dataset[split], "_fingerprint", "")
+                 or sha256(repr(rows).encode()).hexdigest() for split, rows in given.items()}  # fmt: skip
     else:
         paths = _files(place, name)
         whole = {split: [path for path in paths if _split(path) == split] for split in SPLITS}
         given = {split: [row for path in parts for row in _rows(path)] for split, parts in whole.items()}
-        files = corpus.fingerprints(path.resolve() for path in paths)
+        files = corpus.fingerprints([path.resolve() for path in paths])
         told = [f"{split}: {', '.join(path.name for path in parts)}" for split, parts in whole.items() if parts]
     if not given.get("train"):
         raise DataError(f"no training rows: {', '.join(files)}; a file named after another split is none of train")
@@ -68,9 +70,9 @@ def read(name: str, place: str | Path, asked: DataSettings, dataset: Mapping[str
 
 def _named(rows: Any, asked: DataSettings) -> Iterator[Any]:
     """Rows, with the names of their classes where a `datasets.ClassLabel` says them."""
-    names = getattr(getattr(rows, "features", {}).get(asked.label_column), "names", None)
-    for row in rows:
-        yield row | {asked.label_column: names[row[asked.label_column]]} if names else row
+    column = asked.label_column  # a number that is no class's, as of rows without a label, is None
+    names = dict(enumerate(getattr((getattr(rows, "features", None) or {}).get(column), "names", ())))
+    return (row | {column: names.get(row[column])} if names else row for row in rows)
 
 
 def _files(place: str | Path, name: str) -> list[Path]:

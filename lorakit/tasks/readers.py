@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.errors import DataError, retold
 
 LONGEST = 2**31 - 1  # characters of a field
+QUOTED = 'a text that begins with a quote to end with one, those inside doubled ("a ""b"" c")'
 AT_ONCE = 1024  # rows of a Parquet file in memory
 
 
@@ -56,25 +57,29 @@ def tsv(path: Path, columns: Sequence[str], header: bool = True) -> Iterator[tup
 def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a file with quoting and a header line, value by column; the number is the row's last line.
 
-    A line's end inside quotes is read as LF, CRLF too. Blank lines are skipped.
+    A line's end inside quotes is read as LF, CRLF too. Blank lines are skipped. Where tabs part the columns, quotes
+    around tabs and lines' ends together are refused: they are a text's own, and would swallow the rows between them.
 
     Args:
         columns: what the header must have; it may have others.
     """
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     rows = csv.reader((line + "\n" for _, line in lines(path)), delimiter=delimiter, strict=True)
-    shape, header, found = f"a header line of different columns {', '.join(columns)}".rstrip(), [], False
+    shape, header, found, last = f"a header line of different columns {', '.join(columns)}".rstrip(), [], False, 0
     try:
         for values in filter(None, rows):
+            if delimiter == "\t" and any("\t" in text and "\n" in text for text in values):
+                at = rows.line_num - "".join(values).count("\n")
+                raise bad_row(path, at, "no tab and line end in one text: a quote that opens here closes later", values)
             if header and len(values) != len(header):
                 raise bad_row(path, rows.line_num, f"{len(header)} columns {', '.join(header)}", values)
             if header:
                 yield rows.line_num, dict(zip(header, values, strict=True))
             elif not all(values) or len({*values}) < len(values) or not {*columns} <= {*values}:
-                raise bad_row(path, rows.line_num, shape, values)
-            header, found = header or values, bool(header)
+                raise bad_row(path, rows.line_num, shape if all(values) else "a name for every column", values)
+            header, found, last = header or values, bool(header), rows.line_num
     except csv.Error as error:
-        raise bad_row(path, rows.line_num, shape, str(error)) from None
+        raise bad_row(path, rows.line_num, QUOTED, f"{error}; good to line {last}") from None
     if not found:
         raise bad_row(path, rows.line_num + 1, shape, "no rows" if header else "an empty file")
 

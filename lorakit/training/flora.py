@@ -35,15 +35,9 @@ class FLoRATrainer(SLoRATrainer):
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module | None = None,
-        args: TrainingArguments | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        gating: Mapping[str, Any] | None = None,
-        **options: Any,
-    ):
+        self, model: torch.nn.Module | None = None, args: TrainingArguments | None = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, gating: Mapping[str, Any] | None = None, **options: Any,
+    ):  # fmt: skip
         args = args or TrainingArguments("tmp_trainer")
         model = made_model(model, options.pop("model_init", None), args.seed)
         settings = TokenSettings(gating=dict(gating or {})).gating

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from lorakit.errors import LorakitError, require
@@ -51,19 +50,11 @@ class SLoRATrainer(GatedTrainer):
     remedy = "go on from an older one, or start over"
 
     def __init__(
-        self,
-        model: torch.nn.Module | None = None,
-        args: TrainingArguments | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        gate_config: Mapping[str, Any] | None = None,
-        *,
-        gate: Gate | None = None,
-        loss: str = "nll",
-        model_init: Callable[[], torch.nn.Module] | None = None,
+        self, model: torch.nn.Module | None = None, args: TrainingArguments | None = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: Any = None, gate_config: Mapping[str, Any] | None = None, *,
+        gate: Gate | None = None, loss: str = "nll", model_init: Callable[[], torch.nn.Module] | None = None,
         **options: Any,
-    ):
+    ):  # fmt: skip
         args = args or TrainingArguments("tmp_trainer")
         model = made_model(model, model_init, args.seed)
         require(gate is None or gate_config is None, "gate_config", gate_config, "must be None where a gate is given")
@@ -97,8 +88,8 @@ class SLoRATrainer(GatedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            self.model.save_pretrained(output_dir)  # for PEFT's own loading; resuming reads the trained weights
+        if self.args.should_save and hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(output_dir)  # for who opens it; resuming reads the trained weights
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 

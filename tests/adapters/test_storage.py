@@ -80,6 +80,28 @@ def test_a_file_says_of_what_base_and_kind_its_model_is_and_how_many_labels_it_h
     assert described(folder)[1:] == (says[0], None)
 
 
+def test_the_labels_of_a_head_of_two_layers_are_its_last_ones(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=30, num_labels=3, **sizes))
+    get_peft_model(base, LoraConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    assert described(tmp_path)[1:] == ("classify", 3)
+
+
+def test_a_whole_model_is_not_written_over(build, tmp_path):
+    build("bert").save_pretrained(tmp_path / "base"), build("bert").config.save_pretrained(tmp_path / "own")
+    model, weights = trained(build), tmp_path / "base" / "model.safetensors"
+    before = weights.read_bytes()
+    for _ in range(2):  # over an adapter of ours
+        model.save_pretrained(tmp_path / "own")
+        with pytest.raises(ParameterError, match="save_directory='.*base': holds a whole model"):
+            model.save_pretrained(tmp_path / "base")
+        save_adapter(model, tmp_path / "base")
+    assert weights.read_bytes() == before
+
+
 def test_an_adapter_of_convolutions_is_more_than_linear_maps():
     assert adapts_more({"layer.lora_A.weight": torch.zeros(2, 3, 1)})
     assert not adapts_more({"layer.lora_A.weight": torch.zeros(2, 3), "norm.weight": torch.zeros(2, 3, 1)})

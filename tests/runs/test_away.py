@@ -19,7 +19,7 @@ import lorakit
 from lorakit import adapters, models, records
 from lorakit.cli import main
 from lorakit.files import PROJECT
-from lorakit.runs.away import Opened, card, opened
+from lorakit.runs.away import Opened, ask, card, opened
 
 TOPICS = {
     "billing": ["the invoice is wrong", "charged twice this month"], "login": ["cannot sign in", "locked out of it"],
@@ -112,6 +112,9 @@ def test_merged_or_trained_whole_it_is_a_plain_model(runs, tmp_path, capsys, nam
     model, tokenizer = plain(tmp_path / "out")
     torch.testing.assert_close(logits(model, tokenizer), logits(*on_base(folder)), atol=1e-5, rtol=1e-5)
     assert model.config.id2label == dict(enumerate(TOPICS))
+    told = json.loads((config := tmp_path / "out" / "config.json").read_text())  # other tools sort the numbers as text
+    config.write_text(json.dumps(told | {"id2label": dict(reversed(told["id2label"].items()))}))
+    assert opened(tmp_path / "out").model.config.id2label == dict(enumerate(TOPICS))
     assert records.read(tmp_path / "out" / "record.json") == record
     assert {"README.md", "tokenizer.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -285,6 +288,12 @@ def test_generate_is_the_model_s_own(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"prompt: The cat\nanswer: {answer}\n"
 
 
+def test_an_answer_ends_with_its_turn_though_no_token_is_its_end(monkeypatch):
+    monkeypatch.setattr("lorakit.runs.away.pipeline", lambda *_, **__: lambda _, **__: [[{"generated_text": SAID}]])
+    assert [*ask(opened("toy-decoder"), [("Late?",)])["answer"]] == ["Yes."]
+
+
+SAID = "Yes.<end_of_turn>\n<start_of_turn>user\nAnd now?"
 # what is refused ---------------------------------------------------------------------------------------
 
 ADAPTER = "{place}/lora/adapter"

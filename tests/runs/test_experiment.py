@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit
-from lorakit import records
+from lorakit import models, records
 from lorakit.errors import CheckpointError, DataError, LorakitError, ParameterError
 from lorakit.runs import experiment
 from lorakit.runs import search as lr_search
@@ -326,6 +326,18 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert any("learning rates 0.0001 from the search started" in note for note in more.notes)
     lorakit.search(given | {"search_rates": [1.0e-3, 1.0e-4], "search_budget": 4})  # another budget: nothing to keep
     assert tried == [1.0e-3, 1.0e-3, 1.0e-4]
+    rows = "".join(f"row {n},{n % 2}\n" for n in range(40))
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows.replace("row", name))
+    loaded = models.load("toy-encoder", "classify")
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(tmp_path / "m")
+    given |= {"task": "labelled", "data_dir": str(tmp_path), "model": str(tmp_path / "m")}
+    changes = [lambda: None, (tmp_path / "dev.csv").unlink, lambda: (tmp_path / "m" / "tokenizer_x").write_text("new")]
+    for change in [*changes, lambda: None]:  # nothing there; a file less; another model of that name; all the same
+        change()
+        lorakit.search(given)
+    assert tried[3:] == [1.0e-4] * 3
 
 
 def test_search_passes_over_what_diverged():
@@ -333,7 +345,7 @@ def test_search_passes_over_what_diverged():
     search = [records.SearchPoint(**bad), records.SearchPoint(**good, validation={"loss": 0.7})]
     record = records.Record(setting="toy", method="lora", seed=0, status="done", kind="lr_search", search=search)
     assert lr_search.best_rate(record) == 0.1
-    with pytest.raises(ParameterError, match="all of them diverged"):
+    with pytest.raises(ParameterError, match="none of them finished"):
         lr_search.best_rate(record.model_copy(update={"search": search[:1]}))
 
 

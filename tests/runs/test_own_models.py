@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import architectures
 import pytest
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 import lorakit
 from lorakit import models
+from lorakit.cli import main
 from lorakit.errors import LorakitError, ParameterError
 
 QUICK = {"budget": 2, "evaluations": 1, "batch_size": 4, "rank": 2, "max_length": 16, "latency_repeats": 0}
@@ -146,3 +149,34 @@ def test_a_run_whose_memory_cannot_be_predicted_is_a_run(tmp_path, monkeypatch):
     record = lorakit.run(QUICK | {"predict_memory": True})
     assert record.status == "done" and record.costs.predicted_memory is None
     assert "memory not predicted: no fake tensors for this" in record.notes
+
+
+def test_what_is_longer_than_the_model_s_positions_is_refused_and_no_longer_limit(tmp_path, capsys):
+    """In training, where a row in fact is; in an answer; a classifier's text is cut."""
+    given = QUICK | {"model": "toy-encoder", "task": "labelled", "max_length": 1000}
+    for words, fine in ((20, True), (300, False)):
+        rows = "".join(f"{'late ' * words}{n},{n % 2}\n" for n in range(30))
+        (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+        told = "max_length=1000: a row has [0-9]+ tokens, the model 256 positions"
+        with nullcontext() if fine else pytest.raises(ParameterError, match=told):
+            assert lorakit.run(given | {"data_dir": str(tmp_path / "rows.csv")}).status == "done"
+    argv, chat = ["generate", "toy-gpt2", "--prompt", "the cat " * 20, "--max-new-tokens"], {"role": "user"}
+    form = {"add_generation_prompt": True, "return_dict": True}
+    asked = models.tokenizer("toy-gpt2").apply_chat_template([chat | {"content": argv[3]}], **form)
+    length = len(asked["input_ids"])
+    assert main([*argv, str(257 - length)]) == 0
+    assert main([*argv, str(258 - length)]) == 2
+    told = f"--max-new-tokens={258 - length}: with a prompt of {length} tokens these are more than the model's 256 pos"
+    assert told in capsys.readouterr().err
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=300, max_position_embeddings=66, pad_token_id=0, type_vocab_size=1, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    tokenizer = models.tokenizer("toy-encoder")
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    assert main(["predict", str(tmp_path / "roberta"), "--text", "late " * 100]) == 0
+
+
+@pytest.mark.parametrize(("name", "most"), [("bert", 66), ("roberta", 65), ("opt", 64), ("phi3", sys.maxsize)])
+def test_only_learned_positions_end(name, most):
+    assert models.positions(architectures.MODELS[name]()) == most

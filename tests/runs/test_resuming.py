@@ -71,6 +71,21 @@ def test_a_run_of_another_method_leaves_the_earlier_model_with_its_own_record(tm
     assert read(tmp_path / "earlier-1" / "model" / "record.json").method == "full"
 
 
+def test_a_run_that_is_refused_has_moved_nothing(tmp_path):
+    """Somebody else's checkpoint, and a model that the run would move away before it is read."""
+    given = SAVING | {"budget": 2, "save_steps": 0, "run_dir": str(tmp_path)}
+    lorakit.run(given | {"method": "full"})
+    (tmp_path / "checkpoint-9999").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for more, told in (
+        ({"save_steps": 1, "resume": False}, "holds checkpoint-9999, which lorakit did not write"),
+        ({"model": f"{tmp_path}/model"}, "model='.*/model': is what a run left in run_dir"),
+    ):
+        with pytest.raises(ParameterError, match=told):
+            lorakit.run(given | more)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("stored", ["another", None])  # None: a lorakit that did not say
 def test_a_checkpoint_of_other_code_is_noted(tmp_path, monkeypatch, stored):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -78,9 +78,12 @@ def test_files_then_pairs_and_places_as_the_caller_sees_them(notebook, tmp_path,
     Path("setting.yaml").write_text("rank: 2\nlearning_rate: 1.0e-4\n")
     Path("method.yaml").write_text("rank: 3\n")
     files = ["-f", "setting.yaml", "-f", "method.yaml"]
+    Path("base").mkdir()
+    files += ["-p", "model=base"]
     assert run(notebook, *files, "-p", "seed=5", "-p", "record=out/s5.json", "--output", "out/s5.ipynb") == 0
     resolved = json.loads(Path("out/s5.json").read_text())["resolved"]
     assert (resolved["rank"], resolved["learning_rate"], resolved["seed"]) == (3, 1e-4, 5)
+    assert resolved["model"] == str(tmp_path / "base")
     assert "working on lora 5" in capfd.readouterr().out  # seen while it works
 
 

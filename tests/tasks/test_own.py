@@ -8,8 +8,9 @@ import random
 import re
 import shlex
 
+import pandas
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
 import lorakit
 from lorakit import params, records, tasks
@@ -208,6 +209,29 @@ def test_what_would_change_classes_or_splits_unseen_does_not(tmp_path):
         corpus("labelled", tmp_path / "f")
 
 
+def test_what_a_dataset_leaves_unsaid(tmp_path):
+    """Labels of no class are none (the hub's test splits have -1), a stream has no features, a list no fingerprint."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = [{"text": f"row {n}", "label": n % 2} for n in range(30)]
+    told = Dataset.from_list(rows, features=features)
+    for label in (-1, None):
+        bare = Dataset.from_list([{"text": "new", "label": label}], features=features)
+        with pytest.raises(DataError, match=r"dataset\['test'\], line 1: expected a class .*; found None"):
+            tasks.read("labelled", dataset={"train": told, "test": bare})
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    read = [tasks.read("labelled", dataset={"train": given})[0] for given in (stream, rows, rows[:-1])]
+    assert stream.features is None and splits(read[0]) == splits(read[1])
+    assert read[0].files == read[1].files != read[2].files
+
+
+def test_files_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / year).mkdir()
+        written(tmp_path / year / "jan", "rows.csv", [{"text": f"{year} {n}", "label": n % 2} for n in range(30)])
+    assert [*corpus("labelled", f"{tmp_path}/*/jan/rows.csv").files] == ["2023/jan/rows.csv", "2024/jan/rows.csv"]
+    assert [*corpus("labelled", f"{tmp_path}/2023/jan/rows.csv").files] == ["jan/rows.csv"]
+
+
 BROKEN = {
     "text_column='body': no such column in .*rows.jsonl, line 1; it has text, label": {"text_column": "body"},
     "label_column='team': no such column in .*; it has text, label": {"label_column": "team"},
@@ -238,12 +262,28 @@ def test_a_row_that_is_none_is_named_with_its_file_and_line(says, tmp_path):
     [
         ("", "line 1: expected a header line"), ("text,text\na,b\n", "line 1: expected a header line of different col"),
         ("text,label\na,b\nc\n", "line 3: expected 2 columns text, label; found .'c'."),
-        ('text,label\n"a,b\n', "line 2: .*unexpected end of data"), ("text,label\n", "line 2: expected a .*no rows"),
+        ('text,label\na,b\n\n"c,d\ne,f\n', "line 5: .*quote.*unexpected end of data; good to line 2"),
+        ('text,label\n"a" b,c\n', "line 2: expected a text that begins with a quote to end with one"),
+        (",text,label\n0,a,b\n", "line 1: expected a name for every column; found ..., .text"),
+        ("text,label\n", "line 2: expected a .*no rows"),
     ],
 )  # fmt: skip
 def test_a_csv_that_is_none_is_told_so(text, says, tmp_path):
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(DataError, match=says):
+        corpus("labelled", tmp_path)
+
+
+def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
+    """As pandas writes texts with quotes, tabs or line ends they are read; no rows between texts' own quotes."""
+    texts = ['say "no"', "a\ttab", "two\nlines", '"all of it"'] * 8
+    table = pandas.DataFrame({"text": [f"{text} {n}" for n, text in enumerate(texts)], "label": [0, 1] * 16})
+    table.to_csv(tmp_path / "rows.tsv", sep="\t", index=False)
+    assert {row.text for row in sum(splits(corpus("labelled", tmp_path)), [])} == {*table["text"]}
+    with open(tmp_path / "rows.tsv", "a") as file:
+        file.write('"hello there\t1\nmiddle\t0\nbye"\t1\n')
+    line = 1 + len((tmp_path / "rows.tsv").read_text().splitlines()) - 3
+    with pytest.raises(DataError, match=f"line {line}: expected no tab and line end in one text: a quote that opens"):
         corpus("labelled", tmp_path)
 
 

@@ -10,7 +10,7 @@ import training_runs as runs
 from slora_runs import GATE, arguments, lora, slora
 
 import lorakit
-from lorakit.adapters import quantize_nf4
+from lorakit.adapters import load_adapter, quantize_nf4
 from lorakit.errors import LorakitError, ParameterError
 from lorakit.training import SLoRATrainer
 
@@ -80,6 +80,18 @@ def test_peft_checkpoints_stay_pefts_own(tmp_path):
     batch = {name: value for name, value in runs.collate(list(runs.rows(4))).items() if name != "labels"}
     with torch.no_grad():
         assert torch.allclose(model.eval()(**batch).logits, loaded.eval()(**batch).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_saved_is_opened_as_such_a_model_is(tmp_path, whole):
+    model = runs.tiny_bert() if whole else lora()
+    trainer = slora(model, tmp_path, max_steps=8)
+    trainer.train()
+    for _ in range(2):
+        trainer.save_model(tmp_path / "out")
+    base = type(model).from_pretrained(tmp_path / "out") if whole else runs.tiny_bert()
+    again = base if whole else load_adapter(base, tmp_path / "out")
+    assert runs.equal(runs.weights(again), runs.weights(trainer.model))
 
 
 def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
