@@ -15,21 +15,21 @@ SETTING = "sst2-minilm-compare"
 WHAT = {"trainable": "trained parameters", "flops": "FLOPs", "flops_backward": "the backward's FLOPs"}
 
 
-def complete() -> list[lorakit.Record]:
+def complete(setting: str = SETTING) -> list[lorakit.Record]:
     """The runs of rows that have all planned seeds."""
-    runs = stats.by_row(lorakit.read_all(RESULTS / SETTING))
-    (planned,) = {len(claim.seeds) for claim in claims.read_claims(setting=SETTING)}
+    runs = stats.by_row(lorakit.read_all(RESULTS / setting))
+    (planned,) = {len(claim.seeds) for claim in claims.read_claims(setting=setting)}
     return [run for group in runs.values() for run in group if len(group) == planned]
 
 
-def judged():
-    found = claims.claims_table(claims.read_claims(setting=SETTING), complete())
-    return found[~found["verdict"].str.startswith(("no run", "too few"))]
+def judged(setting: str = SETTING):
+    found = claims.claims_table(claims.read_claims(setting=setting), complete(setting))
+    return found[~found["verdict"].str.startswith(("no finished run", "too few"))]
 
 
-def verdicts() -> Iterator[str]:
+def verdicts(setting: str = SETTING) -> Iterator[str]:
     columns = ["claim", "held against", "what", "seen", "limit", "verdict"]
-    for source, pair, what, *cells in judged()[columns].itertuples(index=False):
+    for source, pair, what, *cells in judged(setting)[columns].itertuples(index=False):
         what = WHAT.get(what, what.replace("_", " "))
         yield line(source, f"`{pair}`", what, *(cell.replace("-0", "−0") for cell in cells))
 

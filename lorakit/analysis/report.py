@@ -38,14 +38,13 @@ def report(records: Sequence[Record], baseline: str = "", sources: Sequence[str]
     groups = equal_cost.rows_of(records, baseline)
     warning = require_comparable(records, mixed)
     counts = {len(stats.curve(r, "steps")[0]) for r in records if r.status == "done"} or {0}
-    rates = {names.label(row, group): gate_of(group)[1] for row, group in groups.items()
-             if equal_cost.random_for(groups, row) is None}  # fmt: skip
     return Template(TEXT, trim_blocks=True, keep_trailing_newline=True).render(
         setting=records[0].setting, groups=groups, warning=warning, header=header(groups, sources),
         quality=quality_table(groups), remarks=tables.remarks(groups), cost=cost_table(groups),
         evaluations=" to ".join(map(str, sorted({min(counts), max(counts)}))), unfair=UNFAIR,
         decayed=f"{100 * stats.DECAYED:.0f} %", equal=equal_tables(groups),
-        lonely=[f"{label} (at {tables.percent(rate)})" for label, rate in rates.items() if rate is not None],
+        lonely=[f"{names.label(row, group)} (at {tables.percent(rate)})" for row, group in groups.items()
+                if equal_cost.random_for(groups, row) is None and (rate := gate_of(group)[1]) is not None],
         criterion=criterion_table(groups), loss=f"{100 * equal_cost.LOSS_LIMIT:.1f} %",
         steps=f"{100 * equal_cost.STEPS_LIMIT:.0f} %", told=told(groups), label=names.label(REFERENCE, records),
         markdown=lambda table: Table(table).markdown(),
