@@ -91,8 +91,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     asked = {name: getattr(params, name) for name in read}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=family, text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
-    answered = not rows or task.kind == "causal" and bool(task.answers)
-    require(answered, "exact_match_rows", rows, lacking)
+    require(not rows or task.kind == "causal" and bool(task.answers), "exact_match_rows", rows, lacking)
     elsewhere = None
     if params.forgetting:
         causal = [name for name in tasks.NAMES if name not in OWN and tasks.kind(name, "decoder") == "causal"]

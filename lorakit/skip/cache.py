@@ -123,8 +123,7 @@ class PrefixCache(Controller):
         return self._coming is not None and self.model.training and not is_disabled(self.model)
 
     def _inner(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        passed = self._known and self._told()
-        return (given or [*named.values()])[0] if passed else forward(*given, **named)
+        return (given or [*named.values()])[0] if self._known and self._told() else forward(*given, **named)
 
     def _last(self, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
         if not self._told():

@@ -104,8 +104,9 @@ class SkipLoRA(Controller, TrainerCallback):
                 probe.refuse_gradient = True
 
     def begin_step(self, share: float) -> None:
-        in_forward, self._warm = self.settings.skip_decide == "forward", share < self.settings.skip_warmup
-        warm = self._warm
+        self._warm = warm = share < self.settings.skip_warmup
+        of_blocks = self.settings.skip == "prefix" and self.settings.skip_share > 0  # known without a measurement
+        in_forward = self.settings.skip_decide == "forward" and not of_blocks
         measuring = self.measures and (in_forward or warm or self.steps % self.settings.skip_measure_every == 0)
         active = [True] * len(self.probes)
         if not warm and not in_forward and (self.metric is not None or not self.measures):

@@ -132,10 +132,14 @@ def require_room(output_dir: str | Path) -> None:
 
 
 def save_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Write the trained parameters of `model`; the frozen ones are the base model's own."""
+    """Write what training changes in `model`; the frozen parameters are the base model's own."""
     Path(path).mkdir(parents=True, exist_ok=True)
-    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, Path(path) / WEIGHTS)
+    save_file({name: each.detach().cpu().contiguous() for name, each in changed(model).items()}, Path(path) / WEIGHTS)
+
+
+def changed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters, and the running statistics of batch norms."""
+    return {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if t.requires_grad or "running_" in n}
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
@@ -146,7 +150,7 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """
     with reading(file := Path(path) / WEIGHTS):
         stored = load_file(file)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = changed(model)
     if stored.keys() != trained.keys():
         difference = sorted(stored.keys() ^ trained.keys())
         raise CheckpointError(f"{path}: trains other parameters than this run: {', '.join(difference[:4])}")

@@ -209,8 +209,7 @@ def described(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[Hashable, 
     length = main.shape[1]
     shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
     told = {name: ["T" if size == length else size for size in shape[1:]] for name, shape in shapes.items()}
-    shape = tuple((name, (*shape[:1], *told[name])) for name, shape in shapes.items())
-    return main, shape, (length, length**2)
+    return main, tuple((name, (*shape[:1], *told[name])) for name, shape in shapes.items()), (length, length**2)
 
 
 def main_input(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

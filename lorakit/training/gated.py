@@ -187,9 +187,11 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self.model.train()  # as `training_step` does: after an evaluation it is not
         inputs = self._prepare_inputs(batch)
         self._see(inputs)
-        sizes = (*self._whole, *(self.tokens.sizes(inputs["labels"]) if self.tokens.makes_loss else ()))
         look = functools.partial(self.gate.look, self.model, inputs, self._statistics)
-        seen, flops = self.meter.measure(self._key("candidates"), sizes, look)
+        sizes = (*self._whole, *(self.tokens.sizes(inputs["labels"], look) if self.tokens.makes_loss else ()))
+        with torch.random.fork_rng([d for d in (self.model.device,) if d.type == "cuda"]):  # a resumed one's is late
+            torch.manual_seed(self.args.seed + self.ledger.steps)
+            seen, flops = self.meter.measure(self._key("candidates"), sizes, look)
         rows = self.gate.rows(*seen, inputs["labels"], self._head)
         best = self.gate.choose(inputs, rows, self.gate_log, self.total_over_ranks)
         tokens = count_tokens(inputs, self.model.config) - count_tokens(best, self.model.config)
@@ -207,9 +209,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer's, but `compute_loss` is counted, and `accelerator.backward` first passes the gate."""
-        # gradients are averaged here: DistributedDataParallel expects one whole forward per backward
-        reduces = (self.gate.selective or self.tokens.makes_loss) and self.accelerator.num_processes > 1
-        with contextlib.ExitStack() as stack, self.accelerator.no_sync(model) if reduces else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack, self.accelerator.no_sync(model):  # which expects one forward a backward
             stack.callback(setattr, self, "compute_loss", self.compute_loss)
             stack.callback(setattr, self.accelerator, "backward", self.accelerator.backward)
             self.compute_loss = functools.partial(self._candidate_loss, self.compute_loss)
@@ -255,7 +255,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
             for part in window:
                 self._backward(backward, part)
         if self.accelerator.sync_gradients:
-            if accept if self.gate.selective else self.tokens.makes_loss:
+            if accept or not self.gate.selective:  # of a window's batches one may have been without labels
                 average_gradients(self.model, self.accelerator)
             if accept:
                 self.watch.gradients()

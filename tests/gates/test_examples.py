@@ -17,8 +17,11 @@ from lorakit.errors import ParameterError
 from lorakit.gates import BestRows, build_gate
 from lorakit.gates.log import GateLog
 from lorakit.head import HeadInput, find_head
+from lorakit.measure.flops import FlopCount
 from lorakit.params import Params, check
 from lorakit.seams import Candidate
+from lorakit.settings import Gating, TokenSettings
+from lorakit.tokens import build_tokens
 from lorakit.training.loss import example_statistics
 
 GATES = ("random", "loss_floor", "gradient_norm", "novelty", "least_novel", "excess_loss")
@@ -167,15 +170,43 @@ def test_weights_are_bitwise_those_of_an_ungated_run_on_the_chosen_rows(tmp_path
     assert run.ledger.flops_backward == plain.ledger.flops_backward > 0
 
 
-@pytest.mark.parametrize("name", ["novelty", "random", "excess_loss"])
-def test_a_killed_run_resumes_bitwise(tmp_path, name):
+@pytest.mark.parametrize(("name", "dropout"), [("novelty", 0.0), ("random", 0.3), ("excess_loss", 0.3)])
+def test_a_killed_run_resumes_bitwise(tmp_path, name, dropout):
+    """Also where the model draws: what a batch is looked at with depends on the step, not on what was drawn before."""
+
     def made(folder):
-        return trainer(tmp_path / folder, name, budget=runs.Budget(8, "steps"), save_steps=3)
+        model = lora(lambda: runs.tiny_bert(hidden_dropout_prob=dropout))
+        return trainer(tmp_path / folder, name, model, budget=runs.Budget(8, "steps"), save_steps=3)
 
     whole, resumed = runs.killed_and_resumed(made, after=5)
     assert runs.equal(runs.weights(whole.model), runs.weights(resumed.model))
     assert whole.gate_log.decisions == resumed.gate_log.decisions
     assert whole.ledger.flops == resumed.ledger.flops
+
+
+@pytest.mark.parametrize("name", ["loss_floor", "excess_loss"])
+def test_what_a_look_costs_follows_the_labels(tmp_path, name):
+    """Every pass of a run is counted once more; those that are looked at have a length and labels of their own."""
+
+    def cut(row, n):
+        return {"labels": [-100] * (n % 5) + row["labels"][n % 5 :]}
+
+    rows = runs.language_rows(64).map(cut, with_indices=True)
+    model = lora(runs.tiny_gemma)
+    exact = build_tokens(Gating(method="baseline"), model, "causal", loss=TokenSettings(loss="exact"))
+    run = trainer(tmp_path, name, model, True, 2, tokens=exact, train_dataset=rows, budget=runs.Budget(6, "steps"))
+    measure, counted = run.meter.measure, []
+
+    def again(key, sizes, call):
+        with FlopCount() as count:
+            made, told = measure(key, sizes, call)
+        counted.append((key[0], told, count.total))
+        return made, told
+
+    run.meter.measure = again
+    run.train()
+    looks = [(told, total) for kind, told, total in counted if kind == "candidates"]
+    assert len({total for _, total in looks}) > 1 and all(told == total for told, total in looks)
 
 
 def test_accumulated_batches_choose_each_and_weigh_by_their_labels(tmp_path):

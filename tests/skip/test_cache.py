@@ -101,7 +101,7 @@ def test_states_are_those_of_a_forward_and_evaluation_stays_outside(tmp_path):
     cache.begin_batch(batch)
     model.eval()
     other = {name: value.flip(0) for name, value in inputs.items()}  # not what was told of
-    assert torch.equal(model(**other).logits, model(**inputs).logits.flip(0))
+    torch.testing.assert_close(model(**other).logits, model(**inputs).logits.flip(0), rtol=1e-5, atol=1e-6)
     cache.end()
     assert all("forward" not in vars(block) for block in cache.blocks)
 
@@ -235,7 +235,8 @@ def test_padding_on_the_left_is_refused(tmp_path):
 def test_it_goes_with(changes):
     given = {"target_modules": r".*layer\.[23]\..*(lin1|lin2)", "max_train": 32, "budget": 6} | changes
     plain, cached = (lorakit.run(runs.QUICK | given | {"prefix_cache": where}) for where in ("none", "memory"))
-    assert cached.final["validation"]["loss"] == pytest.approx(plain.final["validation"]["loss"], rel=1e-3)
+    near = 5e-3 if "precision" in changes else 1e-3  # rows are padded to other lengths, which bf16 rounds otherwise
+    assert cached.final["validation"]["loss"] == pytest.approx(plain.final["validation"]["loss"], rel=near)
     assert cached.details["prefix_cache"]["from_cache"] >= 2
 
 

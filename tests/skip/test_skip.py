@@ -256,6 +256,17 @@ def test_hugging_face_trainer_with_peft(tmp_path, tiny_bert):
     assert all(probe.active for probe in skip.probes) and not any(probe.handles for probe in skip.probes)
 
 
+def test_a_share_of_blocks_is_skipped_however_it_is_decided(tmp_path, tiny_bert):
+    """Where the prefix ends is known beforehand, so that there is nothing to decide in the forward."""
+    shares = []
+    for decide in ("ema", "forward"):
+        model = attach(tiny_bert(), "lora", rank=4, seed=0)
+        skip = SkipLoRA(model, settings=runs.skipping(decide=decide, share=0.5, warmup=0.25, explore=0.0))
+        runs.trainer(model, tmp_path / decide, controllers=[skip], evaluations=1).train()
+        shares.append(skip.report()["share_skipped_per_adapter"])
+    assert shares[0] == shares[1] and max(shares[0]) > 0.5
+
+
 def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     model = attach(tiny_bert(), "lora", rank=4, seed=0)
     skip = SkipLoRA(model, settings=runs.skipping(share=0.5, warmup=0.25, explore=0.0))

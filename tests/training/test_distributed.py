@@ -160,6 +160,27 @@ def test_tokens_are_chosen_on_each_process_and_learnt_by_both(tmp_path):
         assert (moved[0] - moved[1]).norm() < 1e-4 * moved[0].norm()
 
 
+def last_without_labels(folder: str) -> dict:
+    """Windows of two batches a process, the second of each without a label on either."""
+
+    def emptied(row, place):
+        return {"labels": [-100] * len(row["labels"])} if place % 32 >= 16 else row
+
+    model = attach(runs.tiny_gemma(), "lora", rank=4, seed=0)
+    given = {"batch_size": 8, "gradient_accumulation": 2, "learning_rate": 0.3, "optimizer": "sgd"}
+    rows = runs.language_rows(96).map(emptied, with_indices=True)
+    run = runs.trainer(model, folder, budget=Budget(3, "steps"), params=given, language=True, train_dataset=rows)
+    run.args.train_sampling_strategy = "sequential"
+    return outcome(runs.ran(run))
+
+
+def test_a_last_batch_without_labels_keeps_the_weights_alike(tmp_path):
+    first, second = two_processes.run("test_distributed", "last_without_labels", tmp_path)
+    untrained = runs.weights(attach(runs.tiny_gemma(), "lora", rank=4, seed=0))
+    assert first["processes"] == 2 and not runs.equal(first["weights"], untrained)
+    assert runs.equal(first["weights"], second["weights"])
+
+
 def test_accelerate_launch_runs_a_params_file_without_a_notebook(tmp_path):
     quick = ["budget=6", "gate_burn_in=3", "batch_size=4", "max_test=16", "max_validation=16", "evaluations=1"]
     given = [*quick, "latency_repeats=0", "predict_memory=false", f"record={tmp_path / 'record.json'}"]

@@ -94,6 +94,23 @@ def test_what_is_saved_is_opened_as_such_a_model_is(tmp_path, whole):
     assert runs.equal(runs.weights(again), runs.weights(trainer.model))
 
 
+def test_a_resumed_run_has_the_running_statistics_of_batch_norms(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    made = torch.Generator().manual_seed(1)
+    rows = [{"pixel_values": torch.randn(3, 16, 16, generator=made) + 3, "labels": n % 2} for n in range(16)]
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        options = {"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2}
+        model = ResNetForImageClassification(ResNetConfig(**sizes))
+        run = SLoRATrainer(model, arguments(tmp_path, **{"save_strategy": "steps"} | options), train_dataset=rows)
+        run.train(resume_from_checkpoint=resume)
+        ends.append([value.clone() for value in run.model.state_dict().values() if value.is_floating_point()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
 def test_evaluation_costs_no_training_and_changes_no_decision(tmp_path):
     often = runs.ran(slora(lora(), tmp_path / "a", eval_strategy="steps", eval_steps=4))
     never = runs.ran(slora(lora(), tmp_path / "b"))
