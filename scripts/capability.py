@@ -34,6 +34,7 @@ from toy_runs import (
     difference,
     digest,
     outputs,
+    params_of,
     require,
     runs_of,
     train,
@@ -48,12 +49,14 @@ from lorakit.errors import LorakitError
 from lorakit.files import PROJECT, write_text
 from lorakit.measure.environment import code_fingerprint, environment
 from lorakit.models.loading import KINDS
+from lorakit.params import Params
 from lorakit.quiet import quiet
 
 # not under results/: there every .json is a record, and `lorakit claims` reads them all
 FILE = PROJECT / "benchmarks" / "measured" / "capability.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 DIFFERENCE = "of the largest logit"
+UPPER = r".*layers?\.[23]\..*(lin\d?|proj)"  # the layers of the second half of the toy models' blocks
 
 
 class NotTried(Exception):
@@ -176,6 +179,37 @@ def compiled(row: str, folder: Path) -> float:
     return max(found)
 
 
+def kept_prefix(row: str, folder: Path) -> float:
+    """Of a few rows that come three times, those on the last blocks' layers; a skipped prefix has its own end."""
+    skips = params_of(row, "encoder").skip != "none"
+    where = {"skip_share": 0.5, "skip_explore": 0, "dropout": 0} if skips else {"target_modules": UPPER}
+    found, refused = [], []
+    for place in BOTH:
+        try:
+            changed = where | {"base_dropout": False, "max_train": 16}
+            plain, kept = (train(params_of(row, place, **changed, prefix_cache=to)) for to in ("none", "memory"))
+            found.append(difference(kept.model, plain))
+        except LorakitError as error:
+            refused.append(error)
+    if not found:
+        raise refused[-1]
+    return max(found)
+
+
+def best_examples(row: str, folder: Path) -> None:
+    own = params_of(row, "encoder").gate
+    gate = {"gate": "loss_floor" if own == "none" else own, "gate_level": "example", "gate_candidates": 2}
+    gate |= {"gate_burn_in": Params().gate_burn_in}  # which examples do not have
+    refused = []
+    for place in BOTH:
+        try:
+            train(params_of(row, place, **gate))
+        except LorakitError as error:
+            refused.append(error)
+    if len(refused) == len(BOTH):
+        raise refused[-1]
+
+
 class Column(NamedTuple):
     """What is tried, in words, how, and the unit of what that measures."""
 
@@ -194,6 +228,8 @@ COLUMNS = {
     "peft": Column("PEFT opens its file, and lorakit the one PEFT saves then; same logits", peft, DIFFERENCE),
     "processes": Column("two processes on the CPU end with the same weights, bit for bit", processes),
     "resume": Column("stopped, then resumed at a checkpoint: the same curve and weights, bit for bit", resume),
+    "prefix_cache": Column("second half adapted, the first kept (prefix_cache): same logits", kept_prefix, DIFFERENCE),
+    "examples": Column("trains the better half of each batch's examples (gate_level)", best_examples),
     "compile": Column("torch.compile makes one graph of its forward; same logits", compiled, DIFFERENCE),
 }
 

@@ -49,10 +49,10 @@ class Trained(NamedTuple):
     processes: int
 
 
-def params_of(row: str, place: str) -> Params:
+def params_of(row: str, place: str, **changed: Any) -> Params:
     """What its params file says, on the toy model of that place, for six steps."""
     own = method_of(row) | row_of_file(PARAMS / ROWS[row], row)
-    return Params(**own | SHORT | PLACES[place] | SOON.get(row, {}), row=row)
+    return Params(**own | SHORT | PLACES[place] | SOON.get(row, {}) | changed, row=row)
 
 
 def train(params: Params, stop: int = 0) -> Trained | None:
@@ -91,15 +91,18 @@ def train(params: Params, stop: int = 0) -> Trained | None:
 
 
 def acted(params: Params, trainer: BudgetTrainer) -> bool:
-    """Whether what the row is about happened: zeros, layers skipped, batches rejected, tokens left out."""
+    """Whether what the row is about happened: zeros, layers skipped or kept, batches rejected, tokens left out."""
     reports = [each.report() for each in trainer.controllers]
-    happened = [bool(report.get("reached") or report.get("share_skipped")) for report in reports]
+    happened = [any(report.get(name) for name in ("reached", "share_skipped", "from_cache")) for report in reports]
     if trainer.gate.selective:
         happened.append(trainer.ledger.accepted_steps < trainer.ledger.steps)
+    if trainer.gate.candidates > 1:
+        happened.append(trainer.gate_log.report()["level"] == "example")
     if trainer.tokens.selective:
         seen = trainer.tokens.report()
         happened.append(seen["chosen"] < seen["predictions"])
     asked = [params.method == "sparse", params.skip != "none", params.gate != "none", params.gating.selective]
+    asked.append(params.prefix_cache != "none")
     return happened == [True] * sum(asked)
 
 

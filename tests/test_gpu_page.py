@@ -18,6 +18,7 @@ from benchmarks._gpu.comparing import TINY, Comparison, tried
 
 # one of each kind; `python -m benchmarks._gpu --rehearse FOLDER` tries all
 QUICK = ("fractional 20 %: peak", "bf16: LoRA over PEFT's", "update over the exact", "bf16: accepted", "waits, LoRA")
+QUICK += ("cached half", "best quarter")
 SUITE = """
 import pytest
 pytestmark = pytest.mark.cuda
@@ -85,7 +86,7 @@ def test_a_rehearsal_leaves_a_record_of_each_part_and_a_page_in_its_folder(rehea
     assert name.endswith("::test_bad") and "assert 1 == 2" in why
     for part in (tests, *others):
         assert part["date"] and part["machine"]["versions"].keys() >= {"torch", "transformers", "trl", "flash-attn"}
-    for part, count in zip(others, (1, 4), strict=True):
+    for part, count in zip(others, (1, 6), strict=True):
         assert len(part["claims"]) == count and not part["not_measured"]
         assert all(claim["ours"] > 0 and claim["theirs"] > 0 for claim in part["claims"])
     if not torch.cuda.is_available():  # there the allocator rounds, and libraries take room of their own

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import gate, hira, lora, skip
+from benchmarks import cache, examples, gate, hira, lora, skip
 from benchmarks._adapters import copy_to_peft, make_batch, stepper, twins
 from benchmarks._common import NO_TARGET, Claim
 from benchmarks._decoders import batch_of, exact
@@ -25,7 +25,8 @@ HOW = (
 
 
 def comparisons(sizes: Sizes, device: str) -> list[Comparison]:
-    return [*of_adapters(sizes, device), *of_losses(sizes, device), *of_gates(sizes, device), *of_waits(device)]
+    parts = (of_adapters, of_losses, of_gates, of_savings)
+    return [*(one for part in parts for one in part(sizes, device)), *of_waits(device)]
 
 
 # adapters ----------------------------------------------------------------------------------------------
@@ -156,6 +157,30 @@ def of_gates(sizes: Sizes, device: str) -> Iterator[Comparison]:
     for case in sizes.gated:
         for what in gate.OVER:
             yield Comparison(f"{case.name}: {what}", 1.03, functools.partial(sides, case, what))
+
+
+def of_savings(sizes: Sizes, device: str) -> Iterator[Comparison]:
+    """A cached prefix from its second epoch on, and the best quarter of a batch, as in their own benchmarks."""
+    case = sizes.classifier
+
+    def batch() -> dict[str, torch.Tensor]:
+        return {name: value.to(device) for name, value in make_batch(case).items()}
+
+    def whole() -> nn.Module:
+        return lora.build_ours(cache.still(case).to(device)).train()
+
+    def cached() -> Sides:
+        model, kept = cache.above(cache.still(case).to(device), 2)
+        kept.begin()
+        above = cache.step(model, batch(), kept)
+        above()  # the first epoch
+        return above, cache.step(whole(), batch())
+
+    def best() -> Sides:
+        return examples.Best(whole(), "loss_floor", batch()), cache.step(whole(), batch())
+
+    yield Comparison(f"{case.name}, fp32: LoRA above a cached half over LoRA on all blocks", 0.55, cached)
+    yield Comparison(f"{case.name}, fp32: the best quarter by loss over LoRA on the whole batch", NO_TARGET, best)
 
 
 # waits -------------------------------------------------------------------------------------------------

@@ -195,14 +195,12 @@ class _Equations:
         return row, scale
 
 
-def count_tokens(inputs: Mapping[str, torch.Tensor], pad_token_id: int | None) -> int:
+def count_tokens(inputs: Mapping[str, torch.Tensor], config: Any) -> int:
     """Non-padding input tokens of a batch: from a (B, T) attention mask, else by the padding id (packed rows)."""
     if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 2:
         return int(mask.sum())
-    ids = main_input(inputs)
-    if "input_ids" not in inputs or pad_token_id is None:
-        return ids.shape[:2].numel()
-    return int((ids != pad_token_id).sum())
+    ids, pad = main_input(inputs), getattr(config, "pad_token_id", None)
+    return ids.shape[:2].numel() if "input_ids" not in inputs or pad is None else int((ids != pad).sum())
 
 
 def described(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[Hashable, ...], tuple[int, int]]:

@@ -100,7 +100,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def _candidate_loss(self, compute_loss, model, inputs, num_items_in_batch=None):
         """The loss of one forward pass in training: its FLOPs are counted and the gate will see its outputs."""
-        tokens = count_tokens(inputs, getattr(self.model.config, "pad_token_id", None))
+        tokens = count_tokens(inputs, self.model.config)
         main = self._see(inputs)
         self.ledger.add(examples=len(main), tokens=tokens)
         if self.tokens.makes_loss:
@@ -110,8 +110,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         run = functools.partial(compute_loss, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         (loss, outputs), flops = self.meter.measure(self._key("forward"), self._whole, run)
         self.ledger.add(flops_forward=flops)
-        logits = getattr(outputs, "logits", None)
-        logits = None if logits is None else logits.detach()
+        logits = None if (found := getattr(outputs, "logits", None)) is None else found.detach()
         if self.gate.needs_hidden:
             classes = not labels.is_floating_point() and logits.shape[-1] > 1
             require(classes, "labels", labels.dtype, f"gate {self.gate.name!r} needs classes: no regression, no sets")
@@ -192,8 +191,11 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         look = functools.partial(self.gate.look, self.model, inputs, self._statistics)
         seen, flops = self.meter.measure(self._key("candidates"), sizes, look)
         rows = self.gate.rows(*seen, inputs["labels"], self._head)
-        self.ledger.add(flops_gate=flops + sum(map(self.gate.flops, rows)))
-        return self.gate.choose(inputs, rows, self.gate_log, self.total_over_ranks)
+        best = self.gate.choose(inputs, rows, self.gate_log, self.total_over_ranks)
+        tokens = count_tokens(inputs, self.model.config) - count_tokens(best, self.model.config)
+        looked = {"examples": len(rows) - len(best["labels"]), "tokens": tokens} if flops else {}  # others: seen, too
+        self.ledger.add(flops_gate=flops + sum(map(self.gate.flops, rows)), **looked)
+        return best
 
     def _statistics(self, model, inputs, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Per example (B, 4), see `example_statistics`, and the logits where they are held."""
@@ -247,8 +249,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         targets, broken, *_ = total = self.total_over_ranks(self._measured) / self.accelerator.num_processes
         self._measured = None
         self.watch.finite(broken, self.ledger.steps + 1)
-        learns = targets.item() > 0
-        if not learns:  # from no rank's; the gate does not count it
+        if not (learns := targets.item() > 0):  # from no rank's; the gate does not count it
             self.ledger.add(without_labels=1)
         if accept := learns and (not self.gate.selective or self._accepts(total[2:])):
             for part in window:
@@ -261,8 +262,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         self.watch.window(accept)
 
     def _accepts(self, measured: torch.Tensor) -> bool:
-        decision = self.gate.decide(measured)
-        accept = decision.accept
+        accept = (decision := self.gate.decide(measured)).accept
         if self.accelerator.num_processes > 1:  # equal sums should decide alike, but one rank must be right: the first
             own = float(accept and self.accelerator.is_main_process)
             accept = self.total_over_ranks(torch.tensor([own], dtype=torch.float64)).item() > 0

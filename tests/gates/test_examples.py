@@ -117,6 +117,10 @@ def test_one_row_of_each_four_in_every_batch_whatever_the_score(tmp_path, name):
     sizes = [len(batch["labels"]) for batch in seen]
     assert sizes == [32, 32, 32, 4, 32, 32]  # 100 rows: what is left of an epoch is a batch of its own
     assert [len(batch["labels"]) for batch in taken] == [size // 4 for size in sizes]
+    looked_at, trained_on = (sum(int(batch["attention_mask"].sum()) for batch in each) for each in (seen, taken))
+    assert run.ledger.tokens_backpropagated == trained_on < looked_at
+    told = (sum(sizes), looked_at) if name != "random" else (sum(size // 4 for size in sizes), trained_on)
+    assert (run.ledger.examples, run.ledger.tokens) == told
     report = json.loads(json.dumps(run.gate_log.report()))
     assert report["acceptance_rate"] == 0.25 and report["decisions"] == sum(sizes)
     assert {"name": name, "level": "example", "candidates": 4, "target_rate": 0.25}.items() <= report.items()
@@ -126,6 +130,7 @@ def test_one_row_of_each_four_in_every_batch_whatever_the_score(tmp_path, name):
 def test_random_rows_cost_no_look(tmp_path):
     run = runs.ran(trainer(tmp_path, "random", budget=runs.Budget(3, "steps")))
     assert run.ledger.flops_gate == 0 and run.ledger.flops_forward > 0
+    assert run.ledger.examples == 3 * 8 and run.ledger.tokens == run.ledger.tokens_backpropagated
 
 
 @pytest.mark.parametrize("candidates", [2, 4, 10])

@@ -20,7 +20,8 @@ toy_runs = importlib.import_module("toy_runs")
 
 CHEAP = ("encoder", "decoder", "merge", "merge_4bit", "export", "peft")
 TRIED = [(row, name) for row in ("lora", "sparse", "hira", "qlora") for name in CHEAP]
-REFUSED = [("flora", "encoder"), ("flora_fractional", "masked")]
+TRIED += [("lora", "prefix_cache"), ("slora", "examples")]
+REFUSED = [("flora", "encoder"), ("flora_fractional", "masked"), ("full", "prefix_cache")]
 
 
 @pytest.fixture(scope="module")

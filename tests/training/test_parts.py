@@ -34,7 +34,7 @@ LABELS = torch.tensor([[1, -100, 3], [-100, -100, 2]])
     ],
 )
 def test_tokens_are_counted_by_the_mask_else_the_padding_else_all(inputs, pad, count):
-    assert count_tokens(inputs, pad) == count
+    assert count_tokens(inputs, SimpleNamespace(pad_token_id=pad)) == count
 
 
 @pytest.mark.parametrize(("shifts", "count"), [(False, 3), (True, 2)])
