@@ -186,11 +186,11 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         """Of a candidate batch the rows that the gate chooses, after one forward of all of them without a graph."""
         self.model.train()  # as `training_step` does: after an evaluation it is not
         inputs = self._prepare_inputs(batch)
-        self._see(inputs)
         look = functools.partial(self.gate.look, self.model, inputs, self._statistics)
-        sizes = (*self._whole, *(self.tokens.sizes(inputs["labels"], look) if self.tokens.makes_loss else ()))
         with torch.random.fork_rng([d for d in (self.model.device,) if d.type == "cuda"]):  # a resumed one's is late
             torch.manual_seed(self.args.seed + self.ledger.steps)
+            self._see(inputs)
+            sizes = (*self._whole, *(self.tokens.sizes(inputs["labels"], look) if self.tokens.makes_loss else ()))
             seen, flops = self.meter.measure(self._key("candidates"), sizes, look)
         rows = self.gate.rows(*seen, inputs["labels"], self._head)
         best = self.gate.choose(inputs, rows, self.gate_log, self.total_over_ranks)

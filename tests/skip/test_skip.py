@@ -289,7 +289,7 @@ def test_the_ledger_of_a_run(tmp_path, tiny_bert):
     ("share", "steps", "options", "active", "measures"),
     [(0.4, 1, {}, "111111111111", True), (0.5, 1, {}, "000000111111", False),  # warm-up ends at its share
      (0.5, 3, {}, "000000111111", True), (0.5, 4, {}, "000000111111", False),
-     (0.5, 1, {"decide": "forward"}, "111111111111", True)],  # until the forward asks
+     (0.5, 1, {"decide": "forward", "mode": "adapter"}, "111111111111", True)],  # until the forward asks
 )  # fmt: skip
 def test_a_step_measures_while_warm_and_every_so_often(share, steps, options, active, measures, tiny_bert):
     _, skip = prepared(ours, tiny_bert, share=0.5, warmup=0.5, measure_every=3, **options)
