@@ -20,6 +20,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 import readme_benchmarks as benchmarks  # noqa: E402 (found by the line above)
 import readme_compare as compare  # noqa: E402
+import readme_examples as examples  # noqa: E402
 import readme_pages  # noqa: E402
 import readme_records as records  # noqa: E402
 import readme_times as times  # noqa: E402
@@ -33,6 +34,8 @@ TABLES: dict[str, list[Callable[[], Iterator[str]]]] = {
     "| method | test accuracy | validation": [records.first_table],
     "| method | a step |": [times.said],
     "| row | accepted steps | candidates |": [records.batches_table],
+    "| row of eight seeds |": [examples.table],
+    "| what the runs were to decide |": [examples.decided],
     "| the exact loss ": [benchmarks.of_loss, benchmarks.of_combined],
     "| row (five seeds each) | learning rate |": [records.exact_table],
     "| held against | difference on test |": [records.exact_verdicts],

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import pytest
 import readme_benchmarks
 import readme_compare
+import readme_examples
 import readme_pages
 import readme_records
 import readme_times
@@ -32,6 +33,7 @@ NAMES = (
 )
 SAID = {
     "compare": readme_compare.said,
+    "example gates": readme_examples.said,
     "records": readme_records.said,
     "times": readme_times.said,
     **readme_benchmarks.SAID,
