@@ -209,7 +209,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer's, but `compute_loss` is counted, and `accelerator.backward` first passes the gate."""
-        with contextlib.ExitStack() as stack, self.accelerator.no_sync(model):  # which expects one forward a backward
+        with contextlib.ExitStack() as stack, self.accelerator.no_sync(model):  # DDP expects one forward a backward
             stack.callback(setattr, self, "compute_loss", self.compute_loss)
             stack.callback(setattr, self.accelerator, "backward", self.accelerator.backward)
             self.compute_loss = functools.partial(self._candidate_loss, self.compute_loss)
