@@ -183,31 +183,37 @@ def kept_prefix(row: str, folder: Path) -> float:
     """Of a few rows that come three times, those on the last blocks' layers; a skipped prefix has its own end."""
     skips = params_of(row, "encoder").skip != "none"
     where = {"skip_share": 0.5, "skip_explore": 0, "dropout": 0} if skips else {"target_modules": UPPER}
-    found, refused = [], []
-    for place in BOTH:
-        try:
-            changed = where | {"base_dropout": False, "max_train": 16}
-            plain, kept = (train(params_of(row, place, **changed, prefix_cache=to)) for to in ("none", "memory"))
-            found.append(difference(kept.model, plain))
-        except LorakitError as error:
-            refused.append(error)
-    if not found:
-        raise refused[-1]
-    return max(found)
+
+    def apart_at(place: str) -> float:
+        changed = where | {"base_dropout": False, "max_train": 16}
+        plain, kept = (train(params_of(row, place, **changed, prefix_cache=to)) for to in ("none", "memory"))
+        return difference(kept.model, plain)
+
+    return max(where_served(apart_at))
 
 
 def best_examples(row: str, folder: Path) -> None:
     own = params_of(row, "encoder").gate
     gate = {"gate": "loss_floor" if own == "none" else own, "gate_level": "example", "gate_candidates": 2}
     gate |= {"gate_burn_in": Params().gate_burn_in}  # which examples do not have
-    refused = []
+    where_served(lambda place: train(params_of(row, place, **gate)))
+
+
+def where_served(attempt: Callable[[str], Any]) -> list[Any]:
+    """What came of trying it on both models, as far as it is served there.
+
+    Raises:
+        LorakitError: the last refusal, where neither serves it.
+    """
+    found, refused = [], []
     for place in BOTH:
         try:
-            train(params_of(row, place, **gate))
+            found.append(attempt(place))
         except LorakitError as error:
             refused.append(error)
-    if len(refused) == len(BOTH):
+    if not found:
         raise refused[-1]
+    return found
 
 
 class Column(NamedTuple):

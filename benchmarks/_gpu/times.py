@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import cache, examples, gate, hira, lora, skip
-from benchmarks._adapters import copy_to_peft, make_batch, stepper, twins
+from benchmarks._adapters import Case, copy_to_peft, make_batch, stepper, twins
 from benchmarks._common import NO_TARGET, Claim
 from benchmarks._decoders import batch_of, exact
 from benchmarks._gpu.comparing import Comparison, Decoder, Sides, Sizes, Step, tiny
@@ -53,12 +53,16 @@ def of_adapters(sizes: Sizes, device: str) -> Iterator[Comparison]:
     yield Comparison(f"{case.name}, bf16: SkipLoRA's prefix, half of the blocks, over LoRA", 0.85, prefix)
 
 
+def batch_on(device: str, case: Case) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in make_batch(case).items()}
+
+
 def trained(model: nn.Module, sizes: Sizes, device: str, in_half: bool) -> Step:
     """A classifier's step; weights in fp32, products in bf16 (as accelerate wraps a model for it) or in TF32."""
     from accelerate.utils import convert_outputs_to_fp32
 
     model.to(device)
-    batch = {name: value.to(device) for name, value in make_batch(sizes.classifier).items()}
+    batch = batch_on(device, sizes.classifier)
     if in_half:
         model.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
         return stepper(model, batch, [])
@@ -163,21 +167,19 @@ def of_savings(sizes: Sizes, device: str) -> Iterator[Comparison]:
     """A cached prefix from its second epoch on, and the best quarter of a batch, as in their own benchmarks."""
     case = sizes.classifier
 
-    def batch() -> dict[str, torch.Tensor]:
-        return {name: value.to(device) for name, value in make_batch(case).items()}
-
     def whole() -> nn.Module:
         return lora.build_ours(cache.still(case).to(device)).train()
 
     def cached() -> Sides:
         model, kept = cache.above(cache.still(case).to(device), 2)
         kept.begin()
-        above = cache.step(model, batch(), kept)
+        above = cache.step(model, batch_on(device, case), kept)
         above()  # the first epoch
-        return above, cache.step(whole(), batch())
+        return above, cache.step(whole(), batch_on(device, case))
 
     def best() -> Sides:
-        return examples.Best(whole(), "loss_floor", batch()), cache.step(whole(), batch())
+        batch = batch_on(device, case)
+        return examples.Best(whole(), "loss_floor", batch), cache.step(whole(), batch)
 
     yield Comparison(f"{case.name}, fp32: LoRA above a cached half over LoRA on all blocks", 0.55, cached)
     yield Comparison(f"{case.name}, fp32: the best quarter by loss over LoRA on the whole batch", NO_TARGET, best)
