@@ -34,6 +34,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def random_state(tensor: Tensor) -> Tensor:
+    """Changes whenever a random number is drawn on the CPU or where `tensor` is."""
+    return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(t.device) for t in [tensor] if t.is_cuda)])
+
+
 def unwrapping(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of a model, for a `torch.compile`d one too: of the model inside, whose names are the model's own.
 

@@ -154,7 +154,7 @@ class Gate(Seam):
 
     def acceptance_rate(self) -> float:
         """Share of batches accepted of late, burn-in left out."""
-        return 1.0
+        return self.target_rate
 
     def flops(self, candidate: Candidate) -> float:
         """FLOPs of one `measure` and its part in `decide`, by formula."""

@@ -33,6 +33,9 @@ def of(name: str, attention: str = "sdpa", **options) -> nn.Module:
             initializer_range=0.2, **{"n_layer": 2, "resid_pdrop": 0} | given,
         )  # fmt: skip
         return transformers.GPT2LMHeadModel(config)
+    if name == "opt":
+        sizes = {**SIZES, "word_embed_proj_dim": 32, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0}
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, init_std=0.2, **given))
     own = {
         "gemma": MIXED | {"head_dim": 16, "query_pre_attn_scalar": 2},
         "qwen2": MIXED | {"use_sliding_window": True, "max_window_layers": 1},

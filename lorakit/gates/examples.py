@@ -45,9 +45,15 @@ class BestRows(Gate):
 
         Args:
             inputs: with labels; statistics: of a batch, see `training.loss.example_statistics`.
+
+        Raises:
+            ParameterError: no labels, or such that a gate which scores them cannot: floating-point ones.
         """
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels", None)
+        fine = labels is not None and not (self.gate.looks and labels.is_floating_point())
+        told = f"gate {self.name!r} of examples needs classes or words: no regression, no sets, no spans"
+        require(fine, "labels", getattr(labels, "dtype", None), told)
         if not self.gate.looks:
             return torch.zeros(len(labels)), None
         found, logits = statistics(model, inputs, labels)
@@ -84,9 +90,6 @@ class BestRows(Gate):
 
     def flops(self, candidate: Candidate) -> float:
         return self.gate.flops(candidate)
-
-    def acceptance_rate(self) -> float:
-        return self.target_rate
 
     def report(self) -> dict[str, Any]:
         return self.gate.report() | {"level": "example", "candidates": self.candidates}

@@ -82,11 +82,8 @@ class GateLog(Stateful):
 
     def point(self, step: int, accepted_steps: int) -> dict[str, float]:
         """Metrics since the last point, which they are kept as."""
-        found: dict[str, float] = {}
-        if self._scores:
-            found["gate/novelty"] = sum(self._scores) / len(self._scores)
-        if self._accepted:
-            found["gate/accept"] = sum(self._accepted) / len(self._accepted)
+        seen = {"gate/novelty": self._scores, "gate/accept": self._accepted}
+        found = {name: sum(values) / len(values) for name, values in seen.items() if values}
         found |= {"gate/acceptance_rate": self.gate.acceptance_rate()}
         found |= {"gate/accepted_steps": accepted_steps, "gate/total_steps": step}
         self._scores, self._accepted = [], []

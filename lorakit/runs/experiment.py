@@ -164,14 +164,12 @@ def _train_and_evaluate(record: Record, assembled: Assembled, trainer: BudgetTra
     train(trainer, record, params)
     if params.select == "best":
         trainer.curve.restore_best(model)
-    if params.predict_memory and params.optimizer in memory.PREDICTABLE:
+    if params.predict_memory:
         try:
             with trainer.progress.doing("predicting memory"):
                 record.costs.predicted_memory = _predicted_memory(assembled)
-        except RuntimeError as error:  # an operator without fake tensors, as of Mixtral's experts in fp32
+        except (ParameterError, RuntimeError) as error:  # of fake tensors, as of Mixtral's experts in fp32
             record.notes.append(f"memory not predicted: {' '.join(str(error).split()):.200}")
-    elif params.predict_memory:
-        record.notes.append(f"memory not predicted: the state of {params.optimizer} is not known")
     record.details |= {controller.name: controller.report() for controller in trainer.controllers}
     if params.method == "sparse" and params.sparsify == "structured":
         adapters.compact(model)
@@ -265,9 +263,8 @@ def first_test_batch(assembled: Assembled) -> dict[str, torch.Tensor]:
 def _predicted_memory(assembled: Assembled) -> dict[str, int]:
     """The peak of a batch of the longest training rows, as many as a batch holds."""
     params, model, task = assembled.params, assembled.model, assembled.task
-    lengths = [len(ids) for ids in task.train["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[: params.batch_size]
-    batch = task.collator([task.train[index] for index in longest])
+    longest = np.argsort([-len(ids) for ids in task.train["input_ids"]], kind="stable")[: params.batch_size]
+    batch = task.collator([task.train[index] for index in longest.tolist()])
     tokens = build_tokens(params.gating, model, task.kind, loss=params, seed=params.seed)
     asked = {"optimizer": params.optimizer, "autocast": None if params.precision == "fp32" else params.precision}
     return memory.predict_step_memory(model, batch, device=model.device.type, tokens=tokens, **asked)

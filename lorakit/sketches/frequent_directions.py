@@ -108,9 +108,8 @@ class FrequentDirections:
         Raises:
             CheckpointError: it is of another d, ℓ or decay.
         """
-        found = (state["buffer"].shape[1], state["rows"], state["decay"])
         own = (self.dim, self.rows, self.decay)
-        if found != own:
+        if (found := (state["buffer"].shape[1], state["rows"], state["decay"])) != own:
             raise CheckpointError(f"sketch: saved with (dim, rows, decay) = {found}, this one has {own}")
         self._filled, self._rotated = len(state["buffer"]), state["rotated"]
         self._buffer[: self._filled] = state["buffer"]

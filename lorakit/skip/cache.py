@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attachment import is_disabled
 from lorakit.errors import DataError, require, retold
 from lorakit.files import written
-from lorakit.modules import blocks, set_until
+from lorakit.modules import blocks, random_state, set_until
 from lorakit.seams import Controller
 from lorakit.skip.probes import keep_the_cut
 
@@ -58,6 +58,7 @@ class PrefixCache(Controller):
 
     def __init__(self, model: nn.Module, folder: Path | None = None, key: str = ""):
         self.model, self.folder, self.key, self.blocks = model, folder, key, blocks(model)
+        self.kept = ("batches", "hits", *(("rows", "bytes") if folder else ()))  # those in memory do not outlive it
         self.cut = self.rows = self.bytes = self.batches = self.hits = 0
         self._kept: dict[str, Tensor | Path] = {}  # a row's name -> its states (T, H), or the file they are in
         self._coming: tuple[list[str], Tensor, Tensor] | None = None  # names of rows, mask (B, T), random state before
@@ -94,16 +95,15 @@ class PrefixCache(Controller):
     def begin_batch(self, inputs: Mapping[str, Any]) -> None:
         if not self.cut:
             return
-        self._require(
-            inputs.keys() <= TOLD, f"batches also hold {', '.join(sorted({*inputs} - TOLD))}, as packed rows do"
-        )
+        more = ", ".join(sorted({*inputs} - TOLD))
+        self._require(not more, f"batches also hold {more}, as packed rows do")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         self._require(not bool((mask[:, 1:] & ~mask[:, :-1]).any()), "rows must be padded on the right: places count")
         words = torch.stack([ids, inputs.get("token_type_ids", torch.zeros_like(ids))], 2).cpu()
         valid = (row[at].numpy().tobytes() for row, at in zip(words, mask.cpu(), strict=True))
         names = [hashlib.blake2b(row, digest_size=16).hexdigest() for row in valid]
-        self._coming, self._known = (names, mask, _random_state(ids)), self._checked and {*names} <= self._kept.keys()
+        self._coming, self._known = (names, mask, random_state(ids)), self._checked and {*names} <= self._kept.keys()
         self.batches, self.hits = self.batches + 1, self.hits + self._known
 
     def signature(self) -> Hashable:
@@ -113,7 +113,11 @@ class PrefixCache(Controller):
         self._patched.close()
         self.cut, self._kept, self._coming, self._known, self._checked = 0, {}, None, False, False
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state or self.state_dict())  # older checkpoints hold nothing
+
     def report(self) -> dict[str, Any]:
+        """Counted over the run, resumed or not; rows and bytes that were kept, in memory since it was resumed."""
         return {"rows": self.rows, "bytes": self.bytes, "batches": self.batches, "from_cache": self.hits}
 
     # inside a forward ----------------------------------------------------------------------------------
@@ -134,7 +138,11 @@ class PrefixCache(Controller):
             return found.new_zeros(*mask.shape, found.shape[-1]).masked_scatter_(mask[..., None], found)
         out = forward(*given, **named)
         if not self._checked:
-            self._check(out, mask, before)
+            sound = torch.is_tensor(out) and out.shape[:-1] == mask.shape
+            self._require(sound, "its blocks give no state for each token")
+            self._require(not out.requires_grad, "something below its end is trained")
+            drawn = "it draws random numbers, as dropout does: base_dropout false"
+            self._require(torch.equal(before, random_state(out)), drawn)
         new = {name: states[at].cpu() for name, states, at in zip(names, out.detach(), mask, strict=True)}
         if not self._checked:
             for name in new.keys() & self._kept.keys():
@@ -144,13 +152,6 @@ class PrefixCache(Controller):
             self._checked = torch.is_grad_enabled()  # else what is trained below would not show
         self._keep({name: states for name, states in new.items() if name not in self._kept})
         return out
-
-    def _check(self, out: Any, mask: Tensor, before: Tensor) -> None:
-        self._require(torch.is_tensor(out) and out.shape[:-1] == mask.shape, "its blocks give no state for each token")
-        self._require(not out.requires_grad, "something below its end is trained")
-        self._require(
-            torch.equal(before, _random_state(out)), "it draws random numbers, as dropout does: base_dropout false"
-        )
 
     # what is kept --------------------------------------------------------------------------------------
 
@@ -189,7 +190,3 @@ class PrefixCache(Controller):
             with broken, safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
-
-
-def _random_state(tensor: Tensor) -> Tensor:
-    return torch.cuda.get_rng_state(tensor.device) if tensor.is_cuda else torch.get_rng_state()

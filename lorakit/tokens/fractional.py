@@ -17,7 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from lorakit.adapters.layer import AdapterLayer
 from lorakit.errors import LorakitError, require
 from lorakit.head import ambient_autocast, has_virtual_tokens
-from lorakit.modules import blocks
+from lorakit.modules import blocks, random_state
 from lorakit.seams import Inputs, Look, Selected
 from lorakit.settings import Gating
 from lorakit.tokens.choice import Chosen, Plan
@@ -27,6 +27,7 @@ from lorakit.tokens.selection import TokenGate
 ATTENTION = ("sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}
 OF_CLASSIFIERS = "summary|classif|seq_classif"  # how rates are called that a language model's head has not
+SAME = 1e-3  # of the states: what is off by less has the same positions
 TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
 
 
@@ -78,6 +79,7 @@ class FractionalGate(TokenGate):
         self.dtype = model.get_input_embeddings().weight.dtype
         check_model(model)
         self._same = not drops_out(model)
+        self._by_mask = False  # whether positions count the tokens that the mask lets in, as OPT's; -1 of padding
 
     def select(self, model: Callable[..., Any], inputs: Inputs, labels: Tensor, look: Look | None = None) -> Selected:
         chosen, *recorded = self._record(model, inputs, labels, look)
@@ -98,15 +100,14 @@ class FractionalGate(TokenGate):
         recorded, cut = DynamicCache(), Cut(self.model, self.blocks)
         packed = {} if "attention_mask" in inputs else {"attention_mask": masks}  # a cache hides where documents end
         given = {**inputs, **packed, "past_key_values": recorded, "use_cache": True}
-        before = None if self._dry is not None else _random_state(inputs)
+        before = None if self._dry is not None else random_state(labels)
         with torch.no_grad(), self._scoring(model, inputs, labels), cut.recorded():
             chosen = self.head.reached(model, given, lambda hidden: self.choose(hidden, labels, look))
-        if before is not None and not torch.equal(before, _random_state(inputs)):  # the second pass will be another one
+        if before is not None and not torch.equal(before, random_state(labels)):  # the second pass will be another one
             chosen.held = None
         if len(recorded.layers) != self.config.num_hidden_layers:
-            told = f"recorded keys of {len(recorded.layers)} of its {self.config.num_hidden_layers} layers"
-            refused = f"{told}: mode 'fractional' cannot serve it (use_cache); use 'gather'"
-            raise LorakitError(f"{type(model).__name__} {refused}")
+            told = f"{len(recorded.layers)} of its {self.config.num_hidden_layers} layers left their keys (use_cache)"
+            raise refusal(model, told)
         for layer in recorded.layers[: cut.count]:  # not needed any more
             layer.keys = layer.values = None
         return chosen, recorded, masks, cut
@@ -123,6 +124,8 @@ class FractionalGate(TokenGate):
         """Pass 2: what the head would be given (k, H), in the order of `Chosen.where`, and under which autocast."""
         given = {"attention_mask": chosen_masks(masks, at), "use_cache": True}
         given["past_key_values"] = FreshKeys(recorded, at)
+        if self._by_mask and (mask := inputs.get("attention_mask")) is not None:
+            inputs = {"position_ids": (mask.cumsum(1) * mask - 1).long(), **inputs}
 
         def take(hidden: Tensor) -> tuple[Tensor, torch.autocast]:
             return hidden[at.row, at.slot], ambient_autocast(hidden.device)
@@ -136,22 +139,37 @@ class FractionalGate(TokenGate):
         if not self.divisor(labels):
             return
         try:
+            self._find_positions(model, inputs)
             chosen, *recorded = self._record(model, inputs, labels, None)
             states, _ = self._run(model, inputs, places(chosen.where, labels.shape[1]), *recorded)
         except LorakitError:
             raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
             why = f"it fails on recorded keys or prepared masks ({type(error).__name__}: {error})"
-            refused = f"mode 'fractional' cannot serve this model, {why}; use 'gather'"
-            raise LorakitError(f"{type(model).__name__}: {refused}") from error
+            raise refusal(model, why) from error
         whole = self.head.reached(model, inputs, lambda hidden: hidden.flatten(0, 1)[chosen.where])
         first, again = (self.loss.nll(given, chosen.targets) for given in (whole, states))
         error = (again - first).norm() / first.norm()
         if not error < TOLERANCE and bool(torch.isfinite(first).all()):
             off = f"the chosen tokens alone have other losses than in their sequence (off by {error:.0%})"
-            refused = f"{off}: mode 'fractional' cannot serve this model; use 'gather'"
-            raise LorakitError(f"{type(model).__name__}: {refused}")
+            raise refusal(model, off)
         self.shares.draws -= 1
+
+    def _find_positions(self, model: nn.Module, inputs: Inputs) -> None:
+        """Are those that the model gives the tokens of a row padded on the left their columns?"""
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or "position_ids" in inputs:
+            return
+        mask = nn.functional.pad(mask[:, 1:], (1, 0))
+        columns = {"position_ids": torch.arange(mask.shape[1], device=mask.device)[None]}
+        given, take = {**inputs, "attention_mask": mask}, lambda hidden: hidden[mask.bool()]
+        own, told = (self.head.reached(model, given | more, take) for more in ({}, columns))
+        self._by_mask = bool((told - own).norm() > SAME * own.norm())
+
+
+def refusal(model: nn.Module, why: str) -> LorakitError:
+    """What to raise of a model that turns out not to go with two passes."""
+    return LorakitError(f"{type(model).__name__}: mode 'fractional' cannot serve this model: {why}; use 'gather'")
 
 
 def check_model(model: nn.Module) -> None:
@@ -173,9 +191,8 @@ def check_model(model: nn.Module) -> None:
     if has_virtual_tokens(model):
         raise LorakitError(f"{name} does not go with prompt learning, whose virtual tokens have no place of their own")
     if getattr(model, "is_activation_checkpointing", False):
-        why = "which drops the recorded keys (its activations are those of the chosen tokens only)"
-        told = f"{name} does not go with gradient_checkpointing, {why}; use 'gather' or leave checkpointing out"
-        raise LorakitError(told)
+        why = "which drops recorded keys (its activations are few: the chosen tokens'); use 'gather' or leave it out"
+        raise LorakitError(f"{name} does not go with gradient_checkpointing, {why}")
 
 
 @torch.no_grad()
@@ -206,10 +223,3 @@ def drops_out(model: nn.Module) -> bool:
     rates += [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     rates += [module.settings.dropout for module in model.modules() if isinstance(module, AdapterLayer)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _random_state(inputs: Inputs) -> Tensor:
-    """Changes whenever a model draws a random number where its inputs are."""
-    device = inputs["input_ids"].device
-    state = torch.get_rng_state()
-    return state if device.type != "cuda" else torch.cat([state, torch.cuda.get_rng_state(device)])

@@ -15,7 +15,7 @@ from lorakit.sketches import TensorSketch
 from lorakit.sketches.head_gradient import error_in_place, sparse_error
 from lorakit.tokens.head_loss import likelihoods
 
-OF_LAYERS = ("update", "updates")  # known before the head runs
+OF_LAYERS = {"update": slice(-1, None), "updates": slice(None)}  # which blocks; known before the head runs
 
 
 class TokenScore:
@@ -46,13 +46,11 @@ class TokenScore:
         self.base: Tensor | None = None
         self.updates: Tensor | None = None
         self.sketch = None
-        self.watched = blocks(model) if self.name in OF_LAYERS else []
-        self.watched = self.watched[-1:] if self.name == "update" else self.watched
+        self.watched = blocks(model)[OF_LAYERS[self.name]] if self.name in OF_LAYERS else []
         layers = f"is of the layers: {type(model).__name__} has no list of them"
         require(self.name not in OF_LAYERS or bool(self.watched), "gating.score", self.name, layers)
         if self.name == "sketch":
-            device = head.module.weight.device
-            device = "cpu" if device.type == "meta" else device  # a dry run's model has no data
+            device = "cpu" if (at := head.module.weight.device).type == "meta" else at  # a dry run's has no data
             generator, size = torch.Generator().manual_seed(seed), settings.sketch_dim
             self.sketch = TensorSketch(head.d_hidden, head.outputs, size, generator=generator, device=device)
 

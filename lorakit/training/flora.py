@@ -46,7 +46,8 @@ class FLoRATrainer(SLoRATrainer):
         asked = {"precision": "fp16" if args.fp16 else "fp32", "gradient_checkpointing": args.gradient_checkpointing}
         check(Params(gating=settings if settings.selective else Gating(), **asked))
         loss = options.get("loss", "nll")
-        kind = known_kind(model) if settings.selective or loss != "nll" else kind_of(model)
+        asked = f"gating.method={settings.method!r}" if settings.selective else f"loss={loss!r}"
+        kind = known_kind(model, asked) if settings.selective or loss != "nll" else kind_of(model)
         smoothing = 0.0 if settings.selective else args.label_smoothing_factor
         made = {"loss": TokenSettings(loss=loss), "smoothing": smoothing, "seed": args.seed}
         tokens = build_tokens(settings, model, kind, rank=args.process_index, **made)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.integrations import integration_utils
 
-from lorakit.errors import NotFinite, ParameterError, require
+from lorakit.errors import NotFinite, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
@@ -72,10 +72,6 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         # where the token selection makes the loss, the gate looks while it does
         self._looks_at = find_head(self.model, kind) if self.gate.needs_hidden and not self.tokens.makes_loss else None
         self._head: HeadInput | None = None  # while it trains
-        self._shape: tuple[Hashable, ...] = ()  # of the batch's tensors, "T" where they are as long as the batch
-        self._whole: tuple[int, ...] = ()  # T and T² of the batch, what the FLOPs of a pass over all of it are made of
-        self._measured: torch.Tensor | None = None
-        self._labels_in_window: torch.Tensor | int | None = None
         self._verified = False
         self._mean_loss: float | None = None  # over all labels of the last micro-batch, where only some were trained on
         self.watch = Watch(self.model, self.gate_log)
@@ -144,9 +140,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         try:
             select = functools.partial(self.tokens.select, model, batch, labels, seen)
             selected, flops = self.meter.measure(self._key("forward"), sizes, select)
-        except ParameterError as error:
-            if error.name != "logits":
-                raise
+        except NotFinite:
             seen = GateLook(self.gate, per_label, self.tokens.head) if seen else None  # what a batch without labels is
             self._part = Part(("", ()), tokens, 0, measured=seen and seen.measured(), loss=math.nan)
             return labels.new_zeros((), dtype=torch.float32)

@@ -43,7 +43,7 @@ class SLoRATrainer(GatedTrainer):
 
     Raises:
         ParameterError: an unknown key or a value out of range, fp16, both gate and gate_config.
-        LorakitError: with a gate, a model without an output head, or of no kind that gates know.
+        LorakitError: with a gate, a model without an output head, or of no kind that gates know; with a loss, too.
         CheckpointError: resuming from a checkpoint without this gate's state.
     """
 
@@ -67,7 +67,7 @@ class SLoRATrainer(GatedTrainer):
         require(not (args.fp16 and gate.selective), "fp16", True, "its gradient scaler needs every backward; use bf16")
         if loss != "nll" and "tokens" not in options:
             made = {"loss": TokenSettings(loss=loss), "smoothing": args.label_smoothing_factor}
-            options["tokens"] = build_tokens(Gating(), model, known_kind(model), **made)
+            options["tokens"] = build_tokens(Gating(), model, known_kind(model, f"loss={loss!r}"), **made)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
         super().__init__(kind=kind, gate=gate, model=model, args=args, **data, **options)
         self.add_callback(StepCallback(self.run))
@@ -88,17 +88,17 @@ class SLoRATrainer(GatedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(output_dir)  # for who opens it; resuming reads the trained weights
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
+        for part in (self.model, self.processing_class):  # for who opens it; resuming reads the trained weights
+            if self.args.should_save and hasattr(part, "save_pretrained"):
+                part.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
+        if self.args.should_save:  # first: the Trainer's last act is to remove older ones
             folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
+            folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_seams(self.run, folder)
             torch.save(self.ledger.state_dict(), folder / checkpoint.LEDGER)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -119,12 +119,12 @@ def made_model(model: torch.nn.Module | None, make: Callable[[], torch.nn.Module
     return make() if model is None else model
 
 
-def known_kind(model: torch.nn.Module) -> str:
-    """ "classify", "masked" or "causal".
+def known_kind(model: torch.nn.Module, asked: str = "a gate by head gradients") -> str:
+    """ "classify", "masked" or "causal", which what was `asked` for needs to know.
 
     Raises:
         LorakitError: the class of `model` says none of them.
     """
     if kind := kind_of(model):
         return kind
-    raise LorakitError(f"{type(model).__name__}: gates know classifiers, masked and causal language models")
+    raise LorakitError(f"{type(model).__name__}: {asked} needs a classifier, a masked or a causal language model")

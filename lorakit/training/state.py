@@ -1,5 +1,6 @@
 """What a run has come to: what a checkpoint saves and a callback moves; its curve, one point per log."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,9 +43,8 @@ class Curve:
 
     def chosen(self) -> Point | None:
         """The point whose weights are the final model's."""
-        evaluated = [point for point in self.points if point.validation]
-        if self.keep_best:
-            evaluated = [point for point in evaluated if point.step == self.best_step]
+        at = [self.best_step] if self.keep_best else [point.step for point in self.points]
+        evaluated = [point for point in self.points if point.validation and point.step in at]
         return evaluated[-1] if evaluated else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Curve:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.points = [Point(**point) for point in state["points"]]
-        self.best_step = state["best_step"]
+        self.best, self.best_step = {}, state["best_step"]
 
 
 @dataclass
@@ -73,12 +73,18 @@ class RunState:
     curve: Curve = field(default_factory=Curve)
     identity: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._trained, parts = False, ("gate", "tokens", "gate_log", "ledger", "curve")
+        self._at_first = copy.deepcopy({name: getattr(self, name).state_dict() for name in parts})
+
     def begin(self, resumed: bool) -> None:
-        """Nothing is left of a step that came to no end; unless resumed, nothing is spent, nothing on the curve."""
+        """Nothing is left of a step that came to no end; unless resumed, nor of an earlier training: nothing is spent,
+        nothing on the curve, and what gate and token selection learnt is forgotten. Only what controllers did stays."""
         self.ledger.forget()
-        if not resumed:
-            self.ledger.load_state_dict(Ledger().state_dict())
-            self.curve.points, self.curve.best, self.curve.best_step = [], {}, None
+        if self._trained and not resumed:
+            for name, state in copy.deepcopy(self._at_first).items():
+                getattr(self, name).load_state_dict(state)
+        self._trained = True
 
     def end(self) -> None:
         """Training is over, for whatever reason: the model is left ready for inference."""

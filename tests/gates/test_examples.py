@@ -338,3 +338,17 @@ def test_redundant_rows_are_counted_as_rows():
     told = lorakit.run(runs.QUICK | given).details["gate"]
     assert told["decisions"] == 4 * 64 and told["redundant_accepted"] + told["fresh_accepted"] == 4 * 16
     assert 0 < told["redundant_seen"] < 4 * 64 and told["redundant_seen"] % 16 == 0
+
+
+@pytest.mark.parametrize("name", ["loss_floor", "gradient_norm", "random"])
+def test_rows_without_classes_are_refused_by_name(tmp_path, name):
+    """Of a regression, of several labels at once, of question answering, whose batches have no labels."""
+    for labels in (torch.rand(32), torch.rand(32, 3), None):
+        run = trainer(tmp_path, name)
+        batch = runs.collate([runs.rows()[n] for n in range(32)]) | {"labels": labels}
+        batch = {key: value for key, value in batch.items() if value is not None}
+        if name == "random" and labels is not None:  # it looks at none of them
+            assert len(run._best_rows(batch)["labels"]) == 8
+            continue
+        with pytest.raises(ParameterError, match="^labels=.*of examples needs classes or words: no regression"):
+            run._best_rows(batch)

@@ -81,6 +81,17 @@ def test_a_killed_run_resumes_bitwise(tmp_path):
 
     whole, resumed = runs.killed_and_resumed(made, after=15)
     assert runs.equal(ended(whole)[0], ended(resumed)[0])
+    told = resumed.controllers[0].report()
+    assert told["batches"] == whole.controllers[0].report()["batches"] == 30 and told["rows"] > 20
+    assert told["from_cache"] >= 17  # what was computed before the kill, and after its checkpoint, is on the disk
+
+
+def test_what_is_told_of_a_cache_in_memory_goes_on_where_a_checkpoint_ended():
+    cache = PrefixCache(lora())
+    cache.load_state_dict({"batches": 7, "hits": 3})
+    assert cache.report() == {"rows": 0, "bytes": 0, "batches": 7, "from_cache": 3}
+    cache.load_state_dict({})  # as older checkpoints have it
+    assert cache.report()["batches"] == 7
 
 
 def test_states_are_those_of_a_forward_and_evaluation_stays_outside(tmp_path):

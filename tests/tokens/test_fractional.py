@@ -50,6 +50,15 @@ def test_with_everything_chosen_the_gradient_is_the_baselines(name, kind, attent
     assert_close(*both(adapted(of(name, attention)), batch(kind)), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_a_model_that_counts_positions_by_its_mask(kind):
+    """OPT's own positions leave padding out. A label may follow padding, too, whose place is one of its own there."""
+    given = batch(kind)
+    if kind == "left":
+        given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    assert_close(*both(adapted(of("opt")), given), 1e-5)
+
+
 @pytest.mark.parametrize(("method", "kind"), [("lora", "bare"), ("hira", "right"), ("full", "right")])
 def test_other_methods_and_no_attention_mask(method, kind):
     """The trained embedding and norms too: every prediction's token is chosen, the last one's input is not needed."""

@@ -12,6 +12,7 @@ import slora_runs
 import torch
 from pickled import Runs
 from training_runs import equal, kill, tiny_bert, trainer, weights
+from transformers import trainer as hf_trainer
 
 from lorakit.errors import CheckpointError
 from lorakit.files import sha256
@@ -37,6 +38,22 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     trainer(tiny_bert(), tmp_path, save_steps=20).train()
     files = [path for path in (tmp_path / "checkpoint-20").iterdir()]
     assert len(files) > 7 and happened == ["on disk"] * (len(files) + 1) + ["checkpoint-20"]
+
+
+def test_the_older_checkpoints_go_once_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Of SLoRATrainer, which writes in place and keeps one: killed as it removes the others, it can go on."""
+    options = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "save_total_limit": 1}
+    made, rotate, whole = slora_runs.slora(slora_runs.lora(), tmp_path, **options), hf_trainer.rotate_checkpoints, []
+
+    def watched(**given):
+        newest = checkpoint.numbered(tmp_path)[-1]
+        whole.append((newest.name, checkpoint.damage(newest, made.checkpoint_files)))
+        rotate(**given)
+
+    monkeypatch.setattr(hf_trainer, "rotate_checkpoints", watched)
+    made.train()
+    assert whole == [("checkpoint-5", ""), ("checkpoint-10", "")]
+    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["checkpoint-10"]
 
 
 def test_a_run_may_save_at_every_step(tmp_path):

@@ -114,12 +114,13 @@ def test_a_model_is_trained_as_the_trainer_trains_it(tmp_path, name, gate):
 @pytest.mark.parametrize(
     ("trainer", "name", "options", "message"),
     [
-        (SLoRATrainer, "t5", {"gate_config": GATE}, "T5ForConditionalGeneration: gates know classifiers"),
-        (SLoRATrainer, "tagger", {"gate_config": GATE}, "BertForTokenClassification: gates know classifiers"),
-        (SLoRATrainer, "tagger", {"gate": Looking()}, "BertForTokenClassification: gates know classifiers"),
-        (SLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: gates know classifiers"),
-        (FLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: gates know classifiers"),
-        (FLoRATrainer, "t5", {"gating": {"method": "random"}}, "T5ForConditionalGeneration: gates know classifiers"),
+        (SLoRATrainer, "t5", {"gate_config": GATE}, "T5ForConditionalGeneration: a gate .* needs a classifier"),
+        (SLoRATrainer, "tagger", {"gate_config": GATE}, "BertForTokenClassification: a gate .* needs a classifier"),
+        (SLoRATrainer, "tagger", {"gate": Looking()}, "BertForTokenClassification: a gate .* needs a classifier"),
+        (SLoRATrainer, "t5", {"loss": "exact"}, "T5ForConditionalGeneration: loss='exact' needs a classifier"),
+        (SLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: loss='exact' needs a classifier"),
+        (FLoRATrainer, "tagger", {"loss": "exact"}, "BertForTokenClassification: loss='exact' needs a classifier"),
+        (FLoRATrainer, "t5", {"gating": {"method": "random"}}, "T5For.*: gating.method='random' needs a classifier"),
         (
             FLoRATrainer,
             "embeddings",

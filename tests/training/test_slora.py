@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import flora_runs
 import pytest
 import torch
 import training_runs as runs
-from slora_runs import lora, slora
+from slora_runs import GATE, lora, slora
+from torch.utils._pytree import tree_leaves
 
 from lorakit.adapters import attach
 from lorakit.errors import CheckpointError, ParameterError
@@ -204,3 +206,24 @@ def test_a_checkpoint_without_the_gates_state_is_an_error(tmp_path):
     slora(lora(), tmp_path / "b", gate_config=None, **options).train()
     with pytest.raises(CheckpointError, match="no state of 'novelty'"):
         slora(lora(), tmp_path / "b", **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("language", [False, True])
+def test_a_second_training_starts_as_the_first_did(tmp_path, language):
+    """The weights stay; gate, token selection, log and ledger are those of a trainer that has not trained yet."""
+    made = flora_runs.flora(flora_runs.decoder(), tmp_path, gate_config=GATE) if language else slora(lora(), tmp_path)
+    started, begin = [], made.run.begin
+
+    def seen(resumed):
+        begin(resumed)
+        parts = made.gate, made.tokens, made.gate_log, made.ledger
+        started.append(copy.deepcopy([part.state_dict() for part in parts]))
+
+    made.run.begin = seen
+    made.train()
+    assert made.gate_log.decisions and made.ledger.steps and (not language or made.tokens.shares.draws)
+    steps, decided = made.ledger.steps, len(made.gate_log.decisions)
+    made.train()
+    first, second = (dict(enumerate(tree_leaves(one))) for one in started)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    assert (made.ledger.steps, len(made.gate_log.decisions)) == (steps, decided)

@@ -202,5 +202,5 @@ def test_bad_input(tmp_path):
         model, chosen, config, *gate = given
         with pytest.raises(ParameterError, match=says):
             SLoRATrainer(model, chosen, gate_config=config, gate=gate[0] if gate else None)
-    with pytest.raises(LorakitError, match="BertModel: gates know classifiers"):
+    with pytest.raises(LorakitError, match="BertModel: a gate by head gradients needs a classifier"):
         SLoRATrainer(runs.tiny_bert().bert, args, gate_config=GATE)
