@@ -26,6 +26,7 @@ from lorakit.tasks.collate import require_apart
 from lorakit.tasks.redundancy import redundant_stream
 from lorakit.tasks.task import SPLITS
 from lorakit.tokens import build_tokens
+from lorakit.tokens.fractional import drops_out
 from lorakit.training import Budget, BudgetTrainer, Schedule
 from lorakit.training.arguments import training_arguments
 
@@ -171,7 +172,8 @@ def build_trainer(assembled: Assembled, record: Record, folder: str) -> BudgetTr
         require(task.kind != "masked", "prefix_cache", params.prefix_cache, "masks are drawn anew: no row comes twice")
         sums = params.gating.selective and params.gating.score == "updates"
         require(not sums, "prefix_cache", params.prefix_cache, "gating.score 'updates' looks at every layer")
-        require(params.skip == "none" or not params.dropout, "dropout", params.dropout, "with prefix_cache and skip: 0")
+        draws = params.skip != "none" and drops_out(model)  # of a prefix from the start on, its first batch tells
+        require(not draws, "prefix_cache", params.prefix_cache, "with skip needs base_dropout false, and dropout 0")
         needed, free = cache.room(task.train["input_ids"], model, folder)
         told = f"its states take {needed / 2**30:.3g} GiB, of which {free / 2**30:.3g} are free"
         require(needed <= free, "prefix_cache", params.prefix_cache, told)

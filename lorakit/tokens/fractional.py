@@ -26,7 +26,7 @@ from lorakit.tokens.selection import TokenGate
 
 ATTENTION = ("sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}
-OF_CLASSIFIERS = "summary|classif|seq_classif"  # how rates are called that a language model's head has not
+OF_HEADS = "summary|classif|seq_classif|qa"  # how rates are called that belong to heads other than a language model's
 SAME = 1e-3  # of the states: what is off by less has the same positions
 TOLERANCE = 0.03  # of the losses, root mean square; both passes in bfloat16 are off by 0.01
 
@@ -219,7 +219,7 @@ def drops_out(model: nn.Module) -> bool:
     """
     configs = [model.config.get_text_config(), *getattr(model, "peft_config", {}).values()]
     named = [item for config in configs for item in config.to_dict().items() if re.search("drop|jitter|noise", item[0])]
-    rates = [rate for name, rate in named if not re.match(OF_CLASSIFIERS, name)]
+    rates = [rate for name, rate in named if not re.match(OF_HEADS, name)]
     rates += [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     rates += [module.settings.dropout for module in model.modules() if isinstance(module, AdapterLayer)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

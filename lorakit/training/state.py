@@ -81,9 +81,9 @@ class RunState:
         """Nothing is left of a step that came to no end; unless resumed, nor of an earlier training: nothing is spent,
         nothing on the curve, and what gate and token selection learnt is forgotten. Only what controllers did stays."""
         self.ledger.forget()
-        if self._trained and not resumed:
-            for name, state in copy.deepcopy(self._at_first).items():
-                getattr(self, name).load_state_dict(state)
+        if not resumed:  # what was evaluated before is not on the curve; a gate may have been given what it knows
+            for name in self._at_first if self._trained else ("ledger", "curve"):
+                getattr(self, name).load_state_dict(copy.deepcopy(self._at_first[name]))
         self._trained = True
 
     def end(self) -> None:

@@ -314,7 +314,7 @@ def test_what_does_not_go_together_is_refused_by_name(given, told):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"skip": "prefix", "skip_share": 0.5, "skip_explore": 0.0, "dropout": 0.1}, "dropout=0.1"),
+        ({"skip": "prefix", "skip_share": 0.5, "skip_explore": 0.0, "dropout": 0.1}, "prefix_cache=.*dropout 0"),
         ({"task": "toy-stories"}, "prefix_cache='memory'.*masks are drawn anew"),
         ({"method": "full"}, "prefix_cache='memory'.*the first block is trained"),
         ({"model": "toy-decoder", "task": "toy-instruct", "packing": True}, "batches also hold position_ids"),
@@ -349,3 +349,7 @@ def test_the_models_own_dropout_can_be_switched_off(tmp_path):
     with pytest.raises(ParameterError, match="base_dropout false"):
         lorakit.run(runs.QUICK | given)
     assert lorakit.run(runs.QUICK | given | {"base_dropout": False}).status == "done"
+    later = {"target_modules": ["query", "value"], "skip": "prefix", "skip_share": 0.5, "skip_explore": 0.0}
+    with pytest.raises(ParameterError, match="with skip needs base_dropout false"):  # not at the end of its warm-up
+        lorakit.run(runs.QUICK | given | later)
+    assert lorakit.run(runs.QUICK | given | later | {"base_dropout": False}).status == "done"
