@@ -1,7 +1,9 @@
 """lorakit: what does each method of parameter-efficient fine-tuning really cost, and what does it buy?"""
 
+import json
 import logging
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -10,21 +12,7 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Module -> the public names it defines; imported on first use, so that `import lorakit` costs no more than a glance.
-_NAMES = {
-    "adapters": "attach detach disabled merge unmerge adapter_state load_adapter_state "
-    "save_adapter load_adapter export parameter_stats adapter_bytes quantize_nf4 requantisation_error",
-    "runs.experiment": "run",
-    "runs.search": "search",
-    "training": "SLoRATrainer FLoRATrainer",
-    "skip.controller": "SkipLoRA",
-    "settings": "Gating",
-    "gates": "HeadGradientGate",
-    "records": "Record read read_all",
-    "analysis.frame": "frame",
-    "params": "Params collect resolve params_of beside shown",
-    "files": "RESULTS",
-    "errors": "LorakitError ParameterError DataError AssetError CheckpointError",
-}
+_NAMES = json.loads((Path(__file__).with_name("configs") / "public.json").read_text(encoding="utf-8"))
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 _OPEN = "adapters analysis assets gates measure models records runs scratch sketches skip studies tasks tokens training"
 _MODULES = {name: name for name in _OPEN.split()} | {"table": "analysis.tables"}

@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         if hasattr(getattr(sys, stream), "reconfigure"):
             getattr(sys, stream).reconfigure(errors="replace")  # ± and × on a terminal that knows ASCII only
-    status, told = 1, ""
     try:
         try:
             return _called(argv)
@@ -37,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         status, told = error.status, str(error)
     except KeyboardInterrupt:
         status, told = 130, "interrupted"
-    except OSError as error:  # a closed pipe, a full disk
-        told = str(error)
+    except OSError as error:  # a closed pipe, a full disk; Ctrl-C ends the pipe's reader too, often first
+        stopped = isinstance(error.__context__, KeyboardInterrupt)
+        status, told = (130, "interrupted") if stopped else (1, str(error))
         _unheard(sys.stdout)
     try:
         print(f"lorakit {' '.join(argv[:1])}: {told}", file=sys.stderr, flush=True)
@@ -73,10 +73,14 @@ def train(argv: Sequence[str]) -> int:
     """Run once; exit status 0 when done, 1 when the run diverged, ran out of memory or failed."""
     given = _given("train", argv)
     from lorakit.analysis.tables import results_table
+    from lorakit.params import resolve
     from lorakit.runs.experiment import MADE, run
 
+    asked, speaks = resolve(given), os.environ.get("RANK", "0") == "0"  # one for all under `accelerate launch`
+    if speaks:
+        print(f"learning rate {asked.learning_rate:.1e}, from {asked.learning_rate_from or 'no search'}", flush=True)
     record = run(given)
-    if os.environ.get("RANK", "0") == "0":  # under `accelerate launch` one process speaks for all
+    if speaks:
         print(results_table([record]))
         folder = Path(given.get("run_dir") or os.devnull).expanduser()
         made = [path for name in MADE if (path := folder / name).is_dir()]

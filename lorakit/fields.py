@@ -81,6 +81,8 @@ class Settings(BaseModel):
             value, allowed = given.get(name), problem["msg"]
             if problem["type"] == "extra_forbidden":
                 allowed = unknown(name, type(self).model_fields)
+            elif problem["type"] == "string_type":
+                allowed += f"; YAML reads yes, no, on, off and numbers as others: quote them, {name}='\"yes\"'"
             elif isinstance(value, str):
                 with contextlib.suppress(ValueError):
                     right = f"{float(value):.1e}"

@@ -119,6 +119,14 @@ def require_place(path: str | Path, name: str = "path", folder: bool = False) ->
         raise ParameterError(name, str(path), f"cannot be written: {reason}") from None
 
 
+def require_empty(folder: Path, name: str) -> None:
+    """Refuse a folder that holds something, saying what, and what `require_place` refuses."""
+    require_place(folder, name, folder=True)
+    there = sorted(path.name for path in folder.glob("*"))
+    told = f"not empty, it holds {', '.join(there[:3])}{', …' * (len(there) > 3)}; name a new folder, or empty this one"
+    require(not there, name, str(folder), told)
+
+
 @contextmanager
 def written(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """A temporary path, of the same name and ending, that takes the place of `path` at the end of the `with` block.

@@ -8,8 +8,10 @@ from lorakit.errors import require
 from lorakit.fields import APART, FREE, LARGEST, UNTRIED, Idle, Place, Refusal, Settings, field
 
 Share = Annotated[float, Field(ge=0, le=LARGEST[float])]
+Rate = Annotated[float, Field(gt=0, le=LARGEST[float])]
 Compares = Literal["", "equal_steps", "equal_flops", "full_length"]
-BudgetUnit = Literal["accepted_steps", "epochs", "steps", "tokens", "flops", "seconds"]
+STEPS = ("accepted_steps", "epochs", "steps")
+BudgetUnit = Literal[*STEPS, "tokens", "flops", "seconds"]
 Score = Literal["sketch", "gradient_norm", "hidden_gradient", "loss", "entropy", "excess_loss", "update", "updates"]
 BY_SHARE = "measures no layers: with it skip 'prefix' by skip_share, skip_decide 'ema'; a measured skip: 'gather'"
 OWN, COLUMNS = ("labelled", "pairs", "text", "chat"), ("text_column", "pair_column", "label_column")  # own data
@@ -98,6 +100,8 @@ class AttachSettings(Settings):
         Refusal("rslora", "HiRA has no alpha, so nothing to rescale", lambda p: p.method == "hira" and p.rslora),
         Refusal("peft_type", "is for method 'peft'", lambda p: p.peft_type and p.method != "peft"),
         Refusal("peft_options", "is for method 'peft'", lambda p: p.peft_options and p.method != "peft"),
+        Refusal("budget_unit", f"AdaLoRA's ranks go by {', '.join(STEPS)}; or peft_options' total_step", lambda p: (
+            p.peft_type.upper() == "ADALORA" and p.budget_unit not in STEPS and not p.peft_options.get("total_step"))),
     )  # fmt: skip
 
 
@@ -169,11 +173,10 @@ class GateSettings(Settings):
     gate_refresh: int = field(4, "accepted batches between refreshes of the basis", ge=1)
     gate_decay: float = field(1.0, "forgetting of old batches, per accepted batch; 1: none", gt=0, le=1)
     gate_leverage: bool = field(False, "ridge-leverage novelty")
-    idle = (
-        Idle("gate", lambda p: p.gate == "none"),
-        Idle("gate_level 'example'", lambda p: p.gate_level == "batch", ("gate_candidates",)),
-        Idle("gate_level 'batch'", lambda p: p.gate_level == "example", ("gate_rate", "gate_burn_in", "gate_beta")),
-    )
+    idle = (Idle("gate", lambda p: p.gate == "none"),
+            Idle("gate_level 'example'", lambda p: p.gate_level == "batch", ("gate_candidates",)),
+            Idle("gate_level 'batch'", lambda p: p.gate_level == "example",
+                 ("gate_rate", "gate_burn_in", "gate_beta")))  # fmt: skip
     refuses = (
         Refusal("precision", "fp16's gradient scaler needs a backward every step, a gate omits some; use bf16",
                 lambda p: p.gate != "none" and p.precision == "fp16"),
@@ -206,11 +209,9 @@ class Gating(Settings):
     policy: Literal["topk", "pps"] = field("topk", "the largest scores, or drawn in proportion and weighted")
     per: Literal["batch", "sequence"] = field("batch", "what the share is of: the (micro-)batch, or each sequence")
     mode: Literal["gather", "fractional"] = field("gather", "how far the backward of the others is saved")
-    idle = (
-        Idle("method", lambda p: p.method == "baseline"),
-        Idle("method 'flora'", lambda p: p.method != "flora", ("score", "sketch_dim", "topk_logits", "policy")),
-        Idle("score 'sketch'", lambda p: p.score != "sketch", ("sketch_dim",)),
-    )
+    idle = (Idle("method", lambda p: p.method == "baseline"),
+            Idle("method 'flora'", lambda p: p.method != "flora", ("score", "sketch_dim", "topk_logits", "policy")),
+            Idle("score 'sketch'", lambda p: p.score != "sketch", ("sketch_dim",)))  # fmt: skip
 
     @property
     def selective(self) -> bool:
@@ -250,7 +251,7 @@ class TrainingSettings(Settings):
     """Training"""
 
     question = "training"
-    learning_rate: float = field(4.0e-3, "at its highest; toy's default, of others in params.RATES", UNTRIED, gt=0)
+    learning_rate: float = field(4.0e-3, "at its highest; toy's default, of others the method's", UNTRIED, gt=0)
     learning_rate_from: str = field("", "its search's record, or a source; empty: not searched", FREE, APART, UNTRIED)
     batch_size: int = field(16, "rows a forward sees", ge=1)
     gradient_accumulation: int = field(1, "batches an optimizer step adds up", ge=1)
@@ -294,7 +295,5 @@ class SearchSettings(Settings):
     """Learning-rate search (`lorakit search`)"""
 
     question = "search"
-    search_rates: list[Annotated[float, Field(gt=0, le=LARGEST[float])]] = field(
-        [], "rates to try", FREE, APART, UNTRIED
-    )
+    search_rates: list[Rate] = field([], "rates to try", FREE, APART, UNTRIED)
     search_budget: float = field(60, "of each trial, in budget_unit", FREE, APART, gt=0, le=LARGEST[float])

@@ -32,6 +32,7 @@ ENCODERS = {
     "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**SIZES)),
 }
 OTHERS = {
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),
     "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)),

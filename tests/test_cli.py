@@ -55,6 +55,7 @@ def test_train_prints_a_table_and_says_how_it_ended_and_what_is_kept(tmp_path, c
     argv = ["train", *(word for override in small.split() for word in ("-p", override))]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("learning rate 4.0e-03, from no search\n")
     assert "LoRA" in printed and "trained weights: not kept; -p run_dir=FOLDER keeps them" in printed
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     (tmp_path.parent / "given.yaml").write_text(f"run_dir: ~/{tmp_path.name}\n")  # which no shell has seen
@@ -109,6 +110,19 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", stop)
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130_though_nobody_reads_any_more():
+    """As of `lorakit train | head`, both ended by one Ctrl-C."""
+    code = "from lorakit import cli\ndef stop(argv):\n    print('table')\n    raise KeyboardInterrupt\n"
+    code += "cli.train = stop\nraise SystemExit(cli.main(['train']))"
+    reading, stdout = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, **streams)
+    os.close(stdout)
+    assert (ended.returncode, ended.stderr) == (130, "lorakit train: interrupted\n")
 
 
 @pytest.mark.parametrize("words", [["params"], ["--help"], ["train", "--help"]], ids=" ".join)

@@ -59,7 +59,7 @@ def test_a_working_folder_holds_what_the_project_holds_and_is_the_users(installe
     assert expected.items() <= laid.items()
     (folder / "params" / "toy" / "own.yaml").write_text("rank: 2\n")  # files of theirs to change
     again = installed(tmp_path, "init", "mine")
-    assert again.returncode == 2 and "FOLDER='mine': must be new or empty" in again.stderr
+    assert again.returncode == 2 and "FOLDER='mine': not empty, it holds " in again.stderr
     assert (folder / "params" / "toy" / "own.yaml").read_text() == "rank: 2\n"
     there = installed(folder / "notebooks", "sweep", "--setting", "toy", "--methods", "none-such")
     assert there.returncode == 2 and "own" in there.stderr  # found from a folder below, as a notebook is opened there

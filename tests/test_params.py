@@ -85,6 +85,12 @@ def test_yamls_scientific_notation_is_explained():
     assert "YAML" not in str(caught.value)
 
 
+def test_what_yaml_takes_for_something_else_than_text_is_to_be_quoted():
+    with pytest.raises(ParameterError, match=r"label_column=True: .*: quote them, label_column='\"yes\"'"):
+        params.resolve(params.given([], ["label_column=yes"]))
+    assert params.given([], ['label_column="yes"']) == {"label_column": "yes"}
+
+
 def test_an_unknown_key_is_named_with_the_nearest_known_or_all():
     with pytest.raises(ParameterError, match="^learn_rate=0.1: unknown parameter; did you mean 'learning_rate'"):
         params.resolve({"learn_rate": 0.1})
@@ -226,7 +232,7 @@ def test_the_reference_names_every_parameter_once(markdown):
     for name in names:
         shown = [line for line in text.split("\n") if line.strip("| `").split(" ")[0].strip("`") == name]
         assert len(shown) == 1, name
-    assert "whole number, ≥ 1" in text and "ridge-leverage novelty" in text
+    assert "RATES" not in text and "whole number, ≥ 1" in text and "ridge-leverage novelty" in text
 
 
 def test_the_table_of_what_goes_together_is_the_check_itself(capsys):
@@ -237,6 +243,17 @@ def test_the_table_of_what_goes_together_is_the_check_itself(capsys):
     assert table["lora"] == dict.fromkeys(table["lora"], "yes")
     assert cli.main(["params", "--capabilities"]) == 0
     assert re.search(r"^\| full +\| no \(", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops", "seconds"])
+def test_a_schedule_of_ranks_needs_a_budget_in_steps(unit):
+    given = {"method": "peft", "peft_type": "adalora", "loss": "nll"}
+    with pytest.raises(
+        ParameterError, match=f"budget_unit='{unit}': AdaLoRA's ranks go by accepted_steps, epochs, steps"
+    ):
+        params.check(params.resolve(given | {"budget_unit": unit}))
+    for fine in ({"budget_unit": unit, "peft_options": {"total_step": 9}}, {"budget_unit": "epochs"}):
+        params.check(params.resolve(given | fine))
 
 
 def test_shown_says_who_says_what():

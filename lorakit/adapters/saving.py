@@ -17,7 +17,7 @@ from lorakit.adapters.layer import ADAPTERS
 from lorakit.adapters.packed import PACKED_FILE, pack
 from lorakit.base.nf4 import dense, is_four_bit
 from lorakit.errors import require
-from lorakit.files import written
+from lorakit.files import require_empty, written
 from lorakit.modules import once, replace_modules, require_own_names, set_until, unwrapping
 
 OWN_CONFIG_FILE, OWN_TENSORS_FILE = "lorakit_config.json", "lorakit_trained.safetensors"
@@ -120,7 +120,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
         ParameterError: `folder` holds something, or `model` is no transformers model.
     """
     attachment, folder = attachment_of(model), Path(folder).expanduser()
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", str(folder), "not empty")
+    require_empty(folder, "folder")
     with merged(model, safe=True), attachment.bare(model) as plain:
         known = hasattr(plain, "save_pretrained")
         require(known, "model", type(plain).__name__, "is no transformers model, which alone has save_pretrained")

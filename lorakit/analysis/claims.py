@@ -79,20 +79,23 @@ class Finding:
     def p_values(self) -> tuple[float, float]:
         """Of what speaks for the claim, and of what speaks against it; one-sided each, small where it does."""
         claim, sample = self.claim, np.array(self.values)
+        counted = stats.named(claim.column) != claim.column  # as parameters are; metrics, named by a split, are drawn
         if claim.test == "equivalence":
-            pairs = [stats.below(sample, claim.margin), stats.below(-sample, claim.margin)]
+            pairs = [stats.below(side, claim.margin, counted=counted) for side in (sample, -sample)]
             return max(held for held, _ in pairs), min(other for _, other in pairs)
-        return stats.below(sample * claim.worse, self.limit * claim.worse, strict=claim.test == "superiority")
+        return stats.below(sample * claim.worse, self.limit * claim.worse, claim.test == "superiority", counted)
 
     @property
     def limit(self) -> float:
         """What the mean is held against."""
         return {"superiority": -self.claim.worse, "ratio": 1}.get(self.claim.test, self.claim.worse) * self.claim.margin
 
-    def distance(self) -> float:
-        """From the mean to the limit, or to the nearer of two."""
-        mean = float(np.mean(self.values))
-        return abs(abs(mean) - self.claim.margin) if self.claim.test == "equivalence" else abs(mean - self.limit)
+    def distance(self) -> tuple[float, float]:
+        """From the mean to the limit, or to the nearer of two; and how far apart these are, where it is between."""
+        mean, margin = float(np.mean(self.values)), self.claim.margin
+        if self.claim.test != "equivalence":
+            return abs(mean - self.limit), np.inf
+        return abs(abs(mean) - margin), 2 * margin if abs(mean) < margin else np.inf
 
 
 def read_claims(path: str | Path = PROJECT / "claims.yaml", setting: str = "") -> list[Claim]:
@@ -173,19 +176,16 @@ def verdicts(found: Sequence[Finding]) -> list[str]:
         elif adjusted[one.claim.id] < stats.ALPHA:
             held, other = sides[one.claim.id]
             told.append("**holds**" if held < other else "**refuted**")
+        elif np.ptp(one.values) <= stats.ROUNDING:
+            told.append("not resolvable here (every seed says the same: they do not scatter)")
         else:
             spread, alpha = float(np.std(one.values, ddof=1)), stats.ALPHA / len(found)
-            needed = f"{stats.seeds_needed(spread, one.distance(), alpha):.0f}".replace("inf", "over 10,000")
-            smallest = stats.smallest_effect(spread, len(one.values), alpha)
-            told.append(f"not resolvable here ({smallest:.2g} would be; {needed} seeds for this)")
+            distance, width = one.distance()
+            needed = f"{stats.seeds_needed(spread, distance, alpha, width):.0f}".replace("inf", "over 10,000")
+            smallest = f"{stats.smallest_effect(spread, len(one.values), alpha, width):.2g}".replace("inf", "nothing")
+            told.append(f"not resolvable here ({smallest} would be; {needed} seeds for this)")
         told[-1] += f" ({one.exploratory})" if one.exploratory else ""
     return told
-
-
-def seen(values: Sequence[float], form: str) -> str:
-    """Their mean with Student's 95 % interval, where it has one."""
-    found = stats.estimate(values)
-    return f"{form.format(found.mean)} {found.interval(form) if np.ptp(values) > 0 else ''}".rstrip()
 
 
 def claims_table(
@@ -204,14 +204,14 @@ def claims_table(
             found = [one if one.claim.id in written else replace(one, exploratory="without a date") for one in found]
         for one, verdict in zip(found, verdicts(found), strict=True):
             claim, ratio = one.claim, one.claim.test == "ratio"
-            form = "{:.3f}" if ratio else "{:+.3f}"
+            form, mean = "{:.3f}" if ratio else "{:+.3f}", stats.estimate(one.values) if one.values else None
             bound = {"equivalence": "±", "ratio": "≤ " if claim.worse > 0 else "≥ "}.get(claim.test, "")
             lines[claim.id] = {
                 "claim": claim.source,
                 "setting": setting,
                 "held against": f"{claim.row} {'/' if ratio else '−'} {claim.against}",
                 "what": claim.column,
-                "seen": seen(one.values, form) if one.values else NONE,
+                "seen": f"{form.format(mean.mean)} {mean.interval(form)}".rstrip() if mean else NONE,
                 "limit": f"{bound}{abs(one.limit) + 0 if claim.test == 'equivalence' else one.limit + 0:g}",
                 "seeds": f"{len(claim.seeds)}",
                 "verdict": verdict,

@@ -56,7 +56,7 @@ def standings(records: Sequence[Record], value: str = "") -> pd.DataFrame:
     scale = f"{value.split(' ')[0]} loss" if value.endswith("perplexity") else value  # its logarithm, in every record
     gaps = {row: stats.paired_differences(groups[row], groups[best], scale) for row in found}
     others = {row: gap for row, gap in gaps.items() if row != best and len(gap.seeds) >= stats.MINIMUM_SEEDS}
-    tested = {row: stats.two_sided(gap.differences) for row, gap in others.items()}
+    tested = {row: 2 * min(stats.below(gap.differences, 0)) for row, gap in others.items()}
     adjusted = dict(zip(tested, stats.holm([*tested.values()], len(found) - 1), strict=True))
     lines = {}
     for row, values in found.items():

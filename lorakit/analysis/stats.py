@@ -30,7 +30,7 @@ Value = str | Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds; `low` and `high` bound it at 95 %, None where there are too few seeds to say."""
+    """A mean over seeds; `low` and `high` bound it at 95 %, None where too few seeds, or equal ones, do not say."""
 
     mean: float
     low: float | None
@@ -63,10 +63,13 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "above", "below", "within noise", "too few seeds" or, where no seed has both values, "not comparable"."""
-        if self.estimate is None or self.estimate.low is None:
+        """ "above", "below", "within noise", "too few seeds" or, where no seed has both values, "not comparable".
+
+        Differences that are equal by chance, as a discrete metric's may be, do not say how far they scatter: noise.
+        """
+        if self.estimate is None or self.estimate.count < MINIMUM_SEEDS:
             return "too few seeds" if self.estimate else "not comparable"
-        if self.estimate.low <= 0 <= self.estimate.high:
+        if self.estimate.low is None or self.estimate.low <= 0 <= self.estimate.high:
             return "within noise"
         return "above" if self.estimate.mean > 0 else "below"
 
@@ -113,10 +116,10 @@ def finished(records: Sequence[Record], value: Value) -> dict[int, float]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of `values` (N,) with its 95 % interval."""
+    """Mean of `values` (N,) with its 95 % interval; without one where there are too few, or they have no spread."""
     sample = np.asarray(values, dtype=float)
     count, mean = len(sample), float(np.mean(sample))
-    if count < MINIMUM_SEEDS:
+    if count < MINIMUM_SEEDS or np.ptp(sample) <= ROUNDING:
         return Estimate(mean, None, None, count)
     from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
 
@@ -164,37 +167,47 @@ def compare(records: Sequence[Record], baseline: str, value: Value | None = None
 # what seeds can tell -------------------------------------------------------------------------------
 
 
-def below(sample: np.ndarray, limit: float, strict: bool = False) -> tuple[float, float]:
+def below(sample: Sequence[float], limit: float, strict: bool = False, counted: bool = False) -> tuple[float, float]:
     """One-sided p of Student's t that the mean of `sample` (n,) is below `limit`, and that it is above it.
 
-    What has no spread was counted, not drawn, and is certain; at the limit it is below, unless `strict`.
+    Without spread nothing is known of what was drawn (both are 1), as an accuracy, and what was `counted`, as bytes, is
+    certain; at the limit it is below, unless `strict`.
     """
     from scipy.stats import ttest_1samp
 
-    if np.ptp(sample) <= ROUNDING:
-        gap = float(np.mean(sample)) - limit
-        return (0.0, 1.0) if gap < -ROUNDING or (gap <= ROUNDING and not strict) else (1.0, 0.0)
-    less, greater = (float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
-    return less, greater
+    if np.ptp(sample) > ROUNDING:
+        less, greater = (float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
+        return less, greater
+    gap = float(np.mean(sample)) - limit
+    held = gap < -ROUNDING or (gap <= ROUNDING and not strict)
+    return (1.0 - held, float(held)) if counted else (1.0, 1.0)
 
 
-def two_sided(differences: Sequence[float]) -> float:
-    """p of Student's t that the mean of `differences` (n,) is not 0."""
-    sample = np.array(differences)
-    return 2 * min(below(sample, 0)) if np.abs(sample).max() > ROUNDING else 1.0
+def smallest_effect(spread: float, count: int, alpha: float = ALPHA, width: float = math.inf) -> float:
+    """How far from a limit the mean of `count` pairs of standard deviation `spread` must be for 80 % power.
+
+    Student's test, two-sided at `alpha`; with a finite `width`, between two limits so far apart, by both one-sided
+    tests (∞: nowhere there). The power is a mean over what the sample's own deviation comes out as.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import gammaincinv, ndtr, stdtrit
+
+    error, shares = spread / math.sqrt(count), (np.arange(4000) + 0.5) / 4000
+    drawn = np.sqrt(2 * gammaincinv((count - 1) / 2, shares) / (count - 1))  # (4000,): χ / √n − 1, equally likely
+    reach = error * stdtrit(count - 1, 1 - alpha / 2) * drawn
+
+    def lacking(distance: float) -> float:
+        inside = ndtr((distance - reach) / error) - ndtr((reach + distance - width) / error)
+        return POWER - float(np.mean(inside.clip(0)))
+
+    most = min(width / 2, 2 * float(reach.max()))
+    return brentq(lacking, 0, most) if lacking(most) <= 0 else math.inf
 
 
-def smallest_effect(spread: float, count: int, alpha: float = ALPHA) -> float:
-    """What `count` pairs of standard deviation `spread` tell from none with 80 % power, two-sided at `alpha`."""
-    from scipy.special import nctdtrinc, stdtrit
-
-    return float(nctdtrinc(count - 1, 1 - POWER, stdtrit(count - 1, 1 - alpha / 2))) * spread / math.sqrt(count)
-
-
-def seeds_needed(spread: float, distance: float, alpha: float = ALPHA) -> float:
-    """The fewest pairs whose smallest effect is at most `distance`; ∞ from ten thousand on."""
+def seeds_needed(spread: float, distance: float, alpha: float = ALPHA, width: float = math.inf) -> float:
+    """The fewest pairs whose `smallest_effect` is at most `distance`; ∞ from ten thousand on."""
     counts = range(MINIMUM_SEEDS, 10_000)
-    place = bisect.bisect_left(counts, True, key=lambda count: smallest_effect(spread, count, alpha) <= distance)
+    place = bisect.bisect_left(counts, True, key=lambda n: smallest_effect(spread, n, alpha, width) <= distance)
     return counts[place] if place < len(counts) else math.inf
 
 

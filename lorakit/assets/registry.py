@@ -46,7 +46,8 @@ class Asset:
     Args:
         terms: licence and citation, shown by `lorakit fetch`.
         notes: what a reader must know to read a number made with it.
-        hub: name of the same weights on the hub, where they are there; licence: as the hub calls it.
+        hub: name of the same weights on the hub, where they are there; made_from: of those they were quantised from.
+        licence: as the hub calls it.
         notice: file in the cache with the full terms.
         joined: of a "gguf", the file that its parts make up, appended in order of their names.
     """
@@ -57,6 +58,7 @@ class Asset:
     terms: str
     notes: tuple[str, ...] = ()
     hub: str = ""
+    made_from: str = ""
     licence: str = ""
     notice: str = ""
     joined: Member | None = None

@@ -43,8 +43,8 @@ def quantize_nf4(
     adapted = hasattr(model, "lorakit_attachment") or hasattr(model, "peft_config")
     require(not adapted, "quantize", "nf4", "the model already has an adapter; quantise before attaching one")
     paths = quantisable(model, exclude)
-    for path in paths:
-        _require_storable(path, model.get_submodule(path))
+    unknown = [path for path in paths if model.get_submodule(path).weight.is_meta]
+    require(not unknown, "quantize", "nf4", f"{' '.join(unknown[:1])} has no values: its weight is on the meta device")
     _require_own_weights(model, paths)
     for path in paths:
         linear = model.get_submodule(path)
@@ -68,7 +68,7 @@ def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> lis
     What the model says must stay in fp32 (T5's `wo`) stays, and what it reads past its forward (Mamba's `dt_proj`).
 
     Raises:
-        ParameterError: a name matches no module, or nothing is left.
+        ParameterError: a name matches no module, nothing is left, or a layer cannot be held in 4 bits (named).
     """
     names = [] if exclude == "heads" else exclude
     every = [path for path, _ in model.named_modules() if path]
@@ -80,6 +80,8 @@ def quantisable(model: nn.Module, exclude: str | Sequence[str] = "heads") -> lis
     elsewhere = read_elsewhere(model, found)
     found = [path for path in found if path not in elsewhere]
     require(bool(found), "quantize", "nf4", f"{type(model).__name__} has no linear layer outside {stay or 'its heads'}")
+    for path in found:
+        _require_storable(path, model.get_submodule(path))
     return found
 
 
@@ -90,13 +92,11 @@ def _require_storable(path: str, linear: nn.Module) -> None:
         problem = "is in 4 bits already"
     elif type(linear) is not nn.Linear and not is_conv1d(linear):  # others may read their weight past `forward`
         problem = f"is a {type(linear).__name__}, not a plain nn.Linear; exclude=[{path!r}] leaves it"
-    elif weight.is_meta:
-        problem = "has no values: its weight is on the meta device"
     elif weight.dtype not in _STORABLE:
         problem = f"has {weight.dtype} weights; only fp32, bf16 and fp16 can be quantised"
     elif weight.numel() < 3:
         problem = f"has {weight.numel()} weights: bitsandbytes mistakes so small a layer for its transpose"
-    elif not torch.isfinite(weight).all():
+    elif not weight.is_meta and not torch.isfinite(weight).all():
         problem = "has weights that are not finite, which would spoil their whole block"
     require(not problem, "quantize", "nf4", f"{path} {problem}")
 

@@ -72,6 +72,8 @@ def load(
     said = {} if base_dropout else read_config(source).to_dict()
     labels |= {name: 0.0 for name, value in said.items() if "drop" in name and isinstance(value, float)}
     model, new = _read_weights(source, kind, seed, dtype=DTYPES[dtype], attn_implementation=attention, **labels)
+    if hub := getattr(assets.ASSETS.get(name), "hub", ""):  # what an adapter's file says of its base
+        model.name_or_path = model.config.name_or_path = hub
     for configuration in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if configuration is not None:
             configuration.pad_token_id = tokens.pad_token_id
@@ -100,7 +102,7 @@ def build(
     """The model of a configuration on the meta device.
 
     Raises:
-        ParameterError: the architecture has no head of this kind, or not this attention.
+        ParameterError: the architecture has no head of this kind, not this attention, or its config.json is broken.
     """
     if getattr(configuration, "pad_token_id", None) is None:
         configuration.pad_token_id = 0  # classifiers look for the last token that is not padding
@@ -108,7 +110,8 @@ def build(
     there = type(configuration) in auto._model_mapping
     require(there, "kind", kind, f"not there for a {configuration.model_type} model")
     told = f"not there for a {configuration.model_type} model; use 'eager'"
-    with retold((ValueError, ImportError), ParameterError, "attention", attention, told), torch.device("meta"):
+    told += f", or mend {configuration.name_or_path}/config.json" * bool(configuration.name_or_path)
+    with retold(sources.ANY_FAILURE, ParameterError, "attention", attention, told), torch.device("meta"):
         return auto.from_config(configuration, dtype=DTYPES[dtype], attn_implementation=attention)
 
 

@@ -115,6 +115,8 @@ def _hub(name: str) -> Source:
     except AssetError as error:
         if commit := hub.cached_commit(name):
             return Source(name, name, "hub, from its local cache", f"hub commit {commit}", commit)
+        if held := [asset.name for asset in assets.ASSETS.values() if asset.hub == name and assets.path(asset.name)]:
+            return resolve(held[0])  # the same weights, by the hub's name, as an adapter's file says it
         raise AssetError(f"model={name!r}: no local folder of this name, {error}; offline: {ALTERNATIVES}") from None
 
 

@@ -19,7 +19,7 @@ from lorakit.modules import resolve_trainable
 from lorakit.params import Params
 from lorakit.params import check as refuse
 from lorakit.records import Record
-from lorakit.settings import OWN, AdapterSettings
+from lorakit.settings import OWN, AdapterSettings, DataSettings
 from lorakit.skip import cache
 from lorakit.skip.controller import SkipLoRA
 from lorakit.tasks.collate import require_apart
@@ -88,8 +88,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     loaded = models.load(params.model, kind, classes=text[0].classes, **asked)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
         loaded.model.config.problem_type = "single_label_classification"
-    read = ("data_dir", "max_length", "max_train", "max_validation", "max_test", "packing", "seed")
-    asked = {name: getattr(params, name) for name in read}
+    asked = dict(DataSettings.of(params)) | {"seed": params.seed}
     task = tasks.load(params.task, loaded.tokenizer, kind_of_model=family, text=text, **asked)
     rows, lacking = params.exact_match_rows, f"task {params.task!r} has no answers to generate and compare"
     require(not rows or task.kind == "causal" and bool(task.answers), "exact_match_rows", rows, lacking)

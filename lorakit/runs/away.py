@@ -17,13 +17,12 @@ from lorakit import adapters, models, records, tasks
 from lorakit.adapters import peft_format, saving, storage
 from lorakit.assets import ASSETS
 from lorakit.errors import require
-from lorakit.files import CONFIGS, require_place, written
+from lorakit.files import CONFIGS, require_empty, require_place, written
 from lorakit.head import NAMED
 from lorakit.params.overview import ALWAYS, KNOBS
 from lorakit.quiet import quiet
 from lorakit.tasks import chat, own, registry, toy
 
-CARD = CONFIGS / "model_card.md.jinja"
 OURS = dict.fromkeys((*toy.models.NAMES, toy.grammar.TOY), "MIT: lorakit's own")
 # kind -> who asks it; what transformers and the hub call that
 ASKED = {"classify": "`lorakit predict` asks it", "causal": "`lorakit generate` asks it", "masked": "nobody asks it"}
@@ -90,8 +89,7 @@ def export(argv: Sequence[str]) -> int:
     there = Path(asked.model)  # ".", "..": what that folder is called
     there = there if there.name.strip(".") else os.path.abspath(there)
     output = asked.output or f"{there}-{'merged' if asked.merge else 'exported'}"
-    require_place(output := Path(output).expanduser(), "--output", folder=True)
-    require(not any(output.glob("*")), "--output", str(output), "not empty")
+    require_empty(output := Path(output).expanduser(), "--output")
     found = opened(asked.model, base=asked.base, kind=asked.kind)
     apart = found.adapted and not asked.merge and found.model.lorakit_attachment.method not in ("head", "full")
     with written(output, folder=True) as folder, quiet():
@@ -121,13 +119,14 @@ def card(found: Opened, library: str) -> str:
     place, _, data = source.split(",")[0].partition(" ")
     told = {"library_name": library, "pipeline_tag": TAGS[found.kind], "tags": ["lorakit", run.get("method", library)]}
     told |= {"license": asset.licence if asset else "mit" if base in OURS else None}
-    told |= {"base_model": (asset.hub or None) if asset else base if found.source.startswith("hub") else None}
+    known = asset.hub or asset.made_from if asset else base if found.source.startswith("hub") else None
+    told |= {"base_model": known or None}
     given = {"record": record, "prints": prints, "base": base, "source": found.source, "interval": _interval}
     given |= {"data": data if place == "asset" else source, "terms": OURS | {n: a.terms for n, a in ASSETS.items()}}
     given["shown"] = (*ALWAYS[1:], *KNOBS.get(run.get("method", ""), ()), "quantize", "skip", "gate", "seed")
     given["notes"] = dict.fromkeys([*(record.notes if record else ()), *found.notes])
     front = ModelCardData(**told, datasets=[data] if place == "hub" else None)
-    return str(ModelCard.from_template(front, template_path=str(CARD), **given))
+    return str(ModelCard.from_template(front, template_path=str(CONFIGS / "model_card.md.jinja"), **given))
 
 
 def _interval(score: str, value: float, rows: int | None) -> str:

@@ -24,13 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     from lorakit.errors import require
-    from lorakit.files import PROJECT, require_place, written
+    from lorakit.files import PROJECT, require_empty, written
 
     parser = argparse.ArgumentParser(prog="lorakit init", description=main.__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="new or empty")
     folder = parser.parse_args(argv).folder.expanduser()
-    require_place(folder, "FOLDER", folder=True)
-    require(not folder.is_dir() or not any(folder.iterdir()), "FOLDER", str(folder), "must be new or empty")
+    require_empty(folder, "FOLDER")
     require(not folder.resolve().is_relative_to(PROJECT.resolve()), "FOLDER", str(folder), f"is inside {PROJECT}")
     with written(folder, folder=True) as made:
         lay_out(PROJECT, made)

@@ -207,7 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     (notebook,) = arguments.notebooks
     if arguments.files:
         params = whole(notebook, params)
-    output = arguments.output or f"{Path(notebook).stem}.executed.ipynb"
+    output = Path(arguments.output or f"{Path(notebook).stem}.executed.ipynb").expanduser()
+    if output.is_file() and output.stat().st_size:  # as papermill does, but nothing that papermill did not write
+        told = "is no executed notebook, and not written over: name another with --output, or move it away"
+        require(b'"papermill"' in output.read_bytes(), "--output", str(output), told)
+        print(f"{output}: an earlier run's, which this one replaces", file=sys.stderr, flush=True)
     print(f"executed notebook: {run_notebook(notebook, output, params)}")
     if not params.get("record"):
         return 0

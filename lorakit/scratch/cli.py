@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lorakit.errors import LorakitError, ParameterError, require, retold
-from lorakit.files import written
+from lorakit.errors import LorakitError, ParameterError, retold
+from lorakit.files import require_empty, written
 from lorakit.scratch.compare import Comparison, Settings, compare
 
 DESCRIPTION = """Pretrain a small byte-level transformer on toy stories, freeze it, and fine-tune LoRA on toy reviews;
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     output = options.pop("output")
     if output:
-        free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-        require(free, "output", str(output), "must be a folder that is empty or does not exist yet")
+        require_empty(output, "output")
     result = compare(Settings(**options), lambda line: print(line, file=sys.stderr))
     print(table(result))
     if output:

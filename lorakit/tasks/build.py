@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.head import IGNORED
+from lorakit.settings import DataSettings
 from lorakit.tasks import chat, collate, shards
 from lorakit.tasks.collate import Columns
 from lorakit.tasks.corpus import Corpus, Labelled, shuffled
@@ -24,25 +25,23 @@ class Options(NamedTuple):
 
     tokenizer: PreTrainedTokenizerFast
     kind: Kind
-    max_length: int
-    limits: dict[str, int]  # of a split's rows in hash order; 0: all
+    asked: DataSettings
     seed: int
-    packing: bool
 
 
 def build(corpus: Corpus, form: str, options: Options) -> Parts:
     """Datasets, collators, notes and answers of a corpus whose rows are of this form (see `corpus.Recipe`)."""
     tokenizer, pad = options.tokenizer, collate.PadCollator(options.tokenizer.pad_token_id)
     masker = collate.Masker(tokenizer, options.seed) if options.kind == "masked" else None
-    collator = (collate.PackedCollator if options.packing else collate.PadCollator)(pad.pad_id, masker)
+    collator = (collate.PackedCollator if options.asked.packing else collate.PadCollator)(pad.pad_id, masker)
     parts: Parts = {"collator": collator, "eval_collator": pad, "notes": list(corpus.notes)}
     for split in SPLITS:
-        rows = getattr(corpus, split)
+        rows, most = getattr(corpus, split), getattr(options.asked, f"max_{split}")  # in hash order
         if isinstance(rows, Dataset):
-            parts[split], notes = on_disk(rows.take(min(options.limits[split] or len(rows), len(rows))), options)
+            parts[split], notes = on_disk(rows.take(min(most or len(rows), len(rows))), options)
         else:
-            rows = blocks(rows, tokenizer, options.max_length) if form == "documents" else shuffled(rows)
-            rows = rows[: options.limits[split] or None]
+            rows = blocks(rows, tokenizer, options.asked.max_length) if form == "documents" else shuffled(rows)
+            rows = rows[: most or None]
             columns, notes = FORMS[form](rows, options, split == "train")
             parts[split] = Dataset.from_dict(columns)
         parts["notes"] += [f"{split}: {note}" for note in notes]
@@ -54,7 +53,8 @@ def build(corpus: Corpus, form: str, options: Options) -> Parts:
 
 def classification(rows: Sequence[Labelled], options: Options, train: bool) -> Made:
     """One labelled text, or pair, a row."""
-    columns = labelled_columns(rows, options.tokenizer, options.max_length) if rows else {"input_ids": [], "labels": []}
+    room = options.asked.max_length
+    columns = labelled_columns(rows, options.tokenizer, room) if rows else {"input_ids": [], "labels": []}
     kept = [place for place, ids in enumerate(columns["input_ids"]) if ids]
     columns = {name: [column[place] for place in kept] for name, column in columns.items()}
     notes = [f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their text has no token"] * (len(kept) < len(rows))
@@ -98,15 +98,16 @@ def blocks(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_len
 
 def conversation(rows: Sequence[chat.Chat], options: Options, train: bool) -> Made:
     """One chat a row; with packing, several a training row."""
-    ids, labels = chat.encode(rows, options.tokenizer, options.max_length)
+    ids, labels = chat.encode(rows, options.tokenizer, options.asked.max_length)
     columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
-    if options.packing and train:
-        columns = collate.pack(ids, labels, options.max_length)
+    if options.asked.packing and train:
+        columns = collate.pack(ids, labels, options.asked.max_length)
     return columns, _dropped(len(rows), len(ids), options)
 
 
 def _dropped(rows: int, kept: int, options: Options) -> list[str]:
-    return [f"{rows - kept} of {rows} chats dropped, no answer within {options.max_length} tokens"] * (kept < rows)
+    room = options.asked.max_length
+    return [f"{rows - kept} of {rows} chats dropped, no answer within {room} tokens"] * (kept < rows)
 
 
 def on_disk(rows: Dataset, options: Options) -> tuple[Dataset, list[str]]:
@@ -115,9 +116,9 @@ def on_disk(rows: Dataset, options: Options) -> tuple[Dataset, list[str]]:
     words.no_truncation()  # states of its last call
     words.no_padding()
     told = [words.to_str(), words.encode_special_tokens, options.tokenizer.bos_token_id]
-    told += [options.max_length, options.packing]
+    told += [options.asked.max_length, options.asked.packing]
     stored = shards.tokenised(rows, told, lambda chats: conversation(chats, options, True)[0])
-    kept = sum(row.count(0) for row in stored["position_ids"]) if options.packing else len(stored)
+    kept = sum(row.count(0) for row in stored["position_ids"]) if options.asked.packing else len(stored)
     return stored, _dropped(len(rows), kept, options)
 
 

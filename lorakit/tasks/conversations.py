@@ -1,6 +1,5 @@
 """Instruction data in chat form: `instruct` (train and validation files), `tulu` (the hub's mixture or its like)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from pyarrow.parquet import read_metadata
@@ -13,7 +12,7 @@ from lorakit.tasks.task import SPLITS
 
 # the files that `data_dir` must hold
 INSTRUCT = "instruct/train.jsonl and instruct/validation.jsonl (and test.jsonl, where there is one), a chat a line"
-TULU = "tulu/*.jsonl or tulu/*.parquet with a column `messages`"
+TULU, COLUMNS = "tulu/*.jsonl or tulu/*.parquet with a column `messages`", ("messages",)
 
 
 def instruct_from_folder(folder: Path) -> Corpus:
@@ -35,15 +34,11 @@ def tulu_from_folder(folder: Path) -> Corpus:
 def tulu_from_hub(folder: Path | None = None) -> Corpus:
     """Rows that are no conversation are left out and counted: they are not the user's to mend."""
     [paths] = hub.data_files("allenai/tulu-3-sft-mixture", "data", ("train",), folder)
-    found = shards.corpus_of(paths, lambda path: filter(chat.valid, _messages(path)))
+    found = shards.corpus_of(paths, lambda path: filter(chat.valid, (m for _, [m] in readers.parquet(path, COLUMNS))))
     rows = sum(read_metadata(path).num_rows for path in paths)
     if dropped := rows - sum(len(getattr(found, split)) for split in SPLITS):
         found.notes.append(f"{dropped} rows dropped: not user and assistant in turn")
     return found
-
-
-def _messages(path: Path) -> Iterator[chat.Chat]:
-    return (messages for _, [messages] in readers.parquet(path, ("messages",)))
 
 
 RECIPES = {

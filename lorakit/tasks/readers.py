@@ -58,7 +58,8 @@ def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> I
     """Rows of a file with quoting and a header line, value by column; the number is the row's last line.
 
     A line's end inside quotes is read as LF, CRLF too. Blank lines are skipped. Where tabs part the columns, quotes
-    around tabs and lines' ends together are refused: they are a text's own, and would swallow the rows between them.
+    around tabs and lines' ends together, and in a file of one column around lines' ends, are refused: they are a text's
+    own, and would swallow the rows between them.
 
     Args:
         columns: what the header must have; it may have others.
@@ -68,9 +69,9 @@ def csv_rows(path: Path, delimiter: str = ",", columns: Sequence[str] = ()) -> I
     shape, header, found, last = f"a header line of different columns {', '.join(columns)}".rstrip(), [], False, 0
     try:
         for values in filter(None, rows):
-            if delimiter == "\t" and any("\t" in text and "\n" in text for text in values):
-                at = rows.line_num - "".join(values).count("\n")
-                raise bad_row(path, at, "no tab and line end in one text: a quote that opens here closes later", values)
+            if delimiter == "\t" and any("\n" in text and ("\t" in text or len(values) == 1) for text in values):
+                at, told = rows.line_num - "".join(values).count("\n"), "a quote that opens here closes later"
+                raise bad_row(path, at, f"no line end in a text of one column or with a tab: {told}", values)
             if header and len(values) != len(header):
                 raise bad_row(path, rows.line_num, f"{len(header)} columns {', '.join(header)}", values)
             if header:

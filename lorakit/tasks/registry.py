@@ -51,42 +51,34 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     *,
     kind_of_model: str | None = None,
-    data_dir: str = "",
-    max_length: int = 128,
-    max_train: int = 0,
-    max_validation: int = 0,
-    max_test: int = 0,
     seed: int = 0,
-    packing: bool = False,
     text: tuple[Corpus, str] | None = None,
+    **asked: Any,
 ) -> Task:
     """Read task `name` from `data_dir`, else LORAKIT_DATA where it has the task's folder, else the hub or the package.
 
     Args:
         kind_of_model: "encoder" or "decoder"; None: an encoder if the tokenizer has a [CLS] token.
-        max_length: tokens a row has at most.
-        max_train, max_validation, max_test: rows kept, 0 for all; the same rows for every seed and method.
         seed: of the masks drawn in training; nothing else depends on it.
-        packing: chat tasks: several conversations a training row.
         text: what `read` gave, where it was read already.
+        asked: of `DataSettings`: data_dir; max_length (128), tokens a row has at most; max_train, max_validation,
+            max_test, rows kept, 0 for all, the same for every seed and method; packing, several conversations a
+            training row.
 
     Raises:
         ParameterError: unknown task, a value out of range, or a parameter that this task does not have.
         DataError: a file is missing or malformed.
         AssetError: the hub or the package index cannot be reached.
     """
-    known = recipe(name)
-    limits = dict(zip(SPLITS, (max_train, max_validation, max_test), strict=True))
-    for split, limit in limits.items():
-        require(limit >= 0, f"max_{split}", limit, "must be 0 (all) or more")
-    require(max_length >= SHORTEST, "max_length", max_length, f"must be at least {SHORTEST} tokens")
-    require(not packing or known.form == "chats", "packing", packing, f"is for chat tasks, which {name} is not")
+    known, given = recipe(name), DataSettings(**{"max_length": 128} | asked)
+    require(given.max_length >= SHORTEST, "max_length", given.max_length, f"must be at least {SHORTEST} tokens")
+    require(not given.packing or known.form == "chats", "packing", True, f"is for chat tasks, which {name} is not")
     task_kind = kind(name, kind_of_model or ("decoder" if tokenizer.cls_token_id is None else "encoder"))
-    corpus, source = text or read(name, data_dir)
-    parts = build.build(corpus, known.form, build.Options(tokenizer, task_kind, max_length, limits, seed, packing))
+    corpus, source = text or read(name, given.data_dir, given)
+    parts = build.build(corpus, known.form, build.Options(tokenizer, task_kind, given, seed))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
-        dropped = "".join(f"; {note}" for note in parts["notes"] if "dropped" in note)
-        raise DataError(f"task {name}: no rows are left for {', '.join(empty)} at max_length={max_length}{dropped}")
+        told = [f"at max_length={given.max_length}", *(note for note in parts["notes"] if "dropped" in note)]
+        raise DataError(f"task {name}: no rows are left for {', '.join(empty)} {'; '.join(told)}")
     metrics = classification_f1 if known.f1 else JUDGED[task_kind]
     return Task(name, task_kind, metrics=metrics, files=corpus.files, source=source, classes=corpus.classes, **parts)
 

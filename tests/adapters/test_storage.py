@@ -276,7 +276,7 @@ def test_a_bare_model_has_nothing_to_save_and_a_file_is_no_folder(build, tmp_pat
     with pytest.raises(LorakitError, match="no adapter; call attach"):
         save_adapter(build("bert"), tmp_path / "adapter")
     (tmp_path / "adapter").write_text("")
-    for write, message in ((save_adapter, "is a file"), (export, "not empty")):
+    for write, message in ((save_adapter, "is a file"), (export, "is not a folder")):
         with pytest.raises(ParameterError, match=f"folder='{tmp_path}/adapter': {message}"):
             write(trained(build), tmp_path / "adapter")
 

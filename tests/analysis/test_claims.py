@@ -53,7 +53,7 @@ def test_p_values_are_scipys_about_the_limit(one, limit):
     sides = ("less", "greater") if one.metric == LOSS else ("greater", "less")
     expected = [scipy_stats.ttest_1samp(SAMPLE, limit, alternative=side).pvalue for side in sides]
     assert found.limit == limit and found.p_values() == pytest.approx(expected, rel=1e-12)
-    assert found.distance() == pytest.approx(abs(SAMPLE.mean() - limit))
+    assert found.distance() == (pytest.approx(abs(SAMPLE.mean() - limit)), np.inf)
 
 
 @pytest.mark.parametrize(("margin", "metric"), [(0.04, LOSS), (0.04, ACCURACY)])
@@ -62,7 +62,11 @@ def test_equivalence_is_two_one_sided_tests(margin, metric):
     tests = [(margin, "less"), (-margin, "greater"), (margin, "greater"), (-margin, "less")]
     low, high, above, under = (scipy_stats.ttest_1samp(SAMPLE, at, alternative=side).pvalue for at, side in tests)
     assert found.p_values() == pytest.approx((max(low, high), min(above, under)))
-    assert found.distance() == pytest.approx(margin - abs(SAMPLE.mean()))
+    assert found.distance() == pytest.approx((margin - abs(SAMPLE.mean()), 2 * margin))
+    assert Finding(claim("equivalence", 0.01), tuple(SAMPLE)).distance() == (
+        pytest.approx(SAMPLE.mean() - 0.01),
+        np.inf,
+    )
 
 
 NOISE = np.array([-0.012, 0.008, -0.004, 0.011, 0.002, -0.005])
@@ -108,8 +112,14 @@ def test_the_verdict_is_the_side_of_the_limit_the_seeds_are_on(one, shift, expec
         (claim("equivalence", 0.01), 1.011, "**refuted**"),
     ],
 )
-def test_what_is_counted_needs_no_spread(one, value, expected):
-    assert verdict(one, [value] * 6, metric=one.column.removeprefix("test ")) == expected
+def test_what_is_counted_needs_no_spread_and_what_is_measured_does(one, value, expected):
+    same = one.model_copy(update={"metric": one.metric.replace(one.column, "adapter_bytes")})
+    held = [record(row, seed, adapter_bytes=round(1000 * at)) for row, at in (("hira", value), ("lora", 1.0))
+            for seed in range(6)]  # fmt: skip
+    counted = same.model_copy(update={"margin": same.margin * (1 if same.test == "ratio" else 1000)})
+    assert claims.verdicts([claims.find(counted, held)]) == [expected]
+    told = verdict(one, [value] * 6, metric=one.column.removeprefix("test "))
+    assert told.startswith("not resolvable here (every seed says the same")
 
 
 def test_a_learning_rate_is_of_one_search_whatever_the_seeds():
@@ -151,6 +161,26 @@ def test_the_smallest_effect_is_seen_four_times_out_of_five(count, alpha):
     assert power == pytest.approx(stats.POWER, abs=0.01)
     assert stats.seeds_needed(2.0, effect, alpha) == count
     assert stats.seeds_needed(2.0, 0.99 * effect, alpha) == count + 1
+
+
+@pytest.mark.parametrize(
+    ("count", "alpha", "width"), [(3, 0.05, 60.0), (8, 0.05, 7.0), (8, 0.05 / 12, 12.0), (40, 0.01, 3.0)]
+)
+def test_the_smallest_effect_between_two_limits_passes_both_tests_four_times_out_of_five(count, alpha, width):
+    distance = stats.smallest_effect(2.0, count, alpha, width)
+    assert 0 < distance <= width / 2
+    samples = np.random.default_rng(0).normal(width / 2 - distance, 2.0, size=(50_000, count))
+    sides = [scipy_stats.ttest_1samp(samples, at, axis=1, alternative=side).pvalue
+             for at, side in ((width / 2, "less"), (-width / 2, "greater"))]  # fmt: skip
+    assert (np.maximum(*sides) < alpha / 2).mean() == pytest.approx(stats.POWER, abs=0.01)
+    assert stats.seeds_needed(2.0, distance, alpha, width) == count
+    assert distance >= stats.smallest_effect(2.0, count, alpha)  # two tests are harder to pass than one
+
+
+def test_limits_that_are_too_near_each_other_show_nothing_by_so_few_seeds():
+    told = verdict(claim("equivalence", 0.005), 1.001 + NOISE)
+    assert told.startswith("not resolvable here (nothing would be; ")
+    assert stats.smallest_effect(1.0, 6, 0.05, 0.1) == np.inf
 
 
 def test_what_lacks_is_named():

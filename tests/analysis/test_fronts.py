@@ -176,4 +176,4 @@ def test_perplexities_are_compared_by_their_logarithms():
     ]
     table = fronts.standings(records)
     assert table["standing"].tolist() == ["best", "worse"] and table.loc["head", "mean"] == np.mean(found["head"])
-    assert stats.two_sided(np.subtract(found["head"], found["lora"])) > 0.2
+    assert min(stats.below(np.subtract(found["head"], found["lora"]), 0)) > 0.1

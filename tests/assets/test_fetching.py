@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import itertools
 import lzma
 import os
 import random
@@ -79,6 +80,17 @@ def test_progress_bar_is_shown_when_asked_and_never_in_ci(folder, pip, monkeypat
     monkeypatch.setenv("CI", ci)
     assets.fetch("demo", progress=progress)
     assert ("fetch demo: 100%" in capsys.readouterr().err) == shown
+
+
+def test_a_pipe_hears_of_a_download_when_it_has_moved(folder, pip, monkeypatch, capsys):
+    monkeypatch.setenv("CI", "")
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)  # each look a second after the one before
+    monkeypatch.setattr(
+        client, "run_client", lambda command, place, tick: [tick() for _ in range(50)] and pip(command, place, tick)
+    )
+    assets.fetch("demo")
+    shown = capsys.readouterr().err
+    assert shown.count("fetch demo:   0%") == 1 and "fetch demo: 100%" in shown
 
 
 def test_truncated_download_is_a_hash_mismatch_and_leaves_nothing(folder, pip):

@@ -12,6 +12,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import AutoModel, T5Config
 
 from lorakit import models
+from lorakit.adapters import attach, peft_format
+from lorakit.assets import ASSETS
+from lorakit.assets.registry import Asset
 from lorakit.errors import AssetError, ParameterError
 from lorakit.models import configs, sources
 
@@ -106,6 +109,20 @@ def test_a_model_in_the_hub_s_cache_asks_nobody(monkeypatch, bert, tmp_path, kin
     loaded = models.load("org/bert", kind)
     assert loaded.source == "hub, from its local cache" and {*asked} == {"info"}
     assert loaded.model.config.name_or_path == "org/bert"  # what an adapter's file says of its base
+
+
+def test_a_cached_asset_is_called_as_on_the_hub_and_found_by_that_name_without_it(no_hub, monkeypatch, bert):
+    """An adapter's file names its base so, and is to be loaded again where there is no network."""
+    asset = Asset("small", "model", (), "terms", hub="org/small")
+    monkeypatch.setitem(ASSETS, "small", asset)
+    monkeypatch.setattr("lorakit.assets.fetching.cache.cached", lambda one: Path(bert) if one is asset else None)
+    monkeypatch.setattr("lorakit.assets.fetching.cache.intact", lambda one: Path(bert))
+    loaded = models.load("small", "classify")
+    named = peft_format.to_config(model := attach(loaded.model), model.lorakit_attachment)["base_model_name_or_path"]
+    assert named == "org/small" == loaded.model.name_or_path
+    assert models.load(named, "classify").fingerprint == loaded.fingerprint == asset.fingerprint
+    local = models.load(bert, "classify").model
+    assert local.config.name_or_path == bert  # nothing else is known
 
 
 def test_hub_download_takes_one_format_of_weights(monkeypatch):

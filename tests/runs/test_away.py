@@ -188,7 +188,7 @@ def test_the_card_says_what_the_record_says(runs, tmp_path, capsys):
       {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "datasets": None},
       ["| its licence | Apache-2.0 (sent", "| licence of the data | MIT. Please cite: Hutto"]),
      ("gemma-3-270m", "hub allenai/tulu-3-sft-mixture, its snapshot in data_dir", "offline asset",
-      {"base_model": None, "license": "gemma", "datasets": ["allenai/tulu-3-sft-mixture"]},
+      {"base_model": "google/gemma-3-270m", "license": "gemma", "datasets": ["allenai/tulu-3-sft-mixture"]},
       ["| its licence | Gemma Terms", "| licence of the data | not known to lorakit: hub allenai/tulu"]),
      ("gpt2", "hub nyu-mll/glue", "hub", {"base_model": "gpt2", "license": None, "datasets": ["nyu-mll/glue"]},
       ["| its licence | not known to lorakit: gpt2 |"]),

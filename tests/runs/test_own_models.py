@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,6 +78,11 @@ def padding_added(folder: str) -> None:
     words.save_pretrained(folder)
 
 
+def edited(folder: str, **changes: int) -> None:
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 NEOX = "query_key_value, dense, dense_h_to_4h, dense_4h_to_h"
 REFUSED = {  # model, what is done to its folder, what is asked, what is said
     "encoder-decoder": ("t5", None, {}, "model='{0}': t5 is an encoder-decoder; must be an encoder or a decoder"),
@@ -96,10 +102,16 @@ REFUSED = {  # model, what is done to its folder, what is asked, what is said
     "PEFT's target_modules": (
         "gpt_neox", None, {"method": "peft", "peft_type": "VERA", "target_modules": ["q_proj"]},
         "target_modules=.*'q_proj' matches no module"),
-    "attention": ("deberta-v2", None, {}, "attention='sdpa': not there for a deberta-v2 model; use 'eager': DebertaV2"),
+    "attention": ("deberta-v2", None, {}, "attention='sdpa': not there for a deberta-v2 model; use 'eager', or mend"),
     "flash attention": (
         "opt", None, {"attention": "flash_attention_2", "dtype": "bf16"},
-        "attention='flash_attention_2': not there for a opt model; use 'eager': "),
+        "attention='flash_attention_2': not there for a opt model; use 'eager', or mend "),
+    "a broken config": (
+        "opt", lambda f: edited(f, num_attention_heads=3), {},
+        "attention='sdpa': .* or mend {0}/config.json: embed_dim must be divisible by num_heads"),
+    "layers of a class of its own": (
+        "falcon", None, {"quantize": "nf4"},
+        "quantize='nf4': transformer.h.0.self_attention.query_key_value is a FalconLinear, not a plain nn.Linear"),
     "an encoder's chats": ("bert", None, {"task": "chat"}, "task='chat': is generation, which an encoder cannot do"),
     "fractional": (
         "bert", None, {"task": "text", "gating": {"method": "flora", "mode": "fractional"}},

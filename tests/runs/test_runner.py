@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_a_failed_run_keeps_its_executed_notebook(notebook, tmp_path, capsys, ha
     assert errors(output) == name
     if happens == "fail":  # a kernel that dies may take its last words with it
         assert "working on lora 0" in printed(output)
+
+
+def test_only_an_executed_notebook_is_written_over_and_that_is_said(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / f"{notebook.stem}.executed.ipynb"
+    assert run(notebook) == 0 and "replaces" not in capsys.readouterr().err
+    assert run(notebook) == 0
+    assert f"{made.name}: an earlier run's, which this one replaces" in capsys.readouterr().err
+    shutil.copyfile(notebook, made)  # the user's own
+    assert run(notebook) == 2
+    assert "executed.ipynb': is no executed notebook, and not written over: name" in capsys.readouterr().err
+    assert made.read_bytes() == notebook.read_bytes()
 
 
 def test_a_run_that_did_not_finish_is_no_success(notebook, tmp_path, capsys):

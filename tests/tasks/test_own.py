@@ -18,6 +18,7 @@ from lorakit.cli import main
 from lorakit.errors import DataError, ParameterError
 from lorakit.files import PROJECT
 from lorakit.settings import DataSettings
+from lorakit.tasks import readers
 
 TOPICS = {
     "billing": ["the invoice is wrong", "charged twice this month", "refund my card please"],
@@ -283,8 +284,18 @@ def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
     with open(tmp_path / "rows.tsv", "a") as file:
         file.write('"hello there\t1\nmiddle\t0\nbye"\t1\n')
     line = 1 + len((tmp_path / "rows.tsv").read_text().splitlines()) - 3
-    with pytest.raises(DataError, match=f"line {line}: expected no tab and line end in one text: a quote that opens"):
+    told = "expected no line end in a text of one column or with a tab: a quote that opens"
+    with pytest.raises(DataError, match=f"line {line}: {told}"):
         corpus("labelled", tmp_path)
+
+
+def test_a_quote_in_a_tsv_of_one_column_swallows_no_rows(tmp_path):
+    """Where no tab tells them apart from a text with line ends."""
+    (tmp_path / "rows.tsv").write_text('text\none\n"he said\nand left\nfor good"\nfour\n')
+    with pytest.raises(DataError, match="rows.tsv, line 3: expected no line end in a text of one column"):
+        [*readers.csv_rows(tmp_path / "rows.tsv", "\t")]
+    (tmp_path / "rows.tsv").write_text('text\none\n"all of it"\n"say ""no"""\n')
+    assert [row["text"] for _, row in readers.csv_rows(tmp_path / "rows.tsv", "\t")] == ["one", "all of it", 'say "no"']
 
 
 def test_what_is_asked_for_must_be_there(tmp_path):

@@ -17,12 +17,6 @@ from lorakit.settings import AdapterSettings, AttachSettings
 
 VIRTUAL_TOKENS = 8  # of the prompt methods, where peft_options do not say
 
-# The field that is the rank of an update, where it is not `r`; "": the type has an `r` that means something else.
-_RANK = {"ADALORA": "target_r", "OFT": "", "ADAMSS": "", "SUPERTUNING": ""}
-# Left to PEFT, these would change the base in ways that neither detaching nor an adapter file undoes.
-CHANGE_THE_BASE = ("bias", "loftq_config", "corda_config", "lora_ga_config", "kasa_config", "layer_replication")
-_IA3_DISTILBERT = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
-
 NOISE = KNOWN["noise"]  # what PEFT says about itself, not about what the user asked for; some with the reason
 
 
@@ -68,9 +62,9 @@ def _check_options(kind: str, options: Mapping[str, Any], allowed: set[str]) -> 
 
 
 def require_frozen_base(options: Mapping[str, Any], parameter: str) -> None:
-    """Refuse fields of a config of PEFT that change the base."""
+    """Refuse fields of a config of PEFT that change the base in ways neither detaching nor an adapter file undoes."""
     for name, value in options.items():
-        unsafe = value not in LoRALayer.peft_inits if name == "init_lora_weights" else name in CHANGE_THE_BASE
+        unsafe = value not in LoRALayer.peft_inits if name == "init_lora_weights" else name in KNOWN["change_base"]
         if unsafe and value and value != "none":
             raise ParameterError(parameter, options, f"{name}={value!r} changes the base, which stays frozen here")
 
@@ -97,7 +91,7 @@ def _targets(model: nn.Module, kind: str, wanted: str | Sequence[str], trained: 
     if kind in ("ADAPTION_PROMPT", "XLORA"):
         return {}
     if kind == "IA3" and every:
-        return _IA3_DISTILBERT if model_type(model) == "distilbert" else {}  # PEFT's own, for models it knows
+        return KNOWN["ia3"].get(model_type(model), {})  # PEFT has its own for models it knows
     if kind in others:
         found = [path for path, m in model.named_modules() if others[kind](m)] if every else wanted
     else:
@@ -111,7 +105,8 @@ def _settings(kind: str, allowed: set[str], settings: AdapterSettings) -> dict[s
     """lorakit's parameters under the type's names; one it does not have may only have its default value."""
     dropout = next((name for name in (f"{kind.lower()}_dropout", "lora_dropout") if name in allowed), "")
     names = {
-        "rank": _RANK.get(kind, "r" if "r" in allowed else ""),
+        # "": the type has an `r` that means something else
+        "rank": KNOWN["rank"].get(kind, "r" if "r" in allowed else ""),
         "alpha": KNOWN["alpha"].get(kind, ""),
         "dropout": "" if kind == "SUPERTUNING" else dropout,
         "init": "init_lora_weights" if kind == "LORA" else "",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attachment import Attachment, batches_seen, detach
 from lorakit.adapters.peft import files
-from lorakit.adapters.peft.config import CHANGE_THE_BASE, NOISE, require_frozen_base
+from lorakit.adapters.peft.config import NOISE, require_frozen_base
 from lorakit.adapters.peft.forward import ADAPTER, after_forward, before_forward, config_of
 from lorakit.adapters.peft.schedule import PeftSchedule
 from lorakit.adapters.peft.types import KNOWN
@@ -166,7 +166,7 @@ def attach_file(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -
     config = files.read_config(folder)
     plain = config.to_dict()
     require_quick(model, plain)
-    told = {name: plain[name] for name in ("init_lora_weights", *CHANGE_THE_BASE) if name in plain}
+    told = {name: plain[name] for name in ("init_lora_weights", *KNOWN["change_base"]) if name in plain}
     require_frozen_base(told, "adapter_config.json")
     config.inference_mode = not files.holds_weights(config)
     named = getattr(config, "modules_to_save", None) or []
