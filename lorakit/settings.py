@@ -40,7 +40,7 @@ class DataSettings(Settings):
     question = "data"
     model: str = field("toy-encoder", "a hub id, a local folder or a name `lorakit fetch` knows")
     task: str = field("toy-reviews", "a name of lorakit.tasks; of own data labelled, pairs, text or chat")
-    data_dir: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
+    data_files: Place = field("", "the task's files; empty: LORAKIT_DATA, else the hub or the package", FREE, APART)
     text_column: str = field("text", "own data: of the text, of a pair's first one")
     pair_column: str = field("pair", "own data: of a pair's second text")
     label_column: str = field("label", "own data: of the class, a name or a whole number")

@@ -62,7 +62,7 @@ def _seeds() -> None:
 
 
 @pytest.fixture
-def data_dir() -> Path:
+def data_files() -> Path:
     """Folder with the real data sets."""
     if not os.environ.get("LORAKIT_DATA"):
         pytest.skip("LORAKIT_DATA is not set")

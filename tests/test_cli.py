@@ -39,7 +39,7 @@ def test_every_command_has_help(name, capsys):
      (["train", "-f", "missing.yaml"], "-f='missing.yaml': no such params file"),
      (["train", "-f", "x" * 300], "no such params file"), (["train", "-f", f"{'x' * 300}/y"], "no such params file"),
      (["train", "-p", f"setting={'x' * 300}", "-p", "rank=0"], "rank=0: "),
-     (["train", "-p", "task=sst2", "-p", f"data_dir={'x' * 300}"], "no such folder"),
+     (["train", "-p", "task=sst2", "-p", f"data_files={'x' * 300}"], "no such folder"),
      (["train", "-p", "model=x.git"], "model='x.git': must be a name, a local folder or a hub id"),
      (["table", "x" * 300], "not a record"), (["table", "~nobody-here"], "not a record"),
      (["search"], "search_rates=[]: must list"), (["fetch", "gemma-4"], "gemma-4")],

@@ -314,7 +314,7 @@ def test_a_missing_file_is_an_error(tmp_path):
     [("rank=4", "rank", 4), ("alpha=1.0e-4", "alpha", 1e-4), ("learning_rate=1e-4", "learning_rate", 1e-4),
      ("rslora=true", "rslora", True), ("model=a/b", "model", "a/b"), ("rank='4'", "rank", "4"),
      ("target_modules=[q, v]", "target_modules", ["q", "v"]),
-     ("data_dir=", "data_dir", ""), ("target_modules=a=b", "target_modules", "a=b")],
+     ("data_files=", "data_files", ""), ("target_modules=a=b", "target_modules", "a=b")],
 )  # fmt: skip
 def test_an_override_has_the_parameters_own_type(text, name, value):
     found = params.parse_override(text)

@@ -54,7 +54,7 @@ def test_a_row_goes_together_and_a_rate_that_names_a_search_is_the_best_of_it(se
 
 def test_the_two_kept_lists_are_flags_of_the_fields():
     told = {"compares", "combines", "differs", "label", "learning_rate_from"}  # what is only said of a run
-    places = {"record", "run_dir", "data_dir"}
+    places = {"record", "run_dir", "data_files"}
     assert flagged(Params, APART) - told == {
         *places, "row", "resume", "report_to", "search_rates", "search_budget", "dataloader_num_workers",
     }  # fmt: skip

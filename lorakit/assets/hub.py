@@ -72,7 +72,7 @@ def data_files(repository: str, under: str, splits: Iterable[str], folder: Path 
     if folder is not None:
         found, missing = _matching(folder, patterns)
         if missing:
-            told = f"data_dir: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
+            told = f"data_files: {folder} is no snapshot of the hub's {repository}: no file {', '.join(missing)}"
             raise (DataError if any(found) else NoSnapshot)(told)
         return found
     commit = why = None
@@ -91,7 +91,7 @@ def data_files(repository: str, under: str, splits: Iterable[str], folder: Path 
         why = why or error
     raise AssetError(
         f"data set {repository} could not be had from the hub ({' '.join(str(why).split()):.200}). Offline: put "
-        "the task's files in a folder and name it by data_dir=… or by the environment variable LORAKIT_DATA, or fill "
+        "the task's files in a folder and name it by data_files=… or by the environment variable LORAKIT_DATA, or fill "
         "the hub's cache (HF_HOME) on a machine with a network"
     )
 

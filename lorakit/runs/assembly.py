@@ -83,7 +83,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
     _try_outline(params, kind)
     set_seed(params.seed)
     # before a model is fetched that nothing could be done with
-    text = tasks.read(params.task, params.data_dir, params, dataset)
+    text = tasks.read(params.task, params.data_files, params, dataset)
     asked = {name: getattr(params, name) for name in ("dtype", "attention", "seed", "base_dropout")}
     loaded = models.load(params.model, kind, classes=text[0].classes, **asked)
     if kind == "classify":  # as the first training step would say, which a run resumed at its end has none of
@@ -97,7 +97,7 @@ def assemble(params: Params, dataset: Any = None) -> Assembled:
         causal = [name for name in tasks.NAMES if name not in OWN and tasks.kind(name, "decoder") == "causal"]
         told = f"must be, in a causal language model's run, one of {', '.join(causal)}"
         require(kind == "causal" and params.forgetting in causal, "forgetting", params.forgetting, told)
-        asked |= {"data_dir": "", "packing": False}
+        asked |= {"data_files": "", "packing": False}
         elsewhere = tasks.load(params.forgetting, loaded.tokenizer, kind_of_model="decoder", **asked)
     if params.max_length > (room := models.positions(loaded.model)):
         parts = [getattr(task, split) for split in SPLITS] + ([elsewhere.test] if elsewhere else [])

@@ -86,7 +86,7 @@ def new_record(params: Params, given: dict[str, Any]) -> Record:
         run_dir = Path(os.path.realpath(params.run_dir or os.devnull))
         clash = Path(os.path.realpath(params.record)) in (*(run_dir / name for name in ("", *MADE)), *run_dir.parents)
         require(not clash, "record", params.record, "is a folder of run_dir; name a file")
-    apart = {"record", "run_dir", "data_dir"}
+    apart = {"record", "run_dir", "data_files"}
     return Record(
         setting=params.setting, method=row_of(params), seed=params.seed, status="running",
         started=datetime.now(UTC).isoformat(timespec="seconds"), environment=environment.environment(),

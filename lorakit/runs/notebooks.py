@@ -23,7 +23,8 @@ from lorakit.params import given as given_parameters
 from lorakit.quiet import answering
 
 FINISHED = ("done", "diverged")  # the statuses of a record that running again would not change
-PATHS = ("record", "run_dir", "data_dir")  # parameters that mean a place as the caller sees it, not as the kernel does
+# parameters that mean a place as the caller sees it, not as the kernel does
+PATHS = ("record", "run_dir", "data_files")
 RUN_METADATA = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info"
 LONGEST_SOCKET_FOLDER = 75  # a socket's path may have 107 bytes
 

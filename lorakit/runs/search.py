@@ -53,7 +53,7 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
     if earlier.kind != "lr_search" or not asked.items() <= record.resolved.items():
         return {}
     told, model = earlier.fingerprints, params.model  # the files under a name may be others
-    same = params.task not in OWN or tasks.read(params.task, params.data_dir, params)[0].files == told.get("data")
+    same = params.task not in OWN or tasks.read(params.task, params.data_files, params)[0].files == told.get("data")
     if not same or Path(model).expanduser().is_dir() and models.sources.resolve(model).fingerprint != told.get("model"):
         return {}
     record.fingerprints = earlier.fingerprints

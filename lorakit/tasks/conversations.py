@@ -10,7 +10,7 @@ from lorakit.tasks import chat, own, readers, shards
 from lorakit.tasks.corpus import Corpus, Recipe, apart, content, cut, required
 from lorakit.tasks.task import SPLITS
 
-# the files that `data_dir` must hold
+# the files that `data_files` must hold
 INSTRUCT = "instruct/train.jsonl and instruct/validation.jsonl (and test.jsonl, where there is one), a chat a line"
 TULU, COLUMNS = "tulu/*.jsonl or tulu/*.parquet with a column `messages`", ("messages",)
 
@@ -27,7 +27,7 @@ def instruct_from_folder(folder: Path) -> Corpus:
 
 def tulu_from_folder(folder: Path) -> Corpus:
     if not (paths := sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])):
-        raise DataError(f"data_dir: no .jsonl or .parquet file in {folder}; expected layout: {TULU}")
+        raise DataError(f"data_files: no .jsonl or .parquet file in {folder}; expected layout: {TULU}")
     return shards.corpus_of(paths, own.chats)
 
 

@@ -51,8 +51,8 @@ class Recipe:
         form: of its rows.
         origin: in words, what `elsewhere` reads.
         elsewhere: reads the hub (or a snapshot of it, if it is given the folder), an offline asset or the grammar;
-            None: there are only the files of `data_dir`.
-        layout: the files `data_dir` must hold; empty for a task that is generated.
+            None: there are only the files of `data_files`.
+        layout: the files `data_files` must hold; empty for a task that is generated.
         from_folder: reads them.
         f1: is F1 reported.
     """
@@ -78,7 +78,7 @@ def required(folder: Path, name: str, layout: str) -> Path:
         DataError: it is not there.
     """
     if not (path := folder / name).is_file():
-        raise DataError(f"data_dir: no file {path}; expected layout: {layout}")
+        raise DataError(f"data_files: no file {path}; expected layout: {layout}")
     return path
 
 

@@ -13,7 +13,7 @@ from lorakit.tasks import corpus, readers
 from lorakit.tasks.corpus import Corpus, Labelled, Recipe, apart, normal, required
 
 Rows = list[Labelled]
-# the files that `data_dir` must hold
+# the files that `data_files` must hold
 REVIEWS = "reviews/movieReviewSnippets_GroundTruth.txt with columns id⇥mean rating⇥text"
 SST2 = "sst2/train.tsv and sst2/dev.tsv with header sentence⇥label, no quoting"
 IMDB = "imdb/*.csv with header text,label (a file named test.csv is the test split)"

@@ -82,7 +82,7 @@ def _files(place: str | Path, name: str) -> list[Path]:
     paths = here.iterdir() if here.is_dir() else paths
     found = sorted(path for path in paths if path.suffix.lower() in known and path.is_file())
     if not found:
-        raise DataError(f"data_dir={str(place)!r}: no file for task {name}; must be {LAYOUT}")
+        raise DataError(f"data_files={str(place)!r}: no file for task {name}; must be {LAYOUT}")
     return found
 
 

@@ -55,13 +55,13 @@ def load(
     text: tuple[Corpus, str] | None = None,
     **asked: Any,
 ) -> Task:
-    """Read task `name` from `data_dir`, else LORAKIT_DATA where it has the task's folder, else the hub or the package.
+    """Read task `name` from `data_files`, else LORAKIT_DATA where it has the task's folder, else hub or package.
 
     Args:
         kind_of_model: "encoder" or "decoder"; None: an encoder if the tokenizer has a [CLS] token.
         seed: of the masks drawn in training; nothing else depends on it.
         text: what `read` gave, where it was read already.
-        asked: of `DataSettings`: data_dir; max_length (128), tokens a row has at most; max_train, max_validation,
+        asked: of `DataSettings`: data_files; max_length (128), tokens a row has at most; max_train, max_validation,
             max_test, rows kept, 0 for all, the same for every seed and method; packing, several conversations a
             training row.
 
@@ -74,7 +74,7 @@ def load(
     require(given.max_length >= SHORTEST, "max_length", given.max_length, f"must be at least {SHORTEST} tokens")
     require(not given.packing or known.form == "chats", "packing", True, f"is for chat tasks, which {name} is not")
     task_kind = kind(name, kind_of_model or ("decoder" if tokenizer.cls_token_id is None else "encoder"))
-    corpus, source = text or read(name, given.data_dir, given)
+    corpus, source = text or read(name, given.data_files, given)
     parts = build.build(corpus, known.form, build.Options(tokenizer, task_kind, given, seed))
     if empty := [split for split in SPLITS if len(parts[split]) == 0]:
         told = [f"at max_length={given.max_length}", *(note for note in parts["notes"] if "dropped" in note)]
@@ -84,7 +84,7 @@ def load(
 
 
 def read(
-    name: str, data_dir: str = "", asked: DataSettings | None = None, dataset: Mapping[str, Any] | None = None
+    name: str, data_files: str = "", asked: DataSettings | None = None, dataset: Mapping[str, Any] | None = None
 ) -> tuple[Corpus, str]:
     """The task's text, and in words where it came from; a folder may also be a snapshot of the hub's data set.
 
@@ -92,25 +92,25 @@ def read(
         asked: of own data, which columns; dataset: split -> rows, in place of its files.
     """
     known, mirror = recipe(name), os.environ.get("LORAKIT_DATA", "")
-    base = Path(os.path.expanduser(data_dir or mirror))
+    base = Path(os.path.expanduser(data_files or mirror))
     require(dataset is None or name in own.RECIPES, "task", name, f"of a dataset must be {', '.join(own.RECIPES)}")
     if name in own.RECIPES:
         mapped = dataset is None or isinstance(dataset, Mapping)
         require(mapped, "dataset", type(dataset).__name__, "must be split -> rows, as a DatasetDict")
-        alone = bool(data_dir) != (dataset is not None)
-        require(alone, "data_dir", data_dir, f"with task {name} must be {own.LAYOUT}; or empty, with a dataset")
+        alone = bool(data_files) != (dataset is not None)
+        require(alone, "data_files", data_files, f"with task {name} must be {own.LAYOUT}; or empty, with a dataset")
         return own.read(name, base, asked or DataSettings(), dataset), "own data"
     if known.from_folder is None:
-        require(not data_dir, "data_dir", data_dir, f"must be empty: task {name} is {known.origin}")
-    elif data_dir and not os.path.isdir(base):
-        raise DataError(f"data_dir={data_dir!r}: no such folder; expected layout: {known.layout}")
-    elif data_dir or (mirror and os.path.isdir(base / name)):
-        whose = "data_dir" if data_dir else "LORAKIT_DATA"
+        require(not data_files, "data_files", data_files, f"must be empty: task {name} is {known.origin}")
+    elif data_files and not os.path.isdir(base):
+        raise DataError(f"data_files={data_files!r}: no such folder; expected layout: {known.layout}")
+    elif data_files or (mirror and os.path.isdir(base / name)):
+        whose = "data_files" if data_files else "LORAKIT_DATA"
         folder = base / name if (base / name).is_dir() else base
         for place in dict.fromkeys((folder, base)) if known.origin.startswith("hub") else ():
             with contextlib.suppress(hub.NoSnapshot):
                 return known.elsewhere(place), f"{known.origin}, its snapshot in {whose}"
         return known.from_folder(folder), f"files of {whose}"
     if known.elsewhere is None:
-        raise DataError(f"task {name} is read from data_dir (or LORAKIT_DATA) only; expected layout: {known.layout}")
+        raise DataError(f"task {name} is read from data_files (or LORAKIT_DATA) only; expected layout: {known.layout}")
     return known.elsewhere(), known.origin

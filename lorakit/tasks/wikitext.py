@@ -24,7 +24,7 @@ def from_folder(folder: Path) -> Corpus:
         return apart(*texts.values(), paths.values())
     if len(texts) != 1:
         missing = ", ".join(name for split, name in FILES.items() if split not in paths)
-        raise DataError(f"data_dir: {folder} lacks {missing}; expected layout: {LAYOUT}")
+        raise DataError(f"data_files: {folder} lacks {missing}; expected layout: {LAYOUT}")
     [path], [articles] = paths.values(), texts.values()
     validation, test, train = cut(articles, str, 2, weight=len)
     counts = f"{len(train)} train, {len(validation)} validation, {len(test)} test"

@@ -45,7 +45,7 @@ CHEAP = {
         "gradient_accumulation": 1,
     },
 }
-PLACES = ("record", "run_dir", "data_dir")
+PLACES = ("record", "run_dir", "data_files")
 LARGE = 2048
 
 
@@ -181,7 +181,7 @@ def data_case(rng: random.Random, folder: Path) -> str:
         fault_unless(not invented, "rows that are not the file's", invented[:2])
     decoder = task in ("instruct", "tulu")
     loaded, error = refused(
-        lambda: tasks.load(task, TOKENIZERS[decoder], data_dir=str(folder), max_length=32), task, path.name
+        lambda: tasks.load(task, TOKENIZERS[decoder], data_files=str(folder), max_length=32), task, path.name
     )
     return f"{task} {'refused' if error else 'read'}"
 

@@ -24,7 +24,7 @@ def mine():  # memory that is not a file's, in bytes
 
 tokenizer = models.load("toy-decoder", "causal").tokenizer
 before = mine()
-task = tasks.load("tulu", tokenizer, data_dir=sys.argv[1], max_length=64)
+task = tasks.load("tulu", tokenizer, data_files=sys.argv[1], max_length=64)
 assert all(task.train["input_ids"][:1000])  # they can be read
 print(len(task.train), mine() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

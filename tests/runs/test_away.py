@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
     pandas.DataFrame(rows, columns=["body", "team"]).to_csv(place / "tickets.csv", index=False)
     found = {}
     for name, given in RUNS.items():
-        given = given | ({} if name == "chat" else {"data_dir": str(place / "tickets.csv")})
+        given = given | ({} if name == "chat" else {"data_files": str(place / "tickets.csv")})
         found[name] = place / name, lorakit.run(given | {"run_dir": str(place / name)})
         assert found[name][1].status == "done"
     return SimpleNamespace(place=place, **{name: folder for name, (folder, _) in found.items()}, found=found)
@@ -187,7 +187,7 @@ def test_the_card_says_what_the_record_says(runs, tmp_path, capsys):
     [("all-MiniLM-L6-v2", "asset review-sentences", "offline asset",
       {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "datasets": None},
       ["| its licence | Apache-2.0 (sent", "| licence of the data | MIT. Please cite: Hutto"]),
-     ("gemma-3-270m", "hub allenai/tulu-3-sft-mixture, its snapshot in data_dir", "offline asset",
+     ("gemma-3-270m", "hub allenai/tulu-3-sft-mixture, its snapshot in data_files", "offline asset",
       {"base_model": "google/gemma-3-270m", "license": "gemma", "datasets": ["allenai/tulu-3-sft-mixture"]},
       ["| its licence | Gemma Terms", "| licence of the data | not known to lorakit: hub allenai/tulu"]),
      ("gpt2", "hub nyu-mll/glue", "hub", {"base_model": "gpt2", "license": None, "datasets": ["nyu-mll/glue"]},

@@ -332,7 +332,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     loaded = models.load("toy-encoder", "classify")
     for part in (loaded.model, loaded.tokenizer):
         part.save_pretrained(tmp_path / "m")
-    given |= {"task": "labelled", "data_dir": str(tmp_path), "model": str(tmp_path / "m")}
+    given |= {"task": "labelled", "data_files": str(tmp_path), "model": str(tmp_path / "m")}
     changes = [lambda: None, (tmp_path / "dev.csv").unlink, lambda: (tmp_path / "m" / "tokenizer_x").write_text("new")]
     for change in [*changes, lambda: None]:  # nothing there; a file less; another model of that name; all the same
         change()
@@ -359,9 +359,9 @@ def test_search_passes_over_what_diverged():
         ({"task": "sst3"}, "sst3.*sst2"),
         ({"model": "no-such/model"}, "no-such/model"),
         ({"target_modules": ["q_proj"]}, "q_proj.*q_lin"),
-        ({"task": "sst2", "data_dir": "/nowhere"}, "/nowhere"),
-        ({"model": "gemma-3-270m", "task": "instruct"}, "task instruct is read from data_dir"),
-        ({"model": "gemma-3-270m", "task": "instruct", "data_dir": "."}, "train.jsonl"),
+        ({"task": "sst2", "data_files": "/nowhere"}, "/nowhere"),
+        ({"model": "gemma-3-270m", "task": "instruct"}, "task instruct is read from data_files"),
+        ({"model": "gemma-3-270m", "task": "instruct", "data_files": "."}, "train.jsonl"),
         ({"exact_match_rows": 2}, "exact_match_rows=2: task 'toy-reviews' has no answers"),
         ({"exact_match_rows": 2, "model": "toy-decoder", "task": "toy-stories"}, "exact_match_rows=2: task 'toy-st"),
         ({"record": "."}, "record=.*is a folder"),

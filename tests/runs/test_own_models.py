@@ -33,7 +33,7 @@ def asked(name: str, root: Path, task: str) -> dict:
     """A quick run on a model of that name; DeBERTa has no other attention than its own."""
     own = EAGER if name == "deberta-v2" else {}
     data = architectures.rows(root / "rows.jsonl")
-    return QUICK | own | {"model": architectures.saved(name, root), "task": task, "data_dir": data}
+    return QUICK | own | {"model": architectures.saved(name, root), "task": task, "data_files": data}
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -125,7 +125,7 @@ def test_refused_by_name_before_data_are_read(tmp_path, case):
     folder = architectures.saved(name, tmp_path)
     if spoil:
         spoil(folder)
-    run = QUICK | {"model": folder, "task": "labelled", "data_dir": str(tmp_path / "none.csv")} | given
+    run = QUICK | {"model": folder, "task": "labelled", "data_files": str(tmp_path / "none.csv")} | given
     run |= {"run_dir": str(tmp_path / "run")}
     with pytest.raises(LorakitError, match=told.format(folder)) as caught:
         lorakit.run(run)
@@ -138,8 +138,8 @@ def test_a_special_token_that_no_text_has_is_no_reason(tmp_path):
     words = AutoTokenizer.from_pretrained(folder)
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
     words.save_pretrained(folder)
-    with pytest.raises(LorakitError, match="data_dir='none.csv': no file"):
-        lorakit.run(QUICK | {"model": folder, "task": "labelled", "data_dir": "none.csv"})
+    with pytest.raises(LorakitError, match="data_files='none.csv': no file"):
+        lorakit.run(QUICK | {"model": folder, "task": "labelled", "data_files": "none.csv"})
 
 
 def test_flash_attention_computes_in_16_bits():
@@ -171,7 +171,7 @@ def test_what_is_longer_than_the_model_s_positions_is_refused_and_no_longer_limi
         (tmp_path / "rows.csv").write_text("text,label\n" + rows)
         told = "max_length=1000: a row has [0-9]+ tokens, the model 256 positions"
         with nullcontext() if fine else pytest.raises(ParameterError, match=told):
-            assert lorakit.run(given | {"data_dir": str(tmp_path / "rows.csv")}).status == "done"
+            assert lorakit.run(given | {"data_files": str(tmp_path / "rows.csv")}).status == "done"
     argv, chat = ["generate", "toy-gpt2", "--prompt", "the cat " * 20, "--max-new-tokens"], {"role": "user"}
     form = {"add_generation_prompt": True, "return_dict": True}
     asked = models.tokenizer("toy-gpt2").apply_chat_template([chat | {"content": argv[3]}], **form)

@@ -54,7 +54,7 @@ KINDS = {"alpaca-llama": "causal", "glue-cola": "classify", "glue-qnli": "classi
 
 
 def data(setting: str, folder: Path) -> str:
-    """The files, and what `data_dir` is then: of GLUE in three splits, the test split without labels."""
+    """The files, and what `data_files` is then: of GLUE in three splits, the test split without labels."""
     make, place = MADE[setting]
     rng = random.Random(setting)
     if setting == "alpaca-llama":
@@ -97,7 +97,7 @@ def test_a_row_runs_to_its_record(hub, tmp_path, monkeypatch, capsys, setting, r
     asked = params.resolve({"setting": setting, "row": row})
     cut = CUT | ({"gradient_accumulation": 2} if asked.gradient_accumulation > 1 else {})
     cut = {name: value for name, value in cut.items() if name != "skip_warmup" or asked.skip != "none"}
-    given = cut | {"data_dir": data(setting, tmp_path), "record": str(tmp_path / "s0.json")}
+    given = cut | {"data_files": data(setting, tmp_path), "record": str(tmp_path / "s0.json")}
     options = [part for name, value in given.items() for part in ("-p", f"{name}={json.dumps(value)}")]
     assert cli.main(["train", "-f", str(PARAMS / setting / f"{row}.yaml"), *options]) == 0, capsys.readouterr()
     record = records.read(tmp_path / "s0.json")

@@ -68,17 +68,17 @@ def test_answers_cut_away_are_dropped_and_counted(tmp_path, decoder):
     chats = [say("q" * 60, "never seen"), say("q", "a" * 60), *[say(f"q{i}", "a") for i in range(5)]]
     write(tmp_path / "train.jsonl", chats)
     write(tmp_path / "validation.jsonl", [say(f"v{i}", "a") for i in range(6)])
-    task = tasks.load("instruct", decoder, data_dir=str(tmp_path), max_length=40)
+    task = tasks.load("instruct", decoder, data_files=str(tmp_path), max_length=40)
     assert len(task.train) == 6 and max(map(len, task.train["input_ids"])) == 40
     assert "train: 1 of 7 chats dropped, no answer within 40 tokens" in task.notes
 
 
 def test_validation_file_gives_validation_and_test_unless_test_is_there(instruct, decoder):
-    task = tasks.load("instruct", decoder, data_dir=str(instruct))
+    task = tasks.load("instruct", decoder, data_files=str(instruct))
     rows = [set(map(tuple, getattr(task, split)["input_ids"])) for split in tasks.task.SPLITS]
     assert [len(row) for row in rows] == [30, 10, 10] and len(set.union(*rows)) == 50
     write(instruct / "test.jsonl", [say("add 3 and 1", "#### 4"), say("new", "#### 1")])
-    given = tasks.load("instruct", decoder, data_dir=str(instruct))
+    given = tasks.load("instruct", decoder, data_files=str(instruct))
     assert (len(given.train), len(given.validation), len(given.test)) == (29, 20, 2)
     assert "instruct" in given.name and len(given.files) == 3
 
@@ -87,11 +87,11 @@ def test_tulu_reads_jsonl_and_parquet(tmp_path, decoder):
     write(tmp_path / "a.jsonl", [say(f"j{i}", "yes") for i in range(20)])
     table = pyarrow.table({"id": list(range(20)), "messages": [say(f"p{i}", "no") for i in range(20)]})
     parquet.write_table(table, tmp_path / "b.parquet")
-    task = tasks.load("tulu", decoder, data_dir=str(tmp_path))
+    task = tasks.load("tulu", decoder, data_files=str(tmp_path))
     assert (len(task.train), len(task.validation), len(task.test)) == (32, 4, 4)
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match=r"c\.parquet: not a Parquet file"):
-        tasks.load("tulu", decoder, data_dir=str(tmp_path))
+        tasks.load("tulu", decoder, data_files=str(tmp_path))
 
 
 def test_hub_rows_that_are_no_chat_are_left_out_and_counted(tmp_path, monkeypatch):
@@ -114,14 +114,14 @@ def test_a_bad_chat_names_file_line_and_what_was_expected(instruct, decoder, lin
     with open(instruct / "train.jsonl", "a", encoding="utf-8") as file:
         file.write(f"\n{line}\n")  # line 31 is blank
     with pytest.raises(DataError, match=r"train\.jsonl, line 32: expected"):
-        tasks.load("instruct", decoder, data_dir=str(instruct))
+        tasks.load("instruct", decoder, data_files=str(instruct))
 
 
 def test_a_missing_chat_file_names_the_layout(tmp_path, decoder, monkeypatch):
-    with pytest.raises(DataError, match=r"data_dir.*train\.jsonl.*layout"):
-        tasks.load("instruct", decoder, data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"data_files.*train\.jsonl.*layout"):
+        tasks.load("instruct", decoder, data_files=str(tmp_path))
     monkeypatch.delenv("LORAKIT_DATA", raising=False)
-    with pytest.raises(DataError, match=r"instruct.*data_dir.*LORAKIT_DATA.*layout"):
+    with pytest.raises(DataError, match=r"instruct.*data_files.*LORAKIT_DATA.*layout"):
         tasks.load("instruct", decoder)
 
 
@@ -213,8 +213,8 @@ def test_packed_logits_and_gradients_are_those_of_separate_rows(attention, famil
 
 
 def test_packing_is_for_training_rows_only(instruct, decoder):
-    task = tasks.load("instruct", decoder, data_dir=str(instruct), max_length=256, packing=True)
-    plain = tasks.load("instruct", decoder, data_dir=str(instruct), max_length=256)
+    task = tasks.load("instruct", decoder, data_files=str(instruct), max_length=256, packing=True)
+    plain = tasks.load("instruct", decoder, data_files=str(instruct), max_length=256)
     assert len(task.train) < len(plain.train) and task.test["input_ids"] == plain.test["input_ids"]
     assert sorted(sum(task.train["input_ids"], [])) == sorted(sum(plain.train["input_ids"], []))
     assert set(task.collator([task.train[0], task.train[1]])) == {"input_ids", "labels", "position_ids"}
@@ -233,7 +233,7 @@ def test_gsm8k_answers(text, answer):
 
 
 def test_answers_are_prompts_with_their_answers(instruct, decoder):
-    task = tasks.load("instruct", decoder, data_dir=str(instruct))
+    task = tasks.load("instruct", decoder, data_files=str(instruct))
     rows = task.answers
     assert len(rows) == 10
     assert all(p.endswith("<start_of_turn>model\n") and "####" in a and "####" not in p for p, a in rows)

@@ -45,7 +45,7 @@ def said(content: str) -> str:
 def load(folder, task, files, tokenizer, **options):
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return tasks.load(task, tokenizer, data_dir=str(folder), **options)
+    return tasks.load(task, tokenizer, data_files=str(folder), **options)
 
 
 READ = {
@@ -103,8 +103,8 @@ def test_one_class_is_noted(tmp_path, encoder):
 def test_a_text_without_a_token_is_left_out_and_counted(tmp_path, encoder, save_bare):
     files = {"train.tsv": SST2 + rows() + "\t1\n", "dev.tsv": SST2 + rows(90, 3) + "\t0\n"}
     assert len(load(tmp_path, "sst2", files, encoder).test) == 4  # [CLS] and [SEP] are something to read
-    record = lorakit.run({"model": save_bare, "task": "sst2", "data_dir": str(tmp_path), "budget": 2, "evaluations": 1,
-                          "eval_batch_size": 1, "predict_memory": False})  # fmt: skip
+    given = {"model": save_bare, "task": "sst2", "data_files": str(tmp_path), "budget": 2, "evaluations": 1}
+    record = lorakit.run(given | {"eval_batch_size": 1, "predict_memory": False})
     assert record.status == "done" and "test: 1 of 4 rows dropped, their text has no token" in record.notes
 
 
@@ -174,11 +174,11 @@ def test_a_snapshot_of_the_hub_is_read_where_data_dir_names_it(tmp_path, monkeyp
         rows = pyarrow.Table.from_pylist([row(100 * number + i) for i in range(40)])
         parquet.write_table(rows, folder / f"{split}-00000-of-00001.parquet")
     corpus, source = registry.read(name, str(tmp_path))
-    assert "hub" in source and "snapshot in data_dir" in source
+    assert "hub" in source and "snapshot in data_files" in source
     assert len(corpus.train) + len(corpus.validation) + len(corpus.test) >= 30
     (folder / f"{splits[0]}-00000-of-00001.parquet").rename(folder / "other.parquet")
-    partly = rf"data_dir: .* no snapshot of the hub's .*: no file {inside}/{splits[0]}-\*"
-    with pytest.raises(DataError, match=partly if len(splits) > 1 else "data_dir: .* expected layout"):
+    partly = rf"data_files: .* no snapshot of the hub's .*: no file {inside}/{splits[0]}-\*"
+    with pytest.raises(DataError, match=partly if len(splits) > 1 else "data_files: .* expected layout"):
         registry.read(name, str(tmp_path))
 
 
@@ -188,4 +188,4 @@ def test_a_folder_that_also_holds_parquet_files_is_still_ones_own(tmp_path):
         (tmp_path / f"{name}.tsv").write_text(f"sentence\tlabel\n{rows}")
     (tmp_path / "cache").mkdir()
     parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "cache" / "x.parquet")
-    assert registry.read("sst2", str(tmp_path))[1] == "files of data_dir"
+    assert registry.read("sst2", str(tmp_path))[1] == "files of data_files"

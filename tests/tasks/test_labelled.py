@@ -54,7 +54,7 @@ def texts(task, tokenizer, split):
 
 def test_sst2_splits_share_no_row_and_no_phrase(tmp_path, encoder):
     written = write_sst2(tmp_path / "sst2")
-    task = tasks.load("sst2", encoder, data_dir=str(tmp_path))
+    task = tasks.load("sst2", encoder, data_files=str(tmp_path))
     train, validation, test = (texts(task, encoder, split) for split in ("train", "validation", "test"))
     assert len(test) == 12 and len(validation) >= 6 and len(train) > 100
     for kept in train:
@@ -67,20 +67,20 @@ def test_sst2_splits_share_no_row_and_no_phrase(tmp_path, encoder):
 
 def test_files_lie_in_data_dir_its_subfolder_or_the_environments_and_are_fingerprinted(tmp_path, encoder, monkeypatch):
     write_sst2(tmp_path / "sst2")
-    outer = tasks.load("sst2", encoder, data_dir=str(tmp_path))
-    inner = tasks.load("sst2", encoder, data_dir=str(tmp_path / "sst2"))
+    outer = tasks.load("sst2", encoder, data_files=str(tmp_path))
+    inner = tasks.load("sst2", encoder, data_files=str(tmp_path / "sst2"))
     assert outer.train["input_ids"] == inner.train["input_ids"]
     content = (tmp_path / "sst2" / "dev.tsv").read_bytes()
     assert outer.files["sst2/dev.tsv"] == hashlib.sha256(content).hexdigest() and len(outer.files) == 2
-    assert "data_dir" in outer.source and str(tmp_path) not in outer.source
+    assert "data_files" in outer.source and str(tmp_path) not in outer.source
     monkeypatch.setenv("LORAKIT_DATA", str(tmp_path))
     assert "LORAKIT_DATA" in tasks.load("sst2", encoder).source
 
 
 def test_subsets_are_nested_and_the_same_for_every_seed(tmp_path, encoder):
     write_sst2(tmp_path)
-    few = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=10, max_validation=3, max_test=5, seed=1)
-    more = tasks.load("sst2", encoder, data_dir=str(tmp_path), max_train=20, seed=2)
+    few = tasks.load("sst2", encoder, data_files=str(tmp_path), max_train=10, max_validation=3, max_test=5, seed=1)
+    more = tasks.load("sst2", encoder, data_files=str(tmp_path), max_train=20, seed=2)
     assert sizes(few) == (10, 3, 5)
     assert few.train["input_ids"] == more.train["input_ids"][:10]
     assert few.test["input_ids"] == more.test["input_ids"][:5]
@@ -92,21 +92,21 @@ def test_order_of_the_file_does_not_matter(tmp_path, encoder):
     header, *rows = (tmp_path / "a" / "train.tsv").read_text(encoding="utf-8").splitlines()
     (tmp_path / "b" / "train.tsv").write_text("\n".join([header, *rows[::-1]]), encoding="utf-8")
     (tmp_path / "b" / "dev.tsv").write_bytes((tmp_path / "a" / "dev.tsv").read_bytes())
-    first, second = (tasks.load("sst2", encoder, data_dir=str(tmp_path / name)) for name in "ab")
+    first, second = (tasks.load("sst2", encoder, data_files=str(tmp_path / name)) for name in "ab")
     assert sorted(texts(first, encoder, "validation")) == sorted(texts(second, encoder, "validation"))
-    few, same = (tasks.load("sst2", encoder, data_dir=str(tmp_path / name), max_train=10) for name in "ab")
+    few, same = (tasks.load("sst2", encoder, data_files=str(tmp_path / name), max_train=10) for name in "ab")
     assert sorted(texts(few, encoder, "train")) == sorted(texts(same, encoder, "train"))
 
 
 def test_imdb_reads_quoted_csv_and_cuts_three_ways(tmp_path, encoder):
     rows = [f'"{text}, ""quoted""\nand more",{index % 2}' for index, text in enumerate(sentences(50))]
     (tmp_path / "reviews-50.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    task = tasks.load("imdb", encoder, data_dir=str(tmp_path))
+    task = tasks.load("imdb", encoder, data_files=str(tmp_path))
     assert sizes(task) == (40, 5, 5)
     assert '"quoted"\nand more' in texts(task, encoder, "train")[0]
     held_out = texts(task, encoder, "validation")[0]
     (tmp_path / "test.csv").write_text(f'text,label\n"{sentences(1, seed=2)[0]}",1\n{rows[3].upper()}\n')
-    given = tasks.load("imdb", encoder, data_dir=str(tmp_path))  # without the row that the test file holds too
+    given = tasks.load("imdb", encoder, data_files=str(tmp_path))  # without the row that the test file holds too
     assert len(given.test) == 2 and len(given.train) + len(given.validation) == 49
     assert held_out in texts(given, encoder, "train") + texts(given, encoder, "validation")
     assert any("later split" in note for note in given.notes)
@@ -121,18 +121,18 @@ def test_mrpc_keeps_quotes_and_pairs_that_share_a_sentence_together(tmp_path, en
     pool = sentences(60)
     pairs = [(f'"{pool[i]} "', pool[i // 3]) for i in range(60)]
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", pairs)
-    task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
+    task = tasks.load("mrpc", encoder, data_files=str(tmp_path))
     assert task.metrics is tasks.task.classification_f1
     assert len(task.train) + len(task.validation) + len(task.test) == 60
     seconds = [{text.split('"')[-1].strip() for text in texts(task, encoder, s)} for s in tasks.task.SPLITS]
     assert not seconds[0] & seconds[1] and not seconds[0] & seconds[2] and not seconds[1] & seconds[2]
     assert all(text.startswith('"') for text in texts(task, encoder, "train"))
-    plain = tasks.load("mrpc", decoder, data_dir=str(tmp_path))
+    plain = tasks.load("mrpc", decoder, data_files=str(tmp_path))
     assert all(text.count("\n") == 1 for text in texts(plain, decoder, "train"))  # no separator token: a line break
 
     write_mrpc(tmp_path / "msr_paraphrase_train.txt", zip(sentences(40), sentences(40, seed=1), strict=True))
     write_mrpc(tmp_path / "msr_paraphrase_test.txt", zip(sentences(8, seed=2), sentences(8, seed=3), strict=True))
-    task = tasks.load("mrpc", encoder, data_dir=str(tmp_path))
+    task = tasks.load("mrpc", encoder, data_files=str(tmp_path))
     assert sizes(task) == (36, 4, 8)
 
 
@@ -152,7 +152,7 @@ def test_reviews_are_deduplicated_and_labelled_by_sign(tmp_path, encoder):
     rated += [(41, 3.0, rated[10][2].upper())]
     lines = "\r\n".join(f"{i}\t{rating}\t{text}" for i, rating, text in rated)
     (tmp_path / "movieReviewSnippets_GroundTruth.txt").write_bytes(lines.encode())
-    task = tasks.load("reviews", encoder, data_dir=str(tmp_path))
+    task = tasks.load("reviews", encoder, data_files=str(tmp_path))
     labels = {}
     for split in ("train", "validation", "test"):
         labels |= dict(zip(texts(task, encoder, split), getattr(task, split)["labels"], strict=True))
@@ -186,7 +186,7 @@ def test_a_bad_row_names_file_line_and_what_was_expected(tmp_path, encoder, cont
     write_sst2(tmp_path)
     (tmp_path / "train.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=expected) as error:
-        tasks.load("sst2", encoder, data_dir=str(tmp_path))
+        tasks.load("sst2", encoder, data_files=str(tmp_path))
     assert where in str(error.value)
 
 
@@ -201,7 +201,7 @@ BAD_FILES = [
 def test_bad_rows_of_the_other_formats(tmp_path, encoder, name, file, content, message):
     (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=message):
-        tasks.load(name, encoder, data_dir=str(tmp_path))
+        tasks.load(name, encoder, data_files=str(tmp_path))
 
 
 LAYOUTS = {"sst2": "train.tsv", "imdb": "imdb/", "mrpc": "msr_paraphrase_train.txt", "reviews": "GroundTruth.txt"}
@@ -210,10 +210,10 @@ LAYOUTS = {"sst2": "train.tsv", "imdb": "imdb/", "mrpc": "msr_paraphrase_train.t
 @pytest.mark.parametrize(("name", "file"), LAYOUTS.items())
 def test_a_missing_file_names_the_parameter_the_file_and_the_layout(tmp_path, encoder, name, file):
     with pytest.raises(DataError, match=file) as error:
-        tasks.load(name, encoder, data_dir=str(tmp_path))
-    assert "data_dir" in str(error.value) and "layout" in str(error.value)
+        tasks.load(name, encoder, data_files=str(tmp_path))
+    assert "data_files" in str(error.value) and "layout" in str(error.value)
     with pytest.raises(DataError, match="no such folder"):
-        tasks.load(name, encoder, data_dir=str(tmp_path / "absent"))
+        tasks.load(name, encoder, data_files=str(tmp_path / "absent"))
 
 
 BAD_PARAMETERS = [
@@ -221,7 +221,7 @@ BAD_PARAMETERS = [
     ({"max_length": 2}, "max_length=2"),
     ({"max_test": -1}, "max_test=-1"),
     ({"packing": True}, "packing=True"),
-    ({"data_dir": "somewhere"}, "data_dir='somewhere'.*must be empty"),
+    ({"data_files": "somewhere"}, "data_files='somewhere'.*must be empty"),
     ({"name": "toy-instruct"}, "task='toy-instruct'.*encoder"),
 ]
 
@@ -248,13 +248,13 @@ def test_an_unreachable_hub_names_the_ways_out(name, decoder, monkeypatch, tmp_p
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("LORAKIT_DATA", raising=False)
-    with pytest.raises(AssetError, match="no route to host.*data_dir.*LORAKIT_DATA.*HF_HOME"):
+    with pytest.raises(AssetError, match="no route to host.*data_files.*LORAKIT_DATA.*HF_HOME"):
         tasks.load(name, decoder)
 
 
 def test_the_hub_s_files_are_read_as_the_folder_s_are(tmp_path, encoder, monkeypatch):
     write_sst2(tmp_path)
-    local = tasks.load("sst2", encoder, data_dir=str(tmp_path))
+    local = tasks.load("sst2", encoder, data_files=str(tmp_path))
     (tmp_path / "sst2").mkdir()
     for file, name in (("train.tsv", "train"), ("dev.tsv", "validation")):
         rows = [line.split("\t") for line in (tmp_path / file).read_text().splitlines()[1:]]

@@ -33,7 +33,7 @@ def wikitext(tmp_path):
 
 
 def test_blocks_fill_max_length_inside_one_article(wikitext, decoder):
-    task = tasks.load("wikitext2", decoder, data_dir=wikitext, max_length=64)
+    task = tasks.load("wikitext2", decoder, data_files=wikitext, max_length=64)
     rows = task.train["input_ids"]
     assert max(map(len, rows)) == 64 and all(row[0] == decoder.bos_token_id for row in rows)
     text = "".join(decoder.decode(row[1:]) for row in rows)
@@ -50,7 +50,7 @@ def test_encoder_blocks_stand_between_their_special_tokens(encoder):
 
 def test_one_file_is_split_by_articles(tmp_path, decoder):
     write_articles(tmp_path / "valid.txt", range(30))
-    task = tasks.load("wikitext2", decoder, data_dir=str(tmp_path), max_length=512)
+    task = tasks.load("wikitext2", decoder, data_files=str(tmp_path), max_length=512)
     titles = [{decoder.decode(row).split("\n")[0] for row in getattr(task, s)["input_ids"]} for s in tasks.task.SPLITS]
     assert sum(map(len, titles)) == len(set.union(*titles)) == 30 and all(2 <= len(title) <= 4 for title in titles[1:])
     assert any("only valid.txt is there" in note for note in task.notes)
@@ -58,20 +58,20 @@ def test_one_file_is_split_by_articles(tmp_path, decoder):
 
 def test_missing_parts_and_headings_are_errors(tmp_path, decoder):
     with pytest.raises(DataError, match=r"lacks train\.txt, valid\.txt, test\.txt"):
-        tasks.load("wikitext2", decoder, data_dir=str(tmp_path))
+        tasks.load("wikitext2", decoder, data_files=str(tmp_path))
     write_articles(tmp_path / "train.txt", range(3))
     write_articles(tmp_path / "test.txt", range(3))
     with pytest.raises(DataError, match=r"lacks valid\.txt"):
-        tasks.load("wikitext2", decoder, data_dir=str(tmp_path))
+        tasks.load("wikitext2", decoder, data_files=str(tmp_path))
     (tmp_path / "valid.txt").write_text("no heading\n")
     with pytest.raises(DataError, match=r"valid\.txt, line 1: expected at least one `= Heading =`"):
-        tasks.load("wikitext2", decoder, data_dir=str(tmp_path))
+        tasks.load("wikitext2", decoder, data_files=str(tmp_path))
 
 
 def test_causal_metrics_are_transformers_loss(wikitext, decoder, tiny_gpt2):
     from lorakit.training.loss import example_statistics
 
-    task = tasks.load("wikitext2", decoder, data_dir=wikitext, max_length=48, max_test=6)
+    task = tasks.load("wikitext2", decoder, data_files=wikitext, max_length=48, max_test=6)
     model = tiny_gpt2().eval()
     model.resize_token_embeddings(len(decoder))
     batch = task.eval_collator(list(task.test))
@@ -103,7 +103,7 @@ def test_special_tokens_and_padding_are_never_masked_and_every_row_has_a_label(e
 
 
 def test_training_masks_depend_on_seed_and_batch_only(wikitext, encoder):
-    task, other = (tasks.load("wikitext2", encoder, data_dir=wikitext, max_length=64, seed=seed) for seed in (0, 1))
+    task, other = (tasks.load("wikitext2", encoder, data_files=wikitext, max_length=64, seed=seed) for seed in (0, 1))
     rows = [task.train[index] for index in range(8)]
     first = task.collator(rows)
     torch.rand(7)  # the global generator must not matter
@@ -117,8 +117,8 @@ def test_training_masks_depend_on_seed_and_batch_only(wikitext, encoder):
 
 
 def test_evaluation_masks_are_fixed_for_every_run_and_subset(wikitext, encoder):
-    task = tasks.load("wikitext2", encoder, data_dir=wikitext, max_length=64, seed=3)
-    again = tasks.load("wikitext2", encoder, data_dir=wikitext, max_length=64, seed=4, max_test=3)
+    task = tasks.load("wikitext2", encoder, data_files=wikitext, max_length=64, seed=3)
+    again = tasks.load("wikitext2", encoder, data_files=wikitext, max_length=64, seed=4, max_test=3)
     assert task.test["input_ids"][:3] == again.test["input_ids"] and task.test["labels"][:3] == again.test["labels"]
     batch = task.eval_collator(list(task.test))
     share = (batch["labels"] != IGNORED).sum() / batch["attention_mask"].sum()

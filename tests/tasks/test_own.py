@@ -143,7 +143,7 @@ def test_from_a_csv_of_tickets_to_an_exported_model_that_names_classes(tmp_path,
 
     written(tmp_path / "data", "tickets.csv", [{"body": row["text"], "team": row["label"]} for row in tickets()])
     given = QUICK | {"text_column": "body", "label_column": "team"}
-    record = lorakit.run(given | {"data_dir": str(tmp_path / "data"), "run_dir": str(tmp_path / "run")})
+    record = lorakit.run(given | {"data_files": str(tmp_path / "data"), "run_dir": str(tmp_path / "run")})
     assert record.status == "done" and record.details["classes"] == [*TOPICS]
     records.write(record, tmp_path / "r.json")
     assert records.read(tmp_path / "r.json").details["classes"] == [*TOPICS]
@@ -299,9 +299,9 @@ def test_a_quote_in_a_tsv_of_one_column_swallows_no_rows(tmp_path):
 
 
 def test_what_is_asked_for_must_be_there(tmp_path):
-    with pytest.raises(DataError, match=r"data_dir=.*: no file for task labelled; must be a folder, file or glob of"):
+    with pytest.raises(DataError, match=r"data_files=.*: no file for task labelled; must be a folder, file or glob of"):
         corpus("labelled", tmp_path)
-    with pytest.raises(ParameterError, match="data_dir='': with task chat must be a folder, file or glob"):
+    with pytest.raises(ParameterError, match="data_files='': with task chat must be a folder, file or glob"):
         corpus("chat", "")
     with pytest.raises(ParameterError, match="task='sst2': of a dataset must be labelled, pairs, text, chat"):
         tasks.read("sst2", dataset={"train": []})

@@ -56,7 +56,7 @@ def test_rows_on_disk_are_the_rows_that_memory_would_hold(folder, decoder, optio
     validation, test, train = corpus.cut([row for path in paths for row in own.chats(path)], corpus.content, 2)
     held = corpus.Corpus(train, validation, test, {}, ["validation and test: cut from train"])
     wanted = tasks.load("tulu", decoder, text=(held, "memory"), **options)
-    found = tasks.load("tulu", decoder, data_dir=str(folder), **options)
+    found = tasks.load("tulu", decoder, data_files=str(folder), **options)
     for split in tasks.task.SPLITS:
         assert getattr(found, split).to_dict() == getattr(wanted, split).to_dict()
     assert found.notes == wanted.notes and bool(found.train.cache_files)
@@ -78,7 +78,7 @@ def test_what_is_in_the_cache_is_not_made_again_and_what_differs_is(folder, deco
         """How many rows were read and training batches encoded."""
         read.clear()
         encoded.clear()
-        tasks.load("tulu", decoder, data_dir=str(folder), **options)
+        tasks.load("tulu", decoder, data_files=str(folder), **options)
         return len(read), len(encoded) - 2  # validation and test are in memory
 
     assert made(seed=1) == (700, 1)
@@ -104,10 +104,10 @@ def test_a_malformed_row_late_in_the_shards_leaves_nothing_that_is_read_later(fo
     bad.write_text(json.dumps({"messages": chats(1)[0]}) + '\n{"messages": []}\n')
     for _ in range(2):
         with pytest.raises(DataError, match=r"3\.jsonl, line 2: expected"):
-            tasks.load("tulu", decoder, data_dir=str(folder))
+            tasks.load("tulu", decoder, data_files=str(folder))
         assert not list(cache.rglob("*.arrow"))
     bad.write_text(json.dumps({"messages": chats(1)[0]}) + "\n")
-    task = tasks.load("tulu", decoder, data_dir=str(folder), max_length=512)
+    task = tasks.load("tulu", decoder, data_files=str(folder), max_length=512)
     assert sum(len(getattr(task, split)) for split in tasks.task.SPLITS) == 701
 
 
@@ -147,7 +147,7 @@ def test_files_without_a_chat_or_that_change_while_they_are_read_are_refused_and
 
 
 def test_what_a_full_disk_or_a_power_cut_does_to_the_cache_is_one_error(folder, decoder, cache, monkeypatch):
-    load = lambda: tasks.load("tulu", decoder, data_dir=str(folder))  # noqa: E731
+    load = lambda: tasks.load("tulu", decoder, data_files=str(folder))  # noqa: E731
 
     def full(self, *_, cache_file_name, **__):
         Path(cache_file_name).write_bytes(b"half")
@@ -167,7 +167,7 @@ def test_what_a_full_disk_or_a_power_cut_does_to_the_cache_is_one_error(folder, 
 
 
 def test_bars_of_datasets_are_shown_where_ours_are(folder, decoder, capsys):
-    tasks.load("tulu", decoder, data_dir=str(folder))
+    tasks.load("tulu", decoder, data_files=str(folder))
     assert capsys.readouterr().err == "" and is_progress_bar_enabled()
 
 
@@ -175,7 +175,7 @@ def test_bars_of_datasets_are_shown_where_ours_are(folder, decoder, capsys):
 def test_a_run_stopped_within_a_shard_resumes_bitwise_and_a_shard_that_vanishes_stops_no_run(
     folder, tmp_path, monkeypatch, grouped
 ):
-    given = {"model": "toy-decoder", "task": "tulu", "data_dir": str(folder), "max_length": 48, "max_validation": 8}
+    given = {"model": "toy-decoder", "task": "tulu", "data_files": str(folder), "max_length": 48, "max_validation": 8}
     given |= {"max_test": 8, "budget": 8, "budget_unit": "accepted_steps", "batch_size": 4, "save_steps": 3}
     given |= {"evaluations": 2, "latency_repeats": 0, "predict_memory": False, "group_by_length": grouped}
     kept, step = tmp_path / "kept", BudgetTrainer.training_step
