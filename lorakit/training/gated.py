@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.integrations import integration_utils
 
-from lorakit.errors import NotFinite, require
+from lorakit.errors import NotFinite, ParameterError, require
 from lorakit.gates.log import GateLog
 from lorakit.gates.look import GateLook
 from lorakit.head import HeadInput, find_head
@@ -140,7 +140,9 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
         try:
             select = functools.partial(self.tokens.select, model, batch, labels, seen)
             selected, flops = self.meter.measure(self._key("forward"), sizes, select)
-        except NotFinite:
+        except ParameterError as error:
+            if error.name != "logits":
+                raise
             seen = GateLook(self.gate, per_label, self.tokens.head) if seen else None  # what a batch without labels is
             self._part = Part(("", ()), tokens, 0, measured=seen and seen.measured(), loss=math.nan)
             return labels.new_zeros((), dtype=torch.float32)
