@@ -202,9 +202,8 @@ def _rate(group: Sequence[Record]) -> str:
 
 def in_words(gap: stats.Difference) -> str:
     """A difference for a sentence: "+0.101 [+0.098, +0.104] (3 seeds: above)"."""
-    mean = gap.estimate
-    seeds = f"({mean.count} seed{'s' * (mean.count != 1)}: {gap.verdict})"
-    return " ".join(filter(None, (f"{mean.mean:+.3f}", mean.interval(), seeds)))
+    seeds = f"({gap.estimate.count} seed{'s' * (gap.estimate.count != 1)}: {gap.verdict})"
+    return " ".join(filter(None, (f"{gap.estimate.mean:+.3f}", gap.estimate.interval(), seeds)))
 
 
 def redundant_shares(records: Sequence[Record]) -> pd.DataFrame:
