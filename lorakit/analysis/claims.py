@@ -205,13 +205,14 @@ def claims_table(
         for one, verdict in zip(found, verdicts(found), strict=True):
             claim, ratio = one.claim, one.claim.test == "ratio"
             form, mean = "{:.3f}" if ratio else "{:+.3f}", stats.estimate(one.values) if one.values else None
+            interval = mean.interval(form) if mean and np.ptp(one.values) > 0 else ""
             bound = {"equivalence": "±", "ratio": "≤ " if claim.worse > 0 else "≥ "}.get(claim.test, "")
             lines[claim.id] = {
                 "claim": claim.source,
                 "setting": setting,
                 "held against": f"{claim.row} {'/' if ratio else '−'} {claim.against}",
                 "what": claim.column,
-                "seen": f"{form.format(mean.mean)} {mean.interval(form)}".rstrip() if mean else NONE,
+                "seen": f"{form.format(mean.mean)} {interval}".rstrip() if mean else NONE,
                 "limit": f"{bound}{abs(one.limit) + 0 if claim.test == 'equivalence' else one.limit + 0:g}",
                 "seeds": f"{len(claim.seeds)}",
                 "verdict": verdict,

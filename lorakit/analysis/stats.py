@@ -30,7 +30,7 @@ Value = str | Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds; `low` and `high` bound it at 95 %, None where too few seeds, or equal ones, do not say."""
+    """A mean over seeds; `low` and `high` bound it at 95 %, None where there are too few seeds to say."""
 
     mean: float
     low: float | None
@@ -63,13 +63,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "above", "below", "within noise", "too few seeds" or, where no seed has both values, "not comparable".
-
-        Differences that are equal by chance, as a discrete metric's may be, do not say how far they scatter: noise.
-        """
-        if self.estimate is None or self.estimate.count < MINIMUM_SEEDS:
+        """ "above", "below", "within noise", "too few seeds" or, where no seed has both values, "not comparable"."""
+        if self.estimate is None or self.estimate.low is None:
             return "too few seeds" if self.estimate else "not comparable"
-        if self.estimate.low is None or self.estimate.low <= 0 <= self.estimate.high:
+        if self.estimate.low <= 0 <= self.estimate.high:
             return "within noise"
         return "above" if self.estimate.mean > 0 else "below"
 
@@ -116,10 +113,10 @@ def finished(records: Sequence[Record], value: Value) -> dict[int, float]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of `values` (N,) with its 95 % interval; without one where there are too few, or they have no spread."""
+    """Mean of `values` (N,) with its 95 % interval."""
     sample = np.asarray(values, dtype=float)
     count, mean = len(sample), float(np.mean(sample))
-    if count < MINIMUM_SEEDS or np.ptp(sample) <= ROUNDING:
+    if count < MINIMUM_SEEDS:
         return Estimate(mean, None, None, count)
     from scipy.special import stdtrit  # what scipy.stats.t asks for; scipy.stats takes a second to load
 
@@ -176,8 +173,7 @@ def below(sample: Sequence[float], limit: float, strict: bool = False, counted: 
     from scipy.stats import ttest_1samp
 
     if np.ptp(sample) > ROUNDING:
-        less, greater = (float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
-        return less, greater
+        return tuple(float(ttest_1samp(sample, limit, alternative=side).pvalue) for side in ("less", "greater"))
     gap = float(np.mean(sample)) - limit
     held = gap < -ROUNDING or (gap <= ROUNDING and not strict)
     return (1.0 - held, float(held)) if counted else (1.0, 1.0)

@@ -120,12 +120,11 @@ def card(found: Opened, library: str) -> str:
     told = {"library_name": library, "pipeline_tag": TAGS[found.kind], "tags": ["lorakit", run.get("method", library)]}
     told |= {"license": asset.licence if asset else "mit" if base in OURS else None}
     known = asset.hub or asset.made_from if asset else base if found.source.startswith("hub") else None
-    told |= {"base_model": known or None}
     given = {"record": record, "prints": prints, "base": base, "source": found.source, "interval": _interval}
     given |= {"data": data if place == "asset" else source, "terms": OURS | {n: a.terms for n, a in ASSETS.items()}}
     given["shown"] = (*ALWAYS[1:], *KNOBS.get(run.get("method", ""), ()), "quantize", "skip", "gate", "seed")
     given["notes"] = dict.fromkeys([*(record.notes if record else ()), *found.notes])
-    front = ModelCardData(**told, datasets=[data] if place == "hub" else None)
+    front = ModelCardData(**told, base_model=known or None, datasets=[data] if place == "hub" else None)
     return str(ModelCard.from_template(front, template_path=str(CONFIGS / "model_card.md.jinja"), **given))
 
 
