@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from readme_records import WORDS, line
@@ -15,6 +16,7 @@ SETTING = "sst2-minilm-compare"
 WHAT = {"trainable": "trained parameters", "flops": "FLOPs", "flops_backward": "the backward's FLOPs"}
 
 
+@functools.cache
 def complete(setting: str = SETTING) -> list[lorakit.Record]:
     """The runs of rows that have all planned seeds."""
     runs = stats.by_row(lorakit.read_all(RESULTS / setting))

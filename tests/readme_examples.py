@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 
 import readme_compare
 from readme_records import ACCURACY, FLOPS, SCORE, TEST, WORDS, cells, difference, gap, line, mean, percent
+from readme_records import groups as rows
 
-from lorakit.analysis import names, stats
+from lorakit.analysis import names
 from lorakit.files import PROJECT
 from lorakit.params import params_of
 from lorakit.studies.gates import redundant_shares
@@ -18,13 +20,10 @@ REDUNDANT, FRESH = "sst2-minilm-redundant-example-gates", "sst2-minilm-example-g
 COLUMNS = {"learning_rate": ("{:.0e}", 1), FLOPS: ("{:.2f}", 1e12), TEST: SCORE, ACCURACY: SCORE}
 
 
-def rows(setting: str) -> dict[str, list]:
-    return stats.by_row(readme_compare.complete(setting))
-
-
+@cache
 def shares() -> dict[str, float]:
     """Of what a gate chose, the share that was redundant."""
-    return redundant_shares(readme_compare.complete(REDUNDANT))["accepted"].to_dict()
+    return redundant_shares([*chain(*rows(REDUNDANT).values())])["accepted"].to_dict()
 
 
 def table(setting: str) -> Iterator[str]:
@@ -60,7 +59,7 @@ def of_both() -> Iterator[str]:
     yield f"Exactly {size} of {ratio * size} have to be taken"
     for setting in (REDUNDANT, FRESH):
         planned = {path.stem for path in (PROJECT / "params" / setting).glob("[!_]*.yaml")}
-        assert planned == {*rows(setting)}
+        assert planned == {*rows(setting)} and [*chain(*rows(setting).values())] == readme_compare.complete(setting)
 
 
 def decisions(setting: str, verdict: str) -> list[str]:

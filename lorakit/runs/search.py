@@ -66,8 +66,8 @@ def _known(params: Params, record: Record) -> dict[float, SearchPoint]:
 
 def best_rate(record: Record) -> float:
     """The learning rate with the lowest validation loss among those that finished."""
-    finished, tried = [point for point in record.search if point.status == "done" and point.validation], record.search
-    require(len(finished) > 0, "search_rates", [point.learning_rate for point in tried], "none of them finished")
+    finished = [point for point in record.search if point.status == "done" and point.validation]
+    require(bool(finished), "search_rates", [point.learning_rate for point in record.search], "none of them finished")
     return min(finished, key=lambda point: point.validation["loss"]).learning_rate
 
 

@@ -120,6 +120,7 @@ class GatedTrainer(checkpoint.Resuming, LossTrainer):
 
     def _see(self, inputs) -> torch.Tensor:
         """Take note of what the FLOPs of the coming passes depend on; the main input."""
+        # the shape of its tensors, "T" where they are as long as the batch; T and T², of which FLOPs are made
         main, self._shape, self._whole = described(inputs)
         for controller in self.controllers:
             controller.begin_batch(inputs)

@@ -43,9 +43,8 @@ class Curve:
 
     def chosen(self) -> Point | None:
         """The point whose weights are the final model's."""
-        at = [self.best_step] if self.keep_best else [point.step for point in self.points]
-        evaluated = [point for point in self.points if point.validation and point.step in at]
-        return evaluated[-1] if evaluated else None
+        evaluated = (point for point in reversed(self.points) if point.validation)
+        return next((point for point in evaluated if not self.keep_best or point.step == self.best_step), None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"points": [point.model_dump() for point in self.points], "best_step": self.best_step}
